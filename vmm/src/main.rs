@@ -1,0 +1,2 @@
+//! The `outboard` binary.
+fn main() {}
