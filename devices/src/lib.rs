@@ -1,1 +1,15 @@
-//! devices (skeleton).
+//! What the guest sees: the bus, the serial port, the reset registers and virtio devices whose
+//! queues are served by other processes. Knows virtio, not KVM: what a device needs of the machine
+//! it asks through [`ports`]. Must never touch a queue's contents, nor guest memory.
+
+pub mod bus;
+pub mod ports;
+pub mod reset;
+pub mod serial;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks; a panic of another holder does not spread, as each of our states is valid at every step.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,157 @@
+//! What a device may ask of the machine: doorbells, interrupts, pages of registers.
+//! Implemented by `vmm` on KVM and by a recorder in tests. Must never mention KVM: a device says
+//! what it wants, not how it is done.
+
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use transport::memory_map::GuestAddr;
+
+/// Whatever a guard keeps alive.
+trait Held: Send {}
+impl<T: Send> Held for T {}
+
+/// Runs a closure once, when dropped.
+struct OnDrop<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        if let Some(undo) = self.0.take() {
+            undo();
+        }
+    }
+}
+
+/// Something registered with the machine, undone when this is dropped.
+#[must_use = "dropping a guard undoes what it stands for"]
+pub struct Guard {
+    _held: Box<dyn Held>,
+}
+
+impl Guard {
+    /// Keeps `held` alive; its own `Drop` does the undoing.
+    pub fn new(held: impl Send + 'static) -> Self {
+        Self { _held: Box::new(held) }
+    }
+
+    /// Runs `undo` when dropped.
+    pub fn on_drop(undo: impl FnOnce() + Send + 'static) -> Self {
+        Self::new(OnDrop(Some(undo)))
+    }
+}
+
+impl fmt::Debug for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Guard")
+    }
+}
+
+/// The machine could not do what a device asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("the machine cannot {action}")]
+pub struct PortError {
+    action: String,
+    source: io::Error,
+}
+
+impl PortError {
+    /// `action` completes "the machine cannot …", for example `bind a doorbell at 0xd0000050`.
+    pub fn new(action: impl Into<String>, source: io::Error) -> Self {
+        Self { action: action.into(), source }
+    }
+}
+
+/// A four-byte write of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct WriteMatch {
+    /// Where it is written.
+    pub address: GuestAddr,
+    /// What is written; `None` matches every value.
+    pub value: Option<u32>,
+}
+
+/// Turns writes of the guest into eventfd signals, without an exit to us (KVM: ioeventfd).
+pub trait Doorbells: Send + Sync {
+    /// Signals `fd` at every write that matches, until the guard is dropped. The binding keeps no
+    /// reference to `fd` itself; the same open file may be bound more than once.
+    ///
+    /// # Errors
+    /// When the machine refuses, for instance as the same match is bound already.
+    fn bind(&self, fd: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError>;
+}
+
+/// Where an interrupt goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Route {
+    /// An edge on the line with this GSI.
+    Pin(u32),
+}
+
+/// Turns eventfd signals into guest interrupts, without us (KVM: irqfd).
+pub trait Interrupts: Send + Sync {
+    /// Interrupts the guest along `route` whenever `call` is signalled, until the guard is dropped.
+    /// A count already pending in `call` is delivered at once.
+    ///
+    /// # Errors
+    /// When the machine refuses.
+    fn attach(&self, call: BorrowedFd<'_>, route: Route) -> Result<Guard, PortError>;
+}
+
+/// One page of registers that the guest reads without an exit, while its writes still reach us.
+/// Called on vCPU threads and on the control thread; never waits.
+pub trait RegisterPage: Send + Sync {
+    /// Stores the little-endian `value` at the 4-aligned `offset`, as one access. Offsets outside
+    /// the page are ignored.
+    fn store(&self, offset: u16, value: u32);
+
+    /// Stores `bytes` from `offset` on, in no particular order. What lies outside the page is cut off.
+    fn store_bytes(&self, offset: u16, bytes: &[u8]);
+}
+
+/// Gives guest-visible memory to devices (KVM: memory slots).
+pub trait DeviceMemory: Send + Sync {
+    /// Backs the 4 KiB page at `at` with zeroed memory, read-only for the guest. The page lives
+    /// until the last reference to it is dropped.
+    ///
+    /// # Errors
+    /// When the machine refuses, for instance as the address is taken or not page-aligned.
+    fn register_page(&self, at: GuestAddr) -> Result<Arc<dyn RegisterPage>, PortError>;
+}
+
+/// The three ports of one machine.
+#[derive(Clone)]
+pub struct Ports {
+    /// Doorbells.
+    pub doorbells: Arc<dyn Doorbells>,
+    /// Interrupts.
+    pub interrupts: Arc<dyn Interrupts>,
+    /// Pages of registers.
+    pub memory: Arc<dyn DeviceMemory>,
+}
+
+impl fmt::Debug for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Ports")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    #[test]
+    fn dropped_guard_undoes_exactly_once() {
+        let count = Arc::new(AtomicU32::new(0));
+        let seen = Arc::clone(&count);
+        let guard = Guard::on_drop(move || {
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(count.load(Ordering::Relaxed), 0);
+        drop(Guard::new(guard));
+        assert_eq!(count.load(Ordering::Relaxed), 1);
+    }
+}

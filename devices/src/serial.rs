@@ -1,0 +1,306 @@
+//! The 16550 serial port: vm-superio's registers behind a lock, its interrupt as an eventfd.
+//! Must never lose a typed byte: what does not fit into its FIFO stays with the caller.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vm_superio::Trigger;
+use vm_superio::serial::{Error as UartError, NoEvents, Serial as Uart};
+
+use crate::bus::BusDevice;
+use crate::lock;
+
+/// Adds one to an eventfd.
+fn ring(fd: BorrowedFd<'_>) -> io::Result<()> {
+    match rustix::io::write(fd, &1_u64.to_ne_bytes()) {
+        // A counter that is full is a signal already.
+        Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn new_eventfd() -> io::Result<OwnedFd> {
+    Ok(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?)
+}
+
+struct Interrupt(OwnedFd);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        ring(self.0.as_fd())
+    }
+}
+
+struct State {
+    uart: Uart<Interrupt, NoEvents, Box<dyn Write + Send>>,
+    /// The last value of the modem control register: in loop mode no input is taken.
+    modem_control: u8,
+    /// Input was turned away; its owner waits for the space event.
+    starved: bool,
+    output_failed: bool,
+}
+
+impl State {
+    fn takes_input(&self) -> bool {
+        self.modem_control & Serial::MCR_LOOP == 0 && self.uart.fifo_capacity() >= Serial::FIFO / 2
+    }
+
+    fn write(&mut self, register: u8, value: u8) {
+        if register == Serial::MCR {
+            self.modem_control = value;
+        }
+        match self.uart.write(register, value) {
+            Ok(()) => {}
+            Err(UartError::IOError(error)) => {
+                if !std::mem::replace(&mut self.output_failed, true) {
+                    log::warn!("serial output is lost from here on: {error}");
+                }
+            }
+            Err(error) => log::debug!("serial: {error}"),
+        }
+    }
+}
+
+/// A 16550 at eight I/O ports.
+///
+/// Reads and writes come on vCPU threads and wait only as long as the output does; [`Serial::enqueue`]
+/// comes from the control loop.
+pub struct Serial {
+    state: Mutex<State>,
+    interrupt: OwnedFd,
+    space: OwnedFd,
+}
+
+impl Serial {
+    /// Length of the range of I/O ports.
+    pub const LENGTH: u64 = 8;
+    const FIFO: usize = 64;
+    const IER: u8 = 1;
+    const IIR: u8 = 2;
+    const LCR: u8 = 3;
+    const MCR: u8 = 4;
+    const SCR: u8 = 7;
+    const MCR_LOOP: u8 = 1 << 4;
+
+    /// A serial port that prints to `output`, each byte at once.
+    ///
+    /// # Errors
+    /// When no eventfd is to be had.
+    pub fn new(output: Box<dyn Write + Send>) -> io::Result<Self> {
+        let interrupt = new_eventfd()?;
+        let uart = Uart::new(Interrupt(interrupt.try_clone()?), output);
+        let state = State { uart, modem_control: 0, starved: false, output_failed: false };
+        Ok(Self { state: Mutex::new(state), interrupt, space: new_eventfd()? })
+    }
+
+    /// The eventfd that is signalled for every interrupt.
+    pub fn interrupt(&self) -> BorrowedFd<'_> {
+        self.interrupt.as_fd()
+    }
+
+    /// An eventfd that becomes readable when there is room again after [`Serial::enqueue`] took less
+    /// than it was given. Clear it with [`Serial::clear_input_space`] before the next attempt.
+    pub fn input_space(&self) -> BorrowedFd<'_> {
+        self.space.as_fd()
+    }
+
+    /// Clears the event of [`Serial::input_space`].
+    pub fn clear_input_space(&self) {
+        let mut count = [0; 8];
+        if let Err(error) = rustix::io::read(&self.space, &mut count)
+            && error != rustix::io::Errno::AGAIN
+        {
+            log::debug!("serial: cannot clear the space event: {error}");
+        }
+    }
+
+    /// Hands typed bytes to the guest and says how many were taken, from the first on. The rest stays
+    /// with the caller until [`Serial::input_space`] becomes readable.
+    pub fn enqueue(&self, bytes: &[u8]) -> usize {
+        let mut state = lock(&self.state);
+        let room = state.uart.fifo_capacity();
+        let accepted = match state.uart.enqueue_raw_bytes(bytes) {
+            Ok(accepted) => accepted,
+            Err(UartError::FullFifo) => 0,
+            Err(error) => {
+                // The bytes are in the FIFO, only the interrupt failed.
+                log::warn!("serial: {error}");
+                bytes.len().min(room)
+            }
+        };
+        state.starved = accepted < bytes.len();
+        accepted
+    }
+
+    /// Puts the registers back to what they are at power-on. Input that waits in the FIFO stays.
+    pub fn reset(&self) {
+        let mut state = lock(&self.state);
+        // Divisor latch open, 9600 baud; closed, 8 bits; no interrupts; OUT2.
+        for (register, value) in [
+            (Self::LCR, 0x83),
+            (0, 12),
+            (1, 0),
+            (Self::LCR, 3),
+            (Self::IER, 0),
+            (Self::MCR, 8),
+            (Self::SCR, 0),
+        ] {
+            state.write(register, value);
+        }
+        // Reading the interrupt identification acknowledges what is pending.
+        state.uart.read(Self::IIR);
+        self.signal_space(&mut state);
+    }
+
+    fn signal_space(&self, state: &mut State) {
+        if state.starved && state.takes_input() {
+            state.starved = false;
+            if let Err(error) = ring(self.space.as_fd()) {
+                log::warn!("serial: cannot signal space for input: {error}");
+            }
+        }
+    }
+}
+
+impl BusDevice for Serial {
+    /// More than one byte is a string instruction: as many reads of the same register.
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let Ok(register) = u8::try_from(offset) else { return data.fill(0xff) };
+        let mut state = lock(&self.state);
+        for byte in data {
+            *byte = state.uart.read(register);
+        }
+        self.signal_space(&mut state);
+    }
+
+    /// More than one byte is a string instruction: as many writes to the same register.
+    fn write(&self, offset: u64, data: &[u8]) {
+        let Ok(register) = u8::try_from(offset) else { return };
+        let mut state = lock(&self.state);
+        for byte in data {
+            state.write(register, *byte);
+        }
+        self.signal_space(&mut state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use std::sync::Arc;
+
+    #[derive(Clone, Default)]
+    struct Output(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Output {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            lock(&self.0).extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Broken;
+
+    impl Write for Broken {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn is_readable(fd: BorrowedFd<'_>) -> bool {
+        let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+    }
+
+    fn read(serial: &Serial, register: u8) -> u8 {
+        let mut data = [0];
+        serial.read(register.into(), &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn written_bytes_reach_the_output_in_order() {
+        let output = Output::default();
+        let serial = Serial::new(Box::new(output.clone())).unwrap();
+        serial.write(0, b"a");
+        serial.write(0, b"bcd");
+        assert_eq!(*lock(&output.0), b"abcd");
+    }
+
+    #[test]
+    fn input_interrupts_only_when_the_guest_enabled_it() {
+        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        assert_eq!(serial.enqueue(b"x"), 1);
+        assert!(!is_readable(serial.interrupt()));
+        serial.write(Serial::IER.into(), &[1]);
+        assert!(is_readable(serial.interrupt()), "input that waits interrupts as soon as it may");
+        assert_eq!(read(&serial, 0), b'x');
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_is_turned_away_and_nothing_is_lost() {
+        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        let typed: Vec<u8> = (0..=255).collect();
+        let mut rest = typed.as_slice();
+        let mut seen = Vec::new();
+        while !rest.is_empty() {
+            let accepted = serial.enqueue(rest);
+            rest = &rest[accepted..];
+            if rest.is_empty() {
+                break;
+            }
+            assert!(!is_readable(serial.input_space()));
+            while !is_readable(serial.input_space()) {
+                seen.push(read(&serial, 0));
+            }
+            serial.clear_input_space();
+        }
+        while seen.len() < typed.len() {
+            seen.push(read(&serial, 0));
+        }
+        assert_eq!(seen, typed);
+    }
+
+    #[test]
+    fn input_refused_in_loop_mode_is_asked_for_again_when_it_ends() {
+        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        serial.write(Serial::MCR.into(), &[Serial::MCR_LOOP]);
+        assert_eq!(serial.enqueue(b"abc"), 0);
+        assert!(!is_readable(serial.input_space()));
+        serial.write(Serial::MCR.into(), &[8]);
+        assert!(is_readable(serial.input_space()));
+        assert_eq!(serial.enqueue(b"abc"), 3);
+    }
+
+    #[test]
+    fn reset_clears_registers_and_keeps_input() {
+        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        for (register, value) in [(Serial::SCR, 0x55), (Serial::IER, 0xf), (Serial::LCR, 0x80)] {
+            serial.write(register.into(), &[value]);
+        }
+        assert_eq!(serial.enqueue(b"z"), 1);
+        serial.reset();
+        assert_eq!((read(&serial, Serial::SCR), read(&serial, Serial::IER)), (0, 0));
+        assert_eq!((read(&serial, Serial::LCR), read(&serial, Serial::IIR)), (3, 0xc1));
+        assert_eq!(read(&serial, 0), b'z');
+    }
+
+    #[test]
+    fn output_that_fails_does_not_stop_the_guest() {
+        let serial = Serial::new(Box::new(Broken)).unwrap();
+        serial.write(Serial::IER.into(), &[2]);
+        serial.write(0, b"ab");
+        assert!(is_readable(serial.interrupt()));
+    }
+}
