@@ -1,0 +1,10 @@
+/* The modes that drive a virtio-mmio device; README.md says what each prints. */
+#pragma once
+
+void show(void);
+void blk(void);
+void rng(void);
+void loop(void);
+void resize(void);
+void abuse(void);
+void badring(void);

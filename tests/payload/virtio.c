@@ -1,0 +1,226 @@
+/* The virtio-mmio driver; see virtio.h. */
+#include "virtio.h"
+
+#include "machine.h"
+
+#define NOINIT __attribute__((section(".noinit")))
+
+/* Each ring on a page of its own: no part of one is in reach of an error in another. */
+NOINIT __attribute__((aligned(4096))) struct descriptor descriptors[MAX_QUEUE];
+NOINIT __attribute__((aligned(4096))) struct avail_ring avail;
+NOINIT __attribute__((aligned(4096))) struct used_ring used;
+
+volatile struct counts counts;
+
+static uint32_t base;
+static int with_interrupts;
+static uint16_t queue_size, last_used;
+static uint32_t patience;			/* seconds to wait for an answer */
+
+uint32_t reg(uint32_t offset) { return load32(base + offset); }
+void set_reg(uint32_t offset, uint32_t value) { store32(base + offset, value); }
+
+static uint16_t used_index(void) { return *(volatile uint16_t *)&used.index; }
+
+/* Exactly what Linux's vm_interrupt() does: read, acknowledge what was read, look. */
+static void on_interrupt(void)
+{
+	uint32_t status = reg(REG_INTERRUPT_STATUS);
+
+	set_reg(REG_INTERRUPT_ACK, status);
+	if (status & INTERRUPT_CONFIG)
+		counts.config_changes++;
+	if (status & INTERRUPT_USED)
+		counts.interrupts++;
+}
+
+void device_open(void)
+{
+	base = number_arg("mmio", 0);
+	if (!base)
+		fail("no mmio= on the command line");
+	patience = number_arg("timeout", 5);
+	with_interrupts = !arg_is("irq", "off");
+	if (with_interrupts) {
+		device_handler = on_interrupt;
+		ioapic_route(number_arg("gsi", 5), VECTOR_DEVICE);
+	}
+	watchdog_start(with_interrupts);
+	if (with_interrupts)
+		irq_on();
+}
+
+uint32_t device_identify(void)
+{
+	if (reg(REG_MAGIC) != 0x74726976)
+		fail("no virtio-mmio device here");
+	if (reg(REG_VERSION) != 2)
+		fail("not a version 2 virtio-mmio device");
+	return reg(REG_DEVICE_ID);
+}
+
+uint64_t device_features(void)
+{
+	uint32_t low;
+
+	set_reg(REG_DEVICE_FEATURES_SEL, 0);
+	low = reg(REG_DEVICE_FEATURES);
+	set_reg(REG_DEVICE_FEATURES_SEL, 1);
+	return (uint64_t)reg(REG_DEVICE_FEATURES) << 32 | low;
+}
+
+static void fail_with_status(const char *what, uint32_t status)
+{
+	irq_off();
+	put("virtio status=");
+	put_hex(status);
+	put_char('\n');
+	fail(what);
+}
+
+void device_reset(void)
+{
+	set_reg(REG_STATUS, 0);
+	watchdog_pet();
+	while (reg(REG_STATUS))
+		if (watchdog_age() > patience)
+			fail_with_status("the device does not reset", reg(REG_STATUS));
+}
+
+void device_negotiate(void)
+{
+	uint32_t status;
+
+	device_reset();
+	set_reg(REG_STATUS, STATUS_ACKNOWLEDGE);
+	set_reg(REG_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
+	if (!(device_features() >> 32 & 1))
+		fail("the device does not offer VERSION_1");
+	set_reg(REG_DRIVER_FEATURES_SEL, 0);
+	set_reg(REG_DRIVER_FEATURES, number_arg("accept", 0));
+	set_reg(REG_DRIVER_FEATURES_SEL, 1);
+	set_reg(REG_DRIVER_FEATURES, 1);		/* bit 32, VERSION_1 */
+	set_reg(REG_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK);
+	status = reg(REG_STATUS);
+	if (!(status & STATUS_FEATURES_OK))
+		fail_with_status("the device refuses the features", status);
+}
+
+void queue_setup(void)
+{
+	uint32_t max;
+
+	set_reg(REG_QUEUE_SEL, 0);
+	if (reg(REG_QUEUE_READY))
+		fail("queue 0 is in use before its set-up");
+	max = reg(REG_QUEUE_NUM_MAX);
+	if (!max)
+		fail("no queue 0");
+	queue_size = (uint16_t)number_arg("queue-size", 8);
+	if (queue_size > max)
+		queue_size = (uint16_t)max;
+	if (queue_size > MAX_QUEUE)
+		queue_size = MAX_QUEUE;
+
+	*(volatile uint16_t *)&avail.flags = with_interrupts ? 0 : 1;	/* NO_INTERRUPT */
+	*(volatile uint16_t *)&avail.index = 0;
+	*(volatile uint16_t *)&used.flags = 0;
+	*(volatile uint16_t *)&used.index = 0;
+	last_used = 0;
+
+	set_reg(REG_QUEUE_NUM, queue_size);
+	set_reg(REG_QUEUE_DESC_LOW, (uint32_t)descriptors);
+	set_reg(REG_QUEUE_DESC_HIGH, 0);
+	set_reg(REG_QUEUE_DRIVER_LOW, (uint32_t)&avail);
+	set_reg(REG_QUEUE_DRIVER_HIGH, 0);
+	set_reg(REG_QUEUE_DEVICE_LOW, (uint32_t)&used);
+	set_reg(REG_QUEUE_DEVICE_HIGH, 0);
+	set_reg(REG_QUEUE_READY, 1);
+}
+
+void device_driver_ok(void)
+{
+	uint32_t status = STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK;
+
+	set_reg(REG_STATUS, status);
+	if (reg(REG_STATUS) != status)
+		fail_with_status("the device does not start", reg(REG_STATUS));
+}
+
+uint32_t device_config32(uint32_t offset) { return reg(REG_CONFIG + offset); }
+
+uint64_t device_capacity(void)
+{
+	uint32_t generation, low, high;
+
+	do {						/* §2.5.1: until the generation stands still */
+		generation = reg(REG_CONFIG_GENERATION);
+		low = device_config32(0);
+		high = device_config32(4);
+	} while (generation != reg(REG_CONFIG_GENERATION));
+	return (uint64_t)high << 32 | low;
+}
+
+/* Sleeps, or spins a little, and judges whether it has lasted too long. */
+static void wait_a_little(const char *complaint)
+{
+	if (with_interrupts) {
+		irq_on_and_halt();
+	} else {
+		for (uint32_t spin = 0; spin < 64 && used_index() == last_used; spin++)
+			__asm__ volatile("pause" : : : "memory");
+	}
+	if (watchdog_age() > patience) {
+		uint32_t status = reg(REG_STATUS);
+
+		put_field("requests", counts.requests);
+		put_field("interrupts", counts.interrupts);
+		fail_with_status(status & STATUS_NEEDS_RESET ? "the device needs a reset" : complaint, status);
+	}
+}
+
+uint32_t queue_submit_and_wait(void)
+{
+	uint16_t index = avail.index;
+	uint32_t length;
+
+	avail.ring[index % queue_size] = 0;
+	/* x86 keeps the order of stores; the compiler must too. */
+	__asm__ volatile("" : : : "memory");
+	*(volatile uint16_t *)&avail.index = (uint16_t)(index + 1);
+	__asm__ volatile("" : : : "memory");
+	watchdog_pet();
+	set_reg(REG_QUEUE_NOTIFY, 0);
+
+	for (;;) {
+		irq_off();
+		if (used_index() != last_used)
+			break;
+		wait_a_little("no answer to a request");
+	}
+	if (with_interrupts)
+		irq_on();
+	__asm__ volatile("" : : : "memory");
+	if (used.ring[last_used % queue_size].id != 0)
+		fail("the used ring names a chain that was not offered");
+	length = used.ring[last_used % queue_size].length;
+	last_used++;
+	counts.requests++;
+	return length;
+}
+
+void wait_config_change(uint32_t seen)
+{
+	watchdog_pet();
+	for (;;) {
+		irq_off();
+		if (counts.config_changes != seen)
+			break;
+		if (!with_interrupts && reg(REG_INTERRUPT_STATUS) & INTERRUPT_CONFIG)
+			on_interrupt();
+		else
+			wait_a_little("no configuration change came");
+	}
+	if (with_interrupts)
+		irq_on();
+}
