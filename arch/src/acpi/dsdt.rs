@@ -1,0 +1,106 @@
+//! The DSDT: one node for every device that is on no enumerable bus, and the S5 state.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+
+use super::{Error, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout::{S5_SLEEP_TYPE, SERIAL_PORTS};
+use crate::platform::{Platform, SerialPort, VirtioMmio};
+
+/// From revision 2 on integers have 64 bits.
+const REVISION: u8 = 2;
+const HEADER: u32 = 36;
+
+pub(super) fn table(platform: &Platform) -> Result<Sdt, Error> {
+    let mut devices = Vec::new();
+    if let Some(serial) = &platform.serial {
+        serial_port(serial, &mut devices);
+    }
+    for (n, device) in platform.virtio_mmio.iter().enumerate() {
+        let others = platform.virtio_mmio.iter().filter(|other| other.gsi == device.gsi).count();
+        virtio_mmio(n, device, others > 1, &mut devices)?;
+    }
+
+    let mut table = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut aml = Scope::raw(Path::new("\\_SB_"), devices);
+    Name::new(Path::new("\\_S5_"), &Package::new(vec![&S5_SLEEP_TYPE, &S5_SLEEP_TYPE, &ZERO, &ZERO]))
+        .to_aml_bytes(&mut aml);
+    table.append_slice(&aml);
+    Ok(table)
+}
+
+fn serial_port(serial: &SerialPort, aml: &mut Vec<u8>) {
+    let ports = u8::try_from(SERIAL_PORTS).unwrap_or(u8::MAX);
+    Device::new(
+        Path::new("COM1"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &IO::new(serial.port, serial.port, 1, ports),
+                    &Interrupt::new(true, true, false, false, serial.gsi.0),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// `LNRO0005` is what Linux's virtio-mmio driver looks for.
+fn virtio_mmio(n: usize, device: &VirtioMmio, shares_pin: bool, aml: &mut Vec<u8>) -> Result<(), Error> {
+    let unreachable = || Error::Unreachable { at: device.base };
+    let base = u32::try_from(device.base.0).map_err(|_| unreachable())?;
+    let size = u32::try_from(device.size).map_err(|_| unreachable())?;
+    Device::new(
+        Path::new(&format!("V{n:03X}")),
+        vec![
+            &Name::new(Path::new("_HID"), &"LNRO0005"),
+            &Name::new(Path::new("_UID"), &n),
+            &Name::new(Path::new("_CCA"), &ONE),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &Memory32Fixed::new(true, base, size),
+                    &Interrupt::new(true, true, false, shares_pin, device.gsi.0),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::Gsi;
+    use crate::layout::Gpa;
+
+    fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+        haystack.windows(needle.len()).any(|window| window == needle)
+    }
+
+    #[test]
+    fn a_virtio_mmio_node_carries_its_page_and_its_edge_triggered_pin() {
+        let device = VirtioMmio { base: Gpa(0xd000_1000), size: 4096, gsi: Gsi(6) };
+        let mut aml = Vec::new();
+        virtio_mmio(1, &device, false, &mut aml).unwrap();
+        assert!(contains(&aml, b"V001") && contains(&aml, b"LNRO0005\0"));
+        assert!(contains(&aml, &[0x86, 9, 0, 1, 0x00, 0x10, 0x00, 0xd0, 0x00, 0x10, 0, 0]));
+        assert!(contains(&aml, &[0x89, 6, 0, 0b0011, 1, 6, 0, 0, 0]));
+        aml.clear();
+        virtio_mmio(1, &device, true, &mut aml).unwrap();
+        assert!(contains(&aml, &[0x89, 6, 0, 0b1011, 1, 6, 0, 0, 0]));
+    }
+
+    #[test]
+    fn a_device_above_four_gib_is_refused() {
+        let device = VirtioMmio { base: Gpa(1 << 32), size: 4096, gsi: Gsi(6) };
+        assert!(matches!(virtio_mmio(0, &device, false, &mut Vec::new()), Err(Error::Unreachable { .. })));
+    }
+}

@@ -1,0 +1,214 @@
+//! ELF64 kernels (gABI chapters 4 and 5): program headers give what to load where, a Xen note gives the PVH
+//! entry. Never trusts an offset or a size; reads headers only, the segments are moved by the host kernel.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr};
+use vm_memory::ByteValued;
+
+use super::{Error, Kernel, Protocol, check_range};
+use crate::layout::Gpa;
+use crate::ram::Ram;
+
+const CLASS: usize = 4;
+const CLASS_64: u8 = 2;
+const DATA: usize = 5;
+const DATA_LITTLE_ENDIAN: u8 = 1;
+const MACHINE_X86_64: u16 = 62;
+const TYPE_EXECUTABLE: u16 = 2;
+const TYPE_SHARED: u16 = 3;
+const SEGMENT_LOAD: u32 = 1;
+const SEGMENT_NOTE: u32 = 4;
+
+/// `XEN_ELFNOTE_PHYS32_ENTRY`: the physical address of the PVH entry.
+const NOTE_PHYS32_ENTRY: u32 = 18;
+const NOTE_NAME_XEN: &[u8] = b"Xen\0";
+
+/// More program headers than any kernel has.
+const MAX_SEGMENTS: u16 = 256;
+/// Notes of a kernel take some hundred bytes; longer segments are not searched.
+const MAX_NOTES: u64 = 64 << 10;
+/// `COMMAND_LINE_SIZE` of x86, without the final NUL.
+const CMDLINE_MAX: u64 = 2047;
+
+pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Kernel, Error> {
+    let header = parse_header(head, size)?;
+    let segments = read_segments(file, size, &header)?;
+    let loads: Vec<_> = segments.iter().filter(|s| s.p_type == SEGMENT_LOAD && s.p_memsz > 0).collect();
+
+    // All are judged before any is loaded.
+    let mut end = 0;
+    for segment in &loads {
+        if segment.p_filesz > segment.p_memsz {
+            return Err(Error::Damaged("a segment is larger in the file than in memory"));
+        }
+        check_in_file("a segment", segment.p_offset, segment.p_filesz, size)?;
+        let Some(segment_end) = segment.p_paddr.checked_add(segment.p_memsz) else {
+            return Err(Error::Damaged("a segment's address overflows"));
+        };
+        check_range(ram, segment.p_paddr, segment_end)?;
+        end = end.max(segment_end);
+    }
+    if loads.is_empty() {
+        return Err(Error::Damaged("it has no segment to load"));
+    }
+    let (protocol, start) = match pvh_entry(file, size, &segments)? {
+        Some(entry) => (Protocol::Pvh, entry),
+        None => (Protocol::Linux64, header.e_entry),
+    };
+    if !loads.iter().any(|s| start >= s.p_paddr && start - s.p_paddr < s.p_memsz) {
+        return Err(Error::EntryOutside { entry: Gpa(start) });
+    }
+
+    for segment in &loads {
+        ram.copy_from_file(Gpa(segment.p_paddr), file, segment.p_offset, segment.p_filesz)
+            .and_then(|()| {
+                ram.zero(Gpa(segment.p_paddr + segment.p_filesz), segment.p_memsz - segment.p_filesz)
+            })
+            .map_err(Error::KernelCopy)?;
+    }
+    Ok(Kernel {
+        protocol,
+        start: Gpa(start),
+        end: Gpa(end),
+        header: None,
+        cmdline_max: CMDLINE_MAX,
+        initramfs_end: u64::MAX,
+    })
+}
+
+fn parse_header(head: &[u8], size: u64) -> Result<Elf64_Ehdr, Error> {
+    match (head.get(CLASS), head.get(DATA)) {
+        (Some(&CLASS_64), Some(&DATA_LITTLE_ENDIAN)) => {}
+        (Some(&1), _) => return Err(Error::WrongElf("a 32-bit one")),
+        (Some(&CLASS_64), Some(_)) => return Err(Error::WrongElf("a big-endian one")),
+        _ => return Err(Error::Damaged("its ELF class is unknown")),
+    }
+    let mut header = Elf64_Ehdr::default();
+    let bytes = header.as_mut_slice();
+    let wanted = bytes.len();
+    match head.get(..wanted) {
+        Some(from) => bytes.copy_from_slice(from),
+        None => return Err(Error::Truncated { what: "the ELF header", end: 64, size }),
+    }
+    if header.e_machine != MACHINE_X86_64 {
+        return Err(Error::WrongElf("for another kind of CPU"));
+    }
+    if header.e_type != TYPE_EXECUTABLE && header.e_type != TYPE_SHARED {
+        return Err(Error::WrongElf("an object or a core file"));
+    }
+    Ok(header)
+}
+
+fn read_segments(file: &File, size: u64, header: &Elf64_Ehdr) -> Result<Vec<Elf64_Phdr>, Error> {
+    let entry = size_of::<Elf64_Phdr>();
+    if usize::from(header.e_phentsize) != entry {
+        return Err(Error::Damaged("its program headers have an unknown size"));
+    }
+    if header.e_phnum == 0 || header.e_phnum > MAX_SEGMENTS {
+        return Err(Error::Damaged("it has no program headers, or too many"));
+    }
+    let mut bytes = vec![0; usize::from(header.e_phnum) * entry];
+    let len = u64::from(header.e_phnum) * u64::from(header.e_phentsize);
+    check_in_file("the program headers", header.e_phoff, len, size)?;
+    file.read_exact_at(&mut bytes, header.e_phoff).map_err(Error::Kernel)?;
+    let parse = |bytes: &[u8]| {
+        let mut segment = Elf64_Phdr::default();
+        segment.as_mut_slice().copy_from_slice(bytes);
+        segment
+    };
+    Ok(bytes.chunks_exact(entry).map(parse).collect())
+}
+
+fn check_in_file(what: &'static str, offset: u64, len: u64, size: u64) -> Result<(), Error> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        end => Err(Error::Truncated { what, end: end.unwrap_or(u64::MAX), size }),
+    }
+}
+
+fn pvh_entry(file: &File, size: u64, segments: &[Elf64_Phdr]) -> Result<Option<u64>, Error> {
+    for segment in segments.iter().filter(|s| s.p_type == SEGMENT_NOTE && s.p_filesz <= MAX_NOTES) {
+        check_in_file("a note", segment.p_offset, segment.p_filesz, size)?;
+        let mut notes = vec![0; usize::try_from(segment.p_filesz).unwrap_or(0)];
+        file.read_exact_at(&mut notes, segment.p_offset).map_err(Error::Kernel)?;
+        let align = if segment.p_align == 8 { 8 } else { 4 };
+        if let Some(entry) = find_pvh_note(&notes, align) {
+            return Ok(Some(entry));
+        }
+    }
+    Ok(None)
+}
+
+/// Walks notes until one is the PVH entry or something does not fit.
+fn find_pvh_note(mut notes: &[u8], align: usize) -> Option<u64> {
+    loop {
+        let name_len = usize::try_from(le32(notes, 0)?).ok()?;
+        let desc_len = usize::try_from(le32(notes, 4)?).ok()?;
+        let kind = le32(notes, 8)?;
+        let name = notes.get(12..)?.get(..name_len)?;
+        let desc_at = 12_usize.checked_add(name_len)?.checked_next_multiple_of(align)?;
+        let desc = notes.get(desc_at..)?.get(..desc_len)?;
+        if kind == NOTE_PHYS32_ENTRY && name == NOTE_NAME_XEN {
+            // Linux wrote a pointer here, and later a 32-bit value.
+            return match desc.len() {
+                4 => le32(desc, 0).map(u64::from),
+                8 => Some(u64::from(le32(desc, 4)?) << 32 | u64::from(le32(desc, 0)?)),
+                _ => None,
+            };
+        }
+        notes = notes.get(desc_at.checked_add(desc_len)?.checked_next_multiple_of(align)?..)?;
+    }
+}
+
+fn le32(bytes: &[u8], at: usize) -> Option<u32> {
+    let four = bytes.get(at..)?.first_chunk::<4>()?;
+    Some(u32::from_le_bytes(*four))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(name: &[u8], kind: u32, desc: &[u8], align: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for word in [name.len(), desc.len(), usize::try_from(kind).unwrap()] {
+            bytes.extend(u32::try_from(word).unwrap().to_le_bytes());
+        }
+        bytes.extend(name);
+        bytes.resize(bytes.len().next_multiple_of(align), 0);
+        bytes.extend(desc);
+        bytes.resize(bytes.len().next_multiple_of(align), 0);
+        bytes
+    }
+
+    #[test]
+    fn the_pvh_note_is_found_behind_others_with_either_alignment_and_width() {
+        for align in [4, 8] {
+            let mut notes = note(b"GNU\0", 3, &[1; 20], align);
+            notes.extend(note(b"Linux\0", 18, &[2; 4], align));
+            notes.extend(note(b"Xen\0", 5, b"linux\0", align));
+            assert_eq!(find_pvh_note(&notes, align), None);
+            let mut narrow = notes.clone();
+            narrow.extend(note(b"Xen\0", 18, &0x100_0040_u32.to_le_bytes(), align));
+            assert_eq!(find_pvh_note(&narrow, align), Some(0x100_0040));
+            notes.extend(note(b"Xen\0", 18, &0x100_0040_u64.to_le_bytes(), align));
+            assert_eq!(find_pvh_note(&notes, align), Some(0x100_0040));
+        }
+    }
+
+    #[test]
+    fn notes_that_lie_about_their_sizes_end_the_search() {
+        let good = note(b"Xen\0", 18, &7_u32.to_le_bytes(), 4);
+        for cut in 0..good.len() {
+            assert_eq!(find_pvh_note(&good[..cut], 4), None, "cut at {cut}");
+        }
+        for at in [0, 4] {
+            let mut bad = good.clone();
+            bad[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+            assert_eq!(find_pvh_note(&bad, 4), None);
+        }
+        assert_eq!(find_pvh_note(&[0; 64], 4), None);
+    }
+}

@@ -1,0 +1,179 @@
+//! Puts a kernel, its initramfs, its command line and the description of the machine into guest memory, and
+//! says where the boot CPU starts. Linux x86 boot protocol 2.12 and later (Documentation/arch/x86/boot.rst) and
+//! the PVH start of day (Documentation/arch/x86/pvh in Xen's tree, `start_info.h`).
+//!
+//! Images are moved by [`Ram::copy_from_file`] only; what is parsed here is headers, read with bounds.
+
+mod bzimage;
+mod elf;
+mod error;
+mod mptable;
+mod pagetables;
+mod params;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use linux_loader::bootparam::setup_header;
+
+pub use error::Error;
+pub use pagetables::GDT;
+
+use crate::layout::{CMDLINE, CMDLINE_MAX, Gpa, HIGH_MEMORY, PAGE_SIZE, PVH_START_INFO, ZERO_PAGE};
+use crate::platform::{Discovery, Platform};
+use crate::ram::Ram;
+
+/// What the user wants to boot.
+#[derive(Clone, Copy, Debug)]
+pub struct BootImage<'a> {
+    /// An ELF `vmlinux` (or another ELF64 payload) or a bzImage.
+    pub kernel: &'a File,
+    /// A cpio archive, compressed or not; not looked into.
+    pub initramfs: Option<&'a File>,
+    /// The kernel command line, whole: nothing is added to it here.
+    pub cmdline: &'a str,
+}
+
+/// Where and how the boot CPU starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The protocol, hence the state of the CPU.
+    pub protocol: Protocol,
+    /// First instruction, a physical address.
+    pub start: Gpa,
+    /// `hvm_start_info` (EBX) or `boot_params` (RSI).
+    pub parameters: Gpa,
+}
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// PVH: 32-bit protected mode, paging off, flat segments, EBX points to `hvm_start_info`.
+    Pvh,
+    /// The 64-bit entry of the Linux boot protocol: long mode, the first 4 GiB mapped one to one, RSI points to
+    /// `boot_params`.
+    Linux64,
+}
+
+/// A kernel in guest memory.
+struct Kernel {
+    protocol: Protocol,
+    start: Gpa,
+    /// First address that neither the kernel nor its early work needs.
+    end: Gpa,
+    /// The header that a bzImage brings along; it goes back to the kernel in `boot_params`.
+    header: Option<setup_header>,
+    /// Longest command line, without the final NUL.
+    cmdline_max: u64,
+    /// First address that the initramfs may not reach.
+    initramfs_end: u64,
+}
+
+/// A range of guest memory that holds a file.
+#[derive(Clone, Copy, Debug)]
+struct Placed {
+    at: Gpa,
+    size: u64,
+}
+
+/// Loads everything. May be called again on the same RAM for another boot of the machine; what the guest had
+/// left elsewhere in memory stays there.
+pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Entry, Error> {
+    let kernel = load_kernel(ram, image.kernel)?;
+    let initramfs = match image.initramfs {
+        Some(file) => Some(load_initramfs(ram, file, &kernel)?),
+        None => None,
+    };
+    load_cmdline(ram, image.cmdline, &kernel)?;
+    let rsdp = match platform.discovery {
+        Discovery::Acpi => Some(crate::acpi::load(ram, platform)?),
+        Discovery::Cmdline => {
+            mptable::load(ram, platform.cpus)?;
+            None
+        }
+    };
+
+    let map = params::memory_map(ram);
+    let parameters = match kernel.protocol {
+        Protocol::Pvh => {
+            ram.write_at(PVH_START_INFO, &params::start_info(&map, initramfs, rsdp))?;
+            PVH_START_INFO
+        }
+        Protocol::Linux64 => {
+            let page = params::boot_params(kernel.header, &map, initramfs, rsdp, image.cmdline.len())?;
+            ram.write_at(ZERO_PAGE, &page)?;
+            ram.write_at(crate::layout::PAGE_TABLES, &pagetables::identity_4gib())?;
+            ZERO_PAGE
+        }
+    };
+    ram.write_at(crate::layout::BOOT_GDT, &pagetables::gdt_bytes())?;
+    Ok(Entry { protocol: kernel.protocol, start: kernel.start, parameters })
+}
+
+fn load_kernel(ram: &Ram, file: &File) -> Result<Kernel, Error> {
+    let size = file_size(file).map_err(Error::Kernel)?.ok_or(Error::NotAFile)?;
+    let head = read_head(file, size).map_err(Error::Kernel)?;
+    if head.starts_with(b"\x7fELF") {
+        elf::load(ram, file, size, &head)
+    } else if bzimage::is_bzimage(&head) {
+        bzimage::load(ram, file, size, &head)
+    } else {
+        Err(Error::not_a_kernel(&head))
+    }
+}
+
+/// As high below the hole (and the kernel's own limit) as it fits, so that it is out of the kernel's way.
+fn load_initramfs(ram: &Ram, file: &File, kernel: &Kernel) -> Result<Placed, Error> {
+    let size = file_size(file).map_err(Error::Initramfs)?.ok_or(Error::InitramfsNotAFile)?;
+    if size == 0 {
+        return Err(Error::InitramfsEmpty);
+    }
+    let limit = kernel.initramfs_end.min(ram.low_end().0);
+    let free = limit.saturating_sub(kernel.end.0);
+    let too_large = Error::InitramfsTooLarge { size, free };
+    let Some(at) = limit.checked_sub(size).map(|at| at & !(PAGE_SIZE - 1)) else {
+        return Err(too_large);
+    };
+    if at < kernel.end.0 {
+        return Err(too_large);
+    }
+    ram.copy_from_file(Gpa(at), file, 0, size).map_err(Error::InitramfsCopy)?;
+    Ok(Placed { at: Gpa(at), size })
+}
+
+fn load_cmdline(ram: &Ram, cmdline: &str, kernel: &Kernel) -> Result<(), Error> {
+    let max = kernel.cmdline_max.min(CMDLINE_MAX - 1);
+    if u64::try_from(cmdline.len()).is_ok_and(|len| len > max) {
+        return Err(Error::CmdlineTooLong { len: cmdline.len(), max });
+    }
+    if cmdline.contains('\0') {
+        return Err(Error::CmdlineNul);
+    }
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    Ok(ram.write_at(CMDLINE, &bytes)?)
+}
+
+/// The size of a regular file; `None` when it is something else.
+fn file_size(file: &File) -> std::io::Result<Option<u64>> {
+    let metadata = file.metadata()?;
+    Ok(metadata.is_file().then_some(metadata.len()))
+}
+
+/// The first page of a file, or all of it.
+fn read_head(file: &File, size: u64) -> std::io::Result<Vec<u8>> {
+    let mut head = vec![0; usize::try_from(size.min(PAGE_SIZE)).unwrap_or(0)];
+    file.read_exact_at(&mut head, 0)?;
+    Ok(head)
+}
+
+/// A kernel's range must be free RAM: at 1 MiB or above, below the hole.
+fn check_range(ram: &Ram, start: u64, end: u64) -> Result<(), Error> {
+    if start < HIGH_MEMORY.0 {
+        return Err(Error::TooLow { start: Gpa(start) });
+    }
+    if end > ram.low_end().0 {
+        return Err(Error::TooLarge { needed: end, available: ram.low_end().0 });
+    }
+    Ok(())
+}

@@ -1,0 +1,221 @@
+//! CPUID of a vCPU: KVM's supported leaves, with this vCPU's identity and the machine's topology (one package,
+//! one thread a core) written in, and what cannot work taken out. Pure.
+
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+const LEAF_VENDOR: u32 = 0;
+const LEAF_FEATURES: u32 = 1;
+const LEAF_CACHES_INTEL: u32 = 4;
+const LEAF_EXTENDED_FEATURES: u32 = 7;
+const LEAF_PERFORMANCE: u32 = 0xa;
+const LEAF_TOPOLOGY: u32 = 0xb;
+const LEAF_SGX: u32 = 0x12;
+const LEAF_TRACE: u32 = 0x14;
+const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+const LEAF_FEATURES_AMD: u32 = 0x8000_0001;
+const LEAF_ADDRESSES: u32 = 0x8000_0008;
+const LEAF_SVM: u32 = 0x8000_000a;
+const LEAF_CACHES_AMD: u32 = 0x8000_001d;
+const LEAF_TOPOLOGY_AMD: u32 = 0x8000_001e;
+
+/// Leaf 1, ECX.
+const VMX: u32 = 1 << 5;
+const TSC_DEADLINE: u32 = 1 << 24;
+const OSXSAVE: u32 = 1 << 27;
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, EDX.
+const MULTI_THREADED: u32 = 1 << 28;
+/// Leaf 7.0, EBX and ECX.
+const SGX: u32 = 1 << 2;
+const TRACE: u32 = 1 << 25;
+const SGX_LAUNCH: u32 = 1 << 30;
+/// Leaf 0x8000_0001, ECX.
+const LEGACY_CORES: u32 = 1 << 1;
+const SVM: u32 = 1 << 2;
+
+/// What a CPU without leaf 0x8000_0008 has.
+const DEFAULT_ADDRESS_BITS: u8 = 36;
+
+/// The leaves of vCPU `index` of `cpus`.
+///
+/// Taken out: nested virtualisation, SGX and processor trace, which want feature MSRs set, and the architectural
+/// performance counters, whose absence saves a guest their initialisation and its NMI watchdog. KVM's own leaves
+/// stay: with KVM's clock a guest calibrates nothing.
+pub(super) fn for_vcpu(
+    supported: &[kvm_cpuid_entry2],
+    tsc_deadline: bool,
+    index: u8,
+    cpus: u8,
+) -> Vec<kvm_cpuid_entry2> {
+    let absent = [LEAF_SGX, LEAF_TRACE, LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2, LEAF_SVM];
+    let mut entries: Vec<_> =
+        supported.iter().filter(|entry| !absent.contains(&entry.function)).copied().collect();
+    let topology = Topology { id: u32::from(index), cpus: u32::from(cpus), amd: is_amd(supported) };
+    for entry in &mut entries {
+        edit(entry, &topology, tsc_deadline);
+    }
+    if highest_leaf(supported) >= LEAF_TOPOLOGY {
+        entries.extend(topology.leaves(LEAF_TOPOLOGY));
+    }
+    entries
+}
+
+/// From leaf 0x8000_0008.
+pub(super) fn physical_address_bits(supported: &[kvm_cpuid_entry2]) -> u8 {
+    let [bits, ..] = find(supported, LEAF_ADDRESSES).map_or([0; 4], |entry| entry.eax.to_le_bytes());
+    if bits == 0 { DEFAULT_ADDRESS_BITS } else { bits }
+}
+
+pub(super) fn is_intel(supported: &[kvm_cpuid_entry2]) -> bool {
+    vendor(supported) == Some(*b"GenuineIntel")
+}
+
+fn is_amd(supported: &[kvm_cpuid_entry2]) -> bool {
+    matches!(vendor(supported).as_ref(), Some(b"AuthenticAMD" | b"HygonGenuine"))
+}
+
+fn vendor(supported: &[kvm_cpuid_entry2]) -> Option<[u8; 12]> {
+    let entry = find(supported, LEAF_VENDOR)?;
+    let mut name = [0; 12];
+    let bytes = [entry.ebx, entry.edx, entry.ecx].into_iter().flat_map(u32::to_le_bytes);
+    for (slot, byte) in name.iter_mut().zip(bytes) {
+        *slot = byte;
+    }
+    Some(name)
+}
+
+fn highest_leaf(supported: &[kvm_cpuid_entry2]) -> u32 {
+    find(supported, LEAF_VENDOR).map_or(0, |entry| entry.eax)
+}
+
+fn find(supported: &[kvm_cpuid_entry2], leaf: u32) -> Option<&kvm_cpuid_entry2> {
+    supported.iter().find(|entry| entry.function == leaf)
+}
+
+/// One package, one die, cores of one thread; APIC ids are core numbers.
+struct Topology {
+    id: u32,
+    cpus: u32,
+    amd: bool,
+}
+
+impl Topology {
+    /// Bits of an APIC id that number a core.
+    fn core_bits(&self) -> u32 {
+        self.cpus.next_power_of_two().trailing_zeros()
+    }
+
+    /// Leaf 0xb: a level of threads, one of cores, and the end.
+    fn leaves(&self, function: u32) -> [kvm_cpuid_entry2; 3] {
+        const THREADS: u32 = 1;
+        const CORES: u32 = 2;
+        let level = |index: u32, kind: u32, shift: u32, logical: u32| kvm_cpuid_entry2 {
+            function,
+            index,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: logical,
+            ecx: kind << 8 | index,
+            edx: self.id,
+            ..Default::default()
+        };
+        [level(0, THREADS, 0, 1), level(1, CORES, self.core_bits(), self.cpus), level(2, 0, 0, 0)]
+    }
+}
+
+fn edit(entry: &mut kvm_cpuid_entry2, topology: &Topology, tsc_deadline: bool) {
+    match entry.function {
+        LEAF_FEATURES => {
+            let logical = topology.cpus.next_power_of_two().min(255);
+            entry.ebx = (entry.ebx & 0xffff) | logical << 16 | topology.id << 24;
+            entry.ecx = (entry.ecx & !(VMX | OSXSAVE)) | HYPERVISOR;
+            entry.ecx = with(entry.ecx, TSC_DEADLINE, tsc_deadline);
+            entry.edx = with(entry.edx, MULTI_THREADED, topology.cpus > 1);
+        }
+        LEAF_CACHES_INTEL if entry.eax & 0x1f != 0 => {
+            // Cores in the package, CPUs that share this cache; both less one.
+            let ids = (1 << topology.core_bits()) - 1;
+            let sharing = if cache_level(entry) >= 3 { ids } else { 0 };
+            entry.eax = (entry.eax & 0x3fff) | sharing << 14 | ids.min(63) << 26;
+        }
+        LEAF_EXTENDED_FEATURES if entry.index == 0 => {
+            entry.ebx &= !(SGX | TRACE);
+            entry.ecx &= !SGX_LAUNCH;
+        }
+        LEAF_PERFORMANCE => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        LEAF_FEATURES_AMD => {
+            entry.ecx = with(entry.ecx & !SVM, LEGACY_CORES, topology.amd && topology.cpus > 1);
+        }
+        LEAF_ADDRESSES if topology.amd => {
+            entry.ecx = (entry.ecx & !0xf0ff) | topology.core_bits() << 12 | (topology.cpus - 1);
+        }
+        LEAF_CACHES_AMD => {
+            let sharing = if cache_level(entry) >= 3 { topology.cpus - 1 } else { 0 };
+            entry.eax = (entry.eax & !(0xfff << 14)) | sharing << 14;
+        }
+        LEAF_TOPOLOGY_AMD => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (topology.id, topology.id & 0xff, 0, 0);
+        }
+        _ => {}
+    }
+}
+
+fn cache_level(entry: &kvm_cpuid_entry2) -> u32 {
+    entry.eax >> 5 & 7
+}
+
+fn with(word: u32, bit: u32, set: bool) -> u32 {
+    if set { word | bit } else { word & !bit }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, eax: u32, ebx: u32, ecx: u32, edx: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn amd() -> Vec<kvm_cpuid_entry2> {
+        let word = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
+        vec![
+            leaf(0, 0x10, word(b"Auth"), word(b"cAMD"), word(b"enti")),
+            leaf(1, 0x80_0f12, 0x0700_0800, VMX | OSXSAVE, 0),
+            leaf(0xb, 9, 9, 9, 9),
+            leaf(0x4000_0001, 0x0100_00ff, 0, 0, 0),
+            leaf(0x8000_0001, 0, 0, SVM, 0),
+            leaf(0x8000_0008, 0x3030, 0, 0x700f, 0),
+            leaf(0x8000_001e, 9, 9, 9, 9),
+        ]
+    }
+
+    #[test]
+    fn a_vcpu_finds_its_own_apic_id_in_every_leaf_that_has_one() {
+        for (index, cpus) in [(0, 1), (3, 4), (5, 6), (254, 255)] {
+            let entries = for_vcpu(&amd(), true, index, cpus);
+            let id = u32::from(index);
+            assert_eq!(find(&entries, 1).unwrap().ebx >> 24, id);
+            let levels: Vec<_> = entries.iter().filter(|entry| entry.function == 0xb).collect();
+            assert_eq!(levels.len(), 3);
+            assert!(levels.iter().all(|level| level.edx == id));
+            assert!(id >> levels[1].eax == 0 && levels[1].ebx == u32::from(cpus));
+            assert_eq!(find(&entries, 0x8000_001e).unwrap().eax, id);
+        }
+    }
+
+    #[test]
+    fn nested_virtualisation_is_taken_out_and_kvms_leaves_stay() {
+        let entries = for_vcpu(&amd(), false, 0, 2);
+        let features = find(&entries, 1).unwrap();
+        assert_eq!(features.ecx & (VMX | OSXSAVE | TSC_DEADLINE | HYPERVISOR), HYPERVISOR);
+        assert_eq!(find(&entries, 0x8000_0001).unwrap().ecx, LEGACY_CORES);
+        assert_eq!(find(&entries, 0x4000_0001).unwrap().eax, 0x0100_00ff);
+        assert_eq!(find(&entries, 0x8000_0008).unwrap().ecx & 0xf0ff, 0x1001);
+    }
+
+    #[test]
+    fn the_address_width_comes_from_its_leaf_or_is_36_bits() {
+        assert_eq!(physical_address_bits(&amd()), 48);
+        assert_eq!(physical_address_bits(&[]), 36);
+    }
+}

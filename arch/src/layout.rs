@@ -1,0 +1,161 @@
+//! Guest-physical addresses, I/O ports and interrupt lines: the one place where they are numbers.
+//!
+//! ```text
+//! 0000_0000  RAM   GDT, boot parameters, page tables, command line (below 0x9_fc00)
+//! 0009_fc00        EBDA: MP table when the guest is discovered without ACPI   (reserved)
+//! 000e_0000        RSDP and the other ACPI tables                             (reserved)
+//! 0010_0000        kernel from here up; initramfs at the end of low RAM
+//! c000_0000  HOLE  32-bit PCI BARs (later)
+//! d000_0000        virtio-mmio register pages, one 4 KiB page a device
+//! e000_0000        PCI ECAM (later)
+//! fec0_0000        IOAPIC
+//! fee0_0000        local APICs, MSI
+//! fffb_c000        KVM's identity map page and TSS (Intel real mode)
+//! 1_0000_0000 RAM  the rest
+//! ```
+//!
+//! Must never depend on a configuration: what varies from machine to machine is in [`crate::platform`].
+
+use std::fmt;
+
+use crate::irq::Gsi;
+use crate::platform::VirtioMmio;
+
+/// A guest-physical address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Gpa(pub u64);
+
+impl fmt::Display for Gpa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// Size of a page.
+pub const PAGE_SIZE: u64 = 4096;
+/// Size and placement of RAM regions are multiples of this: some vhost-user backends silently ignore others.
+pub const RAM_ALIGN: u64 = 2 << 20;
+/// The least RAM a machine may have.
+pub const RAM_MIN: u64 = 32 << 20;
+
+/// First address of the hole below 4 GiB: low RAM ends here at the latest.
+pub const HOLE_START: Gpa = Gpa(3 << 30);
+/// First address above the hole: high RAM begins here.
+pub const HOLE_END: Gpa = Gpa(4 << 30);
+
+/// GDT of the boot state.
+pub const BOOT_GDT: Gpa = Gpa(0x500);
+/// PVH `hvm_start_info`, followed by its modules and memory map.
+pub const PVH_START_INFO: Gpa = Gpa(0x6000);
+/// `boot_params` (the "zero page") of the Linux boot protocol.
+pub const ZERO_PAGE: Gpa = Gpa(0x7000);
+/// Initial stack pointer of the boot CPU: grows down from here, within a page that is ours.
+pub const BOOT_STACK: Gpa = Gpa(0x8ff0);
+/// Page tables for entry in long mode: PML4, PDPT, then four page directories.
+pub const PAGE_TABLES: Gpa = Gpa(0x9000);
+/// Kernel command line.
+pub const CMDLINE: Gpa = Gpa(0x2_0000);
+/// Longest command line that can be placed, with its final NUL.
+pub const CMDLINE_MAX: u64 = 0x1_0000;
+/// End of conventional memory and start of the EBDA.
+pub const EBDA: Gpa = Gpa(0x9_fc00);
+/// End of the EBDA; the VGA window (unused RAM here) begins.
+pub const EBDA_END: Gpa = Gpa(0xa_0000);
+/// RSDP; the other ACPI tables follow. Inside the range that kernels scan.
+pub const ACPI_TABLES: Gpa = Gpa(0xe_0000);
+/// End of the ACPI area, and start of the RAM that a kernel may use freely.
+pub const HIGH_MEMORY: Gpa = Gpa(0x10_0000);
+
+/// First virtio-mmio register page.
+pub const VIRTIO_MMIO_BASE: Gpa = Gpa(0xd000_0000);
+/// Size and distance of virtio-mmio register pages.
+pub const VIRTIO_MMIO_SIZE: u64 = PAGE_SIZE;
+/// How many virtio-mmio devices a machine may have.
+pub const VIRTIO_MMIO_MAX: usize = 64;
+/// IOAPIC registers.
+pub const IOAPIC: Gpa = Gpa(0xfec0_0000);
+/// Local APIC registers.
+pub const LOCAL_APIC: Gpa = Gpa(0xfee0_0000);
+/// One page for KVM's identity map (`KVM_SET_IDENTITY_MAP_ADDR`).
+pub const KVM_IDENTITY_MAP: Gpa = Gpa(0xfffb_c000);
+/// Three pages for KVM's TSS (`KVM_SET_TSS_ADDR`).
+pub const KVM_TSS: Gpa = Gpa(0xfffb_d000);
+
+/// First port of the first serial port (COM1).
+pub const COM1: u16 = 0x3f8;
+/// Ports of a 16550.
+pub const SERIAL_PORTS: u16 = 8;
+/// ACPI sleep control register, one byte. See [`SLEEP_POWER_OFF`].
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// ACPI sleep status register, one byte; the guest writes 0x80 to it, reads may give 0.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// ACPI reset register, one byte. See [`RESET_VALUE`].
+pub const RESET_PORT: u16 = 0x602;
+/// Written to [`RESET_PORT`], resets the machine.
+pub const RESET_VALUE: u8 = 1;
+/// SLP_TYP of S5 (soft off).
+pub const S5_SLEEP_TYPE: u8 = 5;
+/// Written to [`SLEEP_CONTROL_PORT`], powers the machine off: SLP_TYP (bits 2-4) = S5, SLP_EN (bit 5).
+pub const SLEEP_POWER_OFF: u8 = (S5_SLEEP_TYPE << 2) | (1 << 5);
+/// Command port of the keyboard controller, which this machine lacks but for its reset line.
+pub const I8042_COMMAND_PORT: u16 = 0x64;
+/// Written to [`I8042_COMMAND_PORT`], resets the machine.
+pub const I8042_RESET_VALUE: u8 = 0xfe;
+/// Optional debug-exit port of test machines.
+pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+
+/// Number of pins of the IOAPIC, and so the first GSI that is not a pin.
+pub const IOAPIC_PINS: u32 = 24;
+/// Interrupt line of COM1.
+pub const COM1_GSI: Gsi = Gsi(4);
+
+/// Pins for virtio-mmio devices, in the order of use. Left out: 0 and 2 (timer and cascade of kernels without
+/// ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel without ACPI would look for; 9 waits for
+/// the ACPI event device).
+const VIRTIO_MMIO_PINS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
+/// Where the `n`th virtio-mmio device is (from 0). The first 16 have a pin of their own; further ones share,
+/// which edge-triggered pins survive because Linux requests them shared and our InterruptStatus always reads 1.
+pub fn virtio_mmio_slot(n: usize) -> Option<VirtioMmio> {
+    if n >= VIRTIO_MMIO_MAX {
+        return None;
+    }
+    let pin = VIRTIO_MMIO_PINS.get(n % VIRTIO_MMIO_PINS.len())?;
+    let offset = u64::try_from(n).ok()?.checked_mul(VIRTIO_MMIO_SIZE)?;
+    Some(VirtioMmio { base: Gpa(VIRTIO_MMIO_BASE.0 + offset), size: VIRTIO_MMIO_SIZE, gsi: Gsi(*pin) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_sixteen_virtio_mmio_devices_have_pins_of_their_own() {
+        let mut pins: Vec<_> = (0..16).map(|n| virtio_mmio_slot(n).unwrap().gsi.0).collect();
+        assert!(pins.iter().all(|pin| *pin < IOAPIC_PINS && *pin != COM1_GSI.0));
+        pins.sort_unstable();
+        pins.dedup();
+        assert_eq!(pins.len(), 16);
+    }
+
+    #[test]
+    fn virtio_mmio_pages_never_overlap_and_stay_inside_their_window() {
+        for n in 0..VIRTIO_MMIO_MAX {
+            let slot = virtio_mmio_slot(n).unwrap();
+            assert_eq!(slot.base.0 % PAGE_SIZE, 0);
+            assert!(slot.base >= VIRTIO_MMIO_BASE && slot.base.0 + slot.size <= 0xe000_0000);
+            if let Some(next) = virtio_mmio_slot(n + 1) {
+                assert_eq!(slot.base.0 + slot.size, next.base.0);
+            }
+        }
+        assert_eq!(virtio_mmio_slot(VIRTIO_MMIO_MAX), None);
+    }
+
+    #[test]
+    fn low_memory_structures_follow_each_other_without_overlap() {
+        let order = [BOOT_GDT, PVH_START_INFO, ZERO_PAGE, Gpa(0x8000), PAGE_TABLES, CMDLINE];
+        assert!(order.is_sorted());
+        const { assert!(BOOT_STACK.0 < PAGE_TABLES.0 && PAGE_TABLES.0 + 6 * PAGE_SIZE <= CMDLINE.0) };
+        const { assert!(CMDLINE.0 + CMDLINE_MAX <= EBDA.0) };
+    }
+}

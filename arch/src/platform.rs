@@ -1,0 +1,88 @@
+//! What a machine consists of, as plain data: made by `vmm` from the configuration, read by [`crate::boot`],
+//! [`crate::acpi`], [`crate::cpu`] and [`crate::irq`]. Holds no resource and does nothing.
+
+use crate::irq::Gsi;
+use crate::layout::{COM1, COM1_GSI, Gpa};
+
+/// A machine's parts, as far as its guest is told of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Platform {
+    /// Number of vCPUs, 1 to 255. Their APIC ids are 0 to `cpus` - 1.
+    pub cpus: u8,
+    /// virtio-mmio devices, from [`crate::layout::virtio_mmio_slot`].
+    pub virtio_mmio: Vec<VirtioMmio>,
+    /// The serial port, if there is one.
+    pub serial: Option<SerialPort>,
+    /// How the guest learns of all this.
+    pub discovery: Discovery,
+}
+
+/// A virtio-mmio device as the guest sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioMmio {
+    /// Its register page.
+    pub base: Gpa,
+    /// Size of the register page in bytes.
+    pub size: u64,
+    /// Its edge-triggered interrupt.
+    pub gsi: Gsi,
+}
+
+/// A 16550.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SerialPort {
+    /// First I/O port.
+    pub port: u16,
+    /// Its edge-triggered interrupt.
+    pub gsi: Gsi,
+}
+
+impl SerialPort {
+    /// The first serial port of a PC: ttyS0.
+    pub const COM1: Self = Self { port: COM1, gsi: COM1_GSI };
+}
+
+/// How the guest learns what the machine consists of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discovery {
+    /// ACPI tables (hardware-reduced, no legacy device): what stock kernels need.
+    #[default]
+    Acpi,
+    /// An MP table, and [`Platform::device_parameters`] on the command line: for kernels without ACPI, which
+    /// must be built with `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`. Such kernels also want the 8259s and the PIT.
+    Cmdline,
+}
+
+impl Platform {
+    /// Kernel parameters that name the virtio-mmio devices, for [`Discovery::Cmdline`]; else none.
+    pub fn device_parameters(&self) -> Vec<String> {
+        match self.discovery {
+            Discovery::Acpi => Vec::new(),
+            Discovery::Cmdline => self
+                .virtio_mmio
+                .iter()
+                .map(|d| format!("virtio_mmio.device={}K@{:#x}:{}", d.size / 1024, d.base.0, d.gsi.0))
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::virtio_mmio_slot;
+
+    #[test]
+    fn only_cmdline_discovery_names_devices_in_parameters() {
+        let mut platform = Platform {
+            cpus: 1,
+            virtio_mmio: (0..2).map(|n| virtio_mmio_slot(n).unwrap()).collect(),
+            serial: None,
+            discovery: Discovery::Acpi,
+        };
+        assert!(platform.device_parameters().is_empty());
+        platform.discovery = Discovery::Cmdline;
+        let expected = ["virtio_mmio.device=4K@0xd0000000:5", "virtio_mmio.device=4K@0xd0001000:6"];
+        assert_eq!(platform.device_parameters(), expected);
+    }
+}

@@ -1,0 +1,363 @@
+//! Guest RAM: one sealed memfd, and the two ranges of guest-physical addresses that it backs.
+//!
+//! Filling it is left to the host kernel (`splice`, `pwrite` on the memfd): no bounce buffer, no page fault of
+//! ours, no touching or zeroing in advance. hugetlbfs cannot be written by system call, so that RAM of huge
+//! pages alone is mapped here, by `vm-memory`. Must never be resized: peers map the same memfd.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+};
+use rustix::io::{Errno, pread, pwrite};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use vm_memory::volatile_memory::VolatileMemory;
+use vm_memory::{Bytes, FileOffset, MmapRegion};
+
+use crate::layout::{Gpa, HOLE_END, HOLE_START, RAM_ALIGN, RAM_MIN};
+
+/// Bytes moved at a time by read and write, where `splice` cannot.
+const CHUNK: usize = 256 << 10;
+/// Wanted capacity of the pipe between a file and the memfd; 1 MiB is what an unprivileged process may have.
+const PIPE: usize = 1 << 20;
+
+/// Pages that guest RAM is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hugepages {
+    /// Ordinary pages.
+    #[default]
+    Off,
+    /// Reserved huge pages of 2 MiB.
+    Size2M,
+    /// Reserved huge pages of 1 GiB.
+    Size1G,
+}
+
+impl Hugepages {
+    fn page_size(self) -> u64 {
+        match self {
+            Self::Off => 4 << 10,
+            Self::Size2M => 2 << 20,
+            Self::Size1G => 1 << 30,
+        }
+    }
+}
+
+/// Errors of this module.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The size is below [`RAM_MIN`].
+    #[error("{size} bytes of memory are too few, at least {} MiB are needed", RAM_MIN >> 20)]
+    TooSmall {
+        /// Wanted size in bytes.
+        size: u64,
+    },
+    /// The size is not a multiple of what it must be.
+    #[error("a memory size of {size} bytes is not a multiple of {} MiB", multiple >> 20)]
+    Odd {
+        /// Wanted size in bytes.
+        size: u64,
+        /// What it must be a multiple of, in bytes.
+        multiple: u64,
+    },
+    /// The host did not give the memory.
+    #[error("the host refused {} MiB of memory", size >> 20)]
+    Refused {
+        /// Wanted size in bytes.
+        size: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host did not give the huge pages.
+    #[error("the host has not enough huge pages of {} MiB for {} MiB of memory", page >> 20, size >> 20)]
+    NoHugepages {
+        /// Wanted size in bytes.
+        size: u64,
+        /// Size of a huge page in bytes.
+        page: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// A range is not inside one region of RAM.
+    #[error("{len} bytes at guest address {at} are not inside the guest's memory")]
+    Outside {
+        /// Start of the range.
+        at: Gpa,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// A file ended before the bytes that it had.
+    #[error("the file ended {missing} bytes early")]
+    FileEnded {
+        /// How many bytes were still to come.
+        missing: u64,
+    },
+    /// A file could not be read.
+    #[error("cannot read the file")]
+    Read(#[source] io::Error),
+    /// Guest memory could not be read or written.
+    #[error("cannot access the guest's memory")]
+    Access(#[source] io::Error),
+}
+
+impl Error {
+    /// What the user may do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Odd { .. } | Self::TooSmall { .. } => {
+                Some("memory sizes are multiples of 2 MiB, from 32M up")
+            }
+            Self::NoHugepages { page, .. } if *page == 1 << 30 => {
+                Some("reserve them: echo N > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
+            }
+            Self::NoHugepages { .. } => {
+                Some("reserve them: echo N > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A range of guest-physical addresses backed by the memfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRegion {
+    /// First address.
+    pub guest: Gpa,
+    /// Size in bytes, a multiple of 2 MiB.
+    pub size: u64,
+    /// Offset of its first byte in the memfd.
+    pub offset: u64,
+}
+
+/// A machine's RAM.
+#[derive(Debug)]
+pub struct Ram {
+    fd: Arc<OwnedFd>,
+    regions: Vec<RamRegion>,
+    /// Only for huge pages; the whole memfd.
+    mapping: Option<MmapRegion>,
+}
+
+impl Ram {
+    /// Allocates `size` bytes (a multiple of 2 MiB, or of the size of a huge page), sealed against resizing.
+    /// Huge pages are reserved here and now, ordinary ones only when they are touched.
+    pub fn allocate(size: u64, hugepages: Hugepages) -> Result<Self, Error> {
+        let multiple = RAM_ALIGN.max(hugepages.page_size());
+        if !size.is_multiple_of(multiple) {
+            return Err(Error::Odd { size, multiple });
+        }
+        if size < RAM_MIN {
+            return Err(Error::TooSmall { size });
+        }
+        let refused = |errno: Errno| Error::Refused { size, source: errno.into() };
+        let no_hugepages =
+            |source: io::Error| Error::NoHugepages { size, page: hugepages.page_size(), source };
+
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let (flags, refused_here): (_, &dyn Fn(Errno) -> Error) = match hugepages {
+            Hugepages::Off => (flags, &refused),
+            Hugepages::Size2M => {
+                (flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, &|e| no_hugepages(e.into()))
+            }
+            Hugepages::Size1G => {
+                (flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB, &|e| no_hugepages(e.into()))
+            }
+        };
+        let fd = memfd_create("guest-ram", flags).map_err(refused_here)?;
+        ftruncate(&fd, size).map_err(refused_here)?;
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(refused)?;
+
+        let mapping = match hugepages {
+            Hugepages::Off => None,
+            Hugepages::Size2M | Hugepages::Size1G => {
+                let file = File::from(fd.try_clone().map_err(|source| Error::Refused { size, source })?);
+                let bytes = usize::try_from(size).map_err(|_| refused(Errno::NOMEM))?;
+                let mapped = MmapRegion::from_file(FileOffset::new(file, 0), bytes);
+                Some(mapped.map_err(|error| no_hugepages(io::Error::other(error)))?)
+            }
+        };
+        Ok(Self { fd: Arc::new(fd), regions: regions_of(size), mapping })
+    }
+
+    /// The memfd.
+    pub fn fd(&self) -> &Arc<OwnedFd> {
+        &self.fd
+    }
+
+    /// One region, or two around the hole below 4 GiB, in the order of their addresses.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(|region| region.size).sum()
+    }
+
+    /// Where RAM below the hole ends.
+    pub fn low_end(&self) -> Gpa {
+        Gpa(self.size().min(HOLE_START.0))
+    }
+
+    /// Writes `bytes` at `at`.
+    pub fn write_at(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
+        let mut offset = self.offset_of(at, bytes.len())?;
+        if let Some(mapping) = &self.mapping {
+            let start = usize::try_from(offset).map_err(|_| Error::Access(Errno::OVERFLOW.into()))?;
+            return mapping
+                .as_volatile_slice()
+                .write_slice(bytes, start)
+                .map_err(|error| Error::Access(io::Error::other(error)));
+        }
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let done =
+                retry(|| pwrite(&self.fd, rest, offset)).map_err(|errno| Error::Access(errno.into()))?;
+            rest = advance(rest, done).ok_or_else(|| Error::Access(Errno::IO.into()))?;
+            offset = offset.saturating_add(wide(done));
+        }
+        Ok(())
+    }
+
+    /// Reads `bytes` at `at`.
+    pub fn read_at(&self, at: Gpa, bytes: &mut [u8]) -> Result<(), Error> {
+        let mut offset = self.offset_of(at, bytes.len())?;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let done =
+                retry(|| pread(&self.fd, &mut *rest, offset)).map_err(|errno| Error::Access(errno.into()))?;
+            rest = match rest.get_mut(done..) {
+                Some(tail) if done > 0 => tail,
+                _ => return Err(Error::Access(Errno::IO.into())),
+            };
+            offset = offset.saturating_add(wide(done));
+        }
+        Ok(())
+    }
+
+    /// Makes `len` bytes at `at` read as zeros; whole pages are given back to the host.
+    pub fn zero(&self, at: Gpa, len: u64) -> Result<(), Error> {
+        if len == 0 {
+            return Ok(());
+        }
+        let offset = self.offset(at, len)?;
+        if self.mapping.is_none() {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            return retry(|| fallocate(&self.fd, flags, offset, len))
+                .map_err(|errno| Error::Access(errno.into()));
+        }
+        let zeros = [0; 4096];
+        let mut done = 0;
+        while done < len {
+            let step = usize::try_from(len - done).unwrap_or(zeros.len()).min(zeros.len());
+            self.write_at(Gpa(at.0 + done), zeros.get(..step).unwrap_or(&zeros))?;
+            done += wide(step);
+        }
+        Ok(())
+    }
+
+    /// Moves `len` bytes of `file`, from `offset` on, to `at`. The position of `file` is neither used nor moved.
+    pub fn copy_from_file(&self, at: Gpa, file: &File, offset: u64, len: u64) -> Result<(), Error> {
+        let memfd_offset = self.offset(at, len)?;
+        let mut done = 0;
+        if self.mapping.is_none() {
+            match splice_all(file.as_fd(), offset, self.fd.as_fd(), memfd_offset, len, &mut done) {
+                Ok(()) => return Ok(()),
+                Err(Errno::INVAL | Errno::NOSYS | Errno::PERM | Errno::MFILE | Errno::NFILE) => {
+                    log::debug!("splice into guest memory is not possible after {done} bytes, copying");
+                }
+                Err(Errno::NODATA) => return Err(Error::FileEnded { missing: len.saturating_sub(done) }),
+                Err(errno) => return Err(Error::Read(errno.into())),
+            }
+        }
+        let mut buffer = vec![0; usize::try_from(len).unwrap_or(CHUNK).min(CHUNK)];
+        while done < len {
+            let step = usize::try_from(len - done).unwrap_or(CHUNK).min(buffer.len());
+            let chunk = buffer.get_mut(..step).unwrap_or_default();
+            let got = retry(|| pread(file, &mut *chunk, offset.saturating_add(done)))
+                .map_err(|errno| Error::Read(errno.into()))?;
+            if got == 0 {
+                return Err(Error::FileEnded { missing: len - done });
+            }
+            self.write_at(Gpa(at.0.saturating_add(done)), chunk.get(..got).unwrap_or_default())?;
+            done += wide(got);
+        }
+        Ok(())
+    }
+
+    fn offset_of(&self, at: Gpa, len: usize) -> Result<u64, Error> {
+        self.offset(at, wide(len))
+    }
+
+    /// The place in the memfd of a range that must lie in one region.
+    fn offset(&self, at: Gpa, len: u64) -> Result<u64, Error> {
+        let inside = |region: &&RamRegion| {
+            at >= region.guest && at.0.checked_add(len).is_some_and(|end| end <= region.guest.0 + region.size)
+        };
+        let region = self.regions.iter().find(inside).ok_or(Error::Outside { at, len })?;
+        Ok(at.0 - region.guest.0 + region.offset)
+    }
+}
+
+fn regions_of(size: u64) -> Vec<RamRegion> {
+    let low = size.min(HOLE_START.0);
+    let mut regions = vec![RamRegion { guest: Gpa(0), size: low, offset: 0 }];
+    if size > low {
+        regions.push(RamRegion { guest: HOLE_END, size: size - low, offset: low });
+    }
+    regions
+}
+
+/// Moves bytes by way of a pipe, in which the kernel passes pages of the file along without a copy. `done` says
+/// how far it came, also after an error. `NODATA`: the file ended.
+fn splice_all(
+    from: BorrowedFd<'_>,
+    from_offset: u64,
+    to: BorrowedFd<'_>,
+    to_offset: u64,
+    len: u64,
+    done: &mut u64,
+) -> Result<(), Errno> {
+    let (pipe_out, pipe_in) = pipe_with(PipeFlags::CLOEXEC)?;
+    let capacity = fcntl_setpipe_size(&pipe_in, PIPE).unwrap_or(64 << 10).max(4096);
+    while *done < len {
+        let wanted = usize::try_from(len - *done).unwrap_or(capacity).min(capacity);
+        let mut read_at = from_offset.saturating_add(*done);
+        let mut held = retry(|| splice(from, Some(&mut read_at), &pipe_in, None, wanted, SpliceFlags::MOVE))?;
+        if held == 0 {
+            return Err(Errno::NODATA);
+        }
+        while held > 0 {
+            let mut write_at = to_offset.saturating_add(*done);
+            let moved = retry(|| splice(&pipe_out, None, to, Some(&mut write_at), held, SpliceFlags::MOVE))?;
+            if moved == 0 || moved > held {
+                return Err(Errno::IO);
+            }
+            held -= moved;
+            *done += wide(moved);
+        }
+    }
+    Ok(())
+}
+
+fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+fn advance(bytes: &[u8], done: usize) -> Option<&[u8]> {
+    if done == 0 { None } else { bytes.get(done..) }
+}
+
+/// Lengths of this 64-bit program always fit.
+fn wide(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
