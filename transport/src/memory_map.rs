@@ -1,0 +1,237 @@
+//! Guest memory as peers are told of it: ranges of guest-physical addresses backed by fds.
+//!
+//! User addresses are `guest address + a fixed bias`, never pointers: nothing of our address space leaks and a
+//! missed translation fails loudly. A region cannot exist without its fd. Nothing here maps memory.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// The page size that regions are multiples of.
+pub const PAGE: u64 = 4096;
+
+/// What is added to a guest-physical address to make the user address that vhost-user peers see.
+pub const USER_BIAS: u64 = 0x1000_0000_0000;
+
+/// A guest-physical address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestAddr(pub u64);
+
+impl GuestAddr {
+    /// The address as a number.
+    pub fn raw(self) -> u64 {
+        self.0
+    }
+
+    /// The address `bytes` further up; `None` past the end of the address space.
+    pub fn checked_add(self, bytes: u64) -> Option<Self> {
+        self.0.checked_add(bytes).map(Self)
+    }
+
+    fn user(self) -> Option<UserAddr> {
+        self.0.checked_add(USER_BIAS).map(UserAddr)
+    }
+}
+
+impl fmt::Display for GuestAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// An address in the "user" space of vhost-user messages: guest address + [`USER_BIAS`], never a pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UserAddr(u64);
+
+impl UserAddr {
+    /// The address as it goes into a message.
+    pub fn raw(self) -> u64 {
+        self.0
+    }
+
+    /// The guest address that a peer means by `raw`; `None` below the bias.
+    pub fn guest_of(raw: u64) -> Option<GuestAddr> {
+        raw.checked_sub(USER_BIAS).map(GuestAddr)
+    }
+}
+
+/// An I/O virtual address: what a device behind an IOMMU, or a vfio-user server, uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Iova(pub u64);
+
+/// A range of guest memory and the file that holds it.
+#[derive(Clone, Debug)]
+pub struct SharedRegion {
+    guest: GuestAddr,
+    size: u64,
+    fd: Arc<OwnedFd>,
+    offset: u64,
+}
+
+impl SharedRegion {
+    /// `size` bytes at guest address `guest`, held by `fd` from byte `offset` on.
+    pub fn new(guest: GuestAddr, size: u64, fd: Arc<OwnedFd>, offset: u64) -> Self {
+        Self { guest, size, fd, offset }
+    }
+
+    /// The first guest address.
+    pub fn guest(&self) -> GuestAddr {
+        self.guest
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where the region begins in its file.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The file.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// The file, shared.
+    pub fn shared_fd(&self) -> &Arc<OwnedFd> {
+        &self.fd
+    }
+
+    /// The user address of the first byte. Regions of a [`MemoryMap`] always have one.
+    pub fn user(&self) -> Option<UserAddr> {
+        self.guest.user()
+    }
+
+    /// The guest address behind the last byte; `None` past the end of the address space.
+    pub fn end(&self) -> Option<GuestAddr> {
+        self.guest.checked_add(self.size)
+    }
+
+    fn holds(&self, at: GuestAddr, len: u64) -> bool {
+        match (at.checked_add(len), self.end()) {
+            (Some(last), Some(end)) => at >= self.guest && last <= end,
+            _ => false,
+        }
+    }
+}
+
+/// Why regions do not make a memory map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MapError {
+    /// There is no region at all.
+    #[error("the memory map has no region")]
+    Empty,
+    /// A region has no bytes, or is not whole pages.
+    #[error("the memory region at {0} is empty or not made of whole 4 KiB pages")]
+    Unaligned(GuestAddr),
+    /// A region runs past the end of an address space.
+    #[error("the memory region at {0} is too large")]
+    TooLarge(GuestAddr),
+    /// Two regions share addresses.
+    #[error("the memory regions at {0} and {1} overlap")]
+    Overlap(GuestAddr, GuestAddr),
+}
+
+/// All of guest memory: sorted, without overlaps, immutable, cheap to clone.
+#[derive(Clone, Debug)]
+pub struct MemoryMap(Arc<[SharedRegion]>);
+
+impl MemoryMap {
+    /// Checks and sorts `regions`.
+    pub fn new(mut regions: Vec<SharedRegion>) -> Result<Self, MapError> {
+        if regions.is_empty() {
+            return Err(MapError::Empty);
+        }
+        regions.sort_by_key(|region| region.guest);
+        for region in &regions {
+            let at = region.guest;
+            if region.size == 0 || [at.0, region.size, region.offset].iter().any(|n| n % PAGE != 0) {
+                return Err(MapError::Unaligned(at));
+            }
+            region.end().and_then(GuestAddr::user).ok_or(MapError::TooLarge(at))?;
+            region.offset.checked_add(region.size).ok_or(MapError::TooLarge(at))?;
+        }
+        for (low, high) in regions.iter().zip(regions.iter().skip(1)) {
+            if low.end().is_none_or(|end| end > high.guest) {
+                return Err(MapError::Overlap(low.guest, high.guest));
+            }
+        }
+        Ok(Self(regions.into()))
+    }
+
+    /// The regions, lowest guest address first.
+    pub fn regions(&self) -> &[SharedRegion] {
+        &self.0
+    }
+
+    /// The region that holds all of `len` bytes at `at`.
+    pub fn region_of(&self, at: GuestAddr, len: u64) -> Option<&SharedRegion> {
+        self.0.iter().find(|region| region.holds(at, len))
+    }
+
+    /// The user address of `at`, when all of `len` bytes lie inside one region.
+    pub fn user_addr(&self, at: GuestAddr, len: u64) -> Option<UserAddr> {
+        self.region_of(at, len)?;
+        at.user()
+    }
+
+    /// The guest address behind the highest region.
+    pub fn end(&self) -> GuestAddr {
+        self.0.last().and_then(SharedRegion::end).unwrap_or(GuestAddr(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(guest: u64, size: u64) -> SharedRegion {
+        let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        SharedRegion::new(GuestAddr(guest), size, Arc::new(fd), 0)
+    }
+
+    fn map(parts: &[(u64, u64)]) -> Result<MemoryMap, MapError> {
+        MemoryMap::new(parts.iter().map(|&(guest, size)| region(guest, size)).collect())
+    }
+
+    #[test]
+    fn regions_are_sorted_and_looked_up_by_address() {
+        let map = map(&[(0x1_0000_0000, 0x2000), (0, 0x1000)]).unwrap();
+        assert_eq!(map.regions()[0].guest(), GuestAddr(0));
+        assert_eq!(map.end(), GuestAddr(0x1_0000_2000));
+        assert_eq!(map.user_addr(GuestAddr(0), 0x1000).unwrap().raw(), USER_BIAS);
+        assert_eq!(map.user_addr(GuestAddr(0x1_0000_1fff), 1).unwrap().raw(), USER_BIAS + 0x1_0000_1fff);
+    }
+
+    #[test]
+    fn a_range_across_or_outside_regions_has_no_user_address() {
+        let map = map(&[(0, 0x1000), (0x1000, 0x1000), (0x4000, 0x1000)]).unwrap();
+        assert_eq!(map.user_addr(GuestAddr(0xfff), 2), None);
+        assert_eq!(map.user_addr(GuestAddr(0x2000), 1), None);
+        assert_eq!(map.user_addr(GuestAddr(0x4fff), u64::MAX), None);
+        assert_eq!(map.user_addr(GuestAddr(u64::MAX), 1), None);
+    }
+
+    #[test]
+    fn bad_regions_are_named() {
+        assert_eq!(map(&[]).unwrap_err(), MapError::Empty);
+        assert_eq!(map(&[(0, 0)]).unwrap_err(), MapError::Unaligned(GuestAddr(0)));
+        assert_eq!(map(&[(0x10, 0x1000)]).unwrap_err(), MapError::Unaligned(GuestAddr(0x10)));
+        assert_eq!(
+            map(&[(0, 0x2000), (0x1000, 0x1000)]).unwrap_err(),
+            MapError::Overlap(GuestAddr(0), GuestAddr(0x1000))
+        );
+        let top = u64::MAX - 0xfff;
+        assert_eq!(map(&[(top, 0x1000)]).unwrap_err(), MapError::TooLarge(GuestAddr(top)));
+        let above_bias = u64::MAX - USER_BIAS - 0xfff;
+        assert_eq!(map(&[(above_bias, 0x2000)]).unwrap_err(), MapError::TooLarge(GuestAddr(above_bias)));
+    }
+
+    #[test]
+    fn user_addresses_go_back_to_guest_addresses() {
+        assert_eq!(UserAddr::guest_of(USER_BIAS + 5), Some(GuestAddr(5)));
+        assert_eq!(UserAddr::guest_of(5), None);
+    }
+}

@@ -1,0 +1,400 @@
+//! vhost-user "Communication": one exchange with the back-end at a time, every wait bounded.
+//!
+//! Applies the request table's rules. Must never reuse a connection after a failure that leaves it out of step:
+//! it is shut down on the spot, so a late reply cannot be taken for the next one, and whoever polls the socket
+//! sees the hang-up.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::error::{Cause, Error, Step};
+use super::features::ProtocolFeatures;
+use super::message::{Fault, HEADER_SIZE, Header, length, parse};
+use super::request::{Answer, Needs, Request, Row, UNJUDGED_MOST};
+use super::trace::{Direction, Trace, TraceEvent};
+use crate::deadline::{Deadline, Waited, wait_readable, wait_writable};
+use crate::scm;
+
+/// Limits of one peer, and who watches its messages.
+#[derive(Clone)]
+pub struct Limits {
+    deadline: Duration,
+    trace: Option<Arc<dyn Trace>>,
+}
+
+impl Default for Limits {
+    /// Two seconds, no trace.
+    fn default() -> Self {
+        Self::new(Duration::from_millis(2000))
+    }
+}
+
+impl Limits {
+    /// `deadline` bounds each operation on the peer, however many bytes it drips.
+    pub fn new(deadline: Duration) -> Self {
+        Self { deadline, trace: None }
+    }
+
+    /// Reports every message to `trace`.
+    #[must_use]
+    pub fn traced(mut self, trace: Arc<dyn Trace>) -> Self {
+        self.trace = Some(trace);
+        self
+    }
+
+    /// The bound of each operation.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    pub(crate) fn trace(&self) -> Option<Arc<dyn Trace>> {
+        self.trace.clone()
+    }
+}
+
+impl std::fmt::Debug for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Limits").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
+/// Counters of one connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Messages sent to the back-end.
+    pub sent: u64,
+    /// Answers that were waited for and came.
+    pub answers: u64,
+    /// Waits that failed: a deadline passed, the peer hung up, or its answer was malformed.
+    pub failures: u64,
+    /// The longest exchange: from sending until the answer was whole, or given up.
+    pub worst_wait: Duration,
+    /// All exchanges together.
+    pub total_wait: Duration,
+}
+
+/// An answer: its payload and fds, within the sizes of the request's row.
+#[derive(Debug, Default)]
+pub(crate) struct Answered {
+    pub(crate) payload: Vec<u8>,
+    #[expect(dead_code, reason = "the first request whose answer has an fd comes with inflight tracking")]
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+/// Whether bytes can still be exchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    InStep,
+    Lost,
+}
+
+/// The main connection to a back-end. Not shared: one exchange at a time, by `&mut`.
+pub(crate) struct Channel {
+    socket: UnixStream,
+    peer: Arc<str>,
+    limits: Limits,
+    link: Link,
+    stats: Stats,
+    protocol_offered: bool,
+    negotiated: ProtocolFeatures,
+}
+
+impl Channel {
+    pub(crate) fn new(socket: UnixStream, peer: Arc<str>, limits: &Limits) -> Result<Self, Error> {
+        let unusable = |source| Error::new(&peer, Step::Connect, Cause::Io(source));
+        socket.set_nonblocking(true).map_err(unusable)?;
+        Ok(Self {
+            socket,
+            limits: limits.clone(),
+            link: Link::InStep,
+            stats: Stats::default(),
+            protocol_offered: false,
+            negotiated: ProtocolFeatures::NONE,
+            peer,
+        })
+    }
+
+    pub(crate) fn peer(&self) -> &Arc<str> {
+        &self.peer
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// The deadline of an operation that begins now.
+    pub(crate) fn deadline(&self) -> Deadline {
+        Deadline::after(self.limits.deadline)
+    }
+
+    /// Notes that device feature bit 30 was offered and may be used.
+    pub(crate) fn set_protocol_offered(&mut self) {
+        self.protocol_offered = true;
+    }
+
+    pub(crate) fn protocol_offered(&self) -> bool {
+        self.protocol_offered
+    }
+
+    pub(crate) fn set_negotiated(&mut self, features: ProtocolFeatures) {
+        self.negotiated = features;
+    }
+
+    pub(crate) fn negotiated(&self) -> ProtocolFeatures {
+        self.negotiated
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.link == Link::Lost
+    }
+
+    /// Ends the connection: an answer held what it must not, so nothing that follows can be trusted.
+    pub(crate) fn malformed(&mut self, request: Request, fault: Fault) -> Error {
+        self.lose(request, Cause::Malformed(fault))
+    }
+
+    /// Says that `request` was not sent for a reason of ours.
+    pub(crate) fn invalid(&self, request: Request, what: &'static str) -> Error {
+        Error::new(&self.peer, Step::Request(request), Cause::Invalid(what))
+    }
+
+    pub(crate) fn error(&self, request: Request, cause: Cause) -> Error {
+        Error::new(&self.peer, Step::Request(request), cause)
+    }
+
+    /// Sends `request` and waits for its answer, if its row and what was negotiated say that there is one.
+    ///
+    /// Blocks until `deadline` at most. A non-zero acknowledgement is [`Cause::Refused`].
+    pub(crate) fn exchange(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: &Deadline,
+    ) -> Result<Answered, Error> {
+        let row = self.permit(request, fds.len())?;
+        let begin = Instant::now();
+        let outcome = self.perform(row, payload, fds, deadline);
+        let took = begin.elapsed();
+        self.stats.worst_wait = self.stats.worst_wait.max(took);
+        self.stats.total_wait = self.stats.total_wait.saturating_add(took);
+        outcome.map_err(|cause| {
+            if matches!(cause, Cause::Refused(_)) {
+                return self.error(request, cause);
+            }
+            self.stats.failures = self.stats.failures.saturating_add(1);
+            self.lose(request, cause)
+        })
+    }
+
+    /// Sends a request whose answer is a plain u64.
+    pub(crate) fn ask_u64(&mut self, request: Request, deadline: &Deadline) -> Result<u64, Error> {
+        let answered = self.exchange(request, &[], &[], deadline)?;
+        parse(&answered.payload).map_err(|fault| self.malformed(request, fault))
+    }
+
+    fn lose(&mut self, request: Request, cause: Cause) -> Error {
+        self.link = Link::Lost;
+        // The peer may be gone already; all that matters is that neither side goes on.
+        if let Err(source) = self.socket.shutdown(Shutdown::Both) {
+            log::debug!("vhost-user backend {}: shutting down: {source}", self.peer);
+        }
+        self.error(request, cause)
+    }
+
+    fn permit(&self, request: Request, fds: usize) -> Result<&'static Row, Error> {
+        if self.is_lost() {
+            return Err(self.error(request, Cause::AlreadyLost));
+        }
+        let row = request.row().ok_or_else(|| self.invalid(request, "it is not in the request table"))?;
+        let allowed = match row.needs {
+            Needs::Nothing => true,
+            Needs::ProtocolOffered => self.protocol_offered,
+            Needs::Features(features) => self.negotiated.contains(features),
+        };
+        if !allowed {
+            return Err(self.error(request, Cause::NotNegotiated));
+        }
+        if fds < usize::from(row.fds.0) || fds > usize::from(row.fds.1) {
+            return Err(self.invalid(request, "it carries another number of file descriptors"));
+        }
+        Ok(row)
+    }
+
+    fn perform(
+        &mut self,
+        row: &'static Row,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: &Deadline,
+    ) -> Result<Answered, Cause> {
+        let acks = self.negotiated.contains(ProtocolFeatures::REPLY_ACK);
+        let code = row.request.0;
+        let header = match row.answer {
+            Answer::Ack | Answer::AlwaysAsked if acks => Header::asking(code, length(payload.len())),
+            _ => Header::request(code, length(payload.len())),
+        };
+        self.send(&header, payload, fds, deadline)?;
+        match row.answer {
+            Answer::Ack if !acks => Ok(Answered::default()),
+            Answer::Ack => {
+                let answered = self.receive(row, (8, 8), (0, 0), deadline)?;
+                match parse::<u64>(&answered.payload).map_err(Cause::Malformed)? {
+                    0 => Ok(answered),
+                    code => Err(Cause::Refused(code)),
+                }
+            }
+            Answer::AlwaysAsked => self.receive(row, (8, 8), (0, 0), deadline),
+            Answer::Always { least, most, fds } => self.receive(row, (least, most), fds, deadline),
+            Answer::Unjudged => {
+                // Its fds, if any, are closed with it.
+                let answered = self.receive(row, (0, UNJUDGED_MOST), (0, u8::MAX), deadline)?;
+                Ok(Answered { payload: answered.payload, fds: Vec::new() })
+            }
+        }
+    }
+
+    /// One message, one `sendmsg`: servers that read the header with one call lose a split one.
+    fn send(
+        &mut self,
+        header: &Header,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: &Deadline,
+    ) -> Result<(), Cause> {
+        let mut message = Vec::with_capacity(HEADER_SIZE.saturating_add(payload.len()));
+        message.extend_from_slice(header.as_bytes());
+        message.extend_from_slice(payload);
+        self.trace(Direction::ToBackend, header, payload, fds.len(), Duration::ZERO);
+        let mut rest = message.as_slice();
+        let mut fds = fds;
+        while !rest.is_empty() {
+            match scm::send(self.socket.as_fd(), rest, fds) {
+                Ok(sent) => {
+                    rest = rest.get(sent..).unwrap_or_default();
+                    fds = &[];
+                }
+                Err(source) if source.kind() == io::ErrorKind::WouldBlock => {
+                    match wait_writable(self.socket.as_fd(), deadline).map_err(Cause::Io)? {
+                        Waited::Ready => {}
+                        Waited::TimedOut => return Err(Cause::NotReading(deadline.limit())),
+                    }
+                }
+                Err(source) => return Err(ended(source, Position::Boundary)),
+            }
+        }
+        self.stats.sent = self.stats.sent.saturating_add(1);
+        Ok(())
+    }
+
+    fn receive(
+        &mut self,
+        row: &'static Row,
+        sizes: (u32, u32),
+        due: (u8, u8),
+        deadline: &Deadline,
+    ) -> Result<Answered, Cause> {
+        let begin = Instant::now();
+        let mut fds = Vec::new();
+        let mut header = Header::new_zeroed();
+        self.fill(header.as_mut_bytes(), &mut fds, Position::Boundary, deadline)?;
+        // The size is judged before anything is allocated for it.
+        header.judge_reply(row.request.0, sizes.1).map_err(Cause::Malformed)?;
+        let size = usize::try_from(header.size).unwrap_or(usize::MAX);
+        let mut payload = vec![0; size];
+        self.fill(&mut payload, &mut fds, Position::Inside, deadline)?;
+        self.trace(Direction::FromBackend, &header, &payload, fds.len(), begin.elapsed());
+        if header.size < sizes.0 {
+            let fault = Fault::Size { got: header.size, least: sizes.0, most: sizes.1 };
+            return Err(Cause::Malformed(fault));
+        }
+        if fds.len() < usize::from(due.0) || fds.len() > usize::from(due.1) {
+            return Err(Cause::Malformed(Fault::Fds { got: fds.len(), least: due.0, most: due.1 }));
+        }
+        self.stats.answers = self.stats.answers.saturating_add(1);
+        Ok(Answered { payload, fds })
+    }
+
+    fn fill(
+        &mut self,
+        bytes: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        mut position: Position,
+        deadline: &Deadline,
+    ) -> Result<(), Cause> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match scm::receive(self.socket.as_fd(), rest, fds) {
+                Ok(received) if received.fds_truncated => {
+                    return Err(Cause::Malformed(Fault::FdsTruncated));
+                }
+                Ok(received) if received.bytes == 0 => return Err(position.closed()),
+                Ok(received) => {
+                    rest = rest.get_mut(received.bytes..).unwrap_or_default();
+                    position = Position::Inside;
+                    // A drip-fed message would otherwise pass its deadline without ever having to wait.
+                    if !rest.is_empty() && deadline.remaining().is_none() {
+                        return Err(Cause::Silent(deadline.limit()));
+                    }
+                    // No message of this protocol has more; a flood of them is not collected.
+                    if fds.len() > scm::MAX_FDS {
+                        return Err(Cause::Malformed(Fault::Fds { got: fds.len(), least: 0, most: 1 }));
+                    }
+                }
+                Err(source) if source.kind() == io::ErrorKind::WouldBlock => {
+                    match wait_readable(self.socket.as_fd(), deadline).map_err(Cause::Io)? {
+                        Waited::Ready => {}
+                        Waited::TimedOut => return Err(Cause::Silent(deadline.limit())),
+                    }
+                }
+                Err(source) => return Err(ended(source, position)),
+            }
+        }
+        Ok(())
+    }
+
+    fn trace(&self, direction: Direction, header: &Header, payload: &[u8], fds: usize, took: Duration) {
+        if let Some(trace) = &self.limits.trace {
+            trace.message(&TraceEvent { peer: &self.peer, direction, header: *header, payload, fds, took });
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Where in the stream of messages an end was met.
+#[derive(Clone, Copy)]
+enum Position {
+    Boundary,
+    Inside,
+}
+
+impl Position {
+    fn closed(self) -> Cause {
+        match self {
+            Self::Boundary => Cause::Closed,
+            Self::Inside => Cause::ClosedMidMessage,
+        }
+    }
+}
+
+fn ended(source: io::Error, position: Position) -> Cause {
+    match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => position.closed(),
+        _ => Cause::Io(source),
+    }
+}

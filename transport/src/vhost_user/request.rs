@@ -1,0 +1,188 @@
+//! The request table of vhost-user "Front-end message types": what each needs, carries and is answered with.
+//!
+//! The rules are data; [`super::channel`] applies them to every exchange. Nothing is sent that the table's
+//! `needs` column does not find negotiated.
+
+use std::fmt;
+
+use super::features::ProtocolFeatures;
+
+/// A front-end request. Open: an unknown code prints, it never crashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Request(pub u32);
+
+/// What must be so before a request may be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing.
+    Nothing,
+    /// Device feature bit 30 was offered.
+    ProtocolOffered,
+    /// These protocol features, all of them, were negotiated.
+    Features(ProtocolFeatures),
+}
+
+/// How a request is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// With a u64, 0 = ok, when REPLY_ACK is negotiated and need_reply is set; else not at all.
+    Ack,
+    /// Always, with a payload of `least` to `most` bytes and `fds.0` to `fds.1` fds.
+    Always {
+        /// Fewest bytes of payload.
+        least: u32,
+        /// Most bytes of payload.
+        most: u32,
+        /// Fewest and most fds.
+        fds: (u8, u8),
+    },
+    /// As `Always` with a u64, and need_reply is set when it may be: rust backends answer only then.
+    AlwaysAsked,
+    /// Always, with whatever the header says: families of backends disagree and nothing in it matters.
+    Unjudged,
+}
+
+const U64: Answer = Answer::Always { least: 8, most: 8, fds: (0, 0) };
+
+/// The largest payload of an answer that is not judged.
+pub const UNJUDGED_MOST: u32 = 64;
+
+/// The most bytes of configuration space that GET_CONFIG and SET_CONFIG carry.
+pub const CONFIG_MOST: u32 = 256;
+
+/// The size of virtio-crypto session structs in QEMU's ABI differs between versions; nothing larger is taken.
+const CRYPTO_MOST: u32 = 2048;
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// The request.
+    pub request: Request,
+    /// Its name in the specification, without the VHOST_USER_ prefix.
+    pub name: &'static str,
+    /// What must have been negotiated.
+    pub needs: Needs,
+    /// Fewest and most fds that travel with it.
+    pub fds: (u8, u8),
+    /// How it is answered.
+    pub answer: Answer,
+}
+
+macro_rules! requests {
+    ($($code:literal $name:ident, $needs:expr, fds $least:literal..$most:literal, $answer:expr;)*) => {
+        impl Request {
+            $(#[doc = concat!("VHOST_USER_", stringify!($name), ".")] pub const $name: Self = Self($code);)*
+        }
+
+        /// Every front-end request, by code.
+        pub const TABLE: &[Row] = &[
+            $(Row {
+                request: Request::$name,
+                name: stringify!($name),
+                needs: $needs,
+                fds: ($least, $most),
+                answer: $answer,
+            },)*
+        ];
+    };
+}
+
+const fn feature(features: ProtocolFeatures) -> Needs {
+    Needs::Features(features)
+}
+
+use Answer::{Ack, Always, AlwaysAsked, Unjudged};
+use Needs::{Nothing, ProtocolOffered};
+use ProtocolFeatures as P;
+
+requests! {
+    1  GET_FEATURES, Nothing, fds 0..0, U64;
+    2  SET_FEATURES, Nothing, fds 0..0, Ack;
+    3  SET_OWNER, Nothing, fds 0..0, Ack;
+    // Deprecated and never sent: what it resets differs between backends. RESET_DEVICE took its place.
+    4  RESET_OWNER, Nothing, fds 0..0, Ack;
+    5  SET_MEM_TABLE, Nothing, fds 1..32, Ack;
+    6  SET_LOG_BASE, feature(P::LOG_SHMFD), fds 1..1, Unjudged;
+    7  SET_LOG_FD, Nothing, fds 1..1, Ack;
+    8  SET_VRING_NUM, Nothing, fds 0..0, Ack;
+    9  SET_VRING_ADDR, Nothing, fds 0..0, Ack;
+    10 SET_VRING_BASE, Nothing, fds 0..0, Ack;
+    11 GET_VRING_BASE, Nothing, fds 0..0, U64;
+    12 SET_VRING_KICK, Nothing, fds 0..1, Ack;
+    13 SET_VRING_CALL, Nothing, fds 0..1, Ack;
+    14 SET_VRING_ERR, Nothing, fds 0..1, Ack;
+    15 GET_PROTOCOL_FEATURES, ProtocolOffered, fds 0..0, U64;
+    16 SET_PROTOCOL_FEATURES, ProtocolOffered, fds 0..0, Ack;
+    17 GET_QUEUE_NUM, feature(P::MQ), fds 0..0, U64;
+    18 SET_VRING_ENABLE, ProtocolOffered, fds 0..0, Ack;
+    19 SEND_RARP, feature(P::RARP), fds 0..0, Ack;
+    20 NET_SET_MTU, feature(P::MTU), fds 0..0, Ack;
+    21 SET_BACKEND_REQ_FD, feature(P::BACKEND_REQ), fds 1..1, Ack;
+    22 IOTLB_MSG, feature(P::BACKEND_REQ.with(P::REPLY_ACK)), fds 0..0, Ack;
+    // For legacy devices of the other endianness only; the guests and hosts of this VMM are both x86-64.
+    23 SET_VRING_ENDIAN, feature(P::CROSS_ENDIAN), fds 0..0, Ack;
+    24 GET_CONFIG, feature(P::CONFIG), fds 0..0, Always { least: 0, most: 12 + CONFIG_MOST, fds: (0, 0) };
+    25 SET_CONFIG, feature(P::CONFIG), fds 0..0, Ack;
+    26 CREATE_CRYPTO_SESSION, feature(P::CRYPTO_SESSION), fds 0..0,
+        Always { least: 8, most: CRYPTO_MOST, fds: (0, 0) };
+    27 CLOSE_CRYPTO_SESSION, feature(P::CRYPTO_SESSION), fds 0..0, Ack;
+    28 POSTCOPY_ADVISE, feature(P::PAGEFAULT), fds 0..0, Always { least: 0, most: 8, fds: (1, 1) };
+    29 POSTCOPY_LISTEN, feature(P::PAGEFAULT), fds 0..0, AlwaysAsked;
+    30 POSTCOPY_END, feature(P::PAGEFAULT), fds 0..0, AlwaysAsked;
+    31 GET_INFLIGHT_FD, feature(P::INFLIGHT_SHMFD), fds 0..0, Always { least: 20, most: 24, fds: (0, 1) };
+    32 SET_INFLIGHT_FD, feature(P::INFLIGHT_SHMFD), fds 1..1, Ack;
+    33 GPU_SET_SOCKET, Nothing, fds 1..1, Ack;
+    34 RESET_DEVICE, feature(P::RESET_DEVICE), fds 0..0, Ack;
+    35 VRING_KICK, feature(P::INBAND_NOTIFICATIONS), fds 0..0, Ack;
+    36 GET_MAX_MEM_SLOTS, feature(P::CONFIGURE_MEM_SLOTS), fds 0..0, U64;
+    37 ADD_MEM_REG, feature(P::CONFIGURE_MEM_SLOTS), fds 1..1, Ack;
+    38 REM_MEM_REG, feature(P::CONFIGURE_MEM_SLOTS), fds 0..0, Ack;
+    39 SET_STATUS, feature(P::STATUS), fds 0..0, Ack;
+    40 GET_STATUS, feature(P::STATUS), fds 0..0, U64;
+    41 GET_SHARED_OBJECT, feature(P::SHARED_OBJECT), fds 0..0, Always { least: 0, most: 16, fds: (0, 1) };
+    42 SET_DEVICE_STATE_FD, feature(P::DEVICE_STATE), fds 1..1, Always { least: 8, most: 8, fds: (0, 1) };
+    43 CHECK_DEVICE_STATE, feature(P::DEVICE_STATE), fds 0..0, U64;
+    44 GET_SHMEM_CONFIG, feature(P::SHMEM), fds 0..0, Always { least: 8, most: 8 + 256 * 8, fds: (0, 0) };
+}
+
+impl Request {
+    /// The request's row; `None` for a code that the specification does not have.
+    pub fn row(self) -> Option<&'static Row> {
+        TABLE.iter().find(|row| row.request == self)
+    }
+}
+
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.row() {
+            Some(row) => f.write_str(row.name),
+            None => write!(f, "request {}", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_every_code_once_in_order() {
+        let codes: Vec<u32> = TABLE.iter().map(|row| row.request.0).collect();
+        assert_eq!(codes, (1..=44).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn names_are_printed_and_unknown_codes_are_numbers() {
+        assert_eq!(Request(15).to_string(), "GET_PROTOCOL_FEATURES");
+        assert_eq!(Request(77).to_string(), "request 77");
+    }
+
+    #[test]
+    fn no_answer_is_larger_than_a_few_pages() {
+        for row in TABLE {
+            if let Answer::Always { least, most, .. } = row.answer {
+                assert!(least <= most && most <= 4096, "{}", row.name);
+            }
+        }
+    }
+}

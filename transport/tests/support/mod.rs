@@ -1,0 +1,77 @@
+//! What several tests of this crate need: guest memory in a memfd, fds counted, a directory that goes away.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+
+/// Guest memory of one region at address 0, read and written through its file.
+pub struct GuestMemory {
+    pub map: MemoryMap,
+    file: Arc<OwnedFd>,
+}
+
+impl GuestMemory {
+    pub fn new(size: u64) -> Self {
+        let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, size).unwrap();
+        let file = Arc::new(file);
+        let region = SharedRegion::new(GuestAddr(0), size, Arc::clone(&file), 0);
+        Self { map: MemoryMap::new(vec![region]).unwrap(), file }
+    }
+
+    pub fn write(&self, at: u64, bytes: &[u8]) {
+        assert_eq!(rustix::io::pwrite(self.file.as_fd(), bytes, at).unwrap(), bytes.len());
+    }
+
+    pub fn read(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        assert_eq!(rustix::io::pread(self.file.as_fd(), &mut bytes, at).unwrap(), len);
+        bytes
+    }
+
+    pub fn read_u16(&self, at: u64) -> u16 {
+        u16::from_le_bytes(self.read(at, 2).try_into().unwrap())
+    }
+}
+
+/// Open descriptors of this process. Tests that count run alone in their process.
+pub fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// A directory of this test, removed at its end.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
+    pub fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("outboard-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+/// Waits until `done`, or fails with what was waited for.
+pub fn eventually(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < limit, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
