@@ -87,18 +87,20 @@ static uint32_t ring_address(const struct bad_case *c, uint32_t part, uint32_t p
 
 static void try_case(const struct bad_case *c)
 {
+	volatile struct queue *queue = &queues[0];
+
 	device_negotiate();
 	set_reg(REG_QUEUE_SEL, 0);
-	avail.flags = 0;
-	avail.index = 0;
-	used.flags = 0;
-	used.index = 0;
+	queue->avail.flags = 0;
+	queue->avail.index = 0;
+	queue->used.flags = 0;
+	queue->used.index = 0;
 	set_reg(REG_QUEUE_NUM, c->size == 0xdead0000 ? 0 : c->size ? c->size : 8);
-	set_reg(REG_QUEUE_DESC_LOW, ring_address(c, 0, (uint32_t)descriptors));
+	set_reg(REG_QUEUE_DESC_LOW, ring_address(c, 0, (uint32_t)queue->descriptors));
 	set_reg(REG_QUEUE_DESC_HIGH, c->high[0]);
-	set_reg(REG_QUEUE_DRIVER_LOW, ring_address(c, 1, (uint32_t)&avail));
+	set_reg(REG_QUEUE_DRIVER_LOW, ring_address(c, 1, (uint32_t)&queue->avail));
 	set_reg(REG_QUEUE_DRIVER_HIGH, c->high[1]);
-	set_reg(REG_QUEUE_DEVICE_LOW, ring_address(c, 2, (uint32_t)&used));
+	set_reg(REG_QUEUE_DEVICE_LOW, ring_address(c, 2, (uint32_t)&queue->used));
 	set_reg(REG_QUEUE_DEVICE_HIGH, c->high[2]);
 	if (c->ready)
 		set_reg(REG_QUEUE_READY, c->ready);

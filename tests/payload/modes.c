@@ -19,6 +19,16 @@ static void start(uint32_t device_id, const char *complaint)
 	device_driver_ok();
 }
 
+static void describe(uint32_t queue, uint32_t n, uint32_t address, uint32_t length, uint16_t flags, uint16_t next)
+{
+	volatile struct descriptor *d = &queues[queue].descriptors[n];
+
+	d->address = address;
+	d->length = length;
+	d->flags = flags;
+	d->next = next;
+}
+
 /* ---------------------------------------------------------------- show */
 
 void show(void)
@@ -58,16 +68,18 @@ enum { BLK_IN = 0, BLK_OUT = 1, SECTOR = 512 };
 /* One request as a chain of three descriptors: header, data, status. Virtio 1.2 §5.2.6. */
 static void transfer(uint32_t type, uint32_t sector, uint32_t size)
 {
+	/* The queues take turns. */
+	uint32_t queue = counts.requests % queue_count;
 	uint32_t written, expected = (type == BLK_IN ? size : 0) + 1;
 
 	header.type = type;
 	header.reserved = 0;
 	header.sector = sector;
 	request_status = 0xff;
-	descriptors[0] = (struct descriptor){ (uint32_t)&header, sizeof header, DESC_NEXT, 1 };
-	descriptors[1] = (struct descriptor){ (uint32_t)data, size, type == BLK_IN ? DESC_NEXT | DESC_WRITE : DESC_NEXT, 2 };
-	descriptors[2] = (struct descriptor){ (uint32_t)&request_status, 1, DESC_WRITE, 0 };
-	written = queue_submit_and_wait();
+	describe(queue, 0, (uint32_t)&header, sizeof header, DESC_NEXT, 1);
+	describe(queue, 1, (uint32_t)data, size, type == BLK_IN ? DESC_NEXT | DESC_WRITE : DESC_NEXT, 2);
+	describe(queue, 2, (uint32_t)&request_status, 1, DESC_WRITE, 0);
+	written = queue_submit_and_wait(queue);
 	if (request_status != 0 || written != expected) {
 		if (counts.errors++ == 0) {
 			put("first-error ");
@@ -226,8 +238,8 @@ void rng(void)
 	device_open();
 	start(DEVICE_ENTROPY, "not an entropy device");
 	for (uint32_t i = 0; i < n; i++) {
-		descriptors[0] = (struct descriptor){ (uint32_t)data, 16, DESC_WRITE, 0 };
-		length = queue_submit_and_wait();
+		describe(0, 0, (uint32_t)data, 16, DESC_WRITE, 0);
+		length = queue_submit_and_wait(0);
 		if (!length || length > 16)
 			counts.errors++;
 	}

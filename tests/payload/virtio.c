@@ -5,22 +5,21 @@
 
 #define NOINIT __attribute__((section(".noinit")))
 
-/* Each ring on a page of its own: no part of one is in reach of an error in another. */
-NOINIT __attribute__((aligned(4096))) struct descriptor descriptors[MAX_QUEUE];
-NOINIT __attribute__((aligned(4096))) struct avail_ring avail;
-NOINIT __attribute__((aligned(4096))) struct used_ring used;
+NOINIT struct queue queues[MAX_QUEUES];
+uint32_t queue_count;
 
 volatile struct counts counts;
 
 static uint32_t base;
 static int with_interrupts;
-static uint16_t queue_size, last_used;
+static uint16_t queue_size, last_used[MAX_QUEUES];
 static uint32_t patience;			/* seconds to wait for an answer */
+static uint32_t reported;			/* configuration changes already looked at */
 
 uint32_t reg(uint32_t offset) { return load32(base + offset); }
 void set_reg(uint32_t offset, uint32_t value) { store32(base + offset, value); }
 
-static uint16_t used_index(void) { return *(volatile uint16_t *)&used.index; }
+static int answered(uint32_t queue) { return *(volatile uint16_t *)&queues[queue].used.index != last_used[queue]; }
 
 /* Exactly what Linux's vm_interrupt() does: read, acknowledge what was read, look. */
 static void on_interrupt(void)
@@ -72,7 +71,9 @@ uint64_t device_features(void)
 static void fail_with_status(const char *what, uint32_t status)
 {
 	irq_off();
-	put("virtio status=");
+	put_field("requests", counts.requests);
+	put_field("interrupts", counts.interrupts);
+	put("virtio-status=");
 	put_hex(status);
 	put_char('\n');
 	fail(what);
@@ -106,36 +107,49 @@ void device_negotiate(void)
 		fail_with_status("the device refuses the features", status);
 }
 
-void queue_setup(void)
+static void set_address(uint32_t low_register, const volatile void *at)
 {
+	set_reg(low_register, (uint32_t)at);
+	set_reg(low_register + 4, 0);
+}
+
+static void set_up(uint32_t n)
+{
+	volatile struct queue *queue = &queues[n];
 	uint32_t max;
 
-	set_reg(REG_QUEUE_SEL, 0);
+	set_reg(REG_QUEUE_SEL, n);
 	if (reg(REG_QUEUE_READY))
-		fail("queue 0 is in use before its set-up");
+		fail("a queue is in use before its set-up");
 	max = reg(REG_QUEUE_NUM_MAX);
 	if (!max)
-		fail("no queue 0");
-	queue_size = (uint16_t)number_arg("queue-size", 8);
+		fail("the device has fewer queues");
 	if (queue_size > max)
 		queue_size = (uint16_t)max;
-	if (queue_size > MAX_QUEUE)
-		queue_size = MAX_QUEUE;
 
-	*(volatile uint16_t *)&avail.flags = with_interrupts ? 0 : 1;	/* NO_INTERRUPT */
-	*(volatile uint16_t *)&avail.index = 0;
-	*(volatile uint16_t *)&used.flags = 0;
-	*(volatile uint16_t *)&used.index = 0;
-	last_used = 0;
+	queue->avail.flags = with_interrupts ? 0 : 1;	/* NO_INTERRUPT */
+	queue->avail.index = 0;
+	queue->used.flags = 0;
+	queue->used.index = 0;
+	last_used[n] = 0;
 
 	set_reg(REG_QUEUE_NUM, queue_size);
-	set_reg(REG_QUEUE_DESC_LOW, (uint32_t)descriptors);
-	set_reg(REG_QUEUE_DESC_HIGH, 0);
-	set_reg(REG_QUEUE_DRIVER_LOW, (uint32_t)&avail);
-	set_reg(REG_QUEUE_DRIVER_HIGH, 0);
-	set_reg(REG_QUEUE_DEVICE_LOW, (uint32_t)&used);
-	set_reg(REG_QUEUE_DEVICE_HIGH, 0);
+	set_address(REG_QUEUE_DESC_LOW, queue->descriptors);
+	set_address(REG_QUEUE_DRIVER_LOW, &queue->avail);
+	set_address(REG_QUEUE_DEVICE_LOW, &queue->used);
 	set_reg(REG_QUEUE_READY, 1);
+}
+
+void queue_setup(void)
+{
+	queue_count = number_arg("queues", 1);
+	if (!queue_count || queue_count > MAX_QUEUES)
+		fail("queues= must be 1 to 8");
+	queue_size = (uint16_t)number_arg("queue-size", 8);
+	if (queue_size > MAX_QUEUE_SIZE)
+		queue_size = MAX_QUEUE_SIZE;
+	for (uint32_t n = 0; n < queue_count; n++)
+		set_up(n);
 }
 
 void device_driver_ok(void)
@@ -162,49 +176,51 @@ uint64_t device_capacity(void)
 }
 
 /* Sleeps, or spins a little, and judges whether it has lasted too long. */
-static void wait_a_little(const char *complaint)
+static void wait_a_little(uint32_t queue, const char *complaint)
 {
 	if (with_interrupts) {
 		irq_on_and_halt();
 	} else {
-		for (uint32_t spin = 0; spin < 64 && used_index() == last_used; spin++)
+		for (uint32_t spin = 0; spin < 64 && !answered(queue); spin++)
 			__asm__ volatile("pause" : : : "memory");
 	}
-	if (watchdog_age() > patience) {
-		uint32_t status = reg(REG_STATUS);
-
-		put_field("requests", counts.requests);
-		put_field("interrupts", counts.interrupts);
-		fail_with_status(status & STATUS_NEEDS_RESET ? "the device needs a reset" : complaint, status);
+	/* A broken device says so by a configuration interrupt: no need to wait longer. */
+	if (reported != counts.config_changes || !with_interrupts) {
+		reported = counts.config_changes;
+		if (reg(REG_STATUS) & STATUS_NEEDS_RESET)
+			fail_with_status("the device needs a reset", reg(REG_STATUS));
 	}
+	if (watchdog_age() > patience)
+		fail_with_status(complaint, reg(REG_STATUS));
 }
 
-uint32_t queue_submit_and_wait(void)
+uint32_t queue_submit_and_wait(uint32_t n)
 {
-	uint16_t index = avail.index;
+	volatile struct queue *queue = &queues[n];
+	uint16_t index = queue->avail.index;
 	uint32_t length;
 
-	avail.ring[index % queue_size] = 0;
-	/* x86 keeps the order of stores; the compiler must too. */
+	/* Volatile keeps the compiler to this order, x86 the processor. */
+	queue->avail.ring[queue_size] = last_used[n];	/* used_event, where EVENT_IDX is accepted */
+	queue->avail.ring[index % queue_size] = 0;
 	__asm__ volatile("" : : : "memory");
-	*(volatile uint16_t *)&avail.index = (uint16_t)(index + 1);
-	__asm__ volatile("" : : : "memory");
+	queue->avail.index = (uint16_t)(index + 1);
 	watchdog_pet();
-	set_reg(REG_QUEUE_NOTIFY, 0);
+	set_reg(REG_QUEUE_NOTIFY, n);
 
 	for (;;) {
 		irq_off();
-		if (used_index() != last_used)
+		if (answered(n))
 			break;
-		wait_a_little("no answer to a request");
+		wait_a_little(n, "no answer to a request");
 	}
 	if (with_interrupts)
 		irq_on();
 	__asm__ volatile("" : : : "memory");
-	if (used.ring[last_used % queue_size].id != 0)
+	if (queue->used.ring[last_used[n] % queue_size].id != 0)
 		fail("the used ring names a chain that was not offered");
-	length = used.ring[last_used % queue_size].length;
-	last_used++;
+	length = queue->used.ring[last_used[n] % queue_size].length;
+	last_used[n]++;
 	counts.requests++;
 	return length;
 }
@@ -219,7 +235,7 @@ void wait_config_change(uint32_t seen)
 		if (!with_interrupts && reg(REG_INTERRUPT_STATUS) & INTERRUPT_CONFIG)
 			on_interrupt();
 		else
-			wait_a_little("no configuration change came");
+			wait_a_little(0, "no configuration change came");
 	}
 	if (with_interrupts)
 		irq_on();

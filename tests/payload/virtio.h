@@ -1,4 +1,4 @@
-/* One virtio-mmio device and its queue 0, driven as virtio 1.2 §3.1.1 and §4.2.3 say. */
+/* One virtio-mmio device and its queues, driven as virtio 1.2 §3.1.1 and §4.2.3 say. */
 #pragma once
 
 #include <stdint.h>
@@ -21,15 +21,22 @@ enum { STATUS_ACKNOWLEDGE = 1, STATUS_DRIVER = 2, STATUS_DRIVER_OK = 4, STATUS_F
 enum { DEVICE_BLOCK = 2, DEVICE_ENTROPY = 4 };
 enum { INTERRUPT_USED = 1, INTERRUPT_CONFIG = 2 };
 
-/* §2.7: the split ring */
-enum { DESC_NEXT = 1, DESC_WRITE = 2, MAX_QUEUE = 128 };
+/* §2.7: the split ring. The rings are as long as the longest queue; a shorter one uses their
+ * beginnings, and its used_event is avail.ring[size]. */
+enum { DESC_NEXT = 1, DESC_WRITE = 2, MAX_QUEUE_SIZE = 128, MAX_QUEUES = 8 };
 struct descriptor { uint64_t address; uint32_t length; uint16_t flags, next; };
-struct avail_ring { uint16_t flags, index, ring[MAX_QUEUE], used_event; };
-struct used_ring { uint16_t flags, index; struct { uint32_t id, length; } ring[MAX_QUEUE]; uint16_t avail_event; };
+struct avail_ring { uint16_t flags, index, ring[MAX_QUEUE_SIZE + 1]; };
+struct used_ring { uint16_t flags, index; struct { uint32_t id, length; } ring[MAX_QUEUE_SIZE]; uint16_t avail_event; };
 
-extern struct descriptor descriptors[MAX_QUEUE];
-extern struct avail_ring avail;
-extern struct used_ring used;
+/* Each part on a page of its own: none is in reach of an error in another. */
+struct queue {
+	__attribute__((aligned(4096))) struct descriptor descriptors[MAX_QUEUE_SIZE];
+	__attribute__((aligned(4096))) struct avail_ring avail;
+	__attribute__((aligned(4096))) struct used_ring used;
+};
+extern struct queue queues[MAX_QUEUES];
+/* How many queue_setup() has set up. */
+extern uint32_t queue_count;
 
 struct counts { uint32_t requests, interrupts, config_changes, errors; };
 extern volatile struct counts counts;
@@ -46,13 +53,13 @@ uint64_t device_features(void);
 void device_reset(void);
 /* Up to and with FEATURES_OK: VERSION_1 and what `accept=` names of the low 32 bits. */
 void device_negotiate(void);
-/* Sets up queue 0 of `queue-size=` (8) descriptors; DRIVER_OK is the caller's. */
+/* Sets up `queues=` (1) queues of `queue-size=` (8) descriptors; DRIVER_OK is the caller's. */
 void queue_setup(void);
 void device_driver_ok(void);
 uint32_t device_config32(uint32_t offset);
 uint64_t device_capacity(void);			/* a block device's, in sectors */
 
-/* Offers the chain that starts at descriptor 0, waits for it, and returns the used length. */
-uint32_t queue_submit_and_wait(void);
-/* Sleeps until a configuration interrupt comes, or has come since `seen` of them. */
+/* Offers the chain that starts at descriptor 0 of a queue, waits for it, and returns the used length. */
+uint32_t queue_submit_and_wait(uint32_t queue);
+/* Sleeps until there have been more than `seen` configuration changes. */
 void wait_config_change(uint32_t seen);
