@@ -258,8 +258,13 @@ void finish(void)
 		reset_machine();
 	if (arg_is("end", "triple"))
 		triple_fault();
-	if (!arg_is("end", "hang"))
-		carry_out(&power_off);
+	if (arg_is("end", "hang"))
+		hang();
+	if (power_off.space == NOWHERE) {
+		put("error: no off= and no FADT: ending by a triple fault\n");
+		triple_fault();
+	}
+	carry_out(&power_off);
 	hang();
 }
 
