@@ -244,8 +244,9 @@ lab_guest_images() {
     for series in $LAB_KERNELS; do
         [ -s "$LAB_CACHE/kernel/$series/bzimage" ] || continue
         say "making the guest's initramfs for $series"
-        "$LAB_ROOT/resources/guest/make-initramfs" "$LAB_CACHE/kernel/$series" "$LAB_CACHE/kernel/$series/initramfs.new"
-        mv "$LAB_CACHE/kernel/$series/initramfs.new" "$LAB_CACHE/kernel/$series/initramfs"
+        "$LAB_ROOT/resources/guest/make-initramfs" "$LAB_CACHE/kernel/$series" "$LAB_WORK/initramfs" "$LAB_WORK/drivers"
+        mv "$LAB_WORK/initramfs" "$LAB_CACHE/kernel/$series/initramfs"
+        mv "$LAB_WORK/drivers" "$LAB_CACHE/kernel/$series/drivers"
     done
 }
 
@@ -262,7 +263,7 @@ lab_outer_images() {
         lab_copy_modules "$series" "$LAB_WORK/modules-tree/lab/modules/extra" $LAB_OUTER_EXTRA_MODULES
         lab_pack "$LAB_WORK/modules-tree" | lz4 -l -9 -q >"$LAB_CACHE/image/modules-$series.new"
         mv "$LAB_CACHE/image/modules-$series.new" "$LAB_CACHE/image/modules-$series"
-        for file in bzimage elf initramfs; do
+        for file in bzimage elf initramfs drivers; do
             lab_stage "$tree" "$LAB_CACHE/kernel/$series/$file" "/lab/kernel/$series/$file"
         done
     done
@@ -322,6 +323,7 @@ lab_variables() {
         echo "OUTBOARD_KERNEL_${name}_BZIMAGE=$1/$series/bzimage"
         echo "OUTBOARD_KERNEL_${name}_ELF=$1/$series/elf"
         echo "OUTBOARD_GUEST_INITRAMFS_${name}=$1/$series/initramfs"
+        echo "OUTBOARD_GUEST_DRIVERS_${name}=$1/$series/drivers"
     done
     echo "OUTBOARD_STORAGE_DAEMON=${2:-/usr/bin/qemu-storage-daemon}"
 }
