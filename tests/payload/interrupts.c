@@ -3,6 +3,7 @@
 
 enum {
 	LAPIC = 0xfee00000, LAPIC_ID = 0x20, LAPIC_TPR = 0x80, LAPIC_EOI = 0xb0, LAPIC_SVR = 0xf0,
+	LAPIC_ICR = 0x300,
 	LAPIC_LVT_TIMER = 0x320, LAPIC_LVT_LINT0 = 0x350,
 	LAPIC_TIMER_INITIAL = 0x380, LAPIC_TIMER_CURRENT = 0x390, LAPIC_TIMER_DIVIDE = 0x3e0,
 	LVT_MASKED = 1 << 16, LVT_PERIODIC = 1 << 17,
@@ -77,6 +78,12 @@ static void lapic_init(void)
 	store32(LAPIC + LAPIC_LVT_LINT0, LVT_MASKED);
 	store32(LAPIC + LAPIC_TPR, 0);
 	store32(LAPIC + LAPIC_SVR, 0x100 | VECTOR_SPURIOUS);
+}
+
+void wake_other_cpus(uint32_t page)
+{
+	store32(LAPIC + LAPIC_ICR, 0xc4500);		/* INIT, to all but self */
+	store32(LAPIC + LAPIC_ICR, 0xc4600 | page >> 12);	/* start-up */
 }
 
 static void ioapic_write(uint32_t index, uint32_t value)

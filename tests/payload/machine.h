@@ -77,6 +77,8 @@ struct frame {
 void interrupts_init(void);
 /* Routes an edge-triggered, active-high IOAPIC pin to a vector of this CPU. */
 void ioapic_route(uint32_t pin, uint8_t vector);
+/* Starts every other CPU in real mode at a page below 1 MiB. */
+void wake_other_cpus(uint32_t page);
 /* Handlers, called with interrupts off, before the end-of-interrupt. */
 extern void (*device_handler)(void);
 extern void (*serial_handler)(void);

@@ -38,7 +38,8 @@ pub fn write_tiny_kernel(folder: &Path) -> io::Result<PathBuf> {
 pub struct CommandLine(String);
 
 impl CommandLine {
-    /// Begins with a mode: `hello`, `info`, `show`, `blk`, `rng`, `loop`, `resize`, `poke`, `echo`, `abuse`, `badring`.
+    /// Begins with a mode: `hello`, `info`, `show`, `blk`, `rng`, `loop`, `resize`, `poke`, `echo`, `cpus`,
+    /// `abuse`, `badring`.
     #[must_use]
     pub fn new(mode: &str) -> Self {
         Self(format!("mode={mode}"))

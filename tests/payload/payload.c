@@ -137,13 +137,35 @@ static void echo(void)
 	put_char('\n');
 }
 
+/* ---------------------------------------------------------------- cpus
+ * Wakes the other CPUs and waits until `n=` of them, this one included, have counted themselves. */
+
+extern const uint8_t ap_start[], ap_count[], ap_end[];
+
+static void cpus(void)
+{
+	enum { PAGE = 0x10000 };
+	uint32_t expected = number_arg("n", 1), timeout = number_arg("timeout", 5), awake;
+
+	for (uint32_t i = 0; i < (uint32_t)(ap_end - ap_start); i++)
+		store8(PAGE + i, ap_start[i]);
+	watchdog_start(0);
+	wake_other_cpus(PAGE);
+	do
+		awake = 1u + load16(PAGE + (uint32_t)(ap_count - ap_start));
+	while (awake < expected && watchdog_age() <= timeout);
+	put("cpus=");
+	put_dec(awake);
+	put_char('\n');
+}
+
 /* ---------------------------------------------------------------- */
 
 void payload_main(const struct start_info *from) __attribute__((noreturn));
 void payload_main(const struct start_info *from)
 {
 	static const struct { const char *name; void (*run)(void); } modes[] = {
-		{ "hello", hello }, { "info", info }, { "poke", poke }, { "echo", echo },
+		{ "hello", hello }, { "info", info }, { "poke", poke }, { "echo", echo }, { "cpus", cpus },
 		{ "show", show }, { "blk", blk }, { "rng", rng }, { "loop", loop },
 		{ "resize", resize }, { "abuse", abuse }, { "badring", badring },
 	};

@@ -113,6 +113,24 @@ common:
 	popfl				/* the next interrupt may come here: the stack is whole */
 	ret
 
+/* ------------------------------------------------------------------ other CPUs
+ * They wake in real mode at the page that the start-up interrupt names, where payload.c has
+ * put a copy of this: each counts itself and sleeps.
+ */
+	.section .rodata
+	.globl	ap_start, ap_count, ap_end
+	.code16
+ap_start:
+	cli
+	lock incw %cs:(ap_count - ap_start)
+1:	hlt
+	jmp	1b
+	.align	2
+ap_count:
+	.word	0
+ap_end:
+	.code32
+
 /* ------------------------------------------------------------------ tables */
 	.section .rodata
 	.align	8
