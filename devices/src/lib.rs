@@ -6,6 +6,7 @@ pub mod bus;
 pub mod ports;
 pub mod reset;
 pub mod serial;
+pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

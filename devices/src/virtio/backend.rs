@@ -1,0 +1,92 @@
+//! What the device core asks of whoever serves the queues. Knows no protocol.
+
+use std::error::Error;
+use std::time::Duration;
+
+use transport::memory_map::MemoryMap;
+use transport::vhost_user::features::DriverFeatures;
+use transport::vhost_user::vring::Ring;
+
+/// What a backend needs to start the queues.
+#[derive(Debug)]
+pub struct Start<'a> {
+    /// What the driver took of what was offered.
+    pub features: DriverFeatures,
+    /// Guest memory.
+    pub memory: &'a MemoryMap,
+    /// The queues that the driver enabled, checked.
+    pub rings: &'a [Ring<'a>],
+}
+
+/// Why a backend did not do what it was asked.
+#[derive(Debug)]
+pub enum BackendError {
+    /// It said no, and can be asked again.
+    Refused(Box<dyn Error + Send + Sync>),
+    /// It cannot be used any more.
+    Lost(Box<dyn Error + Send + Sync>),
+}
+
+impl BackendError {
+    /// The backend was given up before.
+    #[must_use]
+    pub fn gone() -> Self {
+        Self::Lost("the backend is gone".into())
+    }
+
+    /// What is behind it.
+    #[must_use]
+    pub fn cause(&self) -> &(dyn Error + Send + Sync + 'static) {
+        match self {
+            Self::Refused(cause) | Self::Lost(cause) => cause.as_ref(),
+        }
+    }
+}
+
+/// Traffic with the peer, since the device was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BackendStats {
+    /// Messages sent to it.
+    pub messages: u64,
+    /// Answers that were waited for.
+    pub waits: u64,
+    /// Waits that ended without an answer.
+    pub failures: u64,
+    /// The longest wait.
+    pub worst_wait: Duration,
+}
+
+/// Whoever serves a device's queues. Called with the device's lock held, on vCPU threads and on the
+/// control thread; every call ends within the peer's deadline.
+pub trait Backend: Send {
+    /// Starts the queues.
+    ///
+    /// # Errors
+    /// When they do not run.
+    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError>;
+
+    /// Stops the queues; afterwards the backend touches neither memory nor eventfds. A backend that
+    /// has not started has nothing to do.
+    ///
+    /// # Errors
+    /// When it cannot be said that they stopped. The backend is lost then.
+    fn stop(&mut self) -> Result<(), BackendError>;
+
+    /// The configuration space as it is now.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    fn read_config(&mut self) -> Result<Vec<u8>, BackendError>;
+
+    /// Passes on what the driver wrote to the configuration space.
+    ///
+    /// # Errors
+    /// When the backend did not take it.
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError>;
+
+    /// Gives the backend up: nothing is asked of it any more.
+    fn disconnect(&mut self);
+
+    /// Traffic so far.
+    fn stats(&self) -> BackendStats;
+}

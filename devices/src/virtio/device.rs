@@ -1,0 +1,597 @@
+//! A virtio device: registers, backend and phase, for every type and every transport. It carries out
+//! the effects of register writes. Must never touch a ring, wait without a bound, or know an offset of
+//! a transport.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use transport::memory_map::MemoryMap;
+use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
+
+use super::backend::{Backend, BackendError, BackendStats, Start};
+use super::device_type::{ConfigSource, DeviceType, Model};
+use super::queue::QueueError;
+use super::registers::{Effect, Identity, Refusal, Reg, Registers};
+use super::status::Status;
+use crate::lock;
+use crate::ports::{Guard, PortError};
+
+/// "OUTB": who made the device, for drivers that ask.
+const VENDOR_ID: u32 = u32::from_le_bytes(*b"OUTB");
+
+/// How a transport shows a device to the guest. Called with the device's lock held.
+pub trait Face: Send {
+    /// Connects a queue: the guest's notification rings `kick`, `call` interrupts the guest, until the
+    /// guard is dropped.
+    ///
+    /// # Errors
+    /// When the machine refuses.
+    fn connect(&self, queue: u16, kick: &Kick, call: &Call) -> Result<Guard, PortError>;
+
+    /// Makes `call` interrupt the guest as a configuration change, until the guard is dropped.
+    ///
+    /// # Errors
+    /// When the machine refuses.
+    fn connect_config(&self, call: &Call) -> Result<Guard, PortError>;
+
+    /// Shows the registers as they are now.
+    fn show_registers(&self, registers: &Registers);
+
+    /// Shows the configuration space as it is now.
+    fn show_config(&self, config: &[u8]);
+}
+
+/// Where a device is in its life.
+///
+/// ```text
+///            DRIVER_OK, backend started
+///     Idle ─────────────────────────────▶ Running
+///      │ ◀───────────────────────────────── │
+///      │       reset, backend stopped       │
+///      └──────────▶ Broken ◀────────────────┘   start or stop failed, peer lost, queue invalid
+/// ```
+/// A broken device stays broken: its status keeps `NEEDS_RESET` after a reset of the guest, and it
+/// refuses `FEATURES_OK`, so that a driver fails at once instead of waiting for ever.
+enum Phase {
+    Idle,
+    /// The guards are the queues' connections to the guest.
+    Running(Vec<Guard>),
+    Broken(String),
+}
+
+/// A device's phase, for reports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PhaseReport {
+    /// No queue runs.
+    Idle,
+    /// The backend serves the queues.
+    Running,
+    /// The device cannot go on, for this reason.
+    Broken(String),
+}
+
+/// Writes that came to userspace while the queues ran, by register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Trapped {
+    /// Kicks: a request that passed through us. 0 when the machine keeps its promise.
+    pub queue_notify: u64,
+    /// Acknowledgements of used buffers alone. 0 as well.
+    pub interrupt_ack: u64,
+    /// Acknowledgements of a configuration change.
+    pub config_ack: u64,
+    /// Writes to the configuration space.
+    pub config: u64,
+    /// Everything else.
+    pub other: u64,
+}
+
+/// What a device did so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceStats {
+    /// The device's name.
+    pub name: String,
+    /// Its type's name.
+    pub kind: &'static str,
+    /// Where it is now.
+    pub phase: PhaseReport,
+    /// How often its queues were started.
+    pub activations: u64,
+    /// How often it was reset while its queues ran.
+    pub resets: u64,
+    /// Configuration interrupts sent.
+    pub config_interrupts: u64,
+    /// Writes that came to us while the queues ran.
+    pub trapped: Trapped,
+    /// Traffic with the peer.
+    pub backend: BackendStats,
+}
+
+/// Why the device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NewError {
+    /// No eventfd is to be had.
+    #[error("cannot make an eventfd")]
+    Eventfd(#[source] io::Error),
+    /// The machine refused.
+    #[error("cannot connect the device to the machine")]
+    Port(#[from] PortError),
+}
+
+/// Why the queues did not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(transparent)]
+    Port(#[from] PortError),
+    #[error("the driver is ready before the features are agreed")]
+    NoFeatures,
+}
+
+struct QueueFds {
+    kick: Kick,
+    call: Call,
+}
+
+/// A device: see the module's page.
+pub struct Device {
+    name: String,
+    device_type: DeviceType,
+    config_source: ConfigSource,
+    registers: Registers,
+    backend: Box<dyn Backend>,
+    face: Box<dyn Face>,
+    memory: MemoryMap,
+    /// One pair for each queue, for the whole life of the device.
+    queue_fds: Vec<QueueFds>,
+    config_call: Call,
+    _config_route: Guard,
+    phase: Phase,
+    trapped: Trapped,
+    activations: u64,
+    resets: u64,
+    config_interrupts: u64,
+    refused: BTreeSet<&'static str>,
+}
+
+/// What a device is made of, but for its transport.
+pub struct Parts {
+    /// What the user calls it.
+    pub name: String,
+    /// What the guest sees.
+    pub model: Model,
+    /// Who serves it.
+    pub backend: Box<dyn Backend>,
+    /// Guest memory.
+    pub memory: MemoryMap,
+}
+
+/// The causes of `error`, outermost first, in one line.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+/// Checks every queue that the driver enabled, and connects it to the guest.
+fn connect_queues<'a>(
+    registers: &Registers,
+    queue_fds: &'a [QueueFds],
+    face: &dyn Face,
+    memory: &MemoryMap,
+) -> Result<(Vec<Ring<'a>>, Vec<Guard>), StartError> {
+    let layout = registers.ring_layout();
+    let (mut rings, mut guards) = (Vec::new(), Vec::new());
+    for ((index, queue), fds) in (0_u16..).zip(registers.queues()).zip(queue_fds) {
+        if !queue.ready {
+            continue;
+        }
+        queue.validate(index, layout, memory)?;
+        guards.push(face.connect(index, &fds.kick, &fds.call)?);
+        rings.push(Ring {
+            index,
+            size: queue.size,
+            descriptor: queue.desc,
+            available: queue.driver,
+            used: queue.device,
+            base: RingBase(0),
+            kick: &fds.kick,
+            call: &fds.call,
+            error: None,
+        });
+    }
+    Ok((rings, guards))
+}
+
+impl Device {
+    /// A device at power-on, shown through `face`.
+    ///
+    /// # Errors
+    /// When eventfds run out, or the machine refuses the interrupt.
+    pub fn new(parts: Parts, face: Box<dyn Face>) -> Result<Self, NewError> {
+        let Parts { name, model, backend, memory } = parts;
+        let Model { device_type, features, queues, queue_size, config, config_source } = model;
+        let pair = || Ok(QueueFds { kick: Kick::new()?, call: Call::new()? });
+        let queue_fds: io::Result<Vec<_>> = (0..queues).map(|_| pair()).collect();
+        let config_call = Call::new().map_err(NewError::Eventfd)?;
+        let config_route = face.connect_config(&config_call)?;
+        let registers = Registers::new(Identity {
+            device_id: device_type.id(),
+            vendor_id: VENDOR_ID,
+            features,
+            queues,
+            queue_size,
+            config,
+            shared_memory: Vec::new(),
+        });
+        face.show_registers(&registers);
+        face.show_config(registers.config());
+        Ok(Self {
+            name,
+            device_type,
+            config_source,
+            registers,
+            backend,
+            face,
+            memory,
+            queue_fds: queue_fds.map_err(NewError::Eventfd)?,
+            config_call,
+            _config_route: config_route,
+            phase: Phase::Idle,
+            trapped: Trapped::default(),
+            activations: 0,
+            resets: 0,
+            config_interrupts: 0,
+            refused: BTreeSet::new(),
+        })
+    }
+
+    /// The registers.
+    #[must_use]
+    pub fn registers(&self) -> &Registers {
+        &self.registers
+    }
+
+    /// A write of the driver to a register. May wait for the backend, within its deadline; when this
+    /// returns, the guest sees the outcome.
+    pub fn write(&mut self, reg: Reg, value: u32) {
+        let effect = self.registers.write(reg, value);
+        self.count(reg, effect);
+        match effect {
+            Effect::None | Effect::AckConfig | Effect::WriteConfig => {}
+            Effect::Activate => self.activate(),
+            Effect::Reset => self.quiesce(),
+            Effect::Notify(queue) => self.ring(queue),
+            Effect::Refused(refusal) => self.note_refusal(refusal),
+        }
+        self.face.show_registers(&self.registers);
+    }
+
+    /// A write of the driver to the configuration space. May wait for the backend, within its deadline.
+    pub fn write_config(&mut self, offset: usize, data: &[u8]) {
+        if matches!(self.phase, Phase::Running(_)) {
+            self.trapped.config += 1;
+        }
+        match self.registers.write_config(offset, data) {
+            Effect::Refused(refusal) => self.note_refusal(refusal),
+            _ if self.config_source == ConfigSource::Fixed || self.is_broken() => {
+                self.note("a configuration write goes nowhere");
+            }
+            _ => match u32::try_from(offset) {
+                // What the backend makes of it is read back: there are devices whose configuration is
+                // a window that such a write moves.
+                Ok(offset) => match self.backend.write_config(offset, data) {
+                    Ok(()) => {
+                        self.reload_config();
+                    }
+                    Err(BackendError::Refused(cause)) => {
+                        log::warn!("{}: a configuration write was refused: {cause}", self.name);
+                    }
+                    Err(lost) => self.break_down(chain(lost.cause())),
+                },
+                Err(_) => self.note_refusal(Refusal::ConfigBounds),
+            },
+        }
+    }
+
+    /// Notes an access that the transport itself could not make sense of.
+    pub fn note(&mut self, what: &'static str) {
+        if self.refused.insert(what) {
+            log::warn!("{}: {what} (logged once)", self.name);
+        }
+    }
+
+    /// The backend says that its configuration changed: reads it again and tells the driver. A
+    /// configuration that reads as before is no change. Waits for the backend, within its deadline.
+    pub fn config_changed(&mut self) {
+        if self.config_source == ConfigSource::Backend && !self.is_broken() && self.reload_config() {
+            self.interrupt_config();
+        }
+    }
+
+    /// The backend is gone: the device is broken from here on.
+    pub fn peer_lost(&mut self, why: &str) {
+        self.break_down(why.to_owned());
+    }
+
+    /// The machine restarts: as at power-on, and the backend stops as in a reset by the guest.
+    pub fn machine_reset(&mut self) {
+        self.registers.reset();
+        self.quiesce();
+        self.face.show_config(self.registers.config());
+        self.face.show_registers(&self.registers);
+    }
+
+    /// The machine ends: stops the queues, if the backend still lets us, and gives it up.
+    pub fn shutdown(&mut self) {
+        if let Phase::Running(guards) = std::mem::replace(&mut self.phase, Phase::Idle) {
+            drop(guards);
+            if let Err(error) = self.backend.stop() {
+                log::warn!("{}: the backend did not stop: {}", self.name, chain(error.cause()));
+            }
+        }
+        self.backend.disconnect();
+        if !self.is_broken() {
+            self.phase = Phase::Broken("the machine has ended".to_owned());
+            self.registers.mark_broken();
+        }
+    }
+
+    /// Where the device is.
+    #[must_use]
+    pub fn phase(&self) -> PhaseReport {
+        match &self.phase {
+            Phase::Idle => PhaseReport::Idle,
+            Phase::Running(_) => PhaseReport::Running,
+            Phase::Broken(why) => PhaseReport::Broken(why.clone()),
+        }
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn stats(&self) -> DeviceStats {
+        DeviceStats {
+            name: self.name.clone(),
+            kind: self.device_type.name(),
+            phase: self.phase(),
+            activations: self.activations,
+            resets: self.resets,
+            config_interrupts: self.config_interrupts,
+            trapped: self.trapped,
+            backend: self.backend.stats(),
+        }
+    }
+
+    fn is_broken(&self) -> bool {
+        matches!(self.phase, Phase::Broken(_))
+    }
+
+    fn count(&mut self, reg: Reg, effect: Effect) {
+        if !matches!(self.phase, Phase::Running(_)) {
+            return;
+        }
+        let counter = match (reg, effect) {
+            (Reg::QueueNotify, _) => &mut self.trapped.queue_notify,
+            (_, Effect::AckConfig) => &mut self.trapped.config_ack,
+            (Reg::InterruptAck, _) => &mut self.trapped.interrupt_ack,
+            _ => &mut self.trapped.other,
+        };
+        *counter += 1;
+    }
+
+    fn note_refusal(&mut self, refusal: Refusal) {
+        self.note(match refusal {
+            Refusal::IllegalStatus => "the driver wrote a status that does not follow from the present one",
+            Refusal::UnacceptableFeatures => {
+                "the driver took features that were not offered, or no VERSION_1"
+            }
+            Refusal::DeviceBroken => "a driver tried to start a broken device",
+            Refusal::FeaturesLocked => "the driver changed features after they were agreed",
+            Refusal::QueueLocked => "the driver set up a queue at a time when that is not possible",
+            Refusal::NoSuchQueue => "the driver named a queue that does not exist",
+            Refusal::ReadOnly => "the driver wrote a register that can only be read",
+            Refusal::ConfigBounds => "the driver wrote beyond the configuration, or with an odd width",
+        });
+    }
+
+    /// A kick that did not end in the kernel.
+    fn ring(&self, queue: u16) {
+        if !matches!(self.phase, Phase::Running(_)) {
+            return;
+        }
+        if let Some(fds) = self.queue_fds.get(usize::from(queue))
+            && let Err(error) = fds.kick.ring()
+        {
+            log::warn!("{}: cannot kick queue {queue}: {error}", self.name);
+        }
+    }
+
+    /// The driver is ready: connects the queues and starts the backend.
+    fn activate(&mut self) {
+        if self.is_broken() {
+            // The driver went on with a device that broke under its hands: now it may be told.
+            return self.interrupt_config();
+        }
+        match self.start() {
+            Ok(guards) => {
+                self.activations += 1;
+                self.phase = Phase::Running(guards);
+            }
+            Err(why) => self.break_down(why),
+        }
+    }
+
+    /// Everything is undone again when this fails: the guards go with the error.
+    fn start(&mut self) -> Result<Vec<Guard>, String> {
+        let Self { registers, queue_fds, face, memory, backend, .. } = self;
+        let (rings, guards) =
+            connect_queues(registers, queue_fds, face.as_ref(), memory).map_err(|error| chain(&error))?;
+        let Some(features) = registers.accepted() else {
+            return Err(chain(&StartError::NoFeatures));
+        };
+        let start = Start { features, memory, rings: &rings };
+        backend.start(&start).map_err(|error| chain(error.cause()))?;
+        Ok(guards)
+    }
+
+    /// Stops what runs; the registers are reset already.
+    fn quiesce(&mut self) {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Idle => {}
+            broken @ Phase::Broken(_) => self.phase = broken,
+            Phase::Running(guards) => {
+                self.resets += 1;
+                // No new kick, no further interrupt, then the backend.
+                drop(guards);
+                match self.backend.stop() {
+                    Ok(()) => self.drain(),
+                    Err(error) => self.break_down(chain(error.cause())),
+                }
+            }
+        }
+    }
+
+    /// Takes what is left in the eventfds, so that the next start begins with nothing pending.
+    fn drain(&self) {
+        for fds in &self.queue_fds {
+            if let Err(error) = fds.kick.take().and(fds.call.take()) {
+                log::warn!("{}: cannot drain an eventfd: {error}", self.name);
+            }
+        }
+    }
+
+    /// Reads the configuration from the backend and shows it. Says whether it is another.
+    fn reload_config(&mut self) -> bool {
+        let read = self.backend.read_config();
+        let mut config = match read {
+            Ok(config) => config,
+            Err(BackendError::Refused(cause)) => {
+                log::warn!("{}: the configuration cannot be read: {cause}", self.name);
+                return false;
+            }
+            Err(lost) => {
+                self.break_down(chain(lost.cause()));
+                return false;
+            }
+        };
+        // What is no longer there stays as it was.
+        let old = self.registers.config();
+        config.truncate(old.len());
+        config.extend_from_slice(old.get(config.len()..).unwrap_or_default());
+        let queues = u16::try_from(self.queue_fds.len()).unwrap_or(u16::MAX);
+        self.device_type.patch(&mut config, self.registers.offered(), queues);
+        if config == self.registers.config() {
+            return false;
+        }
+        self.registers.begin_config_change();
+        self.face.show_registers(&self.registers);
+        self.registers.end_config_change(&config);
+        self.face.show_config(self.registers.config());
+        self.face.show_registers(&self.registers);
+        true
+    }
+
+    /// Tells the driver that the configuration or the status changed, if it is ready to hear that.
+    fn interrupt_config(&mut self) {
+        let may = self.registers.note_config_interrupt();
+        self.face.show_registers(&self.registers);
+        if may {
+            self.config_interrupts += 1;
+            if let Err(error) = self.config_call.ring() {
+                log::warn!("{}: cannot interrupt: {error}", self.name);
+            }
+        }
+    }
+
+    /// The device cannot go on.
+    fn break_down(&mut self, why: String) {
+        if self.is_broken() {
+            return;
+        }
+        log::error!("device {} is broken: {why}", self.name);
+        // Drops the connections of the queues, too.
+        self.phase = Phase::Broken(why);
+        self.backend.disconnect();
+        self.registers.mark_broken();
+        self.interrupt_config();
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device")
+            .field("name", &self.name)
+            .field("phase", &self.phase())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A device shared by the bus (vCPU threads) and the control loop.
+///
+/// Each call takes the device's lock, and may hold it across one bounded exchange with the backend.
+/// Must not be called on the thread that serves the backend's own requests: it could wait for itself.
+#[derive(Debug, Clone)]
+pub struct DeviceHandle(Arc<Mutex<Device>>);
+
+impl DeviceHandle {
+    /// Shares `device`.
+    #[must_use]
+    pub fn new(device: Device) -> Self {
+        Self(Arc::new(Mutex::new(device)))
+    }
+
+    /// Does something with the device, under its lock.
+    pub fn with<T>(&self, act: impl FnOnce(&mut Device) -> T) -> T {
+        act(&mut lock(&self.0))
+    }
+
+    /// See [`Device::config_changed`].
+    pub fn config_changed(&self) {
+        self.with(Device::config_changed);
+    }
+
+    /// See [`Device::peer_lost`].
+    pub fn peer_lost(&self, why: &str) {
+        self.with(|device| device.peer_lost(why));
+    }
+
+    /// See [`Device::machine_reset`].
+    pub fn machine_reset(&self) {
+        self.with(Device::machine_reset);
+    }
+
+    /// See [`Device::shutdown`].
+    pub fn shutdown(&self) {
+        self.with(Device::shutdown);
+    }
+
+    /// See [`Device::phase`].
+    #[must_use]
+    pub fn phase(&self) -> PhaseReport {
+        self.with(|device| device.phase())
+    }
+
+    /// See [`Device::stats`].
+    #[must_use]
+    pub fn stats(&self) -> DeviceStats {
+        self.with(|device| device.stats())
+    }
+
+    /// The status field.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.with(|device| device.registers().status())
+    }
+}
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod tests;

@@ -1,0 +1,407 @@
+//! Virtio 1.3 §5: the device types, one row each. All types share one device model; a row only says
+//! what the guest's driver expects to find. Holds no code for a single type.
+
+use transport::vhost_user::features::{DeviceFeatures, UnknownFeature, Wanted, bit};
+
+use super::queue::MAX_QUEUE_SIZE;
+
+/// The most queues that a vhost-user message can name.
+pub const MAX_QUEUES: u16 = 256;
+/// The largest configuration space that a vhost-user message can carry.
+pub const MAX_CONFIG_SIZE: u16 = 256;
+/// Entries of a queue unless the user says otherwise.
+pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+
+/// Whether a feature that the backend offers reaches the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passage {
+    /// When the configuration that we have holds the fields that it speaks of.
+    Open,
+    /// Only when the user asks for it: backends offer it and expect the front end to do the work.
+    OnRequest,
+}
+
+/// One feature bit of a device type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Feature {
+    name: &'static str,
+    bit: u32,
+    /// Bytes of configuration space without which it means nothing to the driver.
+    config_end: u16,
+    passage: Passage,
+}
+
+const fn feature(name: &'static str, bit: u32, config_end: u16) -> Feature {
+    Feature { name, bit, config_end, passage: Passage::Open }
+}
+
+const fn on_request(name: &'static str, bit: u32) -> Feature {
+    Feature { name, bit, config_end: 0, passage: Passage::OnRequest }
+}
+
+/// A configuration field that says how many queues there are, which only we know for certain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct QueueCountField {
+    offset: usize,
+    width: usize,
+    /// Queues that it does not count.
+    others: u16,
+    /// Queues that count as one.
+    group: u16,
+    /// The feature without which it is not there.
+    feature: Option<u32>,
+}
+
+/// What the configuration is when the backend has none to read (no protocol feature CONFIG).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum NoConfig {
+    /// The device is useless then.
+    Unusable,
+    /// These bytes, and zeroes after them.
+    Instead(&'static [u8]),
+}
+
+/// What a device type is to the guest's driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceType {
+    name: &'static str,
+    id: u32,
+    queues: u16,
+    config_size: u16,
+    no_config: NoConfig,
+    /// What one unit of GET_QUEUE_NUM stands for.
+    queue_unit: u16,
+    queue_count: Option<QueueCountField>,
+    features: &'static [Feature],
+}
+
+const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> DeviceType {
+    DeviceType {
+        name,
+        id,
+        queues,
+        config_size,
+        no_config: if config_size == 0 { NoConfig::Instead(&[]) } else { NoConfig::Unusable },
+        queue_unit: 1,
+        queue_count: None,
+        features: &[],
+    }
+}
+
+const BLK_FEATURES: &[Feature] = &[
+    feature("size_max", 1, 12),
+    feature("seg_max", 2, 16),
+    feature("geometry", 4, 20),
+    feature("ro", 5, 0),
+    feature("blk_size", 6, 24),
+    feature("flush", 9, 0),
+    feature("topology", 10, 32),
+    feature("config_wce", 11, 33),
+    feature("blk_mq", 12, 36),
+    feature("discard", 13, 48),
+    feature("write_zeroes", 14, 57),
+    feature("lifetime", 15, 0),
+    feature("secure_erase", 16, 72),
+    feature("zoned", 17, 93),
+];
+
+// The control queue of vhost-user network devices is the front end's work in every other VMM, and so
+// backends offer it without serving it. We have no data plane to serve it with.
+const NET_FEATURES: &[Feature] = &[
+    feature("csum", 0, 0),
+    feature("guest_csum", 1, 0),
+    on_request("ctrl_guest_offloads", 2),
+    feature("mtu", 3, 12),
+    feature("mac", 5, 6),
+    feature("mrg_rxbuf", 15, 0),
+    feature("status", 16, 8),
+    on_request("ctrl_vq", 17),
+    on_request("ctrl_rx", 18),
+    on_request("ctrl_vlan", 19),
+    on_request("ctrl_rx_extra", 20),
+    on_request("guest_announce", 21),
+    on_request("net_mq", 22),
+    on_request("ctrl_mac_addr", 23),
+    on_request("vq_notf_coal", 52),
+    on_request("notf_coal", 53),
+    on_request("hash_report", 57),
+    on_request("rss", 60),
+    on_request("standby", 62),
+    feature("speed_duplex", 63, 17),
+];
+
+const CONSOLE_FEATURES: &[Feature] =
+    &[feature("size", 0, 4), feature("multiport", 1, 8), feature("emerg_write", 2, 12)];
+
+/// num_queues 1, seg_max 126, max_sectors 65535, cmd_per_lun 128, event_info_size 16, sense_size 96,
+/// cdb_size 32, max_channel 0, max_target 255, max_lun 16383: what drivers find elsewhere (§5.6.4).
+const SCSI_CONFIG: &[u8] = &[
+    1, 0, 0, 0, 126, 0, 0, 0, 0xff, 0xff, 0, 0, 128, 0, 0, 0, 16, 0, 0, 0, 96, 0, 0, 0, 32, 0, 0, 0, 0, 0,
+    255, 0, 0xff, 0x3f, 0, 0,
+];
+
+/// The rows. Sizes are those that real backends answer to: several refuse one byte more.
+const TYPES: &[DeviceType] = &[
+    DeviceType {
+        no_config: NoConfig::Instead(&[]),
+        // The reference front end takes GET_QUEUE_NUM for pairs, and so do its backends.
+        queue_unit: 2,
+        queue_count: Some(QueueCountField { offset: 8, width: 2, others: 0, group: 2, feature: Some(22) }),
+        features: NET_FEATURES,
+        ..row("net", 1, 2, 24)
+    },
+    DeviceType {
+        queue_count: Some(QueueCountField { offset: 34, width: 2, others: 0, group: 1, feature: Some(12) }),
+        features: BLK_FEATURES,
+        // Up to write zeroes: qemu-storage-daemon and others know no more.
+        ..row("blk", 2, 1, 60)
+    },
+    DeviceType { no_config: NoConfig::Instead(&[]), features: CONSOLE_FEATURES, ..row("console", 3, 2, 12) },
+    row("rng", 4, 1, 0),
+    DeviceType {
+        no_config: NoConfig::Instead(SCSI_CONFIG),
+        queue_count: Some(QueueCountField { offset: 0, width: 4, others: 2, group: 1, feature: None }),
+        ..row("scsi", 8, 3, 36)
+    },
+    row("gpu", 16, 2, 16),
+    row("rtc", 17, 2, 0),
+    row("input", 18, 2, 136),
+    row("vsock", 19, 3, 8),
+    DeviceType {
+        queue_count: Some(QueueCountField { offset: 4, width: 4, others: 1, group: 1, feature: None }),
+        ..row("crypto", 20, 2, 56)
+    },
+    row("sound", 25, 4, 12),
+    DeviceType {
+        queue_count: Some(QueueCountField { offset: 36, width: 4, others: 1, group: 1, feature: None }),
+        ..row("fs", 26, 2, 40)
+    },
+    row("scmi", 32, 2, 0),
+    row("i2c", 34, 1, 0),
+    DeviceType { no_config: NoConfig::Instead(&[]), ..row("can", 36, 3, 2) },
+    row("gpio", 41, 2, 8),
+    row("spi", 45, 1, 32),
+];
+
+/// What a backend has, once it was asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// Device features, less those that the user does not want.
+    pub features: DeviceFeatures,
+    /// GET_QUEUE_NUM, when the backend says.
+    pub queue_num: Option<u16>,
+    /// The configuration space, when the backend has one.
+    pub config: Option<Vec<u8>>,
+}
+
+/// What the user said of a device, beyond its type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wishes {
+    /// How many queues.
+    pub queues: Option<u16>,
+    /// The largest size of each; a power of two.
+    pub queue_size: Option<u16>,
+    /// Bytes of configuration space.
+    pub config_size: Option<u16>,
+}
+
+/// A device as the guest will see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Model {
+    /// Its type.
+    pub device_type: DeviceType,
+    /// Features offered to the driver.
+    pub features: DeviceFeatures,
+    /// How many queues.
+    pub queues: u16,
+    /// The largest size of each.
+    pub queue_size: u16,
+    /// The configuration space.
+    pub config: Vec<u8>,
+    /// Where the configuration comes from.
+    pub config_source: ConfigSource,
+}
+
+/// Where the configuration of a device comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConfigSource {
+    /// The backend: it is read again when it changed, and writes go there.
+    Backend,
+    /// Made up by us, never changes.
+    Fixed,
+}
+
+/// Why no device can be made of a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ModelError {
+    /// The backend speaks only the interface from before virtio 1.0.
+    #[error("the backend does not offer VIRTIO_F_VERSION_1 (bit 32), it is a legacy device")]
+    Legacy,
+    /// The backend has fewer queues than the type's driver needs.
+    #[error("the backend serves {has} queues, a {kind} device needs {needs}")]
+    TooFewQueues {
+        /// The type.
+        kind: &'static str,
+        /// What the backend serves.
+        has: u16,
+        /// What the driver needs.
+        needs: u16,
+    },
+    /// The backend has no configuration, and the device cannot do without.
+    #[error("the backend has no configuration space (protocol feature CONFIG), a {kind} device needs one")]
+    NoConfig {
+        /// The type.
+        kind: &'static str,
+    },
+    /// The number of queues is out of range.
+    #[error("the number of queues {0} is not between 1 and {MAX_QUEUES}")]
+    Queues(u16),
+    /// The queue size is out of range.
+    #[error("the queue size {0} is not a power of two up to {MAX_QUEUE_SIZE}")]
+    QueueSize(u16),
+    /// The configuration size is out of range.
+    #[error("the configuration size {0} is above {MAX_CONFIG_SIZE}")]
+    ConfigSize(u16),
+}
+
+impl Wishes {
+    /// Checks what can be checked before there is a backend.
+    ///
+    /// # Errors
+    /// When a value is out of its range.
+    pub fn validate(&self) -> Result<(), ModelError> {
+        if let Some(queues) = self.queues.filter(|q| !(1..=MAX_QUEUES).contains(q)) {
+            return Err(ModelError::Queues(queues));
+        }
+        if let Some(size) = self.queue_size.filter(|s| !s.is_power_of_two() || *s > MAX_QUEUE_SIZE) {
+            return Err(ModelError::QueueSize(size));
+        }
+        if let Some(size) = self.config_size.filter(|s| *s > MAX_CONFIG_SIZE) {
+            return Err(ModelError::ConfigSize(size));
+        }
+        Ok(())
+    }
+}
+
+impl DeviceType {
+    /// The type called `name` on the command line.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        TYPES.iter().find(|row| row.name == name).copied()
+    }
+
+    /// All names, in the order of their ids.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        TYPES.iter().map(|row| row.name)
+    }
+
+    /// A type that we know only the number of: one queue and no configuration, unless the user wishes
+    /// otherwise.
+    #[must_use]
+    pub fn generic(id: u32) -> Self {
+        row("generic", id, 1, 0)
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Its virtio device id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Bytes of configuration to ask the backend for.
+    #[must_use]
+    pub fn config_size(&self, wishes: &Wishes) -> u16 {
+        wishes.config_size.unwrap_or(self.config_size)
+    }
+
+    /// What to negotiate with a backend of this type: the defaults, less what is only had on request,
+    /// changed as the user says (`-name+name`). Names of this type's features are those of the
+    /// specification in lower case, where `mq` is the protocol feature and the device features are
+    /// `blk_mq` and `net_mq`; all other names are the transport's.
+    ///
+    /// # Errors
+    /// When a name is not known.
+    pub fn wanted(&self, changes: &str) -> Result<Wanted, UnknownFeature> {
+        let mut text = String::new();
+        for feature in self.features.iter().filter(|f| f.passage == Passage::OnRequest) {
+            text.push_str(&format!("-bit{}", feature.bit));
+        }
+        // Split so that each piece keeps its sign.
+        for piece in changes.split_inclusive(['+', '-']) {
+            let (name, sign) = match piece.char_indices().next_back() {
+                Some((at, sign @ ('+' | '-'))) => (piece.get(..at).unwrap_or_default(), Some(sign)),
+                _ => (piece, None),
+            };
+            let known = self.features.iter().find(|f| f.name.eq_ignore_ascii_case(name));
+            match known {
+                Some(feature) => text.push_str(&format!("bit{}", feature.bit)),
+                None => text.push_str(name),
+            }
+            text.extend(sign);
+        }
+        Wanted::default().adjust(&text)
+    }
+
+    /// Makes a device of what the backend offers and the user wishes.
+    ///
+    /// # Errors
+    /// When that does not go together.
+    pub fn model(self, offer: Offer, wishes: &Wishes) -> Result<Model, ModelError> {
+        wishes.validate()?;
+        let Offer { features, queue_num, config } = offer;
+        if !features.has(bit::VERSION_1) {
+            return Err(ModelError::Legacy);
+        }
+        let served = queue_num.map_or(MAX_QUEUES, |n| n.saturating_mul(self.queue_unit).min(MAX_QUEUES));
+        let queues = wishes.queues.unwrap_or(self.queues);
+        if served < queues.min(self.queues) {
+            return Err(ModelError::TooFewQueues { kind: self.name, has: served, needs: self.queues });
+        }
+        if served < queues {
+            log::warn!("the {} backend serves {served} queues, not {queues}", self.name);
+        }
+        let config_size = usize::from(self.config_size(wishes));
+        let config_source = if config.is_some() { ConfigSource::Backend } else { ConfigSource::Fixed };
+        let mut config = match (config, self.no_config) {
+            (Some(config), _) => config,
+            (None, NoConfig::Instead(bytes)) => bytes.to_vec(),
+            (None, NoConfig::Unusable) => return Err(ModelError::NoConfig { kind: self.name }),
+        };
+        let features = self.visible(features, config.len());
+        config.resize(config_size, 0);
+        let queues = queues.min(served);
+        self.patch(&mut config, features, queues);
+        let queue_size = wishes.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE);
+        Ok(Model { device_type: self, features, queues, queue_size, config, config_source })
+    }
+
+    /// Takes out the features whose configuration fields we do not have: a driver would read zeroes.
+    fn visible(&self, features: DeviceFeatures, config_size: usize) -> DeviceFeatures {
+        let lacking = self.features.iter().filter(|f| usize::from(f.config_end) > config_size);
+        DeviceFeatures::from_bits(lacking.fold(features.bits(), |bits, f| bits & !(1 << f.bit)))
+    }
+
+    /// Writes the number of queues where the driver looks for it: the backend's own number may be
+    /// another than that of the queues we show.
+    pub fn patch(&self, config: &mut [u8], features: DeviceFeatures, queues: u16) {
+        let Some(field) = self.queue_count else { return };
+        if field.feature.is_some_and(|bit| !features.has(bit)) {
+            return;
+        }
+        let count = queues.saturating_sub(field.others).checked_div(field.group).unwrap_or(0);
+        let bytes = u32::from(count).to_le_bytes();
+        if let Some(place) = config.get_mut(field.offset..).and_then(|rest| rest.get_mut(..field.width)) {
+            place.iter_mut().zip(bytes).for_each(|(old, new)| *old = new);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "device_type_tests.rs"]
+mod tests;

@@ -1,0 +1,114 @@
+use super::*;
+
+const V1: u64 = 1 << 32;
+
+fn offer(features: u64, queue_num: Option<u16>, config: Option<usize>) -> Offer {
+    let config = config.map(|size| vec![0xee; size]);
+    Offer { features: DeviceFeatures::from_bits(features), queue_num, config }
+}
+
+fn named(name: &str) -> DeviceType {
+    DeviceType::named(name).unwrap()
+}
+
+#[test]
+fn names_and_ids_are_unique_and_sizes_can_be_asked_for() {
+    for row in TYPES {
+        assert_eq!(TYPES.iter().filter(|other| other.name == row.name || other.id == row.id).count(), 1);
+        assert!(row.config_size <= MAX_CONFIG_SIZE && (1..=MAX_QUEUES).contains(&row.queues));
+        for feature in row.features {
+            let same = |f: &&Feature| f.bit == feature.bit || f.name == feature.name;
+            assert_eq!(row.features.iter().filter(same).count(), 1, "{} {}", row.name, feature.name);
+        }
+    }
+    assert_eq!(DeviceType::named("floppy"), None);
+    assert_eq!(SCSI_CONFIG.len(), 36);
+}
+
+#[test]
+fn disk_shows_the_queues_it_has_whatever_the_backend_wrote() {
+    let wishes = Wishes { queues: Some(4), ..Wishes::default() };
+    let model = named("blk").model(offer(V1 | 1 << 12, Some(8), Some(60)), &wishes).unwrap();
+    assert_eq!((model.queues, model.queue_size), (4, 256));
+    assert_eq!(model.config[34..36], [4, 0]);
+    let single = named("blk").model(offer(V1, Some(8), Some(60)), &wishes).unwrap();
+    assert_eq!(single.config[34..36], [0xee, 0xee], "without the feature there is no field");
+}
+
+#[test]
+fn queues_are_limited_by_the_backend_but_not_below_what_the_driver_needs() {
+    let wishes = Wishes { queues: Some(16), ..Wishes::default() };
+    assert_eq!(named("blk").model(offer(V1, Some(2), Some(60)), &wishes).unwrap().queues, 2);
+    let error = named("vsock").model(offer(V1, Some(2), Some(8)), &Wishes::default()).unwrap_err();
+    assert_eq!(error, ModelError::TooFewQueues { kind: "vsock", has: 2, needs: 3 });
+    let pairs = named("net").model(offer(V1, Some(1), None), &Wishes::default()).unwrap();
+    assert_eq!(pairs.queues, 2);
+    let one = Wishes { queues: Some(1), ..Wishes::default() };
+    assert_eq!(named("input").model(offer(V1, Some(1), Some(136)), &one).unwrap().queues, 1);
+}
+
+#[test]
+fn features_without_their_configuration_fields_are_hidden() {
+    let all = V1 | 1 << 9 | 1 << 14 | 1 << 16 | 1 << 17;
+    let full = named("blk").model(offer(all, None, Some(60)), &Wishes::default()).unwrap();
+    assert_eq!(full.features.bits(), V1 | 1 << 9 | 1 << 14);
+    let short = named("blk").model(offer(all, None, Some(36)), &Wishes::default()).unwrap();
+    assert_eq!(short.features.bits(), V1 | 1 << 9);
+    assert_eq!(short.config.len(), 60);
+    let bare = named("net").model(offer(V1 | 1 << 5 | 1 << 16 | 1 << 15, None, None), &Wishes::default());
+    let bare = bare.unwrap();
+    assert_eq!(bare.features.bits(), V1 | 1 << 15);
+    assert_eq!((bare.config_source, bare.config), (ConfigSource::Fixed, vec![0; 24]));
+}
+
+#[test]
+fn backend_without_configuration_or_version_1_is_refused_in_words() {
+    let no_config = named("blk").model(offer(V1, None, None), &Wishes::default()).unwrap_err();
+    assert_eq!(
+        no_config.to_string(),
+        "the backend has no configuration space (protocol feature CONFIG), a blk device needs one"
+    );
+    let legacy = named("blk").model(offer(1, None, Some(60)), &Wishes::default()).unwrap_err();
+    assert_eq!(legacy, ModelError::Legacy);
+}
+
+#[test]
+fn scsi_without_configuration_gets_one_that_drivers_accept() {
+    let wishes = Wishes { queues: Some(6), ..Wishes::default() };
+    let model = named("scsi").model(offer(V1, None, None), &wishes).unwrap();
+    assert_eq!((model.config[0], model.config[20], model.config[24]), (4, 96, 32));
+}
+
+#[test]
+fn generic_device_is_what_the_user_says() {
+    let wishes = Wishes { queues: Some(5), config_size: Some(7), queue_size: Some(1024) };
+    let generic = DeviceType::generic(48);
+    assert_eq!((generic.id(), generic.config_size(&wishes)), (48, 7));
+    let model = generic.model(offer(V1, Some(9), Some(7)), &wishes).unwrap();
+    assert_eq!((model.queues, model.queue_size, model.config.len()), (5, 1024, 7));
+}
+
+#[test]
+fn wishes_out_of_range_are_refused() {
+    let check = |wishes: Wishes| wishes.validate().unwrap_err();
+    let wishes = Wishes::default();
+    for n in [0, 257] {
+        assert_eq!(check(Wishes { queues: Some(n), ..wishes }), ModelError::Queues(n));
+    }
+    for n in [0, 3, 1000, 65535] {
+        assert_eq!(check(Wishes { queue_size: Some(n), ..wishes }), ModelError::QueueSize(n));
+    }
+    assert_eq!(check(Wishes { config_size: Some(257), ..wishes }), ModelError::ConfigSize(257));
+    assert!(Wishes { queue_size: Some(32768), ..wishes }.validate().is_ok());
+}
+
+#[test]
+fn features_change_by_the_names_of_the_type_and_of_the_transport() {
+    let blk = named("blk").wanted("-flush-event_idx+ro").unwrap();
+    assert!(!blk.device().has(9) && !blk.device().has(29) && blk.device().has(5));
+    let net = named("net");
+    assert!(!net.wanted("").unwrap().device().has(17));
+    assert!(net.wanted("+ctrl_vq").unwrap().device().has(17));
+    assert_eq!(named("blk").wanted("-wings").unwrap_err().0, "wings");
+    assert!(named("blk").wanted("flush").is_err());
+}
