@@ -90,3 +90,31 @@ pub trait Backend: Send {
     /// Traffic so far.
     fn stats(&self) -> BackendStats;
 }
+
+/// The place of a backend that was taken away: nothing works, nothing waits.
+#[derive(Debug)]
+pub(super) struct Gone;
+
+impl Backend for Gone {
+    fn start(&mut self, _start: &Start<'_>) -> Result<(), BackendError> {
+        Err(BackendError::gone())
+    }
+
+    fn stop(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
+        Err(BackendError::gone())
+    }
+
+    fn write_config(&mut self, _offset: u32, _bytes: &[u8]) -> Result<(), BackendError> {
+        Err(BackendError::gone())
+    }
+
+    fn disconnect(&mut self) {}
+
+    fn stats(&self) -> BackendStats {
+        BackendStats::default()
+    }
+}

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use transport::memory_map::MemoryMap;
 use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
-use super::backend::{Backend, BackendError, BackendStats, Start};
+use super::backend::{Backend, BackendError, BackendStats, Gone, Start};
 use super::device_type::{ConfigSource, DeviceType, Model};
 use super::queue::QueueError;
 use super::registers::{Effect, Identity, Refusal, Reg, Registers};
@@ -343,6 +343,13 @@ impl Device {
             self.phase = Phase::Broken("the machine has ended".to_owned());
             self.registers.mark_broken();
         }
+    }
+
+    /// Stops the queues and gives the backend away, for another device to be made of it; [`Device::phase`]
+    /// says whether that worked. This device is of no use afterwards.
+    pub fn take_backend(&mut self) -> Box<dyn Backend> {
+        self.quiesce();
+        std::mem::replace(&mut self.backend, Box::new(Gone))
     }
 
     /// Where the device is.

@@ -1,6 +1,8 @@
 //! Virtio 1.3 §5: the device types, one row each. All types share one device model; a row only says
 //! what the guest's driver expects to find. Holds no code for a single type.
 
+use std::str::FromStr;
+
 use transport::vhost_user::features::{DeviceFeatures, UnknownFeature, Wanted, bit};
 
 use super::queue::MAX_QUEUE_SIZE;
@@ -201,8 +203,20 @@ pub struct Wishes {
     pub queues: Option<u16>,
     /// The largest size of each; a power of two.
     pub queue_size: Option<u16>,
-    /// Bytes of configuration space.
-    pub config_size: Option<u16>,
+}
+
+/// Why a name or a size makes no device type.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TypeError {
+    /// No row has this name.
+    #[error("there is no device type called `{0}`")]
+    Unknown(String),
+    /// What follows `generic:` is no device id.
+    #[error("`{0}` is not a virtio device id between 1 and 65535")]
+    Id(String),
+    /// The configuration size is out of range.
+    #[error("the configuration size {0} is above {MAX_CONFIG_SIZE}")]
+    ConfigSize(u16),
 }
 
 /// A device as the guest will see it.
@@ -259,9 +273,6 @@ pub enum ModelError {
     /// The queue size is out of range.
     #[error("the queue size {0} is not a power of two up to {MAX_QUEUE_SIZE}")]
     QueueSize(u16),
-    /// The configuration size is out of range.
-    #[error("the configuration size {0} is above {MAX_CONFIG_SIZE}")]
-    ConfigSize(u16),
 }
 
 impl Wishes {
@@ -276,10 +287,22 @@ impl Wishes {
         if let Some(size) = self.queue_size.filter(|s| !s.is_power_of_two() || *s > MAX_QUEUE_SIZE) {
             return Err(ModelError::QueueSize(size));
         }
-        if let Some(size) = self.config_size.filter(|s| *s > MAX_CONFIG_SIZE) {
-            return Err(ModelError::ConfigSize(size));
-        }
         Ok(())
+    }
+}
+
+impl FromStr for DeviceType {
+    type Err = TypeError;
+
+    /// A name of the table, or `generic:ID`.
+    fn from_str(text: &str) -> Result<Self, TypeError> {
+        match text.strip_prefix("generic:") {
+            Some(id) => match id.parse() {
+                Ok(number) if number != 0 => Ok(Self::generic(number)),
+                _ => Err(TypeError::Id(id.to_owned())),
+            },
+            None => Self::named(text).ok_or_else(|| TypeError::Unknown(text.to_owned())),
+        }
     }
 }
 
@@ -291,15 +314,26 @@ impl DeviceType {
     }
 
     /// All names, in the order of their ids.
-    pub fn names() -> impl Iterator<Item = &'static str> {
-        TYPES.iter().map(|row| row.name)
+    #[must_use]
+    pub fn names() -> Vec<&'static str> {
+        TYPES.iter().map(|row| row.name).collect()
     }
 
-    /// A type that we know only the number of: one queue and no configuration, unless the user wishes
-    /// otherwise.
+    /// A type that we know only the number of: one queue and no configuration, unless told otherwise.
     #[must_use]
-    pub fn generic(id: u32) -> Self {
-        row("generic", id, 1, 0)
+    pub fn generic(id: u16) -> Self {
+        row("generic", id.into(), 1, 0)
+    }
+
+    /// The same type with another size of the configuration space.
+    ///
+    /// # Errors
+    /// When a message cannot carry so much.
+    pub fn with_config_size(self, config_size: u16) -> Result<Self, TypeError> {
+        if config_size > MAX_CONFIG_SIZE {
+            return Err(TypeError::ConfigSize(config_size));
+        }
+        Ok(Self { config_size, ..self })
     }
 
     /// Its name.
@@ -316,8 +350,8 @@ impl DeviceType {
 
     /// Bytes of configuration to ask the backend for.
     #[must_use]
-    pub fn config_size(&self, wishes: &Wishes) -> u16 {
-        wishes.config_size.unwrap_or(self.config_size)
+    pub fn config_size(&self) -> u16 {
+        self.config_size
     }
 
     /// What to negotiate with a backend of this type: the defaults, less what is only had on request,
@@ -366,7 +400,7 @@ impl DeviceType {
         if served < queues {
             log::warn!("the {} backend serves {served} queues, not {queues}", self.name);
         }
-        let config_size = usize::from(self.config_size(wishes));
+        let config_size = usize::from(self.config_size);
         let config_source = if config.is_some() { ConfigSource::Backend } else { ConfigSource::Fixed };
         let mut config = match (config, self.no_config) {
             (Some(config), _) => config,

@@ -81,9 +81,9 @@ fn scsi_without_configuration_gets_one_that_drivers_accept() {
 
 #[test]
 fn generic_device_is_what_the_user_says() {
-    let wishes = Wishes { queues: Some(5), config_size: Some(7), queue_size: Some(1024) };
-    let generic = DeviceType::generic(48);
-    assert_eq!((generic.id(), generic.config_size(&wishes)), (48, 7));
+    let wishes = Wishes { queues: Some(5), queue_size: Some(1024) };
+    let generic = "generic:48".parse::<DeviceType>().unwrap().with_config_size(7).unwrap();
+    assert_eq!((generic.id(), generic.config_size()), (48, 7));
     let model = generic.model(offer(V1, Some(9), Some(7)), &wishes).unwrap();
     assert_eq!((model.queues, model.queue_size, model.config.len()), (5, 1024, 7));
 }
@@ -98,7 +98,7 @@ fn wishes_out_of_range_are_refused() {
     for n in [0, 3, 1000, 65535] {
         assert_eq!(check(Wishes { queue_size: Some(n), ..wishes }), ModelError::QueueSize(n));
     }
-    assert_eq!(check(Wishes { config_size: Some(257), ..wishes }), ModelError::ConfigSize(257));
+    assert_eq!(named("blk").with_config_size(257), Err(TypeError::ConfigSize(257)));
     assert!(Wishes { queue_size: Some(32768), ..wishes }.validate().is_ok());
 }
 
@@ -111,4 +111,14 @@ fn features_change_by_the_names_of_the_type_and_of_the_transport() {
     assert!(net.wanted("+ctrl_vq").unwrap().device().has(17));
     assert_eq!(named("blk").wanted("-wings").unwrap_err().0, "wings");
     assert!(named("blk").wanted("flush").is_err());
+}
+
+#[test]
+fn types_are_parsed_by_name_or_number() {
+    assert_eq!("blk".parse(), Ok(named("blk")));
+    assert_eq!("generic:2".parse::<DeviceType>().unwrap().id(), 2);
+    assert_eq!("disk".parse::<DeviceType>(), Err(TypeError::Unknown("disk".into())));
+    for id in ["0", "", "-1", "65536", "x"] {
+        assert_eq!(format!("generic:{id}").parse::<DeviceType>(), Err(TypeError::Id(id.into())));
+    }
 }

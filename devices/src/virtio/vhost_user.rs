@@ -87,7 +87,7 @@ pub struct Opened {
 /// When the backend fails, or does not fit the order.
 pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
     let mut session = connection.negotiate(&order.wanted)?;
-    let config_size = usize::from(order.device_type.config_size(&order.wishes));
+    let config_size = usize::from(order.device_type.config_size());
     let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && config_size > 0;
     let config = if has_config { Some(session.read_config(config_size)?) } else { None };
     let has_count = session.protocol().contains(ProtocolFeatures::MQ);
