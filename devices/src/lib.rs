@@ -8,6 +8,9 @@ pub mod reset;
 pub mod serial;
 pub mod virtio;
 
+#[cfg(test)]
+mod testing;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Locks; a panic of another holder does not spread, as each of our states is valid at every step.

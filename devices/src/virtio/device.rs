@@ -598,7 +598,3 @@ impl DeviceHandle {
         self.with(|device| device.registers().status())
     }
 }
-
-#[cfg(test)]
-#[path = "device_tests.rs"]
-mod tests;

@@ -1,0 +1,228 @@
+//! For tests: ports that record what is registered, and a backend that does as it is told.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex};
+
+use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::vhost_user::features::DeviceFeatures;
+
+use crate::lock;
+use crate::ports::{
+    DeviceMemory, Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch,
+};
+use crate::virtio::backend::{Backend, BackendError, BackendStats, Start};
+use crate::virtio::device_type::{ConfigSource, DeviceType, Model};
+
+/// Guest RAM of the tests: one region from 0.
+pub(crate) const RAM: u64 = 0x40_0000;
+
+pub(crate) fn memory() -> MemoryMap {
+    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, RAM).unwrap();
+    MemoryMap::new(vec![SharedRegion::new(GuestAddr(0), RAM, Arc::new(fd), 0)]).unwrap()
+}
+
+/// A disk with `queues` queues and the configuration 1, 2, 3, …
+pub(crate) fn disk(queues: u16) -> Model {
+    Model {
+        device_type: DeviceType::named("blk").unwrap(),
+        features: DeviceFeatures::from_bits(1 << 32 | 1 << 9),
+        queues,
+        queue_size: 256,
+        config: (1..=60).collect(),
+        config_source: ConfigSource::Backend,
+    }
+}
+
+#[derive(Default)]
+struct Registered {
+    doorbells: Vec<WriteMatch>,
+    routes: BTreeMap<i32, Route>,
+    refuse_doorbell: Option<WriteMatch>,
+    refuse_routes: bool,
+}
+
+/// Ports that remember what is registered now.
+#[derive(Clone, Default)]
+pub(crate) struct Recorder {
+    now: Arc<Mutex<Registered>>,
+    page: Arc<Page>,
+}
+
+#[derive(Default)]
+struct Page {
+    bytes: Mutex<Vec<u8>>,
+    generations: Mutex<Vec<u32>>,
+}
+
+impl Recorder {
+    pub(crate) fn ports(&self) -> Ports {
+        let all = Arc::new(self.clone());
+        Ports { doorbells: all.clone(), interrupts: all.clone(), memory: all }
+    }
+
+    pub(crate) fn doorbells(&self) -> Vec<WriteMatch> {
+        let mut doorbells = lock(&self.now).doorbells.clone();
+        doorbells.sort_by_key(|when| (when.address, when.value));
+        doorbells
+    }
+
+    pub(crate) fn routes(&self) -> Vec<Route> {
+        lock(&self.now).routes.values().copied().collect()
+    }
+
+    pub(crate) fn refuse_doorbell(&self, when: WriteMatch) {
+        lock(&self.now).refuse_doorbell = Some(when);
+    }
+
+    pub(crate) fn refuse_routes(&self) {
+        lock(&self.now).refuse_routes = true;
+    }
+
+    /// What the guest reads without an exit.
+    pub(crate) fn page_u32(&self, offset: usize) -> u32 {
+        u32::from_le_bytes(self.page_bytes(offset, 4).try_into().unwrap())
+    }
+
+    pub(crate) fn page_bytes(&self, offset: usize, length: usize) -> Vec<u8> {
+        lock(&self.page.bytes)[offset..offset + length].to_vec()
+    }
+
+    /// The values that the generation register went through.
+    pub(crate) fn generations(&self) -> Vec<u32> {
+        let mut seen = lock(&self.page.generations).clone();
+        seen.dedup();
+        seen
+    }
+}
+
+fn refusal() -> PortError {
+    PortError::new("do that in a test", io::ErrorKind::OutOfMemory.into())
+}
+
+impl Doorbells for Recorder {
+    fn bind(&self, _: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError> {
+        let mut now = lock(&self.now);
+        if now.refuse_doorbell == Some(when) || now.doorbells.contains(&when) {
+            return Err(refusal());
+        }
+        now.doorbells.push(when);
+        let undo = Arc::clone(&self.now);
+        Ok(Guard::on_drop(move || lock(&undo).doorbells.retain(|other| *other != when)))
+    }
+}
+
+impl Interrupts for Recorder {
+    fn attach(&self, call: BorrowedFd<'_>, route: Route) -> Result<Guard, PortError> {
+        let mut now = lock(&self.now);
+        let fd = call.as_raw_fd();
+        if now.refuse_routes || now.routes.contains_key(&fd) {
+            return Err(refusal());
+        }
+        now.routes.insert(fd, route);
+        let undo = Arc::clone(&self.now);
+        Ok(Guard::on_drop(move || {
+            lock(&undo).routes.remove(&fd);
+        }))
+    }
+}
+
+impl DeviceMemory for Recorder {
+    fn register_page(&self, _: GuestAddr) -> Result<Arc<dyn RegisterPage>, PortError> {
+        *lock(&self.page.bytes) = vec![0; 4096];
+        Ok(self.page.clone())
+    }
+}
+
+impl RegisterPage for Page {
+    fn store(&self, offset: u16, value: u32) {
+        if offset == 0xfc {
+            lock(&self.generations).push(value);
+        }
+        self.store_bytes(offset, &value.to_le_bytes());
+    }
+
+    fn store_bytes(&self, offset: u16, bytes: &[u8]) {
+        let offset = usize::from(offset);
+        lock(&self.bytes)[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+/// How a scripted call ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) enum Outcome {
+    #[default]
+    Works,
+    Refused,
+    Lost,
+}
+
+/// What a backend saw, and what it is to answer.
+#[derive(Default)]
+pub(crate) struct Script {
+    pub(crate) calls: Vec<String>,
+    pub(crate) on_start: Outcome,
+    pub(crate) on_stop: Outcome,
+    pub(crate) on_read: Outcome,
+    pub(crate) on_write: Outcome,
+    pub(crate) config: Vec<u8>,
+    /// Looked at in every call: what the machine had registered at that moment.
+    pub(crate) watch: Option<Recorder>,
+}
+
+/// A backend that follows a script.
+#[derive(Clone, Default)]
+pub(crate) struct Scripted(pub(crate) Arc<Mutex<Script>>);
+
+impl Scripted {
+    pub(crate) fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.0).calls)
+    }
+
+    fn note(&self, call: String, outcome: impl FnOnce(&Script) -> Outcome) -> Result<(), BackendError> {
+        let mut script = lock(&self.0);
+        let doorbells = script.watch.as_ref().map(|watch| format!(" [{}]", watch.doorbells().len()));
+        script.calls.push(format!("{call}{}", doorbells.unwrap_or_default()));
+        match outcome(&script) {
+            Outcome::Works => Ok(()),
+            Outcome::Refused => Err(BackendError::Refused("scripted".into())),
+            Outcome::Lost => Err(BackendError::Lost("scripted".into())),
+        }
+    }
+}
+
+impl Backend for Scripted {
+    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError> {
+        let rings: Vec<String> = start
+            .rings
+            .iter()
+            .map(|r| {
+                format!("{}:{}@{:x},{:x},{:x}", r.index, r.size, r.descriptor.0, r.available.0, r.used.0)
+            })
+            .collect();
+        self.note(format!("start {:x} {}", start.features.bits(), rings.join(" ")), |s| s.on_start)
+    }
+
+    fn stop(&mut self) -> Result<(), BackendError> {
+        self.note("stop".into(), |s| s.on_stop)
+    }
+
+    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
+        self.note("read".into(), |s| s.on_read)?;
+        Ok(lock(&self.0).config.clone())
+    }
+
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError> {
+        self.note(format!("write {offset} {bytes:?}"), |s| s.on_write)
+    }
+
+    fn disconnect(&mut self) {
+        lock(&self.0).calls.push("disconnect".into());
+    }
+
+    fn stats(&self) -> BackendStats {
+        BackendStats::default()
+    }
+}
