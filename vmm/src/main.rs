@@ -1,2 +1,5 @@
-//! The `outboard` binary.
-fn main() {}
+//! The binary `outboard`: a thin caller of the library.
+
+fn main() -> std::process::ExitCode {
+    vmm::cli::main()
+}

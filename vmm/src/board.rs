@@ -1,0 +1,238 @@
+//! The hardware of one boot, built from nothing each time: VM, memory slots, interrupt controller, buses,
+//! devices, vCPUs.
+//!
+//! A reboot takes the board apart and builds another one around the same RAM, console and backend
+//! connections. So there is no reset path of our own that could forget a register: power-on is the only way
+//! a machine starts.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use arch::boot::Entry;
+use arch::cpu::HostCpu;
+use arch::irq::RoutingTable;
+use arch::layout;
+use arch::platform::{Discovery, Platform};
+use arch::ram::Ram;
+use devices::bus::{Bus, BusCounters};
+use devices::ports::{Guard, Route};
+use devices::reset::{I8042, ResetKind, ResetPort};
+use devices::serial::Serial;
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN};
+
+use crate::attach::{Attached, Detached};
+use crate::console::Console;
+use crate::error::Error;
+use crate::kvm::KvmPorts;
+use crate::lifecycle::{Lifecycle, Request};
+use crate::memory::{Access, Mapping, Slot, Slots};
+use crate::vcpu::{Vcpu, VcpuCounters};
+
+/// What a board is built from; all of it outlives the board.
+pub(crate) struct Parts<'m> {
+    pub(crate) kvm: &'m Kvm,
+    pub(crate) host_cpu: &'m HostCpu,
+    pub(crate) ram: &'m Ram,
+    pub(crate) ram_mappings: &'m [Mapping],
+    pub(crate) platform: &'m Platform,
+    pub(crate) entry: &'m Entry,
+    pub(crate) console: &'m Console,
+    pub(crate) counters: &'m [Arc<VcpuCounters>],
+    pub(crate) begun: Instant,
+}
+
+/// A machine ready to run, its vCPU threads waiting at the gate.
+pub(crate) struct Board {
+    lifecycle: Arc<Lifecycle>,
+    threads: Vec<JoinHandle<()>>,
+    serial: Arc<Serial>,
+    devices: Vec<Attached>,
+    pio: Arc<Bus>,
+    mmio: Arc<Bus>,
+    // Dropped after the devices: what a device registered goes before what it registered with.
+    _interrupt: Guard,
+    _ram: Vec<Slot>,
+    _vm: Arc<VmFd>,
+}
+
+impl Board {
+    /// The wiring, from top to bottom. Each step needs the ones before it.
+    pub(crate) fn build(parts: &Parts<'_>, devices: Vec<Detached>) -> Result<Self, Error> {
+        // 1. The VM, with the interrupt controller before any vCPU, which KVM insists on.
+        let vm = Arc::new(create_vm(parts.kvm, parts.platform)?);
+
+        // 2. RAM.
+        let slots = Slots::new(Arc::clone(&vm));
+        let mut ram = Vec::new();
+        for (region, mapping) in parts.ram.regions().iter().zip(parts.ram_mappings) {
+            let slot = slots.add(region.guest.0, mapping.clone(), Access::ReadWrite);
+            ram.push(slot.map_err(|error| Error::host("cannot give the guest its memory").because(error))?);
+        }
+        let ports = KvmPorts::ports(Arc::clone(&vm), slots);
+
+        // 3. The legacy devices.
+        let lifecycle = Arc::new(
+            Lifecycle::new().map_err(|error| Error::internal("cannot make an eventfd").because(error))?,
+        );
+        let mut pio = Bus::new();
+        let serial = legacy_devices(&mut pio, &lifecycle, parts.console)?;
+        let interrupt = ports
+            .interrupts
+            .attach(serial.interrupt(), Route::Pin(layout::COM1_GSI.0))
+            .map_err(|error| Error::host("cannot wire the serial port").because(error))?;
+
+        // 4. The virtio devices, in the order of the command line.
+        let mut mmio = Bus::new();
+        let mut attached = Vec::new();
+        for (device, place) in devices.into_iter().zip(&parts.platform.virtio_mmio) {
+            attached.push(device.attach(&ports, place, &mut mmio)?);
+        }
+
+        // 5. The vCPUs, last: their threads share the finished buses.
+        let (pio, mmio) = (Arc::new(pio), Arc::new(mmio));
+        let mut board = Board {
+            lifecycle,
+            threads: Vec::new(),
+            serial,
+            devices: attached,
+            pio,
+            mmio,
+            _interrupt: interrupt,
+            _ram: ram,
+            _vm: Arc::clone(&vm),
+        };
+        board.spawn_vcpus(&vm, parts)?;
+        Ok(board)
+    }
+
+    fn spawn_vcpus(&mut self, vm: &VmFd, parts: &Parts<'_>) -> Result<(), Error> {
+        for (index, counters) in (0..parts.platform.cpus).zip(parts.counters) {
+            let cannot = |what: &str| format!("cannot {what} vCPU {index}");
+            let fd = vm
+                .create_vcpu(u64::from(index))
+                .map_err(|error| Error::host(cannot("create")).because(error))?;
+            arch::cpu::configure(&fd, index, parts.host_cpu, parts.platform)
+                .and_then(|power_on| power_on.enter(&fd, parts.entry))
+                .map_err(|error| Error::host(cannot("set up")).because(error))?;
+            let vcpu = Vcpu {
+                fd,
+                index,
+                pio: Arc::clone(&self.pio),
+                mmio: Arc::clone(&self.mmio),
+                lifecycle: Arc::clone(&self.lifecycle),
+                counters: Arc::clone(counters),
+                begun: parts.begun,
+            };
+            let thread = vcpu.spawn().map_err(|error| Error::host(cannot("start a thread for")).because(error))?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn lifecycle(&self) -> &Arc<Lifecycle> {
+        &self.lifecycle
+    }
+
+    pub(crate) fn serial(&self) -> &Serial {
+        &self.serial
+    }
+
+    /// The virtio devices, in the order of the configuration.
+    pub(crate) fn devices(&self) -> &[Attached] {
+        &self.devices
+    }
+
+    /// Exits to userspace by range so far: ports, then memory.
+    pub(crate) fn bus_counters(&self) -> [(&'static str, BusCounters); 2] {
+        [("pio", self.pio.counters()), ("mmio", self.mmio.counters())]
+    }
+
+    /// Ends the vCPU threads. Afterwards the guest does not run and no device is called by it.
+    pub(crate) fn end_vcpus(&mut self) {
+        let threads = std::mem::take(&mut self.threads);
+        self.lifecycle.end(|| {
+            for thread in &threads {
+                // A thread that has just ended cannot be signalled, and need not.
+                if let Err(error) = thread.kill(SIGRTMIN()) {
+                    log::trace!("vCPU thread already gone: {error}");
+                }
+            }
+        });
+        for thread in threads {
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked");
+            }
+        }
+    }
+
+    /// Takes the board apart and keeps the devices, their queues stopped.
+    pub(crate) fn dismantle(mut self) -> Vec<Detached> {
+        self.end_vcpus();
+        // The buses hold the devices' other references.
+        (self.pio, self.mmio) = Default::default();
+        std::mem::take(&mut self.devices).into_iter().map(|device| device.detach()).collect()
+    }
+}
+
+impl Drop for Board {
+    fn drop(&mut self) {
+        self.end_vcpus();
+    }
+}
+
+fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<VmFd, Error> {
+    let cannot = |what: &str| format!("cannot create {what}");
+    let vm = loop {
+        match kvm.create_vm() {
+            // A signal while the kernel waits for a grace period.
+            Err(error) if error.errno() == INTERRUPTED => {}
+            done => break done.map_err(|error| Error::host(cannot("a virtual machine")).because(error))?,
+        }
+    };
+    // Intel processors without "unrestricted guest" need these two; others ignore them.
+    let tss = usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX);
+    if let Err(error) = vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).and_then(|()| vm.set_tss_address(tss)) {
+        log::debug!("KVM needs no TSS: {error}");
+    }
+    vm.create_irq_chip().map_err(|error| Error::host(cannot("the interrupt controller")).because(error))?;
+    let limit = u32::try_from(kvm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+    RoutingTable::new(platform.discovery, limit)
+        .apply(&vm)
+        .map_err(|error| Error::host(cannot("the interrupt routes")).because(error))?;
+    if platform.discovery == Discovery::Cmdline {
+        // A kernel that is told of no ACPI calibrates its timers by the PIT.
+        vm.create_pit2(kvm_bindings::kvm_pit_config::default())
+            .map_err(|error| Error::host(cannot("the timer")).because(error))?;
+    }
+    Ok(vm)
+}
+
+fn legacy_devices(pio: &mut Bus, lifecycle: &Arc<Lifecycle>, console: &Console) -> Result<Arc<Serial>, Error> {
+    let serial = Arc::new(
+        Serial::new(console.output())
+            .map_err(|error| Error::internal("cannot make the serial port").because(error))?,
+    );
+    let on_reset = |lifecycle: &Arc<Lifecycle>| {
+        let lifecycle = Arc::clone(lifecycle);
+        move |kind| {
+            lifecycle.request(match kind {
+                ResetKind::Reset => Request::Reset,
+                ResetKind::PowerOff => Request::PowerOff,
+            });
+        }
+    };
+    let ports: [(u16, u64, &str, Arc<dyn devices::bus::BusDevice>); 3] = [
+        (layout::COM1, Serial::LENGTH, "serial", serial.clone()),
+        (layout::SLEEP_CONTROL_PORT, ResetPort::LENGTH, "reset", Arc::new(ResetPort::new(on_reset(lifecycle)))),
+        (layout::I8042_COMMAND_PORT, I8042::LENGTH, "i8042", Arc::new(I8042::new(on_reset(lifecycle)))),
+    ];
+    for (port, length, name, device) in ports {
+        pio.insert(u64::from(port), length, name, device)
+            .map_err(|error| Error::internal("cannot place a legacy device").because(error))?;
+    }
+    Ok(serial)
+}
+
+const INTERRUPTED: i32 = 4;

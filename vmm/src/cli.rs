@@ -1,0 +1,304 @@
+//! The command line: turns arguments into a [`Config`], runs it, prints what went wrong.
+//!
+//! Everything it does is in the library; see [`crate::Machine`].
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::config::{
+    Config, DEFAULT_CMDLINE, Image, Memory, OnReset, Serial, load_toml, parse_memory, parse_serial,
+    parse_vhost_user,
+};
+use crate::error::{Error, Fault};
+use crate::machine::{End, Machine, Outcome};
+use crate::terminal;
+use crate::workbench::check;
+
+const EXIT_CODES: &str = "Exit codes: 0 the guest shut down (or Ctrl-A x) · 1 internal error · 2 usage or \
+configuration · 3 this host cannot run it · 4 a peer failed · 5 the guest crashed · 128+N ended by signal N";
+
+/// A minimal KVM virtual machine monitor whose devices all live in other processes.
+#[derive(Debug, Parser)]
+#[command(name = "outboard", version, after_help = EXIT_CODES, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot a guest
+    Run(Box<Run>),
+    /// Say what this host can boot
+    Check {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What `outboard run` takes; a TOML file given by `--config` may say the same.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+struct Run {
+    /// Kernel image: bzImage, or ELF (vmlinux) with or without a PVH note
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    initramfs: Option<PathBuf>,
+    /// Kernel command line [default: "console=ttyS0 panic=-1"]
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Guest RAM, a multiple of 2M; hugepages=2M or 1G takes reserved huge pages [default: 256M]
+    #[arg(long, value_name = "SIZE[,hugepages=SIZE]")]
+    memory: Option<String>,
+    /// Number of vCPUs, 1 to 255 [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    cpus: Option<u8>,
+    /// A virtio device served by a vhost-user backend (may be given again). Keys: id=NAME, queues=N,
+    /// queue-size=N, config-size=BYTES, deadline=MS, features=-NAME+NAME; socket=fd=N takes an inherited
+    /// descriptor
+    #[arg(long, value_name = "TYPE,socket=PATH[,KEY=VALUE]")]
+    vhost_user: Vec<String>,
+    /// Where the serial console goes: stdio, null, file=PATH or socket=PATH (we listen) [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<String>,
+    /// Write statistics as JSON when the machine ends; - is standard output
+    #[arg(long, value_name = "PATH|-")]
+    stats: Option<String>,
+    /// End, as at a power-off, when the guest resets
+    #[arg(long)]
+    no_reboot: bool,
+    /// How the guest learns of its devices [default: acpi]
+    #[arg(long, value_name = "HOW")]
+    discovery: Option<Discovery>,
+    /// Read what is not given here from a TOML file with the same names
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Say more on standard error; twice for debugging, three times for every message
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Discovery {
+    /// ACPI tables, which stock kernels understand
+    Acpi,
+    /// virtio_mmio.device= on the command line, for kernels without ACPI
+    Cmdline,
+}
+
+/// What `run` needs beyond the machine itself.
+struct Job {
+    config: Config,
+    stats: Option<String>,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = u8::try_from(error.exit_code()).unwrap_or(2);
+            return match error.print() {
+                Ok(()) => ExitCode::from(code),
+                Err(_) => ExitCode::from(Fault::Internal.exit_code()),
+            };
+        }
+    };
+    let done = match cli.command {
+        Command::Run(options) => run(*options),
+        Command::Check { json } => check::command(json),
+        Command::Completions { shell } => completions(shell),
+    };
+    done.unwrap_or_else(|error| {
+        terminal::restore();
+        complain(&error);
+        ExitCode::from(error.fault().exit_code())
+    })
+}
+
+/// Prints an error chain; a standard error that is closed is nobody's loss.
+fn complain(error: &Error) {
+    let mut text = Vec::new();
+    if error.report(&mut text).is_ok() && io::stderr().write_all(&text).is_err() {
+        log::debug!("standard error is closed");
+    }
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<ExitCode, Error> {
+    // Into memory first: a closed pipe must not be a panic.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "outboard", &mut script);
+    io::stdout()
+        .write_all(&script)
+        .map_err(|error| Error::internal("cannot print the completion script").because(error))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(options: Run) -> Result<ExitCode, Error> {
+    crate::logging::start(options.verbose);
+    terminal::restore_on_panic();
+    let Job { config, stats } = options.job()?;
+    // Before the machine: a path that cannot be written is better known now than at the end.
+    let mut sink = stats.map(StatsSink::open).transpose()?;
+    let mut machine = Machine::build(config)?;
+    machine.watch_signals()?;
+    let Outcome { end, stats } = machine.run()?;
+    if let Some(sink) = sink.as_mut() {
+        sink.write(&stats)?;
+    }
+    match end {
+        End::PowerOff | End::Reset | End::Quit => Ok(ExitCode::SUCCESS),
+        End::Signal(signal) => Ok(ExitCode::from(128_u8.saturating_add(u8::try_from(signal).unwrap_or(0)))),
+        End::Crash(report) => {
+            let (what, registers) = report.split_once('\n').unwrap_or((&report, ""));
+            complain(&Error::new(Fault::Guest, "the guest crashed").because(what.to_owned()));
+            if io::stderr().write_all(format!("{registers}\n").as_bytes()).is_err() {
+                log::debug!("standard error is closed");
+            }
+            Ok(ExitCode::from(Fault::Guest.exit_code()))
+        }
+    }
+}
+
+impl Run {
+    /// The command line laid over the configuration file.
+    fn job(self) -> Result<Job, Error> {
+        let file = self.config.as_deref().map(load_toml).transpose()?.unwrap_or_default();
+        let kernel = self.kernel.or(file.kernel).ok_or_else(|| {
+            Error::usage("no kernel was given").hint("pass --kernel FILE, a bzImage or an ELF vmlinux")
+        })?;
+        let mut config = Config::new(Image::Path(kernel));
+        config.initramfs = self.initramfs.or(file.initramfs).map(Image::Path);
+        config.cmdline = self.cmdline.or(file.cmdline).or_else(|| Some(DEFAULT_CMDLINE.to_owned()));
+        config.memory = match self.memory.or(file.memory) {
+            Some(text) => parse_memory(&text)?,
+            None => Memory::default(),
+        };
+        config.cpus = self.cpus.or(file.cpus).unwrap_or(1);
+        if config.cpus == 0 {
+            return Err(Error::usage("a machine needs at least one vCPU").hint("give cpus from 1 to 255"));
+        }
+        for text in file.vhost_user.iter().chain(&self.vhost_user) {
+            config.vhost_user.push(parse_vhost_user(text)?);
+        }
+        config.serial = match self.serial.or(file.serial) {
+            Some(text) => parse_serial(&text)?,
+            None => Serial::Stdio,
+        };
+        config.on_reset = if self.no_reboot || file.no_reboot { OnReset::Exit } else { OnReset::Reboot };
+        let from_file = file.discovery.map(|name| {
+            Discovery::from_str(&name, false).map_err(|_| {
+                Error::usage(format!("discovery cannot be `{name}`")).hint("write acpi or cmdline")
+            })
+        });
+        config.discovery = match self.discovery.or(from_file.transpose()?) {
+            None | Some(Discovery::Acpi) => arch::platform::Discovery::Acpi,
+            Some(Discovery::Cmdline) => arch::platform::Discovery::Cmdline,
+        };
+        Ok(Job { config, stats: self.stats.or(file.stats) })
+    }
+}
+
+/// Where `--stats` goes.
+enum StatsSink {
+    Stdout,
+    File(File, PathBuf),
+}
+
+impl StatsSink {
+    fn open(target: String) -> Result<Self, Error> {
+        if target == "-" {
+            return Ok(StatsSink::Stdout);
+        }
+        let path = PathBuf::from(target);
+        let file = File::create(&path).map_err(|error| {
+            Error::usage(format!("cannot write statistics to {}", path.display())).because(error)
+        })?;
+        Ok(StatsSink::File(file, path))
+    }
+
+    fn write(&mut self, stats: &crate::stats::Stats) -> Result<(), Error> {
+        let cannot = |error| Error::internal("cannot write the statistics").because(error);
+        let mut text = serde_json::to_string_pretty(stats).map_err(|error| cannot(io::Error::from(error)))?;
+        text.push('\n');
+        match self {
+            StatsSink::Stdout => io::stdout().write_all(text.as_bytes()).map_err(cannot),
+            StatsSink::File(file, path) => file.write_all(text.as_bytes()).map_err(|error| {
+                Error::internal(format!("cannot write statistics to {}", path.display())).because(error)
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(arguments: &[&str]) -> Result<Job, Error> {
+        let cli = Cli::try_parse_from([&["outboard", "run"], arguments].concat()).unwrap();
+        let Command::Run(options) = cli.command else { panic!("not run") };
+        options.job()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_reach_the_configuration() {
+        let job = job(&[
+            "--kernel", "/k", "--memory", "512M", "--cpus", "2", "--no-reboot", "--vhost-user", "blk,socket=/s",
+            "--stats", "-",
+        ])
+        .unwrap();
+        assert_eq!((job.config.memory.size, job.config.cpus), (512 << 20, 2));
+        assert_eq!(job.config.on_reset, OnReset::Exit);
+        assert_eq!(job.config.vhost_user.len(), 1);
+        assert_eq!(job.stats.as_deref(), Some("-"));
+    }
+
+    #[test]
+    fn flags_win_over_the_configuration_file_and_devices_add_up() {
+        let path = std::env::temp_dir().join(format!("outboard-cli-{}.toml", std::process::id()));
+        std::fs::write(&path, "kernel = '/a'\ncpus = 3\nmemory = '64M'\nvhost-user = ['blk,socket=/1']\n").unwrap();
+        let file = path.to_str().unwrap();
+        let job = job(&["--config", file, "--cpus", "2", "--vhost-user", "rng,socket=/2"]).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!((job.config.cpus, job.config.memory.size), (2, 64 << 20));
+        assert_eq!(job.config.vhost_user.len(), 2);
+    }
+
+    #[test]
+    fn unknown_names_are_refused_with_the_exit_code_for_usage() {
+        for arguments in [&["--vfio-user", "socket=/s"][..], &["--control", "/c"], &["--incoming", "unix:/m"]] {
+            let error = Cli::try_parse_from([&["outboard", "run", "--kernel", "/k"], arguments].concat()).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+        }
+        let path = std::env::temp_dir().join(format!("outboard-cli-bad-{}.toml", std::process::id()));
+        std::fs::write(&path, "kernle = '/a'\n").unwrap();
+        let error = job(&["--config", path.to_str().unwrap()]).map(|_| ()).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(error.fault().exit_code(), 2);
+    }
+
+    #[test]
+    fn a_missing_kernel_is_a_usage_error_with_a_hint() {
+        let error = job(&[]).map(|_| ()).unwrap_err();
+        let mut out = Vec::new();
+        error.report(&mut out).unwrap();
+        assert!(String::from_utf8(out).unwrap().contains("hint: pass --kernel"));
+    }
+}

@@ -1,0 +1,199 @@
+//! What to build: plain data, however it was written.
+//!
+//! The command line and the TOML file both end here; so does a test that fills the structs by hand.
+//! Nothing in this module opens a file or talks to a peer.
+
+mod parse;
+mod toml_file;
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::error::Error;
+
+use devices::virtio::device_type::Wishes;
+use devices::virtio::vhost_user::Order;
+pub use parse::{parse_memory, parse_serial, parse_vhost_user};
+pub use toml_file::load as load_toml;
+
+/// How long a peer may take over one request, unless `deadline=` says otherwise.
+pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(2000);
+
+/// The kernel command line when none is given.
+///
+/// * `console=ttyS0` – the serial port is the only console.
+/// * `panic=-1` – a panic reboots at once: a machine that hangs helps nobody.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// One machine.
+#[derive(Debug)]
+pub struct Config {
+    /// The kernel image: bzImage or ELF.
+    pub kernel: Image,
+    /// The initial RAM file system.
+    pub initramfs: Option<Image>,
+    /// The kernel command line; [`DEFAULT_CMDLINE`] when absent.
+    pub cmdline: Option<String>,
+    /// Guest RAM.
+    pub memory: Memory,
+    /// vCPUs, 1 to 255.
+    pub cpus: u8,
+    /// virtio devices served by vhost-user backends, in the order of their guest addresses.
+    pub vhost_user: Vec<VhostUser>,
+    /// Where the serial console goes.
+    pub serial: Serial,
+    /// What a guest's reset does.
+    pub on_reset: OnReset,
+    /// How the guest is told of its virtio-mmio devices.
+    pub discovery: arch::platform::Discovery,
+}
+
+impl Config {
+    /// A machine with one vCPU, 256 MiB, no devices and no console, that ends at a reset.
+    pub fn new(kernel: Image) -> Self {
+        Config {
+            kernel,
+            initramfs: None,
+            cmdline: None,
+            memory: Memory::default(),
+            cpus: 1,
+            vhost_user: Vec::new(),
+            serial: Serial::Null,
+            on_reset: OnReset::Exit,
+            discovery: arch::platform::Discovery::Acpi,
+        }
+    }
+}
+
+/// A file whose contents the guest gets.
+#[derive(Clone, Debug)]
+pub enum Image {
+    /// A path, opened when the machine is built.
+    Path(PathBuf),
+    /// An open file, read from offset 0.
+    File(Arc<File>),
+    /// Bytes at hand, such as a tiny kernel inside a test.
+    Bytes(Arc<[u8]>),
+}
+
+impl fmt::Display for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Image::Path(path) => write!(f, "{}", path.display()),
+            Image::File(_) => f.write_str("(an open file)"),
+            Image::Bytes(bytes) => write!(f, "({} bytes in memory)", bytes.len()),
+        }
+    }
+}
+
+/// Guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes; a multiple of 2 MiB.
+    pub size: u64,
+    /// The kind of pages behind it.
+    pub hugepages: arch::ram::Hugepages,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Memory { size: 256 << 20, hugepages: arch::ram::Hugepages::Off }
+    }
+}
+
+/// One virtio device whose queues a vhost-user backend serves.
+#[derive(Debug)]
+pub struct VhostUser {
+    /// Which device, how many queues, which features.
+    pub order: Order,
+    /// Where the backend is.
+    pub socket: Socket,
+    /// Its name in messages and statistics; the type and a number when absent.
+    pub id: Option<String>,
+    /// How long the backend may take over one request.
+    pub deadline: Duration,
+}
+
+impl VhostUser {
+    /// A device of the type called `kind` (`blk`, `net`, … `generic:ID`) at `socket`, everything else by
+    /// default.
+    ///
+    /// # Errors
+    /// When there is no such type.
+    pub fn new(kind: &str, socket: Socket) -> Result<Self, Error> {
+        let device_type = parse::device_type(kind)?;
+        let order = Order::new(device_type, Wishes::default(), "")
+            .map_err(|error| Error::internal("cannot use the default features").because(error))?;
+        Ok(VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE })
+    }
+}
+
+/// Where a peer is found.
+#[derive(Debug)]
+pub enum Socket {
+    /// A unix socket that the peer listens on.
+    Path(PathBuf),
+    /// A connected stream inherited from whoever started us, and its number.
+    Inherited(UnixStream, i32),
+    /// A connected stream, such as one end of a socket pair.
+    Stream(UnixStream),
+}
+
+impl fmt::Display for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Socket::Path(path) => write!(f, "{}", path.display()),
+            Socket::Inherited(_, fd) => write!(f, "fd {fd}"),
+            Socket::Stream(_) => f.write_str("(a connected socket)"),
+        }
+    }
+}
+
+/// Where the serial console goes.
+#[derive(Clone)]
+pub enum Serial {
+    /// Standard input and output; raw mode when standard input is a terminal.
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// Appended to nothing: the file is created or truncated.
+    File(PathBuf),
+    /// A unix socket that we listen on; one client at a time.
+    Socket(PathBuf),
+    /// A sink of the caller's, such as [`Serial::buffer`].
+    Sink(Arc<Mutex<dyn Write + Send>>),
+}
+
+impl Serial {
+    /// A console kept in memory, and the memory.
+    pub fn buffer() -> (Self, Arc<Mutex<Vec<u8>>>) {
+        let buffer = Arc::new(Mutex::new(Vec::new()));
+        (Serial::Sink(Arc::clone(&buffer) as Arc<Mutex<dyn Write + Send>>), buffer)
+    }
+}
+
+impl fmt::Debug for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Serial::Stdio => f.write_str("Stdio"),
+            Serial::Null => f.write_str("Null"),
+            Serial::File(path) => f.debug_tuple("File").field(path).finish(),
+            Serial::Socket(path) => f.debug_tuple("Socket").field(path).finish(),
+            Serial::Sink(_) => f.write_str("Sink"),
+        }
+    }
+}
+
+/// What a guest's reset does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReset {
+    /// The machine starts again, with the same backend connections.
+    Reboot,
+    /// The machine ends as if powered off.
+    Exit,
+}

@@ -1,0 +1,221 @@
+//! The control loop: one thread waits for everything that is not a guest's exit.
+//!
+//! It lives for one boot and ends with the request that ended it. It never waits on a peer for longer than
+//! that peer's deadline, and never on the console.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+
+use crate::board::Board;
+use crate::console::{Console, Input, Readable};
+use crate::error::Error;
+use crate::lifecycle::Request;
+use crate::peers::Peers;
+
+/// What an event is about; a device's number is added to the last two.
+mod token {
+    pub(super) const REQUEST: u32 = 0;
+    pub(super) const INPUT: u32 = 1;
+    pub(super) const INPUT_SPACE: u32 = 2;
+    pub(super) const CLIENT: u32 = 3;
+    pub(super) const NEWS: u32 = 4;
+    pub(super) const SIGNAL: u32 = 0x100;
+    pub(super) const HANG_UP: u32 = 0x1000;
+}
+
+/// The parts of a machine that the loop serves during one boot.
+pub(crate) struct Control<'m> {
+    /// The boot's hardware.
+    board: &'m Board,
+    /// The console, for its input.
+    console: &'m mut Console,
+    /// The thread that listens to backends.
+    peers: &'m Peers,
+    /// One socket a signal, with the signal's number.
+    signals: &'m [(i32, UnixStream)],
+    client: Option<UnixStream>,
+    input: Watch,
+    end: Option<Request>,
+}
+
+/// How the source of console input is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Watch {
+    /// epoll tells when there is input.
+    Watched,
+    /// The guest has not taken what it was given; watched again when it has.
+    Paused,
+    /// A plain file or /dev/null: epoll refuses it, and reading never waits.
+    Ready,
+    /// Nothing more will come.
+    Ended,
+}
+
+impl<'m> Control<'m> {
+    /// Serves `board` until somebody requests its end.
+    ///
+    /// # Errors
+    /// When the host's epoll fails.
+    pub(crate) fn run(
+        board: &'m Board,
+        console: &'m mut Console,
+        peers: &'m Peers,
+        signals: &'m [(i32, UnixStream)],
+    ) -> Result<Request, Error> {
+        let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
+        let control = Control { board, console, peers, signals, client: None, input: Watch::Ended, end: None };
+        let mut events = EventManager::new().map_err(cannot)?;
+        let id = events.add_subscriber(control);
+        loop {
+            let control = events.subscriber_mut(id).map_err(cannot)?;
+            if let Some(request) = control.end.take() {
+                return Ok(request);
+            }
+            match events.run() {
+                Ok(_) => {}
+                Err(event_manager::Error::Epoll(error)) if error.errno() == INTERRUPTED => {}
+                Err(error) => return Err(cannot(error)),
+            }
+        }
+    }
+
+    /// Input for the guest; stops watching the source when it has ended or the guest is full.
+    fn receive(&mut self, ops: &mut EventOps<'_>) {
+        let serial = self.board.serial();
+        let input = self.console.receive(|bytes| serial.enqueue(bytes));
+        let full = !self.console.flush(|bytes| serial.enqueue(bytes));
+        match input {
+            Input::Quit => self.board.lifecycle().request(Request::Quit),
+            Input::Ended => self.watch_input(ops, Watch::Ended),
+            Input::Open if full && self.input == Watch::Watched => self.watch_input(ops, Watch::Paused),
+            Input::Open => {}
+        }
+    }
+
+    /// The guest has read: offer what waits, and go on reading the source.
+    fn input_space(&mut self, ops: &mut EventOps<'_>) {
+        let serial = self.board.serial();
+        serial.clear_input_space();
+        let mut empty = self.console.flush(|bytes| serial.enqueue(bytes));
+        while empty && self.input == Watch::Ready {
+            self.receive(ops);
+            empty = self.console.flush(|bytes| serial.enqueue(bytes));
+        }
+        if empty && self.input == Watch::Paused {
+            self.watch_input(ops, Watch::Watched);
+        }
+    }
+
+    /// Starts or stops watching the source.
+    fn watch_input(&mut self, ops: &mut EventOps<'_>, wanted: Watch) {
+        let event = match (self.console.readable(), &self.client) {
+            (Readable::Bytes(fd), _) => Events::with_data(&fd, token::INPUT, EventSet::IN),
+            (Readable::Clients(_), Some(client)) => Events::with_data(client, token::CLIENT, EventSet::IN),
+            _ => return,
+        };
+        if wanted == Watch::Watched {
+            match ops.add(event) {
+                Ok(()) => self.input = Watch::Watched,
+                Err(error) => {
+                    log::debug!("console input cannot be waited for, and need not ({error})");
+                    self.input = Watch::Ready;
+                }
+            }
+            return;
+        }
+        if self.input == Watch::Watched {
+            unwatch(ops, event);
+        }
+        self.input = wanted;
+        if wanted == Watch::Ended {
+            self.client = None;
+        }
+    }
+
+    fn accept(&mut self, ops: &mut EventOps<'_>) {
+        if let Some(client) = self.console.accept() {
+            self.client = Some(client);
+            self.watch_input(ops, Watch::Watched);
+        }
+    }
+
+    fn signal(&self, index: u32) {
+        let signal = usize::try_from(index).ok().and_then(|index| self.signals.get(index));
+        if let Some((number, stream)) = signal {
+            let mut drained = [0; 16];
+            let mut stream: &UnixStream = stream;
+            if let Err(error) = stream.read(&mut drained) {
+                log::debug!("cannot read from the signal's socket: {error}");
+            }
+            self.board.lifecycle().request(Request::Signal(*number));
+        }
+    }
+}
+
+impl MutEventSubscriber for Control<'_> {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, Events::with_data(self.board.lifecycle().wake(), token::REQUEST, EventSet::IN));
+        watch(ops, Events::with_data(&self.board.serial().input_space(), token::INPUT_SPACE, EventSet::IN));
+        watch(ops, Events::with_data(self.peers.news(), token::NEWS, EventSet::IN));
+        for (index, (_, stream)) in (0..).zip(self.signals) {
+            watch(ops, Events::with_data(stream, token::SIGNAL + index, EventSet::IN));
+        }
+        for (index, device) in (0..).zip(self.board.devices()) {
+            watch(ops, Events::with_data(&device.hang_up(), token::HANG_UP + index, EventSet::READ_HANG_UP));
+        }
+        match self.console.readable() {
+            Readable::Nothing => {}
+            Readable::Clients(fd) => {
+                watch(ops, Events::with_data(&fd, token::INPUT, EventSet::IN));
+            }
+            Readable::Bytes(_) => self.watch_input(ops, Watch::Watched),
+        }
+        // Bytes may wait from before a reboot, and a plain file has its bytes ready.
+        self.input_space(ops);
+    }
+
+    fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
+        match event.data() {
+            token::REQUEST => self.end = self.board.lifecycle().take_request(),
+            token::INPUT if matches!(self.console.readable(), Readable::Clients(_)) => self.accept(ops),
+            token::INPUT | token::CLIENT => self.receive(ops),
+            token::INPUT_SPACE => self.input_space(ops),
+            token::NEWS => {
+                for index in self.peers.take_news() {
+                    if let Some(device) = self.board.devices().get(index) {
+                        device.handle().config_changed();
+                    }
+                }
+            }
+            signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => self.signal(signal - token::SIGNAL),
+            peer => {
+                unwatch(ops, event);
+                let index = peer.saturating_sub(token::HANG_UP);
+                let device = usize::try_from(index).ok().and_then(|index| self.board.devices().get(index));
+                if let Some(device) = device {
+                    device.handle().peer_lost("the backend closed the connection");
+                }
+            }
+        }
+    }
+}
+
+const INTERRUPTED: i32 = 4;
+
+fn watch(ops: &mut EventOps<'_>, event: Events) -> bool {
+    match ops.add(event) {
+        Ok(()) => true,
+        Err(error) => {
+            log::error!("cannot watch descriptor {}: {error}", event.fd());
+            false
+        }
+    }
+}
+
+fn unwatch(ops: &mut EventOps<'_>, event: Events) {
+    if let Err(error) = ops.remove(event) {
+        log::debug!("descriptor {} was not watched: {error}", event.fd());
+    }
+}

@@ -1,0 +1,133 @@
+//! What goes wrong, for people: one sentence, its causes, a hint, and the exit code.
+//!
+//! The outer text says what outboard was doing and never repeats its source; the chain is printed
+//! once, by [`Error::report`].
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io::Write;
+
+/// Who has to act; decides the exit code of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A mistake of ours, or of the system below us that nobody asked for.
+    Internal,
+    /// The command line or the configuration file.
+    Usage,
+    /// This host cannot run the machine.
+    Host,
+    /// A vhost-user backend or a vfio-user server.
+    Peer,
+    /// The guest crashed.
+    Guest,
+}
+
+impl Fault {
+    /// The exit code, as the README's table gives it.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Fault::Internal => 1,
+            Fault::Usage => 2,
+            Fault::Host => 3,
+            Fault::Peer => 4,
+            Fault::Guest => 5,
+        }
+    }
+}
+
+type Source = Box<dyn StdError + Send + Sync>;
+
+/// One failure: what we were doing, why it failed, what may help.
+#[derive(Debug)]
+pub struct Error {
+    fault: Fault,
+    doing: String,
+    source: Option<Source>,
+    hint: Option<String>,
+}
+
+impl Error {
+    /// `doing` is a clause such as `cannot start device disk0`, without a final stop.
+    pub fn new(fault: Fault, doing: impl Into<String>) -> Self {
+        Error { fault, doing: doing.into(), source: None, hint: None }
+    }
+
+    /// A mistake in the command line or the configuration.
+    pub fn usage(doing: impl Into<String>) -> Self {
+        Self::new(Fault::Usage, doing)
+    }
+
+    /// Something that this host lacks.
+    pub fn host(doing: impl Into<String>) -> Self {
+        Self::new(Fault::Host, doing)
+    }
+
+    /// A failure that nobody outside can mend.
+    pub fn internal(doing: impl Into<String>) -> Self {
+        Self::new(Fault::Internal, doing)
+    }
+
+    /// The cause, printed under `because:`.
+    pub fn because(mut self, source: impl Into<Source>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// What the reader may try, printed under `hint:`.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Whose fault it is.
+    pub fn fault(&self) -> Fault {
+        self.fault
+    }
+
+    /// Writes the sentence, the causes and the hint: the one place where an error chain is printed.
+    ///
+    /// # Errors
+    /// Whatever `out` reports.
+    pub fn report(&self, out: &mut impl Write) -> std::io::Result<()> {
+        writeln!(out, "outboard: {}", self.doing)?;
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            writeln!(out, "  because: {error}")?;
+            cause = error.source();
+        }
+        if let Some(hint) = &self.hint {
+            writeln!(out, "  hint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.doing)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_ref().map(|source| source.as_ref() as &(dyn StdError + 'static))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn report_prints_sentence_causes_and_hint_in_that_order() {
+        let io = std::io::Error::from_raw_os_error(2);
+        let error = Error::usage("cannot open kernel /k").because(io).hint("pass an existing file");
+        let mut out = Vec::new();
+        error.report(&mut out).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "outboard: cannot open kernel /k\n  because: No such file or directory (os error 2)\n  hint: pass an existing file\n"
+        );
+        assert_eq!(error.fault().exit_code(), 2);
+    }
+}

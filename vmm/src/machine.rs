@@ -1,0 +1,403 @@
+//! From a configuration to a running guest and back.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+use arch::boot::{BootImage, Entry};
+use arch::cpu::HostCpu;
+use arch::layout;
+use arch::platform::{Platform, SerialPort};
+use arch::ram::Ram;
+use kvm_ioctls::Kvm;
+use rustix::fs::{MemfdFlags, memfd_create};
+use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+
+use crate::attach::Detached;
+use crate::board::{Board, Parts};
+use crate::config::{Config, DEFAULT_CMDLINE, Image, OnReset};
+use crate::console::Console;
+use crate::control::Control;
+use crate::error::Error;
+use crate::kvm;
+use crate::lifecycle::Request;
+use crate::memory::Mapping;
+use crate::peers::Peers;
+use crate::stats::{Startup, Stats};
+use crate::vcpu::VcpuCounters;
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest powered it off.
+    PowerOff,
+    /// The guest reset it, and the configuration makes that the end.
+    Reset,
+    /// The user or a [`Handle`] asked for it.
+    Quit,
+    /// A signal asked for it.
+    Signal(i32),
+    /// The guest crashed; the first line says how, the others show the registers.
+    Crash(String),
+}
+
+impl End {
+    fn name(&self) -> &'static str {
+        match self {
+            End::PowerOff => "power-off",
+            End::Reset => "reset",
+            End::Quit => "quit",
+            End::Signal(_) => "signal",
+            End::Crash(_) => "crash",
+        }
+    }
+}
+
+/// What remains of a machine.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// How it ended.
+    pub end: End,
+    /// What was counted.
+    pub stats: Stats,
+}
+
+/// Ends a machine from another thread.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    quit: Arc<UnixStream>,
+}
+
+impl Handle {
+    /// Asks the machine to end, as Ctrl-A x does. Harmless when it has ended already.
+    pub fn quit(&self) {
+        if let Err(error) = (&*self.quit).write(&[0]) {
+            log::debug!("the machine has ended already: {error}");
+        }
+    }
+}
+
+/// A machine with its backends connected and its guest loaded, ready to run.
+pub struct Machine {
+    kvm: Kvm,
+    host_cpu: HostCpu,
+    platform: Platform,
+    files: Files,
+    ram: Ram,
+    ram_mappings: Vec<Mapping>,
+    on_reset: OnReset,
+    console: Console,
+    peers: Peers,
+    counters: Vec<Arc<VcpuCounters>>,
+    board: Board,
+    signals: Vec<(i32, UnixStream)>,
+    handle: Handle,
+    stats: Stats,
+    begun: Instant,
+}
+
+impl Machine {
+    /// Builds a machine: one list, read from top to bottom. What is cheap to get wrong comes first, what
+    /// takes time last.
+    ///
+    /// # Errors
+    /// When the configuration makes no sense, the host lacks something, or a peer fails. Nothing is left
+    /// behind then.
+    pub fn build(config: Config) -> Result<Self, Error> {
+        let begun = Instant::now();
+        let mut startup = Startup::default();
+
+        // 1. What the user named: files, then the host's KVM.
+        let files = Files::open(&config)?;
+        let kvm = kvm::open()?;
+        let host_cpu = HostCpu::probe(&kvm).map_err(|error| Error::host("cannot use KVM's CPUs").because(error))?;
+        let platform = describe(&config)?;
+        log::info!("{} vCPU(s), {} MiB, {} virtio device(s)", config.cpus, config.memory.size >> 20, config.vhost_user.len());
+
+        fits(&config, &host_cpu)?;
+
+        // 2. Guest RAM. It is mapped once; boards come and go around it.
+        let ram = Ram::allocate(config.memory.size, config.memory.hugepages).map_err(|error| {
+            let hint = error.hint();
+            let failed = Error::host("cannot allocate guest memory").because(error);
+            match hint {
+                Some(hint) => failed.hint(hint),
+                None => failed,
+            }
+        })?;
+        let ram_mappings = map(&ram)?;
+        let memory = memory_map(&ram)?;
+        startup.ram = elapsed(begun);
+
+        // 3. The backends, each connected and asked what it offers.
+        let mut peers = Peers::new(config.vhost_user.len())
+            .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
+        let mut devices = Vec::new();
+        for (index, device) in config.vhost_user.into_iter().enumerate() {
+            let (device, channel) = Detached::connect(index, device, &devices, &memory)?;
+            if let Some(channel) = channel {
+                peers
+                    .add(index, channel)
+                    .map_err(|error| Error::internal("cannot start the thread `peers`").because(error))?;
+            }
+            devices.push(device);
+        }
+        startup.peers = elapsed(begun);
+
+        // 4. The guest's image.
+        let entry = files.load(&ram, &platform)?;
+        startup.image = elapsed(begun);
+
+        // 5. The console, now that little can fail, and the hardware.
+        let console = Console::open(&config.serial)?;
+        let counters: Vec<_> = (0..config.cpus).map(|_| Arc::new(VcpuCounters::default())).collect();
+        let parts = Parts {
+            kvm: &kvm,
+            host_cpu: &host_cpu,
+            ram: &ram,
+            ram_mappings: &ram_mappings,
+            platform: &platform,
+            entry: &entry,
+            console: &console,
+            counters: &counters,
+            begun,
+        };
+        let board = Board::build(&parts, devices)?;
+        startup.board = elapsed(begun);
+
+        let (quit, asked) = UnixStream::pair()
+            .map_err(|error| Error::internal("cannot make a socket pair").because(error))?;
+        Ok(Machine {
+            kvm,
+            host_cpu,
+            platform,
+            files,
+            ram,
+            ram_mappings,
+            on_reset: config.on_reset,
+            console,
+            peers,
+            counters,
+            board,
+            signals: vec![(0, asked)],
+            handle: Handle { quit: Arc::new(quit) },
+            stats: Stats { startup_us: startup, ..Stats::default() },
+            begun,
+        })
+    }
+
+    /// A handle that ends the machine from another thread.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Ends the machine in order when this process gets SIGINT, SIGTERM, SIGHUP or SIGQUIT.
+    ///
+    /// # Errors
+    /// When the handlers cannot be installed.
+    pub fn watch_signals(&mut self) -> Result<(), Error> {
+        let cannot = |error: std::io::Error| Error::internal("cannot watch for signals").because(error);
+        for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
+            let (handler, ours) = UnixStream::pair().map_err(cannot)?;
+            signal_hook::low_level::pipe::register(signal, handler).map_err(cannot)?;
+            self.signals.push((signal, ours));
+        }
+        Ok(())
+    }
+
+    /// Runs the guest until it ends. Blocks; the calling thread becomes the control loop.
+    ///
+    /// # Errors
+    /// When the host fails, or a reboot cannot be carried out.
+    pub fn run(mut self) -> Result<Outcome, Error> {
+        interruptible_vcpus()?;
+        loop {
+            self.stats.boots += 1;
+            self.board.lifecycle().open();
+            let request = Control::run(&self.board, &mut self.console, &self.peers, &self.signals)?;
+            self.board.end_vcpus();
+            for (bus, counters) in self.board.bus_counters() {
+                self.stats.add_bus(bus, counters);
+            }
+            let end = match request {
+                Request::Reset if self.on_reset == OnReset::Reboot => {
+                    self = self.reboot()?;
+                    continue;
+                }
+                Request::Reset => End::Reset,
+                Request::PowerOff => End::PowerOff,
+                Request::Quit | Request::Signal(0) => End::Quit,
+                Request::Signal(signal) => End::Signal(signal),
+                Request::Crash(report) => End::Crash(report),
+            };
+            return Ok(self.finish(end));
+        }
+    }
+
+    /// Another board around the same RAM, console and backends.
+    fn reboot(self) -> Result<Self, Error> {
+        log::info!("the guest reset the machine: starting it again");
+        let devices = self.board.dismantle();
+        let entry = self.files.load(&self.ram, &self.platform)?;
+        let parts = Parts {
+            kvm: &self.kvm,
+            host_cpu: &self.host_cpu,
+            ram: &self.ram,
+            ram_mappings: &self.ram_mappings,
+            platform: &self.platform,
+            entry: &entry,
+            console: &self.console,
+            counters: &self.counters,
+            begun: self.begun,
+        };
+        let board = Board::build(&parts, devices)?;
+        Ok(Machine { board, ..self })
+    }
+
+    /// Stops the queues, gathers what was counted, lets go of everything.
+    fn finish(self, end: End) -> Outcome {
+        let mut stats = self.stats;
+        stats.end = end.name();
+        stats.vcpus = self.counters.iter().map(|counters| counters.stats()).collect();
+        stats.exits = stats.vcpus.iter().map(|vcpu| vcpu.exits).sum();
+        stats.startup_us.first_entry = self.counters.first().map_or(0, |first| first.first_entry_us());
+        stats.devices = self.board.dismantle().into_iter().map(Detached::finish).collect();
+        Outcome { end, stats }
+    }
+}
+
+/// The images, open for the machine's whole life: a reboot starts the same kernel even if the path has since
+/// been replaced.
+struct Files {
+    kernel: (File, String),
+    initramfs: Option<(File, String)>,
+    cmdline: String,
+}
+
+impl Files {
+    fn open(config: &Config) -> Result<Self, Error> {
+        let open = |what: &str, image: &Image| {
+            let cannot = || Error::usage(format!("cannot open the {what} {image}"));
+            let file = match image {
+                Image::Path(path) => File::open(path).map_err(|error| {
+                    let missing = error.kind() == std::io::ErrorKind::NotFound;
+                    let error = cannot().because(error);
+                    if missing { error.hint("is the path right? relative paths start where outboard runs") } else { error }
+                })?,
+                Image::File(file) => file.try_clone().map_err(|error| cannot().because(error))?,
+                Image::Bytes(bytes) => in_memory(bytes).map_err(|error| cannot().because(error))?,
+            };
+            Ok::<_, Error>((file, image.to_string()))
+        };
+        Ok(Files {
+            kernel: open("kernel", &config.kernel)?,
+            initramfs: config.initramfs.as_ref().map(|image| open("initramfs", image)).transpose()?,
+            cmdline: config.cmdline.clone().unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
+        })
+    }
+
+    fn load(&self, ram: &Ram, platform: &Platform) -> Result<Entry, Error> {
+        let mut cmdline = self.cmdline.clone();
+        for parameter in platform.device_parameters() {
+            cmdline.push(' ');
+            cmdline.push_str(&parameter);
+        }
+        let image = BootImage {
+            kernel: &self.kernel.0,
+            initramfs: self.initramfs.as_ref().map(|(file, _)| file),
+            cmdline: &cmdline,
+        };
+        arch::boot::load(ram, &image, platform).map_err(|error| {
+            let hint = error.hint();
+            let failed = Error::usage(format!("cannot boot {}", self.kernel.1)).because(error);
+            match hint {
+                Some(hint) => failed.hint(hint),
+                None => failed,
+            }
+        })
+    }
+}
+
+/// A file that holds `bytes`, so that images from memory take the same way as those from disk.
+fn in_memory(bytes: &[u8]) -> std::io::Result<File> {
+    let mut file = File::from(memfd_create("outboard-image", MemfdFlags::CLOEXEC)?);
+    file.write_all(bytes)?;
+    Ok(file)
+}
+
+/// Sees that the guest's processor can address its memory.
+fn fits(config: &Config, host: &HostCpu) -> Result<(), Error> {
+    let bits = host.physical_address_bits();
+    let hole = layout::HOLE_END.0 - layout::HOLE_START.0;
+    let end = config.memory.size.saturating_add(hole);
+    if 1_u64.checked_shl(u32::from(bits)).is_some_and(|limit| end > limit) {
+        return Err(Error::host(format!("guest memory of {} MiB is too large", config.memory.size >> 20))
+            .because(format!("processors of this host address {bits} bits of physical memory"))
+            .hint("give less --memory"));
+    }
+    Ok(())
+}
+
+/// What the guest will be told of.
+fn describe(config: &Config) -> Result<Platform, Error> {
+    if config.cpus == 0 {
+        return Err(Error::usage("a machine needs at least one vCPU"));
+    }
+    let mut virtio_mmio = Vec::new();
+    for index in 0..config.vhost_user.len() {
+        let place = layout::virtio_mmio_slot(index).ok_or_else(|| {
+            Error::usage(format!("{} virtio-mmio devices are too many", config.vhost_user.len()))
+                .hint(format!("a machine takes {}", layout::VIRTIO_MMIO_MAX))
+        })?;
+        virtio_mmio.push(place);
+    }
+    Ok(Platform {
+        cpus: config.cpus,
+        virtio_mmio,
+        serial: Some(SerialPort::COM1),
+        discovery: config.discovery,
+    })
+}
+
+fn map(ram: &Ram) -> Result<Vec<Mapping>, Error> {
+    let fd: &OwnedFd = ram.fd();
+    let regions = ram.regions().iter();
+    let mappings: Result<_, _> = regions.map(|region| Mapping::shared(fd, region.offset, region.size)).collect();
+    mappings.map_err(|error| Error::host("cannot map guest memory").because(error))
+}
+
+/// Guest RAM as peers are told of it.
+fn memory_map(ram: &Ram) -> Result<MemoryMap, Error> {
+    let regions = ram.regions().iter().map(|region| {
+        SharedRegion::new(GuestAddr(region.guest.0), region.size, Arc::clone(ram.fd()), region.offset)
+    });
+    MemoryMap::new(regions.collect()).map_err(|error| Error::internal("cannot describe guest memory").because(error))
+}
+
+/// Makes the signal that takes vCPU threads out of the guest harmless otherwise. Once per process.
+fn interruptible_vcpus() -> Result<(), Error> {
+    use std::sync::OnceLock;
+    use std::sync::atomic::AtomicBool;
+    static DONE: OnceLock<Result<(), i32>> = OnceLock::new();
+    let done = DONE.get_or_init(|| {
+        let flag = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(vmm_sys_util::signal::SIGRTMIN(), flag)
+            .map(|_| ())
+            .map_err(|error| error.raw_os_error().unwrap_or(0))
+    });
+    done.map_err(|errno| {
+        Error::internal("cannot install the vCPU signal").because(std::io::Error::from_raw_os_error(errno))
+    })
+}
+
+fn elapsed(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+const SIGHUP: i32 = 1;
+const SIGINT: i32 = 2;
+const SIGQUIT: i32 = 3;
+const SIGTERM: i32 = 15;

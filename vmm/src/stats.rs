@@ -1,0 +1,143 @@
+//! What `--stats` writes when the machine ends.
+//!
+//! Times are in microseconds. Counters cover the machine's whole life, reboots included.
+
+use devices::bus::BusCounters;
+use serde::Serialize;
+
+use crate::vcpu::VcpuStats;
+
+/// Everything counted while a machine lived.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Stats {
+    /// Why it ended: `power-off`, `reset`, `quit`, `signal` or `crash`.
+    pub end: &'static str,
+    /// How often the guest was started: 1 and one for every reboot in place.
+    pub boots: u64,
+    /// When each step of the first start was done, counted from the start of the build.
+    pub startup_us: Startup,
+    /// All exits to userspace of all vCPUs.
+    pub exits: u64,
+    /// Exits to userspace, for each vCPU.
+    pub vcpus: Vec<VcpuStats>,
+    /// Exits to userspace, for each range of ports and of addresses.
+    pub ranges: Vec<RangeStats>,
+    /// Accesses that no device claimed.
+    pub unclaimed: Unclaimed,
+    /// The virtio devices.
+    pub devices: Vec<DeviceStats>,
+}
+
+/// When each step of the first start was done, in microseconds from the start of the build.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Startup {
+    /// Every backend is connected and has told what it offers.
+    pub peers: u64,
+    /// Guest RAM exists.
+    pub ram: u64,
+    /// Kernel, initramfs, command line and tables are in it.
+    pub image: u64,
+    /// The VM, its vCPUs and devices exist.
+    pub board: u64,
+    /// The first vCPU enters the guest.
+    pub first_entry: u64,
+}
+
+/// Accesses of one range that left the guest and KVM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RangeStats {
+    /// `pio` or `mmio`.
+    pub bus: &'static str,
+    /// The device's name.
+    pub name: String,
+    /// The first address.
+    pub start: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+}
+
+/// Accesses that no device claimed: reads gave all ones, writes were dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Unclaimed {
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+}
+
+/// One virtio device.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct DeviceStats {
+    /// Its name.
+    pub id: String,
+    /// Its type.
+    pub kind: String,
+    /// `idle`, `running` or `broken`.
+    pub state: &'static str,
+    /// Why it is broken.
+    pub broken: Option<String>,
+    /// Kicks and interrupt acknowledgements that passed through the VMM while the device ran: 0.
+    pub requests_through_vmm: u64,
+    /// Writes to its other registers: initialisation, configuration changes.
+    pub register_writes: u64,
+    /// What was said to its peer.
+    pub peer: PeerStats,
+}
+
+/// Messages to one peer.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct PeerStats {
+    /// Messages sent.
+    pub messages: u64,
+    /// How often we waited for an answer.
+    pub waits: u64,
+    /// The longest of these waits.
+    pub worst_wait_us: u64,
+}
+
+impl Stats {
+    /// Adds the counters of one boot's bus to those of earlier boots.
+    pub fn add_bus(&mut self, bus: &'static str, counters: BusCounters) {
+        self.unclaimed.reads += counters.unclaimed_reads;
+        self.unclaimed.writes += counters.unclaimed_writes;
+        for range in counters.ranges {
+            let known = self.ranges.iter_mut().find(|seen| seen.bus == bus && seen.name == range.name);
+            match known {
+                Some(seen) => {
+                    seen.reads += range.reads;
+                    seen.writes += range.writes;
+                }
+                None => self.ranges.push(RangeStats {
+                    bus,
+                    name: range.name,
+                    start: range.start,
+                    reads: range.reads,
+                    writes: range.writes,
+                }),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use devices::bus::RangeCounters;
+
+    use super::*;
+
+    #[test]
+    fn counters_of_two_boots_add_up() {
+        let one = BusCounters {
+            ranges: vec![RangeCounters { name: "serial".into(), start: 0x3f8, length: 8, reads: 1, writes: 2 }],
+            unclaimed_reads: 3,
+            unclaimed_writes: 0,
+        };
+        let mut stats = Stats::default();
+        stats.add_bus("pio", one.clone());
+        stats.add_bus("pio", one);
+        assert_eq!(stats.ranges.len(), 1);
+        assert_eq!((stats.ranges[0].reads, stats.ranges[0].writes, stats.unclaimed.reads), (2, 4, 6));
+    }
+}

@@ -1,0 +1,4 @@
+//! Tools beside the machine: they look at a host or a peer and say what they found.
+
+pub mod check;
+mod guest_mode;
