@@ -38,6 +38,7 @@ lab_run() {
     trap 'exit 129' HUP
     trap 'exit 130' INT
     trap 'exit 143' TERM
+    LAB_WORK=$LAB_RUN
     lab_run_image "$@"
 
     local attempt
@@ -128,7 +129,7 @@ lab_run_image() {
         echo "sane rows ${rows:-24} columns ${columns:-80}" >"$tree/lab/run/tty"
     fi
     # Libraries that the base has already need not travel twice.
-    (cd "$tree" && find . -mindepth 1 | sort | grep -vxF -f <(sed 's/^/./' "$LAB_CACHE/image/base.list" | grep '^\./\(lib\|usr/lib\)') |
+    (cd "$tree" && find -L . -mindepth 1 | sort | grep -vxF -f <(sed 's/^/./' "$LAB_CACHE/image/base.list" | grep '^\./\(lib\|usr/lib\)') |
         cpio -o -H newc -L -R 0:0 --quiet) >"$LAB_RUN/initrd" || die "cannot pack the files of the run"
     cat "$LAB_CACHE/image/modules-$LAB_OUTER" >>"$LAB_RUN/initrd" || die "no kernel $LAB_OUTER here"
     for layer in "${LAB_LAYERS[@]}"; do

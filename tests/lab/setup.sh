@@ -18,6 +18,7 @@ lab_setup() {
     flock -n 9 || { say "waiting for another set-up to end"; flock 9; }
     stamp=$(lab_stamp)
     if [ "$(cat "$LAB_CACHE/ready" 2>/dev/null)" != "$stamp" ]; then
+        rm -rf "$LAB_CACHE"/setup.??????
         LAB_WORK=$(mktemp -d "$LAB_CACHE/setup.XXXXXX")
         trap 'rm -rf "$LAB_WORK"' EXIT
         lab_packages
@@ -223,12 +224,16 @@ lab_copy_modules() {
 # --- images ---------------------------------------------------------------------------------------------------------
 
 # A newc archive of DIR, everything owned by root, links followed (a staging tree may be made of links).
-lab_pack() { (cd "$1" && find . -mindepth 1 | sort | cpio -o -H newc -L -R 0:0 --quiet); }
+lab_pack() { (cd "$1" && find -L . -mindepth 1 | sort | cpio -o -H newc -L -R 0:0 --quiet); }
 
 # Puts a program and the libraries it needs into a staging tree, at the same paths.
 lab_stage_program() {
     local tree=$1 program=$2 library
     lab_stage "$tree" "$program" "${3:-$program}"
+    # Debugging information would double the archive; symbols stay, for backtraces.
+    if [ "$(stat -L -c %s "$program")" -gt 4000000 ] && command -v strip >/dev/null; then
+        if strip --strip-debug -o "$LAB_WORK/stripped.$$" "$program" 2>/dev/null; then mv -T "$LAB_WORK/stripped.$$" "$tree/${3:-$program}"; fi
+    fi
     { ldd "$program" 2>/dev/null || true; } | grep -o '/[^ ]*' | while read -r library; do
         lab_stage "$tree" "$library" "$library"
     done
