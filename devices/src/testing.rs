@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
@@ -36,10 +36,11 @@ pub(crate) fn disk(queues: u16) -> Model {
     }
 }
 
+/// Both kinds hold a descriptor of their own, as KVM does.
 #[derive(Default)]
 struct Registered {
-    doorbells: Vec<WriteMatch>,
-    routes: BTreeMap<i32, Route>,
+    doorbells: Vec<(WriteMatch, OwnedFd)>,
+    routes: BTreeMap<i32, (Route, OwnedFd)>,
     refuse_doorbell: Option<WriteMatch>,
     refuse_routes: bool,
 }
@@ -64,13 +65,31 @@ impl Recorder {
     }
 
     pub(crate) fn doorbells(&self) -> Vec<WriteMatch> {
-        let mut doorbells = lock(&self.now).doorbells.clone();
+        let mut doorbells: Vec<_> = lock(&self.now).doorbells.iter().map(|(when, _)| *when).collect();
         doorbells.sort_by_key(|when| (when.address, when.value));
         doorbells
     }
 
     pub(crate) fn routes(&self) -> Vec<Route> {
-        lock(&self.now).routes.values().copied().collect()
+        lock(&self.now).routes.values().map(|(route, _)| *route).collect()
+    }
+
+    /// A write of the guest that ends in the kernel. Says whether it did.
+    pub(crate) fn guest_writes(&self, address: u64, value: u32) -> bool {
+        let when = WriteMatch { address: GuestAddr(address), value: Some(value) };
+        let now = lock(&self.now);
+        let Some((_, fd)) = now.doorbells.iter().find(|(bound, _)| *bound == when) else { return false };
+        rustix::io::write(fd, &1_u64.to_ne_bytes()).unwrap();
+        true
+    }
+
+    /// Takes the interrupts that the guest got since the last time.
+    pub(crate) fn take_interrupts(&self) -> u64 {
+        let take = |fd: &OwnedFd| {
+            let mut count = [0; 8];
+            rustix::io::read(fd, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+        };
+        lock(&self.now).routes.values().map(|(_, fd)| take(fd)).sum()
     }
 
     pub(crate) fn refuse_doorbell(&self, when: WriteMatch) {
@@ -103,14 +122,14 @@ fn refusal() -> PortError {
 }
 
 impl Doorbells for Recorder {
-    fn bind(&self, _: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError> {
+    fn bind(&self, fd: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError> {
         let mut now = lock(&self.now);
-        if now.refuse_doorbell == Some(when) || now.doorbells.contains(&when) {
+        if now.refuse_doorbell == Some(when) || now.doorbells.iter().any(|(bound, _)| *bound == when) {
             return Err(refusal());
         }
-        now.doorbells.push(when);
+        now.doorbells.push((when, fd.try_clone_to_owned().unwrap()));
         let undo = Arc::clone(&self.now);
-        Ok(Guard::on_drop(move || lock(&undo).doorbells.retain(|other| *other != when)))
+        Ok(Guard::on_drop(move || lock(&undo).doorbells.retain(|(other, _)| *other != when)))
     }
 }
 
@@ -121,7 +140,7 @@ impl Interrupts for Recorder {
         if now.refuse_routes || now.routes.contains_key(&fd) {
             return Err(refusal());
         }
-        now.routes.insert(fd, route);
+        now.routes.insert(fd, (route, call.try_clone_to_owned().unwrap()));
         let undo = Arc::clone(&self.now);
         Ok(Guard::on_drop(move || {
             lock(&undo).routes.remove(&fd);

@@ -330,6 +330,15 @@ impl Device {
         self.face.show_registers(&self.registers);
     }
 
+    /// Takes the backend away with its queues stopped, for another device to be made of it. What stays
+    /// behind is a device that breaks when a driver starts it; [`Device::phase`] still says whether the
+    /// backend can be used.
+    #[must_use]
+    pub fn take_backend(&mut self) -> Box<dyn Backend> {
+        self.machine_reset();
+        std::mem::replace(&mut self.backend, Box::new(Nobody))
+    }
+
     /// The machine ends: stops the queues, if the backend still lets us, and gives it up.
     pub fn shutdown(&mut self) {
         if let Phase::Running(guards) = std::mem::replace(&mut self.phase, Phase::Idle) {

@@ -304,6 +304,27 @@ fn machine_reset_stops_the_backend_and_shows_registers_at_power_on() {
 }
 
 #[test]
+fn backend_taken_away_is_stopped_and_serves_another_device() {
+    let rig = rig(1);
+    rig.start_driver();
+    rig.backend.calls();
+    let backend = rig.device.handle().with(|device| device.take_backend());
+    assert_eq!(rig.backend.calls(), ["stop"]);
+    assert_eq!(rig.device.handle().phase(), PhaseReport::Idle);
+    assert!(rig.kicks().is_empty());
+    rig.start_driver();
+    assert_eq!(rig.machine.page_u32(0x70), 0x4f);
+    assert!(rig.backend.calls().is_empty(), "the old device cannot reach it");
+
+    let machine = Recorder::default();
+    let parts = Parts { name: "disk0".into(), model: disk(1), backend, memory: memory() };
+    let device = MmioDevice::new(parts, PLACE, &machine.ports()).unwrap();
+    let rig = Rig { device, machine, backend: rig.backend };
+    rig.start_driver();
+    assert_eq!(rig.machine.page_u32(0x70), 0xf);
+}
+
+#[test]
 fn shutdown_stops_the_backend_once_and_nothing_starts_again() {
     let rig = rig(1);
     rig.start_driver();

@@ -200,3 +200,7 @@ impl Backend for VhostUser {
         BackendStats { messages: sent, waits: answers, failures, worst_wait }
     }
 }
+
+#[cfg(test)]
+#[path = "vhost_user_tests.rs"]
+mod tests;

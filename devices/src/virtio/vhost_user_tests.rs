@@ -1,0 +1,222 @@
+//! A whole device, from the guest's register writes to a backend that we did not write.
+
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use transport::memory_map::GuestAddr;
+use transport::vhost_user::Limits;
+
+use super::*;
+use crate::bus::BusDevice;
+use crate::testing::{Recorder, memory};
+use crate::virtio::mmio::{MmioDevice, Place};
+use crate::virtio::{Parts, PhaseReport};
+
+const BASE: u64 = 0xd000_0000;
+const SECTORS: u64 = 2048;
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(10), "{what}: did not happen");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// qemu-storage-daemon with a disk whose sectors are filled with their number.
+struct Daemon {
+    child: Child,
+    folder: PathBuf,
+}
+
+impl Daemon {
+    /// `None`, with a printed reason, where the program is not installed.
+    fn start(name: &str) -> Option<Self> {
+        let folder = std::env::temp_dir().join(format!("outboard-devices-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let image: Vec<u8> = (0..SECTORS * 512).map(|n| u8::try_from(n / 512 % 251).unwrap()).collect();
+        std::fs::write(folder.join("disk"), image).unwrap();
+        let child = Command::new("qemu-storage-daemon")
+            .current_dir(&folder)
+            .args(["--blockdev", "driver=file,node-name=d,filename=disk"])
+            .arg("--export")
+            .arg("type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s,writable=on,num-queues=2")
+            .stdin(Stdio::null())
+            .spawn();
+        match child {
+            Ok(child) => Some(Self { child, folder }),
+            Err(error) => {
+                println!("skipped: qemu-storage-daemon does not start: {error}");
+                None
+            }
+        }
+    }
+
+    fn open(&self, order: &Order) -> Opened {
+        let limits = Limits::new(Duration::from_secs(5));
+        let mut connection = None;
+        eventually("a connection", || {
+            connection = Connection::connect(&self.folder.join("s"), &limits).ok();
+            connection.is_some()
+        });
+        open(connection.unwrap(), order).unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::fs::remove_dir_all(&self.folder).unwrap();
+    }
+}
+
+fn order(features: &str) -> Order {
+    let wishes = Wishes { queues: Some(2), ..Wishes::default() };
+    Order::new(DeviceType::named("blk").unwrap(), wishes, features).unwrap()
+}
+
+/// The guest: registers through the page and the bus, rings through the shared memory.
+struct Guest {
+    device: MmioDevice,
+    machine: Recorder,
+    ram: transport::memory_map::MemoryMap,
+    next: Cell<u16>,
+}
+
+const DESC: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const HEAD: u64 = 0x8000;
+
+impl Guest {
+    fn new(opened: Opened) -> (Self, Option<BackendChannel>, OwnedFd) {
+        let Opened { model, backend, channel, hang_up } = opened;
+        let (machine, ram) = (Recorder::default(), memory());
+        let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone() };
+        let place = Place { base: GuestAddr(BASE), gsi: 5 };
+        let device = MmioDevice::new(parts, place, &machine.ports()).unwrap();
+        (Self { device, machine, ram, next: Cell::new(0) }, channel, hang_up)
+    }
+
+    fn write(&self, offset: u64, value: u32) {
+        self.device.write(offset, &value.to_le_bytes());
+    }
+
+    fn store(&self, at: u64, bytes: &[u8]) {
+        rustix::io::pwrite(self.ram.regions()[0].fd(), bytes, at).unwrap();
+    }
+
+    fn load(&self, at: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        rustix::io::pread(self.ram.regions()[0].fd(), &mut bytes, at).unwrap();
+        bytes
+    }
+
+    /// What a stock driver does up to DRIVER_OK, with one queue of 16 entries.
+    fn start_driver(&self) {
+        self.store(DESC, &[0; 0x3000]);
+        self.next.set(0);
+        for status in [0, 1, 3] {
+            self.write(0x70, status);
+        }
+        for select in [1, 0] {
+            self.write(0x14, select);
+            self.write(0x24, select);
+            // Neither event index nor indirect descriptors nor packed rings.
+            let keep = if select == 1 { 1 } else { 0xffff };
+            self.write(0x20, self.machine.page_u32(0x10) & keep);
+        }
+        self.write(0x70, 0xb);
+        assert_eq!(self.machine.page_u32(0x70), 0xb);
+        self.write(0x30, 0);
+        self.write(0x38, 16);
+        for (offset, address) in [(0x80, DESC), (0x90, AVAIL), (0xa0, USED)] {
+            self.write(offset, u32::try_from(address).unwrap());
+        }
+        self.write(0x44, 1);
+        self.write(0x70, 0xf);
+    }
+
+    fn descriptor(&self, index: u64, at: u64, length: u32, flags: u16) {
+        let next = u16::try_from(index + 1).unwrap();
+        let bytes = [&at.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
+        self.store(DESC + 16 * index, &bytes.concat());
+    }
+
+    /// Reads a sector as a driver does, the notification ending in the kernel.
+    fn read_sector(&self, sector: u64) -> Vec<u8> {
+        self.store(HEAD, &[[0; 8], sector.to_le_bytes()].concat());
+        self.store(HEAD + 0x2000, &[0xff]);
+        self.descriptor(0, HEAD, 16, 1);
+        self.descriptor(1, HEAD + 0x1000, 512, 3);
+        self.descriptor(2, HEAD + 0x2000, 1, 2);
+        let next = self.next.get().wrapping_add(1);
+        self.next.set(next);
+        self.store(AVAIL + 2, &next.to_le_bytes());
+        assert!(self.machine.guest_writes(BASE + 0x50, 0), "the kick must end in the kernel");
+        eventually("a used buffer", || self.load(USED + 2, 2) == next.to_le_bytes());
+        eventually("an interrupt", || self.machine.take_interrupts() > 0);
+        assert!(self.machine.guest_writes(BASE + 0x64, 1), "so must the acknowledgement");
+        assert_eq!(self.load(HEAD + 0x2000, 1), [0], "status of the request");
+        self.load(HEAD + 0x1000, 512)
+    }
+}
+
+#[test]
+fn disk_of_qemu_storage_daemon_reads_through_the_device_over_many_resets() {
+    let Some(daemon) = Daemon::start("reads") else { return };
+    let (guest, _channel, _hang_up) = Guest::new(daemon.open(&order("")));
+    assert_eq!(guest.machine.page_bytes(0x100, 8), SECTORS.to_le_bytes());
+    assert_eq!(guest.machine.page_bytes(0x100 + 34, 2), [2, 0]);
+    for round in 0..10 {
+        guest.start_driver();
+        assert_eq!(guest.machine.page_u32(0x70), 0xf, "round {round}");
+        for sector in [0, 7, SECTORS - 1] {
+            let expected = u8::try_from(sector % 251).unwrap();
+            assert_eq!(guest.read_sector(sector), [expected; 512], "round {round} sector {sector}");
+        }
+        if round % 2 == 0 {
+            guest.write(0x70, 0);
+        } else {
+            guest.device.handle().machine_reset();
+        }
+        assert_eq!(guest.machine.page_u32(0x70), 0);
+    }
+    let stats = guest.device.handle().stats();
+    assert_eq!((stats.activations, stats.resets), (10, 10));
+    assert_eq!((stats.trapped.queue_notify, stats.trapped.interrupt_ack), (0, 0));
+    assert!(stats.backend.messages > 100 && stats.backend.failures == 0, "{:?}", stats.backend);
+}
+
+#[test]
+fn write_back_byte_written_by_the_driver_reaches_the_backend() {
+    let Some(daemon) = Daemon::start("wce") else { return };
+    let (guest, _channel, _hang_up) = Guest::new(daemon.open(&order("")));
+    guest.start_driver();
+    for value in [0, 1, 0] {
+        guest.device.write(0x100 + 32, &[value]);
+        assert_eq!(guest.machine.page_bytes(0x100 + 32, 1), [value]);
+    }
+    assert_eq!(guest.device.handle().phase(), PhaseReport::Running);
+}
+
+#[test]
+fn daemon_that_dies_is_seen_on_the_hang_up_descriptor_and_the_guest_can_still_reset() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let Some(mut daemon) = Daemon::start("dies") else { return };
+    let (guest, _channel, hang_up) = Guest::new(daemon.open(&order("")));
+    guest.start_driver();
+    daemon.child.kill().unwrap();
+    let mut fds = [PollFd::new(&hang_up, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 5, tv_nsec: 0 })).unwrap(), 1);
+    let begin = Instant::now();
+    guest.write(0x70, 0);
+    assert!(begin.elapsed() < Duration::from_secs(1));
+    assert_eq!(guest.machine.page_u32(0x70), 0x40);
+    assert!(matches!(guest.device.handle().phase(), PhaseReport::Broken(_)));
+    // Whoever polls the descriptor learns of every way of breaking, as our side is shut down, too.
+    assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap(), 1);
+}
