@@ -118,30 +118,3 @@ impl Backend for Gone {
         BackendStats::default()
     }
 }
-
-/// Stands where a backend was taken away.
-pub(crate) struct Nobody;
-
-impl Backend for Nobody {
-    fn start(&mut self, _: &Start<'_>) -> Result<(), BackendError> {
-        Err(BackendError::gone())
-    }
-
-    fn stop(&mut self) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
-        Err(BackendError::gone())
-    }
-
-    fn write_config(&mut self, _: u32, _: &[u8]) -> Result<(), BackendError> {
-        Err(BackendError::gone())
-    }
-
-    fn disconnect(&mut self) {}
-
-    fn stats(&self) -> BackendStats {
-        BackendStats::default()
-    }
-}

@@ -330,15 +330,6 @@ impl Device {
         self.face.show_registers(&self.registers);
     }
 
-    /// Takes the backend away with its queues stopped, for another device to be made of it. What stays
-    /// behind is a device that breaks when a driver starts it; [`Device::phase`] still says whether the
-    /// backend can be used.
-    #[must_use]
-    pub fn take_backend(&mut self) -> Box<dyn Backend> {
-        self.machine_reset();
-        std::mem::replace(&mut self.backend, Box::new(Nobody))
-    }
-
     /// The machine ends: stops the queues, if the backend still lets us, and gives it up.
     pub fn shutdown(&mut self) {
         if let Phase::Running(guards) = std::mem::replace(&mut self.phase, Phase::Idle) {
@@ -355,9 +346,10 @@ impl Device {
     }
 
     /// Stops the queues and gives the backend away, for another device to be made of it; [`Device::phase`]
-    /// says whether that worked. This device is of no use afterwards.
+    /// still says whether it can be used. This device breaks when a driver starts it again.
+    #[must_use]
     pub fn take_backend(&mut self) -> Box<dyn Backend> {
-        self.quiesce();
+        self.machine_reset();
         std::mem::replace(&mut self.backend, Box::new(Gone))
     }
 
