@@ -64,7 +64,9 @@ impl Detached {
         let kind = config.order.device_type.name();
         let id = config.id.unwrap_or_else(|| format!("{kind}{index}"));
         if others.iter().any(|other| other.id == id) {
-            return Err(Error::usage(format!("two devices are called {id}")).hint("give one of them another id="));
+            return Err(
+                Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
+            );
         }
         let cannot = || format!("cannot start device {id}");
         let limits = Limits::new(config.deadline);
@@ -102,7 +104,8 @@ impl Detached {
         let cannot = || format!("cannot wire device {id}");
         let place = Place { base: GuestAddr(place.base.0), gsi: place.gsi.0 };
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
-        let device = MmioDevice::new(parts, place, ports).map_err(|error| Error::host(cannot()).because(error))?;
+        let device =
+            MmioDevice::new(parts, place, ports).map_err(|error| Error::host(cannot()).because(error))?;
         let handle = device.handle();
         if let Some(why) = broken {
             handle.peer_lost(&why);

@@ -125,7 +125,8 @@ impl Board {
                 counters: Arc::clone(counters),
                 begun: parts.begun,
             };
-            let thread = vcpu.spawn().map_err(|error| Error::host(cannot("start a thread for")).because(error))?;
+            let thread =
+                vcpu.spawn().map_err(|error| Error::host(cannot("start a thread for")).because(error))?;
             self.threads.push(thread);
         }
         Ok(())
@@ -193,7 +194,9 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<VmFd, Error> {
     };
     // Intel processors without "unrestricted guest" need these two; others ignore them.
     let tss = usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX);
-    if let Err(error) = vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).and_then(|()| vm.set_tss_address(tss)) {
+    if let Err(error) =
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).and_then(|()| vm.set_tss_address(tss))
+    {
         log::debug!("KVM needs no TSS: {error}");
     }
     vm.create_irq_chip().map_err(|error| Error::host(cannot("the interrupt controller")).because(error))?;
@@ -209,7 +212,11 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-fn legacy_devices(pio: &mut Bus, lifecycle: &Arc<Lifecycle>, console: &Console) -> Result<Arc<Serial>, Error> {
+fn legacy_devices(
+    pio: &mut Bus,
+    lifecycle: &Arc<Lifecycle>,
+    console: &Console,
+) -> Result<Arc<Serial>, Error> {
     let serial = Arc::new(
         Serial::new(console.output())
             .map_err(|error| Error::internal("cannot make the serial port").because(error))?,
@@ -225,7 +232,12 @@ fn legacy_devices(pio: &mut Bus, lifecycle: &Arc<Lifecycle>, console: &Console) 
     };
     let ports: [(u16, u64, &str, Arc<dyn devices::bus::BusDevice>); 3] = [
         (layout::COM1, Serial::LENGTH, "serial", serial.clone()),
-        (layout::SLEEP_CONTROL_PORT, ResetPort::LENGTH, "reset", Arc::new(ResetPort::new(on_reset(lifecycle)))),
+        (
+            layout::SLEEP_CONTROL_PORT,
+            ResetPort::LENGTH,
+            "reset",
+            Arc::new(ResetPort::new(on_reset(lifecycle))),
+        ),
         (layout::I8042_COMMAND_PORT, I8042::LENGTH, "i8042", Arc::new(I8042::new(on_reset(lifecycle)))),
     ];
     for (port, length, name, device) in ports {

@@ -260,8 +260,17 @@ mod tests {
     #[test]
     fn options_reach_the_configuration() {
         let job = job(&[
-            "--kernel", "/k", "--memory", "512M", "--cpus", "2", "--no-reboot", "--vhost-user", "blk,socket=/s",
-            "--stats", "-",
+            "--kernel",
+            "/k",
+            "--memory",
+            "512M",
+            "--cpus",
+            "2",
+            "--no-reboot",
+            "--vhost-user",
+            "blk,socket=/s",
+            "--stats",
+            "-",
         ])
         .unwrap();
         assert_eq!((job.config.memory.size, job.config.cpus), (512 << 20, 2));
@@ -273,7 +282,8 @@ mod tests {
     #[test]
     fn flags_win_over_the_configuration_file_and_devices_add_up() {
         let path = std::env::temp_dir().join(format!("outboard-cli-{}.toml", std::process::id()));
-        std::fs::write(&path, "kernel = '/a'\ncpus = 3\nmemory = '64M'\nvhost-user = ['blk,socket=/1']\n").unwrap();
+        std::fs::write(&path, "kernel = '/a'\ncpus = 3\nmemory = '64M'\nvhost-user = ['blk,socket=/1']\n")
+            .unwrap();
         let file = path.to_str().unwrap();
         let job = job(&["--config", file, "--cpus", "2", "--vhost-user", "rng,socket=/2"]).unwrap();
         std::fs::remove_file(&path).unwrap();
@@ -283,8 +293,10 @@ mod tests {
 
     #[test]
     fn unknown_names_are_refused_with_the_exit_code_for_usage() {
-        for arguments in [&["--vfio-user", "socket=/s"][..], &["--control", "/c"], &["--incoming", "unix:/m"]] {
-            let error = Cli::try_parse_from([&["outboard", "run", "--kernel", "/k"], arguments].concat()).unwrap_err();
+        for arguments in [&["--vfio-user", "socket=/s"][..], &["--control", "/c"], &["--incoming", "unix:/m"]]
+        {
+            let error = Cli::try_parse_from([&["outboard", "run", "--kernel", "/k"], arguments].concat())
+                .unwrap_err();
             assert_eq!(error.exit_code(), 2);
         }
         let path = std::env::temp_dir().join(format!("outboard-cli-bad-{}.toml", std::process::id()));

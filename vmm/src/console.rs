@@ -67,7 +67,8 @@ impl Console {
             Serial::Sink(sink) => (Arc::clone(sink), Source::None),
             Serial::File(path) => {
                 let file = File::create(path).map_err(|error| {
-                    Error::usage(format!("cannot write the serial output to {}", path.display())).because(error)
+                    Error::usage(format!("cannot write the serial output to {}", path.display()))
+                        .because(error)
                 })?;
                 (Arc::new(Mutex::new(file)), Source::None)
             }

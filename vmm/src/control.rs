@@ -65,7 +65,8 @@ impl<'m> Control<'m> {
         signals: &'m [(i32, UnixStream)],
     ) -> Result<Request, Error> {
         let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
-        let control = Control { board, console, peers, signals, client: None, input: Watch::Ended, end: None };
+        let control =
+            Control { board, console, peers, signals, client: None, input: Watch::Ended, end: None };
         let mut events = EventManager::new().map_err(cannot)?;
         let id = events.add_subscriber(control);
         loop {
@@ -189,7 +190,9 @@ impl MutEventSubscriber for Control<'_> {
                     }
                 }
             }
-            signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => self.signal(signal - token::SIGNAL),
+            signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
+                self.signal(signal - token::SIGNAL)
+            }
             peer => {
                 unwatch(ops, event);
                 let index = peer.saturating_sub(token::HANG_UP);

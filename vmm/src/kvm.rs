@@ -89,8 +89,7 @@ impl KvmPorts {
 
 /// A second descriptor of the same eventfd, in the type that `kvm-ioctls` wants.
 fn eventfd(fd: BorrowedFd<'_>) -> Result<EventFd, PortError> {
-    let owned =
-        fd.try_clone_to_owned().map_err(|error| PortError::new("duplicate an eventfd", error))?;
+    let owned = fd.try_clone_to_owned().map_err(|error| PortError::new("duplicate an eventfd", error))?;
     // SAFETY: the descriptor was just made by dup, and ownership moves to the `EventFd`.
     Ok(unsafe { EventFd::from_raw_fd(owned.into_raw_fd()) })
 }

@@ -113,9 +113,15 @@ impl Machine {
         // 1. What the user named: files, then the host's KVM.
         let files = Files::open(&config)?;
         let kvm = kvm::open()?;
-        let host_cpu = HostCpu::probe(&kvm).map_err(|error| Error::host("cannot use KVM's CPUs").because(error))?;
+        let host_cpu =
+            HostCpu::probe(&kvm).map_err(|error| Error::host("cannot use KVM's CPUs").because(error))?;
         let platform = describe(&config)?;
-        log::info!("{} vCPU(s), {} MiB, {} virtio device(s)", config.cpus, config.memory.size >> 20, config.vhost_user.len());
+        log::info!(
+            "{} vCPU(s), {} MiB, {} virtio device(s)",
+            config.cpus,
+            config.memory.size >> 20,
+            config.vhost_user.len()
+        );
 
         fits(&config, &host_cpu)?;
 
@@ -285,7 +291,11 @@ impl Files {
                 Image::Path(path) => File::open(path).map_err(|error| {
                     let missing = error.kind() == std::io::ErrorKind::NotFound;
                     let error = cannot().because(error);
-                    if missing { error.hint("is the path right? relative paths start where outboard runs") } else { error }
+                    if missing {
+                        error.hint("is the path right? relative paths start where outboard runs")
+                    } else {
+                        error
+                    }
                 })?,
                 Image::File(file) => file.try_clone().map_err(|error| cannot().because(error))?,
                 Image::Bytes(bytes) => in_memory(bytes).map_err(|error| cannot().because(error))?,
@@ -365,7 +375,8 @@ fn describe(config: &Config) -> Result<Platform, Error> {
 fn map(ram: &Ram) -> Result<Vec<Mapping>, Error> {
     let fd: &OwnedFd = ram.fd();
     let regions = ram.regions().iter();
-    let mappings: Result<_, _> = regions.map(|region| Mapping::shared(fd, region.offset, region.size)).collect();
+    let mappings: Result<_, _> =
+        regions.map(|region| Mapping::shared(fd, region.offset, region.size)).collect();
     mappings.map_err(|error| Error::host("cannot map guest memory").because(error))
 }
 
@@ -374,7 +385,8 @@ fn memory_map(ram: &Ram) -> Result<MemoryMap, Error> {
     let regions = ram.regions().iter().map(|region| {
         SharedRegion::new(GuestAddr(region.guest.0), region.size, Arc::clone(ram.fd()), region.offset)
     });
-    MemoryMap::new(regions.collect()).map_err(|error| Error::internal("cannot describe guest memory").because(error))
+    MemoryMap::new(regions.collect())
+        .map_err(|error| Error::internal("cannot describe guest memory").because(error))
 }
 
 /// Makes the signal that takes vCPU threads out of the guest harmless otherwise. Once per process.

@@ -121,8 +121,11 @@ impl Slots {
             free.pop().unwrap_or_else(|| self.next.fetch_add(1, Ordering::Relaxed))
         };
         let size = mapping.size();
-        self.set(number, guest, &mapping, size, access)
-            .map_err(|source| MemoryError::Slot { guest, size, source })?;
+        self.set(number, guest, &mapping, size, access).map_err(|source| MemoryError::Slot {
+            guest,
+            size,
+            source,
+        })?;
         Ok(Slot { slots: Arc::clone(self), number, guest, mapping })
     }
 

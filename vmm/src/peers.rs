@@ -106,7 +106,9 @@ impl Shared {
     /// by the hang-up of the main socket, if the backend is gone.
     fn wait_and_serve(&self, channels: &mut Vec<(usize, BackendChannel)>) -> io::Result<()> {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        fds.extend(channels.iter().map(|(_, channel)| PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)));
+        fds.extend(
+            channels.iter().map(|(_, channel)| PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)),
+        );
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),

@@ -130,7 +130,13 @@ mod tests {
     #[test]
     fn counters_of_two_boots_add_up() {
         let one = BusCounters {
-            ranges: vec![RangeCounters { name: "serial".into(), start: 0x3f8, length: 8, reads: 1, writes: 2 }],
+            ranges: vec![RangeCounters {
+                name: "serial".into(),
+                start: 0x3f8,
+                length: 8,
+                reads: 1,
+                writes: 2,
+            }],
             unclaimed_reads: 3,
             unclaimed_writes: 0,
         };

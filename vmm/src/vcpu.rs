@@ -101,10 +101,12 @@ impl Vcpu {
     /// When the host refuses another thread.
     pub fn spawn(self) -> std::io::Result<JoinHandle<()>> {
         let started = self.lifecycle.thread_started();
-        std::thread::Builder::new().name(format!("vcpu-{}", self.index)).stack_size(256 << 10).spawn(move || {
-            let _started = started;
-            self.run();
-        })
+        std::thread::Builder::new().name(format!("vcpu-{}", self.index)).stack_size(256 << 10).spawn(
+            move || {
+                let _started = started;
+                self.run();
+            },
+        )
     }
 
     fn run(mut self) {
@@ -165,7 +167,9 @@ impl Vcpu {
                 Some("KVM could not emulate an instruction of the guest (internal error)".to_owned())
             }
             Ok(VcpuExit::SystemEvent(kind, _)) => Some(format!("KVM reported system event {kind}")),
-            Ok(other) => Some(format!("KVM left the guest for a reason that outboard does not handle: {other:?}")),
+            Ok(other) => {
+                Some(format!("KVM left the guest for a reason that outboard does not handle: {other:?}"))
+            }
             Err(error) => Some(format!("KVM cannot run the vCPU: {error}")),
         };
         let spent = u64::try_from(exited.elapsed().as_nanos()).unwrap_or(u64::MAX);

@@ -176,9 +176,9 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
     };
     let mut device_type = device_type(name)?;
     if let Some(size) = number16(keys.take_number("config-size", 0..=256)?) {
-        device_type = device_type
-            .with_config_size(size)
-            .map_err(|error| Error::usage(format!("{option} cannot use config-size={size}")).because(error))?;
+        device_type = device_type.with_config_size(size).map_err(|error| {
+            Error::usage(format!("{option} cannot use config-size={size}")).because(error)
+        })?;
     }
 
     for (key, is_default) in [("transport", "mmio"), ("reconnect", ""), ("server", "off")] {
@@ -199,7 +199,9 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         queues: number16(keys.take_number("queues", 1..=256)?),
         queue_size: number16(keys.take_number("queue-size", 1..=32768)?),
     };
-    wishes.validate().map_err(|error| Error::usage(format!("{option} cannot make this {name} device")).because(error))?;
+    wishes
+        .validate()
+        .map_err(|error| Error::usage(format!("{option} cannot make this {name} device")).because(error))?;
     let features = keys.take("features").unwrap_or("");
     let order = Order::new(device_type, wishes, features).map_err(|error| {
         Error::usage(format!("{option} cannot use features={features}"))

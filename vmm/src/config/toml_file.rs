@@ -57,6 +57,9 @@ pub fn load(path: &Path) -> Result<File, Error> {
     if text.len() as u64 > LIMIT {
         return Err(cannot().because("it is larger than 1 MiB"));
     }
-    toml::from_str(&text)
-        .map_err(|error| cannot().because(error.to_string().trim_end().to_owned()).hint("its names are those of the flags of `outboard run`, without the dashes"))
+    toml::from_str(&text).map_err(|error| {
+        cannot()
+            .because(error.to_string().trim_end().to_owned())
+            .hint("its names are those of the flags of `outboard run`, without the dashes")
+    })
 }

@@ -100,7 +100,8 @@ impl Bench {
     pub(super) fn new(kvm: &Kvm) -> Result<Self, Error> {
         let cannot = |error: kvm_ioctls::Error| Error::host("cannot make a VM for the checks").because(error);
         let vm = Arc::new(kvm.create_vm().map_err(cannot)?);
-        let memory = Mapping::anonymous(MEMORY).map_err(|error| Error::host("no memory for the checks").because(error))?;
+        let memory = Mapping::anonymous(MEMORY)
+            .map_err(|error| Error::host("no memory for the checks").because(error))?;
         let slot = Slots::new(Arc::clone(&vm))
             .add(0, memory.clone(), Access::ReadWrite)
             .map_err(|error| Error::host("no memory slot for the checks").because(error))?;
@@ -146,7 +147,9 @@ impl Bench {
         memory_write(memory, at(PDPT), &(PAGE_DIRECTORY | 3).to_le_bytes())?;
         // One 2 MiB page, identity-mapped: present, writable, large.
         memory_write(memory, at(PAGE_DIRECTORY), &0x83_u64.to_le_bytes())?;
-        for (index, descriptor) in [0, 0, 0x00af_9b00_0000_ffff_u64, 0x00cf_9300_0000_ffff].into_iter().enumerate() {
+        for (index, descriptor) in
+            [0, 0, 0x00af_9b00_0000_ffff_u64, 0x00cf_9300_0000_ffff].into_iter().enumerate()
+        {
             memory_write(memory, at(GDT).saturating_add(index * 8), &descriptor.to_le_bytes())?;
         }
         Ok(())
