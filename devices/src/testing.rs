@@ -218,7 +218,9 @@ impl Backend for Scripted {
             .rings
             .iter()
             .map(|r| {
-                format!("{}:{}@{:x},{:x},{:x}", r.index, r.size, r.descriptor.0, r.available.0, r.used.0)
+                let base = if r.base.0 == 0 { String::new() } else { format!("+{:x}", r.base.0) };
+                let (desc, avail, used) = (r.descriptor.0, r.available.0, r.used.0);
+                format!("{}:{}@{desc:x},{avail:x},{used:x}{base}", r.index, r.size)
             })
             .collect();
         self.note(format!("start {:x} {}", start.features.bits(), rings.join(" ")), |s| s.on_start)

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use transport::memory_map::MemoryMap;
-use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
+use transport::vhost_user::vring::{Call, Kick, Ring};
 
 use super::backend::{Backend, BackendError, BackendStats, Gone, Start};
 use super::device_type::{ConfigSource, DeviceType, Model};
@@ -202,7 +202,7 @@ fn connect_queues<'a>(
             descriptor: queue.desc,
             available: queue.driver,
             used: queue.device,
-            base: RingBase(0),
+            base: layout.first_base(),
             kick: &fds.kick,
             call: &fds.call,
             error: None,
@@ -292,9 +292,7 @@ impl Device {
                     Ok(()) => {
                         self.reload_config();
                     }
-                    Err(BackendError::Refused(cause)) => {
-                        log::warn!("{}: a configuration write was refused: {cause}", self.name);
-                    }
+                    Err(BackendError::Refused(_)) => self.note("the backend refused a configuration write"),
                     Err(lost) => self.break_down(chain(lost.cause())),
                 },
                 Err(_) => self.note_refusal(Refusal::ConfigBounds),
@@ -478,11 +476,10 @@ impl Device {
 
     /// Reads the configuration from the backend and shows it. Says whether it is another.
     fn reload_config(&mut self) -> bool {
-        let read = self.backend.read_config();
-        let mut config = match read {
+        let mut config = match self.backend.read_config() {
             Ok(config) => config,
-            Err(BackendError::Refused(cause)) => {
-                log::warn!("{}: the configuration cannot be read: {cause}", self.name);
+            Err(BackendError::Refused(_)) => {
+                self.note("the backend refused to show its configuration");
                 return false;
             }
             Err(lost) => {

@@ -354,6 +354,12 @@ impl DeviceType {
         self.config_size
     }
 
+    /// Whether a device of this type is of no use without a configuration.
+    #[must_use]
+    pub fn needs_config(&self) -> bool {
+        self.no_config == NoConfig::Unusable
+    }
+
     /// What to negotiate with a backend of this type: the defaults, less what is only had on request,
     /// changed as the user says (`-name+name`). Names of this type's features are those of the
     /// specification in lower case, where `mq` is the protocol feature and the device features are

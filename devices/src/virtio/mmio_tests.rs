@@ -1,7 +1,10 @@
 use super::*;
+use transport::vhost_user::DeviceFeatures;
+
 use crate::lock;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
 use crate::virtio::PhaseReport;
+use crate::virtio::device_type::Model;
 
 const BASE: u64 = 0xd000_0000;
 const PLACE: Place = Place { base: GuestAddr(BASE), gsi: 5 };
@@ -14,13 +17,12 @@ struct Rig {
 }
 
 fn rig(queues: u16) -> Rig {
+    rig_of(disk(queues))
+}
+
+fn rig_of(model: Model) -> Rig {
     let (machine, backend) = (Recorder::default(), Scripted::default());
-    let parts = Parts {
-        name: "disk0".into(),
-        model: disk(queues),
-        backend: Box::new(backend.clone()),
-        memory: memory(),
-    };
+    let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend.clone()), memory: memory() };
     let device = MmioDevice::new(parts, PLACE, &machine.ports()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
     Rig { device, machine, backend }
@@ -96,6 +98,13 @@ fn driver_start_binds_one_doorbell_and_one_route_a_queue_before_the_backend_star
     assert_eq!(rig.machine.routes().len(), 4);
     let rings = "0:64@1000,2000,3000 1:64@11000,12000,13000 2:64@21000,22000,23000";
     assert_eq!(rig.backend.calls(), [format!("start 100000200 {rings} [4]")]);
+}
+
+#[test]
+fn packed_queues_begin_with_both_wrap_counters_set() {
+    let rig = rig_of(Model { features: DeviceFeatures::from_bits(1 << 32 | 1 << 34), ..disk(1) });
+    rig.start_driver();
+    assert_eq!(rig.backend.calls(), ["start 500000000 0:64@1000,2000,3000+80008000"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! Must never look into the rings: those are the backend's.
 
 use transport::memory_map::{GuestAddr, MemoryMap};
+use transport::vhost_user::vring::RingBase;
 
 /// The largest queue that virtio allows.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
@@ -13,6 +14,18 @@ pub enum RingLayout {
     Split,
     /// Descriptor ring and two event suppression structures (§2.8).
     Packed,
+}
+
+impl RingLayout {
+    /// Where a fresh queue begins: entry 0, and in the packed layout both wrap counters at 1 (§2.8.1),
+    /// which the vhost-user message carries in bits 15 and 31.
+    #[must_use]
+    pub fn first_base(self) -> RingBase {
+        match self {
+            Self::Split => RingBase(0),
+            Self::Packed => RingBase(1 << 15 | 1 << 31),
+        }
+    }
 }
 
 /// The registers of one queue.

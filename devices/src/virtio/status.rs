@@ -86,9 +86,11 @@ impl Status {
     /// drivers write back what they read, it is ignored.
     #[must_use]
     pub fn transition(self, written: u8) -> Transition {
+        if written == 0 {
+            return Transition::Reset;
+        }
         let now = self.driver_bits();
         match written & !Self::NEEDS_RESET {
-            _ if written == 0 => Transition::Reset,
             same if same == now => Transition::Same,
             failed if failed == now | Self::FAILED => Transition::GiveUp,
             next => Self::STEPS

@@ -89,7 +89,15 @@ pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> 
     let mut session = connection.negotiate(&order.wanted)?;
     let config_size = usize::from(order.device_type.config_size());
     let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && config_size > 0;
-    let config = if has_config { Some(session.read_config(config_size)?) } else { None };
+    let config = match has_config.then(|| session.read_config(config_size)).transpose() {
+        Ok(config) => config,
+        // Promised, but not given: as good as none, where the device can do without.
+        Err(error) if !error.is_fatal() && !order.device_type.needs_config() => {
+            log::warn!("{error}");
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
     let has_count = session.protocol().contains(ProtocolFeatures::MQ);
     let queue_num = has_count.then(|| session.queue_num());
     let offer = Offer { features: session.offered(), queue_num, config };
