@@ -12,8 +12,7 @@ use support::{GuestMemory, Scratch, eventually};
 use transport::memory_map::GuestAddr;
 use transport::vhost_user::features::bit;
 use transport::vhost_user::{
-    BackendRequests, Call, Connection, Kick, Limits, LiveSession, ProtocolFeatures, Ring, RingBase, Session,
-    Wanted,
+    Call, Connection, Kick, Limits, LiveSession, ProtocolFeatures, Ring, RingBase, Session, Wanted,
 };
 
 const SECTORS: u64 = 2048;
@@ -21,7 +20,7 @@ const SECTORS: u64 = 2048;
 struct Daemon {
     child: Child,
     socket: PathBuf,
-    scratch: Scratch,
+    _scratch: Scratch,
 }
 
 impl Daemon {
@@ -40,8 +39,6 @@ impl Daemon {
                     socket.display()
                 ),
             ])
-            .args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", scratch.path("q").display())])
-            .args(["--monitor", "chardev=q"])
             .stderr(Stdio::inherit())
             .spawn();
         let child = match child {
@@ -51,7 +48,7 @@ impl Daemon {
                 return None;
             }
         };
-        let daemon = Self { child, socket, scratch };
+        let daemon = Self { child, socket, _scratch: scratch };
         eventually("the daemon's socket", Duration::from_secs(10), || daemon.socket.exists());
         Some(daemon)
     }
@@ -195,42 +192,6 @@ fn a_backend_without_protocol_features_serves_as_of_old() {
     let live = driver.go_live(session, RingBase(0));
     assert_eq!(driver.request(0, 3, &[0; 512]), [3; 512]);
     assert_eq!(live.stop().unwrap().1, [RingBase(1)]);
-}
-
-#[test]
-fn a_resized_disk_is_announced_on_the_backend_channel() {
-    use std::io::{BufRead, Write};
-    let Some(daemon) = Daemon::start() else { return };
-    let mut session = daemon.connect(&Wanted::default());
-    let mut channel = session.take_backend_channel().expect("BACKEND_REQ is offered");
-    let driver = Driver::new();
-    let mut live = driver.go_live(session, RingBase(0));
-
-    let mut monitor = std::os::unix::net::UnixStream::connect(daemon.scratch.path("q")).unwrap();
-    let resize = format!(
-        "{{\"execute\":\"block_resize\",\"arguments\":{{\"node-name\":\"d\",\"size\":{}}}}}",
-        SECTORS * 1024
-    );
-    monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}\n").unwrap();
-    monitor.write_all(resize.as_bytes()).unwrap();
-    let mut answers = std::io::BufReader::new(monitor).lines();
-    // The greeting, and the answers to two commands.
-    let answers: Vec<String> = (0..3).map(|_| answers.next().unwrap().unwrap()).collect();
-    assert!(!answers.concat().contains("error"), "{answers:?}");
-
-    struct Changes(std::cell::Cell<u32>);
-    impl BackendRequests for Changes {
-        fn config_changed(&self) {
-            self.0.set(self.0.get() + 1);
-        }
-    }
-    let changes = Changes(std::cell::Cell::new(0));
-    eventually("CONFIG_CHANGE_MSG", Duration::from_secs(5), || {
-        channel.serve(&changes).unwrap();
-        changes.0.get() > 0
-    });
-    assert_eq!(live.read_config(60).unwrap()[..8], (SECTORS * 2).to_le_bytes());
-    assert_eq!(live.stop().unwrap().1, [RingBase(0)]);
 }
 
 #[test]
