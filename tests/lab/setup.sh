@@ -314,6 +314,7 @@ lab_initramfs() {
 lab_disk() {
     [ $# -ge 2 ] || die "lab disk FILE SIZE [DIR]"
     rm -f "$1"
+    truncate -s "$2" "$1"
     mke2fs -q -F -t ext4 -O ^metadata_csum_seed,^orphan_file -E root_owner=0:0,lazy_itable_init=1,hash_seed=00000000-0000-4000-8000-000000000000 \
         -L outboard ${3:+-d "$3"} "$1" "$2" 2>/dev/null ||
         mke2fs -q -F -t ext4 -E root_owner=0:0 -L outboard ${3:+-d "$3"} "$1" "$2"
