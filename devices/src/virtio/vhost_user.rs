@@ -210,5 +210,8 @@ impl Backend for VhostUser {
 }
 
 #[cfg(test)]
+#[path = "vhost_user_faults.rs"]
+mod faults;
+#[cfg(test)]
 #[path = "vhost_user_tests.rs"]
 mod tests;

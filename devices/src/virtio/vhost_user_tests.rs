@@ -17,7 +17,7 @@ use crate::virtio::{Parts, PhaseReport};
 const BASE: u64 = 0xd000_0000;
 const SECTORS: u64 = 2048;
 
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub(super) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
         assert!(begin.elapsed() < Duration::from_secs(10), "{what}: did not happen");
@@ -73,15 +73,15 @@ impl Drop for Daemon {
     }
 }
 
-fn order(features: &str) -> Order {
+pub(super) fn order(features: &str) -> Order {
     let wishes = Wishes { queues: Some(2), ..Wishes::default() };
     Order::new(DeviceType::named("blk").unwrap(), wishes, features).unwrap()
 }
 
 /// The guest: registers through the page and the bus, rings through the shared memory.
-struct Guest {
-    device: MmioDevice,
-    machine: Recorder,
+pub(super) struct Guest {
+    pub(super) device: MmioDevice,
+    pub(super) machine: Recorder,
     ram: transport::memory_map::MemoryMap,
     next: Cell<u16>,
 }
@@ -92,7 +92,7 @@ const USED: u64 = 0x3000;
 const HEAD: u64 = 0x8000;
 
 impl Guest {
-    fn new(opened: Opened) -> (Self, Option<BackendChannel>, OwnedFd) {
+    pub(super) fn new(opened: Opened) -> (Self, Option<BackendChannel>, OwnedFd) {
         let Opened { model, backend, channel, hang_up } = opened;
         let (machine, ram) = (Recorder::default(), memory());
         let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone() };
@@ -101,7 +101,7 @@ impl Guest {
         (Self { device, machine, ram, next: Cell::new(0) }, channel, hang_up)
     }
 
-    fn write(&self, offset: u64, value: u32) {
+    pub(super) fn write(&self, offset: u64, value: u32) {
         self.device.write(offset, &value.to_le_bytes());
     }
 
@@ -116,7 +116,7 @@ impl Guest {
     }
 
     /// What a stock driver does up to DRIVER_OK, with one queue of 16 entries.
-    fn start_driver(&self) {
+    pub(super) fn start_driver(&self) {
         self.store(DESC, &[0; 0x3000]);
         self.next.set(0);
         for status in [0, 1, 3] {
