@@ -1,1 +1,9 @@
-//! Scripted peers.
+//! Scripted peers for tests: they play the normal role, and misbehave exactly where a script says.
+//!
+//! For the tests of this crate, of `devices` and of the whole machine; never part of the program.
+
+mod script;
+mod vhost_user;
+
+pub use script::{Act, Offer, Script};
+pub use vhost_user::{RingView, ScriptedBackend, Seen};

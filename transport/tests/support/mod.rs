@@ -2,12 +2,17 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::testing::{Offer, Script, ScriptedBackend};
+use transport::vhost_user::{
+    Call, Connection, Error, Kick, Limits, ProtocolFeatures, Ring, RingBase, Session, Wanted,
+};
 
 /// Guest memory of one region at address 0, read and written through its file.
 pub struct GuestMemory {
@@ -74,4 +79,56 @@ pub fn eventually(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
         assert!(begin.elapsed() < limit, "{what}: not within {limit:?}");
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Eventfds and addresses of rings 0 and 1 in [`GuestMemory`] of 2 MiB.
+pub struct Rings {
+    pub kicks: [Kick; 2],
+    pub calls: [Call; 2],
+}
+
+impl Rings {
+    pub fn new() -> Self {
+        let kicks = [Kick::new().unwrap(), Kick::new().unwrap()];
+        Self { kicks, calls: [Call::new().unwrap(), Call::new().unwrap()] }
+    }
+
+    pub fn rings(&self, base: u32) -> Vec<Ring<'_>> {
+        let ring = |index: u16| Ring {
+            index,
+            size: 128,
+            descriptor: GuestAddr(0x1_0000 * (1 + u64::from(index))),
+            available: GuestAddr(0x1_0000 * (1 + u64::from(index)) + 0x2000),
+            used: GuestAddr(0x1_0000 * (1 + u64::from(index)) + 0x3000),
+            base: RingBase(base),
+            kick: &self.kicks[usize::from(index)],
+            call: &self.calls[usize::from(index)],
+            error: None,
+        };
+        vec![ring(0), ring(1)]
+    }
+}
+
+/// Connects, negotiates, reads and writes the configuration, starts two rings, stops them.
+pub fn whole_life(stream: UnixStream, limits: &Limits, wanted: &Wanted) -> Result<Session, Error> {
+    let memory = GuestMemory::new(2 << 20);
+    let rings = Rings::new();
+    let mut session = Connection::from_stream(stream, "scripted", limits)?.negotiate(wanted)?;
+    if session.protocol().contains(ProtocolFeatures::CONFIG) {
+        session.read_config(60)?;
+        session.write_config(8, &[1, 2, 3, 4])?;
+    }
+    let features = session.offered().accept(session.offered().bits()).unwrap();
+    let live = session.go_live(features, &memory.map, &rings.rings(0))?;
+    let (session, bases) = live.stop()?;
+    assert_eq!(bases, [RingBase(0), RingBase(0)]);
+    Ok(session)
+}
+
+/// Runs a whole life with a back-end that follows `script`; the outcome, and how long it took.
+pub fn life_with(offer: Offer, script: Script, deadline: Duration) -> (Result<(), Error>, Duration) {
+    let (_backend, stream) = ScriptedBackend::pair(offer, script).unwrap();
+    let begin = Instant::now();
+    let outcome = whole_life(stream, &Limits::new(deadline), &Wanted::default()).map(drop);
+    (outcome, begin.elapsed())
 }
