@@ -6,43 +6,22 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex};
 
 use transport::memory_map::MemoryMap;
-use transport::vhost_user::vring::{Call, Kick, Ring};
+use transport::vhost_user::vring::Call;
 
-use super::backend::{Backend, BackendError, BackendStats, Gone, Start};
+use super::backend::{Backend, BackendError, Gone, Start};
 use super::device_type::{ConfigSource, DeviceType, Model};
-use super::queue::QueueError;
+use super::face::Face;
 use super::registers::{Effect, Identity, Refusal, Reg, Registers};
-use super::status::Status;
-use crate::lock;
+use super::wiring::Wiring;
 use crate::ports::{Guard, PortError};
+
+pub use super::handle::DeviceHandle;
+pub use super::report::{DeviceStats, PhaseReport, Trapped};
 
 /// "OUTB": who made the device, for drivers that ask.
 const VENDOR_ID: u32 = u32::from_le_bytes(*b"OUTB");
-
-/// How a transport shows a device to the guest. Called with the device's lock held.
-pub trait Face: Send {
-    /// Connects a queue: the guest's notification rings `kick`, `call` interrupts the guest, until the
-    /// guard is dropped.
-    ///
-    /// # Errors
-    /// When the machine refuses.
-    fn connect(&self, queue: u16, kick: &Kick, call: &Call) -> Result<Guard, PortError>;
-
-    /// Makes `call` interrupt the guest as a configuration change, until the guard is dropped.
-    ///
-    /// # Errors
-    /// When the machine refuses.
-    fn connect_config(&self, call: &Call) -> Result<Guard, PortError>;
-
-    /// Shows the registers as they are now.
-    fn show_registers(&self, registers: &Registers);
-
-    /// Shows the configuration space as it is now.
-    fn show_config(&self, config: &[u8]);
-}
 
 /// Where a device is in its life.
 ///
@@ -62,53 +41,6 @@ enum Phase {
     Broken(String),
 }
 
-/// A device's phase, for reports.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PhaseReport {
-    /// No queue runs.
-    Idle,
-    /// The backend serves the queues.
-    Running,
-    /// The device cannot go on, for this reason.
-    Broken(String),
-}
-
-/// Writes that came to userspace while the queues ran, by register.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Trapped {
-    /// Kicks: a request that passed through us. 0 when the machine keeps its promise.
-    pub queue_notify: u64,
-    /// Acknowledgements of used buffers alone. 0 as well.
-    pub interrupt_ack: u64,
-    /// Acknowledgements of a configuration change.
-    pub config_ack: u64,
-    /// Writes to the configuration space.
-    pub config: u64,
-    /// Everything else.
-    pub other: u64,
-}
-
-/// What a device did so far.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceStats {
-    /// The device's name.
-    pub name: String,
-    /// Its type's name.
-    pub kind: &'static str,
-    /// Where it is now.
-    pub phase: PhaseReport,
-    /// How often its queues were started.
-    pub activations: u64,
-    /// How often it was reset while its queues ran.
-    pub resets: u64,
-    /// Configuration interrupts sent.
-    pub config_interrupts: u64,
-    /// Writes that came to us while the queues ran.
-    pub trapped: Trapped,
-    /// Traffic with the peer.
-    pub backend: BackendStats,
-}
-
 /// Why the device cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum NewError {
@@ -120,22 +52,6 @@ pub enum NewError {
     Port(#[from] PortError),
 }
 
-/// Why the queues did not start.
-#[derive(Debug, thiserror::Error)]
-enum StartError {
-    #[error(transparent)]
-    Queue(#[from] QueueError),
-    #[error(transparent)]
-    Port(#[from] PortError),
-    #[error("the driver is ready before the features are agreed")]
-    NoFeatures,
-}
-
-struct QueueFds {
-    kick: Kick,
-    call: Call,
-}
-
 /// A device: see the module's page.
 pub struct Device {
     name: String,
@@ -145,8 +61,7 @@ pub struct Device {
     backend: Box<dyn Backend>,
     face: Box<dyn Face>,
     memory: MemoryMap,
-    /// One pair for each queue, for the whole life of the device.
-    queue_fds: Vec<QueueFds>,
+    wiring: Wiring,
     config_call: Call,
     _config_route: Guard,
     phase: Phase,
@@ -181,36 +96,6 @@ fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// Checks every queue that the driver enabled, and connects it to the guest.
-fn connect_queues<'a>(
-    registers: &Registers,
-    queue_fds: &'a [QueueFds],
-    face: &dyn Face,
-    memory: &MemoryMap,
-) -> Result<(Vec<Ring<'a>>, Vec<Guard>), StartError> {
-    let layout = registers.ring_layout();
-    let (mut rings, mut guards) = (Vec::new(), Vec::new());
-    for ((index, queue), fds) in (0_u16..).zip(registers.queues()).zip(queue_fds) {
-        if !queue.ready {
-            continue;
-        }
-        queue.validate(index, layout, memory)?;
-        guards.push(face.connect(index, &fds.kick, &fds.call)?);
-        rings.push(Ring {
-            index,
-            size: queue.size,
-            descriptor: queue.desc,
-            available: queue.driver,
-            used: queue.device,
-            base: layout.first_base(),
-            kick: &fds.kick,
-            call: &fds.call,
-            error: None,
-        });
-    }
-    Ok((rings, guards))
-}
-
 impl Device {
     /// A device at power-on, shown through `face`.
     ///
@@ -219,8 +104,7 @@ impl Device {
     pub fn new(parts: Parts, face: Box<dyn Face>) -> Result<Self, NewError> {
         let Parts { name, model, backend, memory } = parts;
         let Model { device_type, features, queues, queue_size, config, config_source } = model;
-        let pair = || Ok(QueueFds { kick: Kick::new()?, call: Call::new()? });
-        let queue_fds: io::Result<Vec<_>> = (0..queues).map(|_| pair()).collect();
+        let wiring = Wiring::new(queues).map_err(NewError::Eventfd)?;
         let config_call = Call::new().map_err(NewError::Eventfd)?;
         let config_route = face.connect_config(&config_call)?;
         let registers = Registers::new(Identity {
@@ -242,7 +126,7 @@ impl Device {
             backend,
             face,
             memory,
-            queue_fds: queue_fds.map_err(NewError::Eventfd)?,
+            wiring,
             config_call,
             _config_route: config_route,
             phase: Phase::Idle,
@@ -408,13 +292,9 @@ impl Device {
         });
     }
 
-    /// A kick that did not end in the kernel.
     fn ring(&self, queue: u16) {
-        if !matches!(self.phase, Phase::Running(_)) {
-            return;
-        }
-        if let Some(fds) = self.queue_fds.get(usize::from(queue))
-            && let Err(error) = fds.kick.ring()
+        if matches!(self.phase, Phase::Running(_))
+            && let Err(error) = self.wiring.kick(queue)
         {
             log::warn!("{}: cannot kick queue {queue}: {error}", self.name);
         }
@@ -437,11 +317,11 @@ impl Device {
 
     /// Everything is undone again when this fails: the guards go with the error.
     fn start(&mut self) -> Result<Vec<Guard>, String> {
-        let Self { registers, queue_fds, face, memory, backend, .. } = self;
+        let Self { registers, wiring, face, memory, backend, .. } = self;
         let (rings, guards) =
-            connect_queues(registers, queue_fds, face.as_ref(), memory).map_err(|error| chain(&error))?;
+            wiring.connect(registers, face.as_ref(), memory).map_err(|error| chain(&error))?;
         let Some(features) = registers.accepted() else {
-            return Err(chain(&StartError::NoFeatures));
+            return Err("the driver was ready before the features were agreed".to_owned());
         };
         let start = Start { features, memory, rings: &rings };
         backend.start(&start).map_err(|error| chain(error.cause()))?;
@@ -458,18 +338,13 @@ impl Device {
                 // No new kick, no further interrupt, then the backend.
                 drop(guards);
                 match self.backend.stop() {
-                    Ok(()) => self.drain(),
+                    Ok(()) => {
+                        if let Err(error) = self.wiring.drain() {
+                            log::warn!("{}: cannot drain an eventfd: {error}", self.name);
+                        }
+                    }
                     Err(error) => self.break_down(chain(error.cause())),
                 }
-            }
-        }
-    }
-
-    /// Takes what is left in the eventfds, so that the next start begins with nothing pending.
-    fn drain(&self) {
-        for fds in &self.queue_fds {
-            if let Err(error) = fds.kick.take().and(fds.call.take()) {
-                log::warn!("{}: cannot drain an eventfd: {error}", self.name);
             }
         }
     }
@@ -491,7 +366,7 @@ impl Device {
         let old = self.registers.config();
         config.truncate(old.len());
         config.extend_from_slice(old.get(config.len()..).unwrap_or_default());
-        let queues = u16::try_from(self.queue_fds.len()).unwrap_or(u16::MAX);
+        let queues = u16::try_from(self.registers.queues().len()).unwrap_or(u16::MAX);
         self.device_type.patch(&mut config, self.registers.offered(), queues);
         if config == self.registers.config() {
             return false;
@@ -536,63 +411,5 @@ impl fmt::Debug for Device {
             .field("name", &self.name)
             .field("phase", &self.phase())
             .finish_non_exhaustive()
-    }
-}
-
-/// A device shared by the bus (vCPU threads) and the control loop.
-///
-/// Each call takes the device's lock, and may hold it across one bounded exchange with the backend.
-/// Must not be called on the thread that serves the backend's own requests: it could wait for itself.
-#[derive(Debug, Clone)]
-pub struct DeviceHandle(Arc<Mutex<Device>>);
-
-impl DeviceHandle {
-    /// Shares `device`.
-    #[must_use]
-    pub fn new(device: Device) -> Self {
-        Self(Arc::new(Mutex::new(device)))
-    }
-
-    /// Does something with the device, under its lock.
-    pub fn with<T>(&self, act: impl FnOnce(&mut Device) -> T) -> T {
-        act(&mut lock(&self.0))
-    }
-
-    /// See [`Device::config_changed`].
-    pub fn config_changed(&self) {
-        self.with(Device::config_changed);
-    }
-
-    /// See [`Device::peer_lost`].
-    pub fn peer_lost(&self, why: &str) {
-        self.with(|device| device.peer_lost(why));
-    }
-
-    /// See [`Device::machine_reset`].
-    pub fn machine_reset(&self) {
-        self.with(Device::machine_reset);
-    }
-
-    /// See [`Device::shutdown`].
-    pub fn shutdown(&self) {
-        self.with(Device::shutdown);
-    }
-
-    /// See [`Device::phase`].
-    #[must_use]
-    pub fn phase(&self) -> PhaseReport {
-        self.with(|device| device.phase())
-    }
-
-    /// See [`Device::stats`].
-    #[must_use]
-    pub fn stats(&self) -> DeviceStats {
-        self.with(|device| device.stats())
-    }
-
-    /// The status field.
-    #[must_use]
-    pub fn status(&self) -> Status {
-        self.with(|device| device.registers().status())
     }
 }

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use transport::memory_map::GuestAddr;
 use transport::vhost_user::vring::{Call, Kick};
 
-use super::device::{Device, DeviceHandle, Face, NewError, Parts};
+use super::device::{Device, NewError, Parts};
+use super::face::Face;
+use super::handle::DeviceHandle;
 use super::registers::{Half, Reg, Registers};
 use crate::bus::BusDevice;
 use crate::ports::{Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch};

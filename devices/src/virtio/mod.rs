@@ -7,6 +7,8 @@
 //! | [`registers`] | the register file, pure, the same for every transport |
 //! | [`device_type`] | what distinguishes a disk from a network card: one table row |
 //! | [`device`] | the device: registers, backend, phase |
+//! | [`face`] | what the device asks of its transport |
+//! | [`handle`], [`report`] | the device shared between threads, and what it reports |
 //! | [`backend`] | what the device asks of whoever serves its queues |
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
@@ -14,12 +16,18 @@
 pub mod backend;
 pub mod device;
 pub mod device_type;
+pub mod face;
+pub mod handle;
 pub mod mmio;
 pub mod queue;
 pub mod registers;
+pub mod report;
 pub mod status;
 pub mod vhost_user;
+mod wiring;
 
-pub use device::{DeviceHandle, DeviceStats, Parts, PhaseReport};
+pub use device::Parts;
 pub use device_type::{DeviceType, Wishes};
+pub use handle::DeviceHandle;
 pub use mmio::MmioDevice;
+pub use report::{DeviceStats, PhaseReport, Trapped};
