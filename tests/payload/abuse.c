@@ -9,14 +9,15 @@
 
 /* ---------------------------------------------------------------- abuse
  * Every offset of the register page in every width, odd ones included, is read and then
- * written with absurd values. DRIVER_OK is left out of the writes to Status: a started
+ * written with absurd values; the configuration only on request (bytes=0x200), since a back
+ * end may take offence at what is written there. DRIVER_OK is left out of the writes to Status: a started
  * device with garbage for rings is the subject of badring. */
 
 static const uint32_t absurd[] = { 0, 0xffffffff, 0x80000000, 1, 0xffff, 0x7fffff01 };
 
 void abuse(void)
 {
-	uint32_t mmio = number_arg("mmio", 0), end = number_arg("bytes", 0x200);
+	uint32_t mmio = number_arg("mmio", 0), end = number_arg("bytes", REG_CONFIG);
 	uint32_t reads = 0, writes = 0, sum = 0;
 
 	device_open();

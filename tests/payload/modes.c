@@ -261,13 +261,13 @@ void loop(void)
 	uint32_t n = number_arg("n", 1000), status = 0;
 
 	device_open();
-	irq_off();
 	device_identify();
 	if (arg_is("start", "on")) {
 		device_negotiate();
 		queue_setup();
 		device_driver_ok();
 	}
+	irq_off();
 	put("loop begins\n");
 	for (uint32_t i = 0; i < n; i++) {
 		status = reg(REG_INTERRUPT_STATUS);

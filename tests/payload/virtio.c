@@ -83,6 +83,8 @@ void device_reset(void)
 {
 	set_reg(REG_STATUS, 0);
 	watchdog_pet();
+	if (with_interrupts)
+		irq_on();			/* the watchdog needs them */
 	while (reg(REG_STATUS))
 		if (watchdog_age() > patience)
 			fail_with_status("the device does not reset", reg(REG_STATUS));
