@@ -365,3 +365,42 @@ fn machine_that_refuses_the_interrupt_refuses_the_device_and_keeps_nothing() {
     assert_eq!(error.to_string(), "cannot connect the device to the machine");
     assert!(machine.doorbells().is_empty());
 }
+
+/// Any sequence of writes leaves the page current, the doorbells those of the enabled queues of a
+/// running device, and everything unbound otherwise.
+#[test]
+fn arbitrary_writes_never_break_the_invariants() {
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move |below: usize| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        usize::try_from(seed >> 33).unwrap() % below
+    };
+    let statuses = [0, 1, 3, 0xb, 0xf, 0x80, 0x8f, 0x40, 0xff];
+    let values = [0, 1, 2, 3, 4, 64, 256, 0x1000, 0x2000, 0x3000, 0xffff_ffff];
+    let mut activations = 0;
+    for _ in 0..30 {
+        let rig = rig(2);
+        for _ in 0..400 {
+            let (offset, value) = match random(10) {
+                0..4 => (0x70, statuses[random(statuses.len())]),
+                4..6 => (0x44, u32::try_from(random(2)).unwrap()),
+                6 => (0x20, 1),
+                7 => (0x24, 1),
+                _ => (u64::try_from(random(0x60) * 4).unwrap(), values[random(values.len())]),
+            };
+            rig.write(offset, value);
+            let handle = rig.device.handle();
+            let (running, ready) = handle.with(|device| {
+                let ready = device.registers().queues().iter().filter(|queue| queue.ready).count();
+                (device.phase() == PhaseReport::Running, ready)
+            });
+            assert_eq!(rig.kicks().len(), if running { ready } else { 0 });
+            let status = rig.machine.page_u32(0x70);
+            assert!(!running || status & 0xf == 0xf, "{status:#x}");
+        }
+        activations += rig.device.handle().stats().activations;
+    }
+    assert!(activations > 0, "the sequences never got as far as a running device");
+}
