@@ -119,10 +119,14 @@ static void try_case(const struct bad_case *c)
 
 void badring(void)
 {
+	const char *cursor = command_line;
+	int all = !next_arg(&cursor, "case");
+
 	device_open();
 	device_identify();
 	for (uint32_t n = 0; n < sizeof cases / sizeof cases[0]; n++)
-		try_case(&cases[n]);
+		if (all || arg_is("case", cases[n].name))
+			try_case(&cases[n]);
 	device_reset();
 	blk();
 }
