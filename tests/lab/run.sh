@@ -4,7 +4,6 @@
 # removes what a killed one left.
 
 lab_run() {
-    LAB_STALL=${OUTBOARD_LAB_STALL:-30}
     LAB_FILES=() LAB_BINS=() LAB_ENV=() LAB_LAYERS=()
     LAB_MEM=${OUTBOARD_LAB_MEM:-2G} LAB_ICOUNT="" LAB_TIMEOUT=${OUTBOARD_LAB_TIMEOUT:-600} LAB_TTY="" LAB_VERBOSE=""
     LAB_OUT="" LAB_CWD=/root LAB_OUTER=6.12 LAB_WORDS="" LAB_ACCEL=tcg
@@ -31,6 +30,8 @@ lab_run() {
     [ $# -gt 0 ] || die "run what? lab run [OPTION…] -- CMD [ARG…]"
     [ -z "$LAB_TTY" ] || [ -t 0 ] || die "--tty needs a terminal on standard input"
 
+    # Seconds of real time without a heartbeat that make a stall; counted seconds pass more slowly.
+    if [ -n "$LAB_ICOUNT" ]; then LAB_STALL=${OUTBOARD_LAB_STALL:-60}; else LAB_STALL=${OUTBOARD_LAB_STALL:-30}; fi
     lab_run_sweep
     mkdir -p "$LAB_CACHE/run"
     LAB_RUN=$(mktemp -d "$LAB_CACHE/run/$$.XXXXXX")

@@ -98,6 +98,7 @@ lab_kernels() {
         if lab_fetch_kernel "$series"; then got=1; else say "no Debian kernel $series here: tests that want it are skipped"; fi
     done
     [ $got = 1 ] || die "no guest kernel could be downloaded"
+    rm -rf "$LAB_CACHE/apt"
 }
 
 # The newest package of a series as the metapackage names it, or by version where there is no such metapackage.
