@@ -1,0 +1,10 @@
+# One line each: what happens is in the scripts.
+.PHONY: run test bench fuzz lint build clean
+
+run: build     ; @tests/lab/demo
+test:          ; @tests/all
+bench: build   ; @tests/benches/run
+fuzz:          ; @tests/fuzz/run
+lint:          ; @tests/lint
+build:         ; @tests/build
+clean:         ; @cargo clean
