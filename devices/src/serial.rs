@@ -49,6 +49,23 @@ impl State {
         self.modem_control & Serial::MCR_LOOP == 0 && self.uart.fifo_capacity() >= Serial::FIFO / 2
     }
 
+    fn read(&mut self, register: u8) -> u8 {
+        let value = self.uart.read(register);
+        // The UART forgets "received data" at the first byte that is read. A driver that reads a part, as Linux
+        // does after 256 bytes, then asks for the reason again and must hear that there is more.
+        if register == Serial::IIR && value & Serial::IIR_NONE != 0 && self.may_announce_input() {
+            return value & !Serial::IIR_NONE | Serial::IIR_RECEIVED;
+        }
+        value
+    }
+
+    /// Input waits, and the guest wants to be interrupted for it.
+    fn may_announce_input(&mut self) -> bool {
+        self.uart.read(Serial::LSR) & Serial::LSR_DATA_READY != 0
+            && self.uart.read(Serial::LCR) & Serial::LCR_DIVISOR == 0
+            && self.uart.read(Serial::IER) & Serial::IER_RECEIVED != 0
+    }
+
     fn write(&mut self, register: u8, value: u8) {
         if register == Serial::MCR {
             self.modem_control = value;
@@ -85,6 +102,12 @@ impl Serial {
     const MCR: u8 = 4;
     const SCR: u8 = 7;
     const MCR_LOOP: u8 = 1 << 4;
+    const LSR: u8 = 5;
+    const LSR_DATA_READY: u8 = 1;
+    const LCR_DIVISOR: u8 = 1 << 7;
+    const IER_RECEIVED: u8 = 1;
+    const IIR_NONE: u8 = 1;
+    const IIR_RECEIVED: u8 = 4;
 
     /// A serial port that prints to `output`, each byte at once.
     ///
@@ -172,7 +195,7 @@ impl BusDevice for Serial {
         let Ok(register) = u8::try_from(offset) else { return data.fill(0xff) };
         let mut state = lock(&self.state);
         for byte in data {
-            *byte = state.uart.read(register);
+            *byte = state.read(register);
         }
         self.signal_space(&mut state);
     }
@@ -281,6 +304,16 @@ mod tests {
         serial.write(Serial::MCR.into(), &[8]);
         assert!(is_readable(serial.input_space()));
         assert_eq!(serial.enqueue(b"abc"), 3);
+    }
+
+    #[test]
+    fn a_driver_that_reads_a_part_of_the_input_hears_that_there_is_more() {
+        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        serial.write(Serial::IER.into(), &[1]);
+        assert_eq!(serial.enqueue(b"ab"), 2);
+        assert_eq!(read(&serial, Serial::IIR), 0xc4);
+        assert_eq!((read(&serial, 0), read(&serial, Serial::IIR)), (b'a', 0xc4));
+        assert_eq!((read(&serial, 0), read(&serial, Serial::IIR)), (b'b', 0xc1));
     }
 
     #[test]
