@@ -235,7 +235,7 @@ lab_stage_program() {
     if [ "$(stat -L -c %s "$program")" -gt 4000000 ] && command -v strip >/dev/null; then
         if strip --strip-debug -o "$LAB_WORK/stripped.$$" "$program" 2>/dev/null; then mv -T "$LAB_WORK/stripped.$$" "$tree/${3:-$program}"; fi
     fi
-    { ldd "$program" 2>/dev/null || true; } | grep -o '/[^ ]*' | while read -r library; do
+    { ldd "$program" 2>/dev/null | grep -o '/[^ ]*' || true; } | while read -r library; do
         lab_stage "$tree" "$library" "$library"
     done
 }
