@@ -191,7 +191,7 @@ impl MutEventSubscriber for Control<'_> {
                 }
             }
             signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
-                self.signal(signal - token::SIGNAL)
+                self.signal(signal - token::SIGNAL);
             }
             peer => {
                 unwatch(ops, event);

@@ -4,11 +4,8 @@
 //! guard; dropping it undoes the registration, so a device that leaves its running phase leaves nothing
 //! behind in KVM.
 
-#![allow(unsafe_code)]
-
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -18,8 +15,8 @@ use devices::ports::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use transport::memory_map::GuestAddr;
 use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
-use vmm_sys_util::eventfd::EventFd;
 
+use crate::descriptors::eventfd;
 use crate::error::Error;
 use crate::memory::{Access, Mapping, Slots};
 
@@ -43,21 +40,19 @@ const NEEDED: [(Cap, &str); 7] = [
 /// When there is none, it may not be opened, speaks another version, or lacks a capability; the hint
 /// says what to do.
 pub fn open() -> Result<Kvm, Error> {
-    let file = OpenOptions::new().read(true).write(true).open(DEV_KVM);
-    let file = file.map_err(|source| {
+    let kvm = Kvm::new().map_err(|error| {
+        let source = io::Error::from(error);
         let hint = match source.kind() {
-            std::io::ErrorKind::NotFound => {
+            io::ErrorKind::NotFound => {
                 "is virtualisation enabled in the firmware, and is the module kvm_amd or kvm_intel loaded?"
             }
-            std::io::ErrorKind::PermissionDenied => {
+            io::ErrorKind::PermissionDenied => {
                 "join the group that owns it, for example: sudo usermod -aG kvm $USER"
             }
             _ => "run `outboard check` to see what this host can do",
         };
         Error::host(format!("cannot open {DEV_KVM}")).because(source).hint(hint)
     })?;
-    // SAFETY: the descriptor was just opened, and ownership moves to `Kvm`.
-    let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
     let version = kvm.get_api_version();
     if version != 12 {
         return Err(Error::host(format!("{DEV_KVM} speaks version {version} of the KVM interface, not 12"))
@@ -87,16 +82,9 @@ impl KvmPorts {
     }
 }
 
-/// A second descriptor of the same eventfd, in the type that `kvm-ioctls` wants.
-fn eventfd(fd: BorrowedFd<'_>) -> Result<EventFd, PortError> {
-    let owned = fd.try_clone_to_owned().map_err(|error| PortError::new("duplicate an eventfd", error))?;
-    // SAFETY: the descriptor was just made by dup, and ownership moves to the `EventFd`.
-    Ok(unsafe { EventFd::from_raw_fd(owned.into_raw_fd()) })
-}
-
 impl Doorbells for KvmPorts {
     fn bind(&self, fd: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError> {
-        let fd = eventfd(fd)?;
+        let fd = eventfd(fd).map_err(|error| PortError::new("duplicate an eventfd", error))?;
         let address = IoEventAddress::Mmio(when.address.0);
         let done = match when.value {
             Some(value) => self.vm.register_ioevent(&fd, &address, value),
@@ -124,7 +112,7 @@ impl Interrupts for KvmPorts {
         let Route::Pin(gsi) = route else {
             return Err(PortError::new("route this kind of interrupt", io::ErrorKind::Unsupported.into()));
         };
-        let fd = eventfd(call)?;
+        let fd = eventfd(call).map_err(|error| PortError::new("duplicate an eventfd", error))?;
         self.vm
             .register_irqfd(&fd, gsi)
             .map_err(|error| PortError::new(format!("route an interrupt to GSI {gsi}"), error.into()))?;

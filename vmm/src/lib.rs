@@ -23,7 +23,8 @@
 //! |--|--|
 //! | [`cli`], [`config`] | from words to plain data |
 //! | [`machine`], `board` | the wiring: one list read from top to bottom |
-//! | [`kvm`], [`memory`] | `devices::ports` on KVM; the only unsafe code |
+//! | [`kvm`], [`memory`] | `devices::ports` on KVM |
+//! | `memory`, `descriptors` | the only unsafe code: addresses and raw descriptors |
 //! | [`vcpu`], [`lifecycle`] | running, stopping, counting exits |
 //! | `control`, `peers`, `console` | everything that is not a guest's exit |
 //! | [`workbench`] | `check` and its like |
@@ -35,8 +36,8 @@ pub mod config;
 mod console;
 mod control;
 mod crash;
+mod descriptors;
 pub mod error;
-mod inherited;
 pub mod kvm;
 pub mod lifecycle;
 mod logging;

@@ -8,8 +8,8 @@ use devices::virtio::device_type::{DeviceType, Wishes};
 use devices::virtio::vhost_user::Order;
 
 use super::{DEFAULT_DEADLINE, Memory, Serial, Socket, VhostUser};
+use crate::descriptors;
 use crate::error::Error;
-use crate::inherited;
 
 /// RAM comes in steps of this size, because some backends ignore regions that are not 2 MiB multiples.
 const MEMORY_STEP: u64 = 2 << 20;
@@ -241,7 +241,7 @@ impl Socket {
         match text.strip_prefix("fd=") {
             None => Ok(Socket::Path(PathBuf::from(text))),
             Some(number) => match number.parse::<i32>() {
-                Ok(fd) if fd > 2 => match inherited::stream(fd) {
+                Ok(fd) if fd > 2 => match descriptors::inherited_stream(fd) {
                     Ok(stream) => Ok(Socket::Inherited(stream, fd)),
                     Err(error) => Err(Error::usage(format!("cannot use descriptor {fd} as a socket"))
                         .because(error)

@@ -1,15 +1,17 @@
-//! Descriptors that whoever started us left open, named by their number: `socket=fd=N`.
+//! Raw descriptors become owned ones, here and nowhere else: those that whoever started us left open
+//! (`socket=fd=N`), and eventfds in the type that `kvm-ioctls` wants.
 
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::sockopt::socket_type;
+use vmm_sys_util::eventfd::EventFd;
 
 static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 
@@ -18,7 +20,7 @@ static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 ///
 /// # Errors
 /// When the number is not that of an open, connected stream socket, or was taken before.
-pub(crate) fn stream(number: RawFd) -> io::Result<UnixStream> {
+pub(crate) fn inherited_stream(number: RawFd) -> io::Result<UnixStream> {
     if !std::path::Path::new(&format!("/proc/self/fd/{number}")).exists() {
         return Err(io::Error::from_raw_os_error(EBADF));
     }
@@ -35,6 +37,16 @@ pub(crate) fn stream(number: RawFd) -> io::Result<UnixStream> {
     let stream = UnixStream::from(fd);
     stream.peer_addr()?;
     Ok(stream)
+}
+
+/// A second descriptor of the same eventfd.
+///
+/// # Errors
+/// When the process has no descriptor left.
+pub(crate) fn eventfd(fd: BorrowedFd<'_>) -> io::Result<EventFd> {
+    let owned = fd.try_clone_to_owned()?;
+    // SAFETY: the descriptor was just made by dup, and ownership moves to the `EventFd`.
+    Ok(unsafe { EventFd::from_raw_fd(owned.into_raw_fd()) })
 }
 
 const EBADF: i32 = 9;
