@@ -176,7 +176,13 @@ impl Ram {
             Hugepages::Size2M | Hugepages::Size1G => {
                 let file = File::from(fd.try_clone().map_err(|source| Error::Refused { size, source })?);
                 let bytes = usize::try_from(size).map_err(|_| refused(Errno::NOMEM))?;
-                let mapped = MmapRegion::from_file(FileOffset::new(file, 0), bytes);
+                // Not `from_file`, which maps without reserving: the first access would end in SIGBUS.
+                let mapped = MmapRegion::build(
+                    Some(FileOffset::new(file, 0)),
+                    bytes,
+                    PROT_READ | PROT_WRITE,
+                    MAP_SHARED,
+                );
                 Some(mapped.map_err(|error| no_hugepages(io::Error::other(error)))?)
             }
         };
@@ -302,6 +308,10 @@ impl Ram {
         Ok(at.0 - region.guest.0 + region.offset)
     }
 }
+
+const PROT_READ: i32 = 1;
+const PROT_WRITE: i32 = 2;
+const MAP_SHARED: i32 = 1;
 
 fn regions_of(size: u64) -> Vec<RamRegion> {
     let low = size.min(HOLE_START.0);

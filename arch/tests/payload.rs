@@ -101,7 +101,8 @@ impl Machine {
         let mut mappings = Vec::new();
         for (slot, region) in (0_u32..).zip(ram.regions()) {
             let file = FileOffset::new(File::from(ram.fd().try_clone().unwrap()), region.offset);
-            let mapping: MmapRegion = MmapRegion::from_file(file, usize::try_from(region.size).unwrap()).unwrap();
+            let mapping: MmapRegion =
+                MmapRegion::from_file(file, usize::try_from(region.size).unwrap()).unwrap();
             let memory = kvm_userspace_memory_region {
                 slot,
                 guest_phys_addr: region.guest.0,
@@ -115,7 +116,8 @@ impl Machine {
         }
         let vcpu = vm.create_vcpu(0).unwrap();
         let host = HostCpu::probe(&kvm).unwrap();
-        let platform = Platform { cpus: 1, virtio_mmio: Vec::new(), serial: Some(SerialPort::COM1), discovery };
+        let platform =
+            Platform { cpus: 1, virtio_mmio: Vec::new(), serial: Some(SerialPort::COM1), discovery };
         Some(Self { vcpu, vm, ram, host, platform, _mappings: mappings })
     }
 

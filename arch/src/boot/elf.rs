@@ -7,9 +7,9 @@ use std::os::unix::fs::FileExt;
 use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr};
 use vm_memory::ByteValued;
 
-use super::{Error, Kernel, Protocol, check_range};
+use super::{Error, Kernel, Protocol, check_range, zeros};
 use crate::layout::Gpa;
-use crate::ram::Ram;
+use crate::ram::{self, Ram};
 
 const CLASS: usize = 4;
 const CLASS_64: u8 = 2;
@@ -20,6 +20,7 @@ const TYPE_EXECUTABLE: u16 = 2;
 const TYPE_SHARED: u16 = 3;
 const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_NOTE: u32 = 4;
+const FLAG_WRITABLE: u32 = 2;
 
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the physical address of the PVH entry.
 const NOTE_PHYS32_ENTRY: u32 = 18;
@@ -62,11 +63,7 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
     }
 
     for segment in &loads {
-        ram.copy_from_file(Gpa(segment.p_paddr), file, segment.p_offset, segment.p_filesz)
-            .and_then(|()| {
-                ram.zero(Gpa(segment.p_paddr + segment.p_filesz), segment.p_memsz - segment.p_filesz)
-            })
-            .map_err(Error::KernelCopy)?;
+        load_segment(ram, file, segment).map_err(Error::KernelCopy)?;
     }
     Ok(Kernel {
         protocol,
@@ -76,6 +73,24 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
         cmdline_max: CMDLINE_MAX,
         initramfs_end: u64::MAX,
     })
+}
+
+/// Moves what the file has of a segment and clears the rest of it.
+fn load_segment(ram: &Ram, file: &File, segment: &Elf64_Phdr) -> Result<(), ram::Error> {
+    let (start, end) = (segment.p_offset, segment.p_offset + segment.p_filesz);
+    let parts = match segment.p_flags & FLAG_WRITABLE {
+        0 => std::iter::once(start..end).collect(),
+        // Cleared memory may have come into the file as zeros.
+        _ => zeros::data_parts(file, start..end),
+    };
+    let memory = |offset: u64| Gpa(segment.p_paddr + (offset - start));
+    let mut done = start;
+    for part in parts {
+        ram.zero(memory(done), part.start - done)?;
+        ram.copy_from_file(memory(part.start), file, part.start, part.end - part.start)?;
+        done = part.end;
+    }
+    ram.zero(memory(done), segment.p_memsz - (done - start))
 }
 
 fn parse_header(head: &[u8], size: u64) -> Result<Elf64_Ehdr, Error> {

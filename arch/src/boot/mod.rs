@@ -10,6 +10,7 @@ mod error;
 mod mptable;
 mod pagetables;
 mod params;
+mod zeros;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
