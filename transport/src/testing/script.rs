@@ -23,6 +23,12 @@ pub struct Offer {
     pub shmem: Vec<u64>,
     /// GET_INFLIGHT_FD: bytes of the area.
     pub inflight_size: u64,
+    /// SET_DEVICE_STATE_FD: what is written when the state is saved.
+    pub state: Vec<u8>,
+    /// How long the state is held back.
+    pub state_pause: Duration,
+    /// CHECK_DEVICE_STATE.
+    pub state_check: u64,
 }
 
 impl Default for Offer {
@@ -42,7 +48,10 @@ impl Default for Offer {
             config: (0..60).collect(),
             mem_slots: 8,
             shmem: Vec::new(),
-            inflight_size: 4096,
+            inflight_size: 8192,
+            state: b"state".to_vec(),
+            state_pause: Duration::ZERO,
+            state_check: 0,
         }
     }
 }

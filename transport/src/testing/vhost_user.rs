@@ -91,6 +91,8 @@ struct State {
     status: u64,
     channel: Option<UnixStream>,
     kept: Vec<OwnedFd>,
+    listening: bool,
+    mover: Option<JoinHandle<Vec<u8>>>,
     sockets: Vec<UnixStream>,
     stopping: bool,
 }
@@ -179,6 +181,12 @@ impl ScriptedBackend {
     /// The device status that the front end set.
     pub fn status(&self) -> u64 {
         lock(&self.state).status
+    }
+
+    /// What was loaded as the device's state, once.
+    pub fn take_loaded_state(&self) -> Vec<u8> {
+        let mover = lock(&self.state).mover.take();
+        mover.and_then(|mover| mover.join().ok()).unwrap_or_default()
     }
 
     /// Replaces the configuration space without a word.
@@ -344,6 +352,33 @@ fn spare_fds(count: usize) -> io::Result<Vec<OwnedFd>> {
     (0..count).map(|_| Ok(std::fs::File::open("/dev/null")?.into())).collect()
 }
 
+/// The table with each user address moved up, as a back-end in postcopy returns it.
+fn moved(table: &[u8]) -> Vec<u8> {
+    let mut moved = table.to_vec();
+    for region in moved.get_mut(8..).unwrap_or_default().chunks_exact_mut(32) {
+        if let Some(user) = region.get_mut(16..24) {
+            user.fill(0x77);
+        }
+    }
+    moved
+}
+
+/// Writes the state to the pipe, or reads it.
+fn move_state(pipe: OwnedFd, save: bool, offer: &Offer) -> JoinHandle<Vec<u8>> {
+    use std::io::{Read, Write};
+    let (state, pause) = (offer.state.clone(), offer.state_pause);
+    std::thread::spawn(move || {
+        std::thread::sleep(pause);
+        let mut file = std::fs::File::from(pipe);
+        let mut loaded = Vec::new();
+        let outcome = if save { file.write_all(&state) } else { file.read_to_end(&mut loaded).map(drop) };
+        if let Err(error) = outcome {
+            log::debug!("scripted back-end: its state: {error}");
+        }
+        loaded
+    })
+}
+
 fn park_until_closed(stream: &UnixStream) -> io::Result<()> {
     // Wakes up on hang-up only: nothing is asked for.
     let mut fds = [rustix::event::PollFd::new(stream, rustix::event::PollFlags::empty())];
@@ -410,6 +445,10 @@ impl State {
         self.seen.push(Seen { request, asked, payload: frame.payload.clone(), fds: frame.fds.len() });
         let acks = self.negotiated.contains(ProtocolFeatures::REPLY_ACK);
         let due = match request.row().map(|row| row.answer) {
+            // The table that comes back in postcopy is acknowledged by a message of its own.
+            Some(Answer::Ack) if request == Request::SET_MEM_TABLE && self.listening => {
+                frame.payload.len() > 8
+            }
             Some(Answer::Ack) => asked && acks,
             _ => true,
         };
@@ -430,13 +469,14 @@ impl State {
         if !allowed {
             breach("was not negotiated");
         }
-        if !(usize::from(row.fds.0)..=usize::from(row.fds.1)).contains(&frame.fds.len()) {
+        let table_ack = self.listening && request == Request::SET_MEM_TABLE && frame.payload.len() == 8;
+        if !table_ack && !(usize::from(row.fds.0)..=usize::from(row.fds.1)).contains(&frame.fds.len()) {
             breach("has a wrong number of fds");
         }
         if frame.header.wants_reply() && !self.negotiated.contains(ProtocolFeatures::REPLY_ACK) {
             breach("wants a reply without REPLY_ACK");
         }
-        if request == Request::GET_VRING_BASE {
+        if matches!(request, Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN) {
             let state: Option<VringState> = parse(&frame.payload).ok();
             if !state.is_some_and(|state| self.rings.get(&state.index).is_some_and(|ring| ring.started)) {
                 breach("ring is not started");
@@ -476,15 +516,22 @@ impl State {
             }
             Request::SET_VRING_CALL => self.ring(&payload).0.call = first.next(),
             Request::SET_VRING_ENABLE => self.ring(&payload).0.enabled = num == 1,
-            Request::GET_VRING_BASE => {
+            Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN => {
                 let (ring, index) = self.ring(&payload);
                 let num = ring.base;
                 *ring = RingView::default();
                 return (VringState { index, num }.as_bytes().to_vec(), Vec::new());
             }
+            Request::POSTCOPY_LISTEN => self.listening = true,
+            Request::POSTCOPY_END => self.listening = false,
+            Request::SET_MEM_TABLE if self.listening && payload.len() > 8 => {
+                return (moved(&payload), Vec::new());
+            }
             Request::SET_MEM_TABLE | Request::SET_LOG_BASE | Request::SET_INFLIGHT_FD => {
                 self.kept = first.collect();
             }
+            Request::GET_SHARED_OBJECT => return (Vec::new(), spare_fds(1).unwrap_or_default()),
+            Request::CHECK_DEVICE_STATE => answer = self.offer.state_check,
             Request::GET_CONFIG => return (self.config(&payload), Vec::new()),
             Request::SET_CONFIG => self.write_config(&payload),
             Request::GET_INFLIGHT_FD => return self.inflight(&payload),
@@ -492,7 +539,8 @@ impl State {
             Request::POSTCOPY_ADVISE => return (Vec::new(), spare_fds(1).unwrap_or_default()),
             // Bit 8: our fd serves.
             Request::SET_DEVICE_STATE_FD => {
-                self.kept = first.collect();
+                let save = payload.first() == Some(&0);
+                self.mover = first.next().map(|pipe| move_state(pipe, save, &self.offer));
                 answer = 1 << 8;
             }
             Request::CREATE_CRYPTO_SESSION => {

@@ -83,7 +83,6 @@ pub struct Stats {
 #[derive(Debug, Default)]
 pub(crate) struct Answered {
     pub(crate) payload: Vec<u8>,
-    #[expect(dead_code, reason = "the first request whose answer has an fd comes with inflight tracking")]
     pub(crate) fds: Vec<OwnedFd>,
 }
 
@@ -197,6 +196,36 @@ impl Channel {
         })
     }
 
+    /// Sends `payload` as a message of `request` that has no answer: the acknowledgement of a postcopy table.
+    pub(crate) fn tell(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        deadline: &Deadline,
+    ) -> Result<(), Error> {
+        if self.is_lost() {
+            return Err(self.error(request, Cause::AlreadyLost));
+        }
+        let header = Header::request(request.0, length(payload.len()));
+        self.send(&header, payload, &[], deadline).map_err(|cause| self.lose(request, cause))
+    }
+
+    /// Sends a request and waits for an answer of other sizes than its row's, without need_reply.
+    pub(crate) fn exchange_sized(
+        &mut self,
+        request: Request,
+        message: (&[u8], &[BorrowedFd<'_>]),
+        sizes: (u32, u32),
+        deadline: &Deadline,
+    ) -> Result<Answered, Error> {
+        let (payload, fds) = message;
+        let row = self.permit(request, fds.len())?;
+        let header = Header::request(request.0, length(payload.len()));
+        self.send(&header, payload, fds, deadline)
+            .and_then(|()| self.receive(row, sizes, (0, 0), deadline))
+            .map_err(|cause| self.lose(request, cause))
+    }
+
     /// Sends a request whose answer is a plain u64.
     pub(crate) fn ask_u64(&mut self, request: Request, deadline: &Deadline) -> Result<u64, Error> {
         let answered = self.exchange(request, &[], &[], deadline)?;
@@ -204,12 +233,17 @@ impl Channel {
     }
 
     fn lose(&mut self, request: Request, cause: Cause) -> Error {
+        self.abandon();
+        self.error(request, cause)
+    }
+
+    /// Ends the connection. Whoever polls the socket sees the hang-up, the back-end does, too.
+    pub(crate) fn abandon(&mut self) {
         self.link = Link::Lost;
         // The peer may be gone already; all that matters is that neither side goes on.
         if let Err(source) = self.socket.shutdown(Shutdown::Both) {
             log::debug!("vhost-user backend {}: shutting down: {source}", self.peer);
         }
-        self.error(request, cause)
     }
 
     fn permit(&self, request: Request, fds: usize) -> Result<&'static Row, Error> {
@@ -366,6 +400,15 @@ impl Channel {
     fn trace(&self, direction: Direction, header: &Header, payload: &[u8], fds: usize, took: Duration) {
         if let Some(trace) = &self.limits.trace {
             trace.message(&TraceEvent { peer: &self.peer, direction, header: *header, payload, fds, took });
+        }
+    }
+}
+
+impl Drop for Channel {
+    /// Closing is not enough where somebody polls a duplicate of the socket.
+    fn drop(&mut self) {
+        if !self.is_lost() {
+            self.abandon();
         }
     }
 }

@@ -60,6 +60,8 @@ pub enum Cause {
     AlreadyLost,
     /// What we were asked to send makes no sense; nothing was sent.
     Invalid(&'static str),
+    /// Our own side of a transfer failed; the peer did nothing wrong.
+    Local(io::Error),
     /// The peer's offer does not fit; the text says how.
     Incompatible(String),
 }
@@ -97,7 +99,11 @@ impl Error {
     pub fn is_fatal(&self) -> bool {
         !matches!(
             self.cause,
-            Cause::Refused(_) | Cause::NotNegotiated | Cause::Invalid(_) | Cause::Incompatible(_)
+            Cause::Refused(_)
+                | Cause::NotNegotiated
+                | Cause::Invalid(_)
+                | Cause::Local(_)
+                | Cause::Incompatible(_)
         )
     }
 
@@ -189,6 +195,7 @@ impl fmt::Display for Error {
             Cause::NotNegotiated => write!(f, "{who} does not offer {step}"),
             Cause::AlreadyLost => write!(f, "{who} is lost, {step} was not sent"),
             Cause::Invalid(what) => write!(f, "{step} was not sent to {who}: {what}"),
+            Cause::Local(_) => write!(f, "our side of {step} with {who} failed"),
             Cause::Incompatible(what) => write!(f, "{who} does not fit: {what}"),
         }
     }
@@ -197,7 +204,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match &self.cause {
-            Cause::Unreachable(source) | Cause::Io(source) => Some(source),
+            Cause::Unreachable(source) | Cause::Io(source) | Cause::Local(source) => Some(source),
             _ => None,
         }
     }

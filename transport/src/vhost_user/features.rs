@@ -163,6 +163,10 @@ const DEPENDENCIES: &[(ProtocolFeatures, ProtocolFeatures)] = &[
     (ProtocolFeatures::SHARED_OBJECT, ProtocolFeatures::BACKEND_REQ.with(ProtocolFeatures::BACKEND_SEND_FD)),
     (ProtocolFeatures::SHMEM, ProtocolFeatures::BACKEND_REQ.with(ProtocolFeatures::BACKEND_SEND_FD)),
     (ProtocolFeatures::GET_VRING_BASE_INFLIGHT, ProtocolFeatures::INFLIGHT_SHMFD),
+    (
+        ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN,
+        ProtocolFeatures::INFLIGHT_SHMFD.with(ProtocolFeatures::GET_VRING_BASE_INFLIGHT),
+    ),
 ];
 
 impl ProtocolFeatures {

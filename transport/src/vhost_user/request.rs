@@ -126,7 +126,7 @@ requests! {
     26 CREATE_CRYPTO_SESSION, feature(P::CRYPTO_SESSION), fds 0..0,
         Always { least: 8, most: CRYPTO_MOST, fds: (0, 0) };
     27 CLOSE_CRYPTO_SESSION, feature(P::CRYPTO_SESSION), fds 0..0, Ack;
-    28 POSTCOPY_ADVISE, feature(P::PAGEFAULT), fds 0..0, Always { least: 0, most: 8, fds: (1, 1) };
+    28 POSTCOPY_ADVISE, feature(P::PAGEFAULT), fds 0..0, Always { least: 0, most: 8, fds: (0, 1) };
     29 POSTCOPY_LISTEN, feature(P::PAGEFAULT), fds 0..0, AlwaysAsked;
     30 POSTCOPY_END, feature(P::PAGEFAULT), fds 0..0, AlwaysAsked;
     31 GET_INFLIGHT_FD, feature(P::INFLIGHT_SHMFD), fds 0..0, Always { least: 20, most: 24, fds: (0, 1) };
@@ -143,6 +143,8 @@ requests! {
     42 SET_DEVICE_STATE_FD, feature(P::DEVICE_STATE), fds 1..1, Always { least: 8, most: 8, fds: (0, 1) };
     43 CHECK_DEVICE_STATE, feature(P::DEVICE_STATE), fds 0..0, U64;
     44 GET_SHMEM_CONFIG, feature(P::SHMEM), fds 0..0, Always { least: 8, most: 8 + 256 * 8, fds: (0, 0) };
+    // As GET_VRING_BASE, but what is in flight is suspended and noted in the inflight area.
+    45 GET_VRING_BASE_SKIP_DRAIN, feature(P::GET_VRING_BASE_SKIP_DRAIN), fds 0..0, U64;
 }
 
 impl Request {
@@ -168,7 +170,7 @@ mod tests {
     #[test]
     fn the_table_has_every_code_once_in_order() {
         let codes: Vec<u32> = TABLE.iter().map(|row| row.request.0).collect();
-        assert_eq!(codes, (1..=44).collect::<Vec<_>>());
+        assert_eq!(codes, (1..=45).collect::<Vec<_>>());
     }
 
     #[test]

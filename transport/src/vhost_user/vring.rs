@@ -10,8 +10,9 @@ use rustix::event::{EventfdFlags, eventfd as new_eventfd};
 use rustix::io::Errno;
 
 use super::features::{DriverFeatures, bit};
+use super::iotlb::IovaMap;
 use super::message::{Fault, VringAddr, VringState, parse};
-use crate::memory_map::{GuestAddr, MemoryMap};
+use crate::memory_map::{GuestAddr, Iova, MemoryMap, UserAddr};
 
 /// The largest queue size of virtio 1.2 §2.7 and §2.8.
 pub const QUEUE_SIZE_MAX: u16 = 32768;
@@ -143,9 +144,27 @@ impl RingFault {
     }
 }
 
+/// What the addresses of a ring mean.
+#[derive(Clone, Copy, Debug)]
+pub enum RingSpace<'a> {
+    /// Guest addresses, told as user addresses.
+    User(&'a MemoryMap),
+    /// I/O virtual addresses, told as they are.
+    Iova(&'a IovaMap),
+}
+
+impl RingSpace<'_> {
+    fn tell(self, at: GuestAddr, bytes: u64) -> Option<u64> {
+        match self {
+            Self::User(memory) => memory.user_addr(at, bytes).map(UserAddr::raw),
+            Self::Iova(map) => map.translate(Iova(at.raw()), bytes).map(|_| at.raw()),
+        }
+    }
+}
+
 impl Ring<'_> {
     /// The SET_VRING_ADDR payload of this ring, without logging; the layout is judged first.
-    pub fn address(&self, features: DriverFeatures, memory: &MemoryMap) -> Result<VringAddr, RingFault> {
+    pub fn address(&self, features: DriverFeatures, space: RingSpace<'_>) -> Result<VringAddr, RingFault> {
         if self.index >= RINGS_MAX {
             return Err(RingFault::Index);
         }
@@ -165,14 +184,14 @@ impl Ring<'_> {
                 (self.used, 6 + 8 * count, 4),
             ]
         };
-        let mut users = [0; 3];
-        for ((at, bytes, alignment), user) in parts.into_iter().zip(&mut users) {
+        let mut told = [0; 3];
+        for ((at, bytes, alignment), tell) in parts.into_iter().zip(&mut told) {
             if at.raw() % alignment != 0 {
                 return Err(RingFault::Alignment);
             }
-            *user = memory.user_addr(at, bytes).ok_or(RingFault::OutsideMemory)?.raw();
+            *tell = space.tell(at, bytes).ok_or(RingFault::OutsideMemory)?;
         }
-        let [descriptor, available, used] = users;
+        let [descriptor, available, used] = told;
         Ok(VringAddr {
             index: u32::from(self.index),
             flags: 0,
@@ -185,9 +204,9 @@ impl Ring<'_> {
 }
 
 /// Reads the answer to GET_VRING_BASE for ring `index`.
-pub fn parse_base(payload: &[u8], index: u16, features: DriverFeatures) -> Result<RingBase, Fault> {
+pub fn parse_base(payload: &[u8], index: u32, features: DriverFeatures) -> Result<RingBase, Fault> {
     let state: VringState = parse(payload)?;
-    if state.index != u32::from(index) {
+    if state.index != index {
         return Err(Fault::Value { field: "ring", value: state.index.into() });
     }
     if !features.has(bit::RING_PACKED) && state.num > u32::from(u16::MAX) {
@@ -226,7 +245,7 @@ mod tests {
             error: None,
         };
         change(&mut ring);
-        ring.address(features(bits), &memory())
+        ring.address(features(bits), RingSpace::User(&memory()))
     }
 
     #[test]

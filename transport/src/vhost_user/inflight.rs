@@ -1,0 +1,155 @@
+//! "Inflight I/O tracking": the area in which a back-end notes what it has in flight, so that its successor can
+//! finish it.
+//!
+//! We hold the area's fd and never look inside: its format is the back-end's.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::channel::{Answered, Channel};
+use super::error::{Cause, Error};
+use super::message::{Fault, Inflight, length, parse};
+use super::request::Request;
+use super::session::Session;
+use super::vring::Ring;
+use crate::deadline::Deadline;
+
+/// Bytes of the description up to its padding: some back-ends send no padding.
+const UNPADDED: usize = 20;
+
+/// Bytes that the specification's layout takes for one descriptor; an area cannot be smaller than all of them.
+const PER_DESCRIPTOR: u64 = 16;
+
+/// The area's file, and what it covers.
+#[derive(Debug)]
+pub struct InflightArea {
+    fd: OwnedFd,
+    description: Inflight,
+}
+
+impl InflightArea {
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.description.mmap_size
+    }
+
+    /// Rings and the size of the largest one, as asked for.
+    pub fn covers(&self) -> (u16, u16) {
+        (self.description.num_queues, self.description.queue_size)
+    }
+}
+
+impl AsFd for InflightArea {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Reads the answer to GET_INFLIGHT_FD for `queues` rings of `queue_size`; `None` when the back-end has no area.
+pub fn parse_inflight(payload: &[u8], queues: u16, queue_size: u16) -> Result<Option<Inflight>, Fault> {
+    let mut padded = payload.to_vec();
+    if padded.len() == UNPADDED {
+        padded.resize(size_of::<Inflight>(), 0);
+    }
+    let mut area: Inflight = parse(&padded).map_err(|fault| match fault {
+        Fault::Size { most, .. } => Fault::Size { got: length(payload.len()), least: length(UNPADDED), most },
+        other => other,
+    })?;
+    if area.mmap_size == 0 {
+        return Ok(None);
+    }
+    let least = u64::from(queues) * u64::from(queue_size) * PER_DESCRIPTOR;
+    if area.mmap_size < least {
+        return Err(Fault::Value { field: "inflight area of size", value: area.mmap_size });
+    }
+    if area.mmap_offset.checked_add(area.mmap_size).is_none() {
+        return Err(Fault::Value { field: "inflight area at offset", value: area.mmap_offset });
+    }
+    // Some back-ends leave these fields as they please; what we asked for is what counts.
+    area.num_queues = queues;
+    area.queue_size = queue_size;
+    Ok(Some(area))
+}
+
+fn get(
+    channel: &mut Channel,
+    queues: u16,
+    queue_size: u16,
+    deadline: &Deadline,
+) -> Result<InflightArea, Error> {
+    const REQUEST: Request = Request::GET_INFLIGHT_FD;
+    let wanted = Inflight { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size, padding: 0 };
+    let Answered { payload, fds } = channel.exchange(REQUEST, wanted.as_bytes(), &[], deadline)?;
+    let description = match parse_inflight(&payload, queues, queue_size) {
+        Ok(Some(description)) => description,
+        Ok(None) => return Err(channel.error(REQUEST, Cause::Refused(0))),
+        Err(fault) => return Err(channel.malformed(REQUEST, fault)),
+    };
+    let Some(fd) = fds.into_iter().next() else {
+        return Err(channel.malformed(REQUEST, Fault::Fds { got: 0, least: 1, most: 1 }));
+    };
+    let end = description.mmap_offset.saturating_add(description.mmap_size);
+    match rustix::fs::fstat(&fd).map(|stat| u64::try_from(stat.st_size).unwrap_or(0)) {
+        Ok(held) if held >= end => Ok(InflightArea { fd, description }),
+        // Handing a file that is too short to the next back-end would kill it when it looks.
+        _ => {
+            Err(channel.malformed(REQUEST, Fault::Value { field: "inflight area that ends at", value: end }))
+        }
+    }
+}
+
+/// Gives the back-end the area `kept` from its predecessor, or a fresh one of its own, before the rings start.
+pub(super) fn hand_over(
+    channel: &mut Channel,
+    kept: Option<Arc<InflightArea>>,
+    rings: &[Ring<'_>],
+    deadline: &Deadline,
+) -> Result<Arc<InflightArea>, Error> {
+    let queues = rings.iter().map(|ring| ring.index.saturating_add(1)).max().unwrap_or(0);
+    let queue_size = rings.iter().map(|ring| ring.size).max().unwrap_or(0);
+    let area = match kept.filter(|area| area.covers() == (queues, queue_size)) {
+        Some(area) => area,
+        None => Arc::new(get(channel, queues, queue_size, deadline)?),
+    };
+    let payload = area.description;
+    channel.exchange(Request::SET_INFLIGHT_FD, payload.as_bytes(), &[area.as_fd()], deadline)?;
+    Ok(area)
+}
+
+impl Session {
+    /// Goes on, at the next [`Session::go_live`], with what `area` says was in flight. Needs INFLIGHT_SHMFD.
+    ///
+    /// Without it a fresh area is asked for, as a guest that reset its device wants it.
+    #[must_use]
+    pub fn with_inflight(mut self, area: Arc<InflightArea>) -> Self {
+        self.inflight = Some(area);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn description(mmap_size: u64, mmap_offset: u64) -> Vec<u8> {
+        let area = Inflight { mmap_size, mmap_offset, num_queues: 9, queue_size: 9, padding: 0 };
+        area.as_bytes().to_vec()
+    }
+
+    #[test]
+    fn descriptions_with_and_without_padding_are_the_same() {
+        let padded = parse_inflight(&description(8192, 0), 2, 128).unwrap().unwrap();
+        assert_eq!((padded.num_queues, padded.queue_size, padded.mmap_size), (2, 128, 8192));
+        assert_eq!(parse_inflight(&description(8192, 0)[..20], 2, 128), Ok(Some(padded)));
+        assert!(parse_inflight(&description(8192, 0)[..22], 2, 128).is_err());
+    }
+
+    #[test]
+    fn no_area_small_areas_and_wrapping_areas_are_told_apart() {
+        assert_eq!(parse_inflight(&description(0, 0), 2, 128), Ok(None));
+        assert!(parse_inflight(&description(4095, 0), 2, 128).is_err());
+        assert!(parse_inflight(&description(4096, u64::MAX), 2, 128).is_err());
+    }
+}

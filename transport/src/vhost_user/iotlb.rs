@@ -1,0 +1,236 @@
+//! "IOMMU support": what I/O virtual addresses mean to a back-end whose driver took ACCESS_PLATFORM.
+//!
+//! The ranges of an [`IovaMap`] are announced when the device starts; a miss is answered from it. Nothing outside
+//! the map, and no access that it does not allow, is ever answered.
+
+use zerocopy::IntoBytes;
+
+use super::channel::Channel;
+use super::error::Error;
+use super::live::LiveSession;
+use super::message::Iotlb;
+use super::request::Request;
+use super::session::Session;
+use crate::deadline::Deadline;
+use crate::memory_map::{GuestAddr, Iova, MemoryMap, UserAddr};
+
+use std::sync::Arc;
+
+const MISS: u8 = 1;
+const UPDATE: u8 = 2;
+const INVALIDATE: u8 = 3;
+
+/// Ranges that a map may have: each is one exchange when the device starts.
+const RANGES_MAX: usize = 1024;
+
+/// What a device may do with a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Access {
+    /// Reads only.
+    Read = 1,
+    /// Writes only.
+    Write = 2,
+    /// Both.
+    ReadWrite = 3,
+}
+
+impl Access {
+    fn bits(self) -> u8 {
+        match self {
+            Self::Read => 1,
+            Self::Write => 2,
+            Self::ReadWrite => 3,
+        }
+    }
+}
+
+/// A range of I/O virtual addresses and the guest memory behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IovaRange {
+    /// The first I/O virtual address.
+    pub iova: Iova,
+    /// Bytes.
+    pub size: u64,
+    /// The guest address behind the first one.
+    pub guest: GuestAddr,
+    /// What the device may do.
+    pub access: Access,
+}
+
+/// Why ranges do not make a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IovaFault {
+    /// More ranges than can be announced in time.
+    #[error("there are more than 1024 ranges of I/O virtual addresses")]
+    TooMany,
+    /// A range is empty, wraps, or leaves guest memory.
+    #[error("the range of I/O virtual addresses at {0:#x} is empty or leaves guest memory")]
+    Outside(u64),
+    /// Two ranges share addresses.
+    #[error("two ranges of I/O virtual addresses overlap at {0:#x}")]
+    Overlap(u64),
+}
+
+/// All translations of a device.
+#[derive(Clone, Debug)]
+pub struct IovaMap {
+    ranges: Vec<IovaRange>,
+}
+
+impl IovaMap {
+    /// Every guest address means itself.
+    pub fn identity(memory: &MemoryMap) -> Self {
+        let ranges = memory.regions().iter().map(|region| IovaRange {
+            iova: Iova(region.guest().raw()),
+            size: region.size(),
+            guest: region.guest(),
+            access: Access::ReadWrite,
+        });
+        Self { ranges: ranges.collect() }
+    }
+
+    /// Checks and sorts `ranges`, all of them inside `memory`.
+    pub fn new(mut ranges: Vec<IovaRange>, memory: &MemoryMap) -> Result<Self, IovaFault> {
+        if ranges.len() > RANGES_MAX {
+            return Err(IovaFault::TooMany);
+        }
+        ranges.sort_by_key(|range| range.iova);
+        for range in &ranges {
+            let inside = memory.user_addr(range.guest, range.size).is_some();
+            if range.size == 0 || range.iova.0.checked_add(range.size).is_none() || !inside {
+                return Err(IovaFault::Outside(range.iova.0));
+            }
+        }
+        for (low, high) in ranges.iter().zip(ranges.iter().skip(1)) {
+            if low.iova.0.saturating_add(low.size) > high.iova.0 {
+                return Err(IovaFault::Overlap(high.iova.0));
+            }
+        }
+        Ok(Self { ranges })
+    }
+
+    /// The guest address behind `at`, when all of `bytes` lie inside one range.
+    pub fn translate(&self, at: Iova, bytes: u64) -> Option<GuestAddr> {
+        let range = self.range(at)?;
+        let inside = at.0.checked_sub(range.iova.0)?;
+        if inside.checked_add(bytes)? > range.size {
+            return None;
+        }
+        range.guest.checked_add(inside)
+    }
+
+    fn range(&self, at: Iova) -> Option<&IovaRange> {
+        self.ranges
+            .iter()
+            .find(|range| at.0.checked_sub(range.iova.0).is_some_and(|inside| inside < range.size))
+    }
+
+    /// The update that answers a miss; `None` when the access is not allowed or the message is no miss.
+    pub fn answer(&self, miss: &Iotlb) -> Option<Iotlb> {
+        let range = self.range(Iova(miss.iova))?;
+        let wanted = miss.permission & 3;
+        if miss.kind != MISS || wanted & !range.access.bits() != 0 {
+            return None;
+        }
+        update(range)
+    }
+}
+
+fn update(range: &IovaRange) -> Option<Iotlb> {
+    let user = range.guest.raw().checked_add(crate::memory_map::USER_BIAS)?;
+    debug_assert!(UserAddr::guest_of(user) == Some(range.guest));
+    Some(Iotlb {
+        iova: range.iova.0,
+        size: range.size,
+        user,
+        permission: range.access.bits(),
+        kind: UPDATE,
+        padding: [0; 6],
+    })
+}
+
+/// Tells the back-end every range.
+pub(super) fn announce(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) -> Result<(), Error> {
+    for message in map.ranges.iter().filter_map(update) {
+        channel.exchange(Request::IOTLB_MSG, message.as_bytes(), &[], deadline)?;
+    }
+    Ok(())
+}
+
+impl Session {
+    /// Uses `map`, at the next [`Session::go_live`] of a driver that takes ACCESS_PLATFORM.
+    #[must_use]
+    pub fn with_iova_map(mut self, map: Arc<IovaMap>) -> Self {
+        self.iova_map = Some(map);
+        self
+    }
+}
+
+impl LiveSession {
+    /// Sends an update, usually [`IovaMap::answer`]. Needs BACKEND_REQ and REPLY_ACK.
+    pub fn iotlb_update(&mut self, message: &Iotlb) -> Result<(), Error> {
+        let message = Iotlb { kind: UPDATE, ..*message };
+        self.send_iotlb(&message)
+    }
+
+    /// Takes translations back; when this returns, the back-end uses them no more.
+    pub fn iotlb_invalidate(&mut self, at: Iova, size: u64) -> Result<(), Error> {
+        let message = Iotlb { iova: at.0, size, user: 0, permission: 0, kind: INVALIDATE, padding: [0; 6] };
+        self.send_iotlb(&message)
+    }
+
+    fn send_iotlb(&mut self, message: &Iotlb) -> Result<(), Error> {
+        let deadline = self.session.channel.deadline();
+        let channel = &mut self.session.channel;
+        channel.exchange(Request::IOTLB_MSG, message.as_bytes(), &[], &deadline).map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory_map::{SharedRegion, USER_BIAS};
+
+    fn memory() -> MemoryMap {
+        let fd = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        MemoryMap::new(vec![SharedRegion::new(GuestAddr(0), 0x10_0000, fd, 0)]).unwrap()
+    }
+
+    fn range(iova: u64, size: u64, guest: u64, access: Access) -> IovaRange {
+        IovaRange { iova: Iova(iova), size, guest: GuestAddr(guest), access }
+    }
+
+    fn miss(iova: u64, permission: u8) -> Iotlb {
+        Iotlb { iova, size: 0, user: 0, permission, kind: MISS, padding: [0; 6] }
+    }
+
+    #[test]
+    fn a_shuffled_map_translates_inside_its_ranges_only() {
+        let ranges =
+            vec![range(0x8000, 0x1000, 0, Access::Read), range(0x4000, 0x2000, 0x5000, Access::ReadWrite)];
+        let map = IovaMap::new(ranges, &memory()).unwrap();
+        assert_eq!(map.translate(Iova(0x4010), 0x10), Some(GuestAddr(0x5010)));
+        assert_eq!(map.translate(Iova(0x5fff), 2), None);
+        assert_eq!(map.translate(Iova(0x3fff), 1), None);
+        assert_eq!(map.translate(Iova(0x4000), u64::MAX), None);
+        let update = map.answer(&miss(0x8123, 1)).unwrap();
+        assert_eq!((update.iova, update.size, update.user), (0x8000, 0x1000, USER_BIAS));
+        assert_eq!((update.permission, update.kind), (1, UPDATE));
+        assert_eq!(map.answer(&miss(0x8123, 2)), None, "a write where only reads are allowed");
+        assert_eq!(map.answer(&miss(0x9000, 1)), None);
+        assert_eq!(map.answer(&Iotlb { kind: 4, ..miss(0x8123, 1) }), None);
+    }
+
+    #[test]
+    fn bad_ranges_are_refused() {
+        let make = |ranges| IovaMap::new(ranges, &memory()).map(|_| ());
+        let rw = Access::ReadWrite;
+        assert_eq!(make(vec![range(0, 0, 0, rw)]), Err(IovaFault::Outside(0)));
+        assert_eq!(make(vec![range(u64::MAX, 2, 0, rw)]), Err(IovaFault::Outside(u64::MAX)));
+        assert_eq!(make(vec![range(0, 0x1000, 0xf_f001, rw)]), Err(IovaFault::Outside(0)));
+        let twice = vec![range(0, 0x1000, 0, rw), range(0xfff, 0x1000, 0, rw)];
+        assert_eq!(make(twice), Err(IovaFault::Overlap(0xfff)));
+        assert_eq!(make(vec![range(0, 1, 0, rw); 1025]), Err(IovaFault::TooMany));
+    }
+}

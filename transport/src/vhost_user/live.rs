@@ -1,0 +1,372 @@
+//! Going live and stopping: the second half of the typestate.
+//!
+//! Order of messages, as every known back-end takes it: \[SET_STATUS 3\], \[SET_LOG_BASE\], SET_FEATURES,
+//! \[SET_STATUS 0xb\], \[GET/SET_INFLIGHT_FD\], SET_MEM_TABLE, for each ring NUM, ADDR, BASE, \[ERR\], CALL, KICK,
+//! ENABLE, \[SET_STATUS 0xf\], one round trip, and one kick a ring. All of it within one deadline.
+//!
+//! Must never send GET_VRING_BASE to a ring that was not started.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::backend_req::BackendChannel;
+use super::channel::{Channel, Stats};
+use super::dirty_log;
+use super::error::{Cause, Error};
+use super::features::{DriverFeatures, ProtocolFeatures, bit};
+use super::inflight::{self, InflightArea};
+use super::iotlb::{self, IovaMap};
+use super::mem_table;
+use super::message::{VringAddr, VringState};
+use super::request::Request;
+use super::session::Session;
+use super::vring::{Ring, RingBase, RingSpace, parse_base};
+use crate::deadline::Deadline;
+use crate::memory_map::MemoryMap;
+
+/// Virtio device status bits (virtio 1.2 §2.1) as SET_STATUS carries them.
+mod status {
+    pub(super) const RESET: u64 = 0;
+    pub(super) const ACKNOWLEDGE_AND_DRIVER: u64 = 0x3;
+    pub(super) const FEATURES_OK: u64 = 0xb;
+    pub(super) const DRIVER_OK: u64 = 0xf;
+}
+
+impl Session {
+    /// Gives the back-end memory and rings and starts them.
+    ///
+    /// Blocks for one deadline at most, all messages together. The rings' eventfds are lent for the call; the
+    /// back-end keeps its own descriptors of them until the rings stop. A ring that is laid out wrongly gives the
+    /// session back inside [`Lost`].
+    pub fn go_live(
+        mut self,
+        features: DriverFeatures,
+        memory: &MemoryMap,
+        rings: &[Ring<'_>],
+    ) -> Result<LiveSession, Lost> {
+        let plan = match self.plan(features, memory, rings) {
+            Ok(plan) => plan,
+            Err(error) => return Err(Lost { error, session: Some(Box::new(self)) }),
+        };
+        match self.start(features, memory, rings, &plan) {
+            Ok(inflight) => Ok(LiveSession { session: self, features, addresses: plan, inflight }),
+            Err(error) => {
+                // Even a mere refusal leaves the device half started.
+                self.channel.abandon();
+                Err(Lost { error, session: None })
+            }
+        }
+    }
+
+    /// Everything that can be judged before the first message.
+    fn plan(
+        &self,
+        features: DriverFeatures,
+        memory: &MemoryMap,
+        rings: &[Ring<'_>],
+    ) -> Result<Vec<VringAddr>, Error> {
+        if self.channel.is_lost() {
+            return Err(self.channel.error(Request::SET_FEATURES, Cause::AlreadyLost));
+        }
+        if features.bits() & !self.offered().bits() != 0 {
+            return Err(self.channel.invalid(Request::SET_FEATURES, "a feature was not offered"));
+        }
+        if self.log.is_some() {
+            dirty_log::permitted(self)?;
+        }
+        mem_table::fits(&self.channel, memory, self.mem_slots)?;
+        let iova_map = self.iova_map(features, memory);
+        let space = iova_map.as_deref().map_or(RingSpace::User(memory), RingSpace::Iova);
+        let mut plan = Vec::with_capacity(rings.len());
+        for ring in rings {
+            if rings.iter().filter(|other| other.index == ring.index).count() > 1 {
+                return Err(self.channel.invalid(Request::SET_VRING_NUM, "a ring is named twice"));
+            }
+            let mut address = ring
+                .address(features, space)
+                .map_err(|fault| self.channel.invalid(Request::SET_VRING_ADDR, fault.text()))?;
+            address.flags = dirty_log::ring_flags(self.log.is_some());
+            plan.push(address);
+        }
+        Ok(plan)
+    }
+
+    /// The translations of a device behind an IOMMU: as they were given, or every address to itself.
+    fn iova_map(&self, features: DriverFeatures, memory: &MemoryMap) -> Option<Arc<IovaMap>> {
+        if !features.has(bit::ACCESS_PLATFORM) {
+            return None;
+        }
+        Some(self.iova_map.clone().unwrap_or_else(|| Arc::new(IovaMap::identity(memory))))
+    }
+
+    fn start(
+        &mut self,
+        features: DriverFeatures,
+        memory: &MemoryMap,
+        rings: &[Ring<'_>],
+        plan: &[VringAddr],
+    ) -> Result<Option<Arc<InflightArea>>, Error> {
+        let deadline = self.channel.deadline();
+        let has_status = self.channel.negotiated().contains(ProtocolFeatures::STATUS);
+        let (log, kept) = (self.log.clone(), self.inflight.take());
+        let iova_map = self.iova_map(features, memory);
+        let channel = &mut self.channel;
+        if has_status {
+            set_status(channel, status::ACKNOWLEDGE_AND_DRIVER, &deadline)?;
+        }
+        if let Some(log) = &log {
+            dirty_log::set_base(channel, log, &deadline)?;
+        }
+        set_features(channel, features, log.is_some(), &deadline)?;
+        if has_status {
+            set_status(channel, status::FEATURES_OK, &deadline)?;
+        }
+        let inflight = match channel.negotiated().contains(ProtocolFeatures::INFLIGHT_SHMFD) {
+            true => Some(inflight::hand_over(channel, kept, rings, &deadline)?),
+            false => None,
+        };
+        mem_table::send(channel, memory, &deadline)?;
+        for (ring, address) in rings.iter().zip(plan) {
+            start_ring(channel, ring, address, &deadline)?;
+        }
+        if let Some(map) = &iova_map {
+            iotlb::announce(channel, map, &deadline)?;
+        }
+        if has_status {
+            set_status(channel, status::DRIVER_OK, &deadline)?;
+        }
+        // Some back-ends register a ring's kick only after they took ENABLE off the socket: a kick before that is
+        // lost, and so would be what the guest put into the ring meanwhile.
+        channel.ask_u64(Request::GET_FEATURES, &deadline)?;
+        for ring in rings {
+            ring.kick.ring().map_err(|source| channel.error(Request::SET_VRING_KICK, Cause::Io(source)))?;
+        }
+        Ok(inflight)
+    }
+}
+
+/// Whether a started ring is processed with effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingSwitch {
+    /// Processed.
+    Enabled,
+    /// Processed without side effects: net drops what the guest sends, and delivers nothing.
+    Disabled,
+}
+
+/// How rings come to a stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    Drain,
+    Suspend,
+}
+
+pub(super) fn set_features(
+    channel: &mut Channel,
+    features: DriverFeatures,
+    logging: bool,
+    deadline: &Deadline,
+) -> Result<(), Error> {
+    let mut bits = features.bits();
+    if channel.protocol_offered() {
+        bits |= 1 << bit::PROTOCOL_FEATURES;
+    }
+    if logging {
+        bits |= 1 << bit::LOG_ALL;
+    }
+    channel.exchange(Request::SET_FEATURES, &bits.to_ne_bytes(), &[], deadline).map(|_| ())
+}
+
+fn set_status(channel: &mut Channel, status: u64, deadline: &Deadline) -> Result<(), Error> {
+    channel.exchange(Request::SET_STATUS, &status.to_ne_bytes(), &[], deadline).map(|_| ())
+}
+
+fn start_ring(
+    channel: &mut Channel,
+    ring: &Ring<'_>,
+    address: &VringAddr,
+    deadline: &Deadline,
+) -> Result<(), Error> {
+    let index = u32::from(ring.index);
+    let with_fd = u64::from(ring.index).to_ne_bytes();
+    let state = |num: u32| VringState { index, num };
+    let size = state(ring.size.into());
+    channel.exchange(Request::SET_VRING_NUM, size.as_bytes(), &[], deadline)?;
+    channel.exchange(Request::SET_VRING_ADDR, address.as_bytes(), &[], deadline)?;
+    channel.exchange(Request::SET_VRING_BASE, state(ring.base.0).as_bytes(), &[], deadline)?;
+    if let Some(error) = ring.error {
+        channel.exchange(Request::SET_VRING_ERR, &with_fd, &[error.as_fd()], deadline)?;
+    }
+    channel.exchange(Request::SET_VRING_CALL, &with_fd, &[ring.call.as_fd()], deadline)?;
+    channel.exchange(Request::SET_VRING_KICK, &with_fd, &[ring.kick.as_fd()], deadline)?;
+    if channel.protocol_offered() {
+        channel.exchange(Request::SET_VRING_ENABLE, state(1).as_bytes(), &[], deadline)?;
+    }
+    Ok(())
+}
+
+/// A back-end that processes rings.
+pub struct LiveSession {
+    pub(super) session: Session,
+    pub(super) features: DriverFeatures,
+    /// One a started ring, as it was told.
+    pub(super) addresses: Vec<VringAddr>,
+    inflight: Option<Arc<InflightArea>>,
+}
+
+impl LiveSession {
+    /// What is known of the back-end.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The features that the driver accepted.
+    pub fn features(&self) -> DriverFeatures {
+        self.features
+    }
+
+    /// Where the back-end notes what it has in flight. Kept, it lets another back-end go on after this one died.
+    pub fn inflight(&self) -> Option<&Arc<InflightArea>> {
+        self.inflight.as_ref()
+    }
+
+    /// Counters of this connection.
+    pub fn stats(&self) -> Stats {
+        self.session.stats()
+    }
+
+    /// The back-end's own channel, once, as [`Session::take_backend_channel`].
+    pub fn take_backend_channel(&mut self) -> Option<BackendChannel> {
+        self.session.take_backend_channel()
+    }
+
+    /// Reads the configuration space, as [`Session::read_config`].
+    pub fn read_config(&mut self, size: usize) -> Result<Vec<u8>, Error> {
+        self.session.read_config(size)
+    }
+
+    /// Writes to the configuration space, as [`Session::write_config`].
+    pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Error> {
+        self.session.write_config(offset, bytes)
+    }
+
+    /// Enables or disables a started ring. Needs feature bit 30; some back-ends ignore it, so it pauses nothing.
+    pub fn switch_ring(&mut self, index: u16, switch: RingSwitch) -> Result<(), Error> {
+        let deadline = self.session.channel.deadline();
+        let num = u32::from(switch == RingSwitch::Enabled);
+        let state = VringState { index: index.into(), num };
+        let channel = &mut self.session.channel;
+        channel.exchange(Request::SET_VRING_ENABLE, state.as_bytes(), &[], &deadline).map(|_| ())
+    }
+
+    /// Kicks a ring by message. Needs INBAND_NOTIFICATIONS; waits until the back-end has processed it.
+    pub fn kick_in_band(&mut self, index: u16) -> Result<(), Error> {
+        let deadline = self.session.channel.deadline();
+        let state = VringState { index: index.into(), num: 0 };
+        let channel = &mut self.session.channel;
+        channel.exchange(Request::VRING_KICK, state.as_bytes(), &[], &deadline).map(|_| ())
+    }
+
+    /// Stops every ring and says where each one got to, in the order in which they were started.
+    ///
+    /// Blocks for one deadline at most. The back-end finishes what it has in flight; afterwards it touches neither
+    /// guest memory nor the eventfds.
+    pub fn stop(self) -> Result<(Session, Vec<RingBase>), Lost> {
+        self.stop_as(Stop::Drain)
+    }
+
+    /// Stops every ring without waiting for what is in flight, where the back-end can (GET_VRING_BASE_SKIP_DRAIN, or
+    /// the older GET_VRING_BASE_INFLIGHT): that stays noted in its inflight area, which the session keeps for the
+    /// next start. Elsewhere as [`LiveSession::stop`].
+    pub fn suspend(self) -> Result<(Session, Vec<RingBase>), Lost> {
+        let can = self.session.protocol().contains(ProtocolFeatures::GET_VRING_BASE_INFLIGHT);
+        self.stop_as(if can { Stop::Suspend } else { Stop::Drain })
+    }
+
+    fn stop_as(mut self, how: Stop) -> Result<(Session, Vec<RingBase>), Lost> {
+        let deadline = self.session.channel.deadline();
+        match self.stop_rings(how, &deadline) {
+            Ok(bases) => {
+                // What was suspended must be handed over at the next start; what was drained is forgotten.
+                self.session.inflight = self.inflight.filter(|_| how == Stop::Suspend);
+                Ok((self.session, bases))
+            }
+            Err(error) => {
+                self.session.channel.abandon();
+                Err(Lost { error, session: None })
+            }
+        }
+    }
+
+    fn stop_rings(&mut self, how: Stop, deadline: &Deadline) -> Result<Vec<RingBase>, Error> {
+        let channel = &mut self.session.channel;
+        let skips = channel.negotiated().contains(ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN);
+        let request = match how {
+            Stop::Suspend if skips => Request::GET_VRING_BASE_SKIP_DRAIN,
+            _ => Request::GET_VRING_BASE,
+        };
+        let mut bases = Vec::with_capacity(self.addresses.len());
+        for address in self.addresses.drain(..) {
+            let state = VringState { index: address.index, num: 0 };
+            let answered = channel.exchange(request, state.as_bytes(), &[], deadline)?;
+            let base = parse_base(&answered.payload, address.index, self.features);
+            bases.push(base.map_err(|fault| channel.malformed(request, fault))?);
+        }
+        if channel.negotiated().contains(ProtocolFeatures::STATUS) {
+            set_status(channel, status::RESET, deadline)?;
+        }
+        Ok(bases)
+    }
+}
+
+impl AsFd for LiveSession {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.session.as_fd()
+    }
+}
+
+/// A step that failed, and with it the connection, unless the mistake was on our side.
+pub struct Lost {
+    error: Error,
+    session: Option<Box<Session>>,
+}
+
+impl Lost {
+    /// What went wrong.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// The error, and the session when nothing had been sent and it can still be used.
+    pub fn into_parts(self) -> (Error, Option<Session>) {
+        (self.error, self.session.map(|session| *session))
+    }
+}
+
+impl From<Lost> for Error {
+    fn from(lost: Lost) -> Self {
+        lost.error
+    }
+}
+
+impl fmt::Debug for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let session = if self.session.is_some() { "usable" } else { "lost" };
+        f.debug_struct("Lost").field("error", &self.error).field("session", &session).finish()
+    }
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Lost {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&self.error)
+    }
+}

@@ -1,0 +1,255 @@
+//! Virtio shared memory regions: GET_SHMEM_CONFIG, and the judgement of SHMEM_MAP and SHMEM_UNMAP.
+//!
+//! [`ShmemRegions`] decides; it maps nothing. A request that it allows lies inside its region, inside its file,
+//! on whole pages, and over nothing else.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::error::Error;
+use super::message::{Fault, ShmemArea, ShmemHead, parse_front};
+use super::request::Request;
+use super::session::Session;
+use crate::memory_map::PAGE;
+
+/// Regions that a device may have: the id has 8 bits.
+const REGIONS_MAX: usize = 256;
+
+/// Maps that one region may hold; each costs a memory slot of the machine.
+const MAPS_MAX: usize = 256;
+
+/// Bit 0 of the flags: writable.
+const WRITABLE: u64 = 1;
+
+/// Reads the answer to GET_SHMEM_CONFIG: the size of each region by id, 0 where there is none.
+pub fn parse_config(payload: &[u8]) -> Result<Vec<u64>, Fault> {
+    let (head, rest): (ShmemHead, _) = parse_front(payload)?;
+    let (words, odd) = rest.as_chunks::<8>();
+    let mut sizes: Vec<u64> = words.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+    let count = sizes.iter().filter(|size| **size != 0).count();
+    let told = usize::try_from(head.count).unwrap_or(usize::MAX);
+    if !odd.is_empty() || sizes.len() > REGIONS_MAX || told > REGIONS_MAX || count > told {
+        return Err(Fault::Value { field: "shared memory region count", value: head.count.into() });
+    }
+    if let Some(bad) = sizes.iter().find(|size| **size % PAGE != 0) {
+        return Err(Fault::Value { field: "shared memory region of size", value: *bad });
+    }
+    while sizes.last() == Some(&0) {
+        sizes.pop();
+    }
+    Ok(sizes)
+}
+
+impl Session {
+    /// The sizes of the device's shared memory regions, by id. Needs SHMEM.
+    pub fn shmem_config(&mut self) -> Result<Vec<u64>, Error> {
+        const REQUEST: Request = Request::GET_SHMEM_CONFIG;
+        let deadline = self.channel.deadline();
+        let answered = self.channel.exchange(REQUEST, &[], &[], &deadline)?;
+        parse_config(&answered.payload).map_err(|fault| self.channel.malformed(REQUEST, fault))
+    }
+}
+
+/// Why a request of the back-end is not allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShmemFault {
+    /// There is no region of that id.
+    #[error("there is no shared memory region {0}")]
+    NoRegion(u8),
+    /// Empty, not on whole pages, or outside its region.
+    #[error("the area is empty, not page-aligned, or outside its region")]
+    Outside,
+    /// Beyond the end of its file.
+    #[error("the area ends beyond its file")]
+    BeyondFile,
+    /// It shares pages with another map.
+    #[error("the area overlaps another one")]
+    Overlap,
+    /// More maps than the machine gives one device.
+    #[error("there are too many maps")]
+    TooMany,
+    /// Nothing is mapped there.
+    #[error("nothing is mapped there")]
+    NotMapped,
+    /// Reserved flags are set.
+    #[error("the flags {0:#x} have no meaning")]
+    Flags(u64),
+}
+
+/// Whether the guest may write to a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    /// It may not.
+    ReadOnly,
+    /// It may.
+    ReadWrite,
+}
+
+/// Where a file goes, judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// The region.
+    pub region: u8,
+    /// First byte in the region.
+    pub at: u64,
+    /// Bytes.
+    pub size: u64,
+    /// First byte in the file.
+    pub file_offset: u64,
+    /// What the guest may do.
+    pub protection: Protection,
+}
+
+/// What is mapped where in a device's shared memory regions.
+#[derive(Debug, Default)]
+pub struct ShmemRegions {
+    sizes: Vec<u64>,
+    /// By region and first byte: bytes.
+    maps: BTreeMap<(u8, u64), u64>,
+}
+
+impl ShmemRegions {
+    /// Regions of these sizes, by id, with nothing mapped.
+    pub fn new(sizes: Vec<u64>) -> Self {
+        Self { sizes, maps: BTreeMap::new() }
+    }
+
+    /// Judges a map of a file that holds `file_size` bytes, and notes it.
+    pub fn map(&mut self, area: &ShmemArea, file_size: u64) -> Result<Placement, ShmemFault> {
+        self.inside(area)?;
+        if area.flags & !WRITABLE != 0 {
+            return Err(ShmemFault::Flags(area.flags));
+        }
+        let file_end = area.fd_offset.checked_add(area.len).ok_or(ShmemFault::BeyondFile)?;
+        if !area.fd_offset.is_multiple_of(PAGE) || file_end > file_size {
+            return Err(ShmemFault::BeyondFile);
+        }
+        let end = area.shm_offset.saturating_add(area.len);
+        let mut before = self.maps.range((area.shmid, 0)..(area.shmid, end));
+        if before.next_back().is_some_and(|((_, at), size)| at.saturating_add(*size) > area.shm_offset) {
+            return Err(ShmemFault::Overlap);
+        }
+        let held = self.maps.range((area.shmid, 0)..=(area.shmid, u64::MAX)).count();
+        if held >= MAPS_MAX {
+            return Err(ShmemFault::TooMany);
+        }
+        self.maps.insert((area.shmid, area.shm_offset), area.len);
+        let protection =
+            if area.flags & WRITABLE == 0 { Protection::ReadOnly } else { Protection::ReadWrite };
+        Ok(Placement {
+            region: area.shmid,
+            at: area.shm_offset,
+            size: area.len,
+            file_offset: area.fd_offset,
+            protection,
+        })
+    }
+
+    /// Judges an unmap and forgets what lies wholly inside it: the first bytes of those maps. A map that is cut
+    /// in two is refused.
+    pub fn unmap(&mut self, area: &ShmemArea) -> Result<Vec<u64>, ShmemFault> {
+        self.inside(area)?;
+        let end = area.shm_offset.saturating_add(area.len);
+        let mut inside = Vec::new();
+        for ((_, at), size) in self.maps.range((area.shmid, 0)..(area.shmid, end)) {
+            let map_end = at.saturating_add(*size);
+            if map_end <= area.shm_offset {
+                continue;
+            }
+            if *at < area.shm_offset || map_end > end {
+                return Err(ShmemFault::Overlap);
+            }
+            inside.push(*at);
+        }
+        if inside.is_empty() {
+            return Err(ShmemFault::NotMapped);
+        }
+        for at in &inside {
+            self.maps.remove(&(area.shmid, *at));
+        }
+        Ok(inside)
+    }
+
+    fn inside(&self, area: &ShmemArea) -> Result<(), ShmemFault> {
+        let size = self.sizes.get(usize::from(area.shmid)).filter(|size| **size > 0);
+        let size = *size.ok_or(ShmemFault::NoRegion(area.shmid))?;
+        let end = area.shm_offset.checked_add(area.len).ok_or(ShmemFault::Outside)?;
+        if area.len == 0
+            || end > size
+            || !area.len.is_multiple_of(PAGE)
+            || !area.shm_offset.is_multiple_of(PAGE)
+        {
+            return Err(ShmemFault::Outside);
+        }
+        Ok(())
+    }
+}
+
+/// The bytes that a file holds; 0 for what is not a file (mapping it would fault or fail).
+pub fn file_size(fd: &OwnedFd) -> u64 {
+    rustix::fs::fstat(fd.as_fd()).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn area(shmid: u8, shm_offset: u64, len: u64) -> ShmemArea {
+        ShmemArea { shmid, padding: [0; 7], fd_offset: 0, shm_offset, len, flags: 1 }
+    }
+
+    #[test]
+    fn maps_lie_inside_region_and_file_and_over_nothing() {
+        let mut regions = ShmemRegions::new(vec![0, 0x4000]);
+        let placement = regions.map(&area(1, 0x1000, 0x2000), 0x2000).unwrap();
+        assert_eq!(
+            (placement.at, placement.size, placement.protection),
+            (0x1000, 0x2000, Protection::ReadWrite)
+        );
+        let big = u64::MAX;
+        for (area, fault) in [
+            (area(0, 0, 0x1000), ShmemFault::NoRegion(0)),
+            (area(2, 0, 0x1000), ShmemFault::NoRegion(2)),
+            (area(1, 0, 0), ShmemFault::Outside),
+            (area(1, 0x3000, 0x2000), ShmemFault::Outside),
+            (area(1, big - 0xfff, 0x1000), ShmemFault::Outside),
+            (area(1, 0x10, 0x1000), ShmemFault::Outside),
+            (area(1, 0, 0x2000), ShmemFault::Overlap),
+            (area(1, 0x2000, 0x1000), ShmemFault::Overlap),
+            (ShmemArea { fd_offset: 0x2000, ..area(1, 0, 0x1000) }, ShmemFault::BeyondFile),
+            (ShmemArea { fd_offset: big - 0xfff, ..area(1, 0, 0x1000) }, ShmemFault::BeyondFile),
+            (ShmemArea { flags: 2, ..area(1, 0, 0x1000) }, ShmemFault::Flags(2)),
+        ] {
+            assert_eq!(regions.map(&area, 0x2000), Err(fault), "{area:?}");
+        }
+        assert_eq!(regions.unmap(&area(1, 0x1000, 0x1000)), Err(ShmemFault::Overlap), "cut in two");
+        assert_eq!(regions.unmap(&area(1, 0, 0x4000)), Ok(vec![0x1000]));
+        assert_eq!(regions.unmap(&area(1, 0, 0x4000)), Err(ShmemFault::NotMapped));
+    }
+
+    #[test]
+    fn a_flood_of_maps_ends() {
+        let mut regions = ShmemRegions::new(vec![1 << 30]);
+        for n in 0..256 {
+            regions.map(&area(0, n * PAGE, PAGE), PAGE).unwrap();
+        }
+        assert_eq!(regions.map(&area(0, 256 * PAGE, PAGE), PAGE), Err(ShmemFault::TooMany));
+    }
+
+    #[test]
+    fn configurations_are_judged() {
+        let config = |count: u32, sizes: &[u64]| {
+            let mut payload = [count, 0].map(u32::to_ne_bytes).concat();
+            payload.extend(sizes.iter().flat_map(|size| size.to_ne_bytes()));
+            parse_config(&payload)
+        };
+        assert_eq!(config(1, &[0, 0x1000, 0, 0]), Ok(vec![0, 0x1000]));
+        assert_eq!(config(0, &[0; 256]), Ok(vec![]));
+        assert!(config(0, &[0x1000]).is_err(), "more regions than it says");
+        assert!(config(257, &[0; 256]).is_err());
+        assert!(config(300, &[0x1000; 257]).is_err());
+        assert!(config(1, &[0x1001]).is_err(), "not whole pages");
+        assert!(parse_config(&[0; 7]).is_err());
+        assert!(parse_config(&[0; 12]).is_err());
+    }
+}
