@@ -115,19 +115,26 @@ impl Console {
         }
     }
 
-    /// A client is waiting at the socket: takes it if there is none yet.
-    pub(crate) fn accept(&mut self) -> Option<UnixStream> {
-        let Source::Socket { listener, client, .. } = &self.source else { return None };
-        let (stream, _) = listener.accept().ok()?;
-        let mut current = client.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.is_some() {
-            // One console, one client: the second sees its connection closed.
-            return None;
+    /// A client is waiting at the socket: takes it. True when there is one now.
+    pub(crate) fn accept(&mut self) -> bool {
+        let Source::Socket { listener, client, .. } = &self.source else { return false };
+        let accepted = listener.accept().and_then(|(stream, _)| stream.set_nonblocking(true).map(|()| stream));
+        match accepted {
+            Ok(stream) => {
+                *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+                true
+            }
+            Err(error) => {
+                log::debug!("a client of the console went before it was served: {error}");
+                false
+            }
         }
-        stream.set_nonblocking(true).ok()?;
-        let watched = stream.try_clone().ok()?;
-        *current = Some(stream);
-        Some(watched)
+    }
+
+    /// The socket's client, if there is one, to be watched for input; it stays over a reboot.
+    pub(crate) fn client(&self) -> Option<UnixStream> {
+        let Source::Socket { client, .. } = &self.source else { return None };
+        client.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.try_clone().ok()
     }
 
     /// Reads what the source has, up to a bound, and offers it to the guest.

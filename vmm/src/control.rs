@@ -37,7 +37,7 @@ pub(crate) struct Control<'m> {
     signals: &'m [(i32, UnixStream)],
     client: Option<UnixStream>,
     input: Watch,
-    end: Option<Request>,
+    ended: bool,
 }
 
 /// How the source of console input is watched.
@@ -66,12 +66,13 @@ impl<'m> Control<'m> {
     ) -> Result<Request, Error> {
         let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
         let control =
-            Control { board, console, peers, signals, client: None, input: Watch::Ended, end: None };
+            Control { board, console, peers, signals, client: None, input: Watch::Ended, ended: false };
         let mut events = EventManager::new().map_err(cannot)?;
         let id = events.add_subscriber(control);
         loop {
             let control = events.subscriber_mut(id).map_err(cannot)?;
-            if let Some(request) = control.end.take() {
+            // Asked again: what came after the wake-up may count for more.
+            if control.ended && let Some(request) = board.lifecycle().take_request() {
                 return Ok(request);
             }
             match events.run() {
@@ -130,15 +131,26 @@ impl<'m> Control<'m> {
             unwatch(ops, event);
         }
         self.input = wanted;
-        if wanted == Watch::Ended {
-            self.client = None;
+        if wanted == Watch::Ended && self.client.take().is_some() {
+            self.watch_clients(ops);
         }
     }
 
-    fn accept(&mut self, ops: &mut EventOps<'_>) {
-        if let Some(client) = self.console.accept() {
-            self.client = Some(client);
+    /// Serves the console socket's client, or waits for one. While there is one the next waits in the socket's
+    /// queue: refused, it would lose the race against the news that the first has gone.
+    fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
+        self.client = self.console.client();
+        if self.client.is_some() {
             self.watch_input(ops, Watch::Watched);
+        } else if let Readable::Clients(fd) = self.console.readable() {
+            watch(ops, Events::with_data(&fd, token::INPUT, EventSet::IN));
+        }
+    }
+
+    fn accept(&mut self, event: Events, ops: &mut EventOps<'_>) {
+        if self.console.accept() {
+            unwatch(ops, event);
+            self.watch_clients(ops);
         }
     }
 
@@ -168,9 +180,7 @@ impl MutEventSubscriber for Control<'_> {
         }
         match self.console.readable() {
             Readable::Nothing => {}
-            Readable::Clients(fd) => {
-                watch(ops, Events::with_data(&fd, token::INPUT, EventSet::IN));
-            }
+            Readable::Clients(_) => self.watch_clients(ops),
             Readable::Bytes(_) => self.watch_input(ops, Watch::Watched),
         }
         // Bytes may wait from before a reboot, and a plain file has its bytes ready.
@@ -179,8 +189,8 @@ impl MutEventSubscriber for Control<'_> {
 
     fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
         match event.data() {
-            token::REQUEST => self.end = self.board.lifecycle().take_request(),
-            token::INPUT if matches!(self.console.readable(), Readable::Clients(_)) => self.accept(ops),
+            token::REQUEST => self.ended = true,
+            token::INPUT if matches!(self.console.readable(), Readable::Clients(_)) => self.accept(event, ops),
             token::INPUT | token::CLIENT => self.receive(ops),
             token::INPUT_SPACE => self.input_space(ops),
             token::NEWS => {

@@ -80,10 +80,16 @@ impl Lifecycle {
         &self.wake
     }
 
-    /// Asks for the end or a reset, on any thread; only the first request counts.
+    /// Asks for the end or a reset, on any thread. Only the first request counts, but a reset gives way to a user
+    /// or a signal that asks for the end: nobody would repeat it.
     pub fn request(&self, request: Request) {
         let mut state = self.lock();
-        if state.first.is_none() && state.gate != Gate::Ended {
+        let counts = match state.first {
+            None => true,
+            Some(Request::Reset) => matches!(request, Request::Quit | Request::Signal(_)),
+            Some(_) => false,
+        };
+        if counts && state.gate != Gate::Ended {
             state.first = Some(request);
             state.gate = Gate::Closed;
             self.stop.store(true, Ordering::Release);
@@ -93,7 +99,7 @@ impl Lifecycle {
         }
     }
 
-    /// The first request. Called by the control loop.
+    /// The request that counts. Called by the control loop.
     pub fn take_request(&self) -> Option<Request> {
         // An eventfd that is empty already only says that the request was taken before.
         if let Err(error) = self.wake.read()
@@ -191,6 +197,17 @@ mod tests {
         assert_eq!(lifecycle.take_request(), Some(Request::Reset));
         lifecycle.open();
         assert!(lifecycle.stop.load(Ordering::Acquire), "a gate with a request stays closed");
+    }
+
+    #[test]
+    fn a_reset_gives_way_to_a_signal_and_nothing_else_does() {
+        let lifecycle = Lifecycle::new().unwrap();
+        lifecycle.request(Request::Reset);
+        lifecycle.request(Request::Crash(String::new()));
+        assert_eq!(lifecycle.take_request(), Some(Request::Reset));
+        lifecycle.request(Request::Signal(15));
+        lifecycle.request(Request::Quit);
+        assert_eq!(lifecycle.take_request(), Some(Request::Signal(15)));
     }
 
     #[test]
