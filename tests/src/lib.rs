@@ -1,1 +1,34 @@
-//! Harness (skeleton).
+//! The harness of the whole-machine tests: fixtures that end with the test, waits that end in time, and evidence when
+//! one fails. Design §6.
+//!
+//! | module | what it holds |
+//! |--|--|
+//! | [`place`] | what this host has: a KVM, a program under test, stock kernels |
+//! | [`wait`], [`scratch`] | bounded waits; files that vanish |
+//! | [`launch`], [`capture`], [`stats`] | the program in a process of its own |
+//! | [`guest`] | a stock Linux in it, and commands run there |
+//! | [`pty`] | a terminal to run it on |
+//! | [`daemon`], [`qmp`] | Debian's `qemu-storage-daemon` as the backend |
+//! | [`disk`] | an independent backend in this process, on the crate `vhost-user-backend` |
+//! | [`peer`] | backends that do not what they should |
+//! | [`library`] | a `vmm::Machine` in this process |
+//! | [`payload`] | the tiny kernel |
+//!
+//! Must never wait without a deadline, and must never leave a process, a socket or a file.
+
+// All of this is test code: a failed assumption is a failed test, and says so where it happens.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+pub mod capture;
+pub mod daemon;
+pub mod launch;
+pub mod library;
+#[path = "../payload/mod.rs"]
+pub mod payload;
+pub mod peer;
+pub mod place;
+pub mod pty;
+pub mod qmp;
+pub mod scratch;
+pub mod stats;
+pub mod wait;

@@ -1,0 +1,374 @@
+//! What people get wrong, each with one sentence, its cause, a hint, the right exit code, and nothing left behind.
+//! Runs anywhere; what lies beyond a working KVM is skipped where there is none.
+
+use std::ffi::OsString;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use outboard_tests::launch::{Ended, Launch, STEP};
+use outboard_tests::payload::{self, CommandLine};
+use outboard_tests::peer::{Peer, stale_socket};
+use outboard_tests::scratch::Scratch;
+use outboard_tests::{need, place};
+
+/// Usage or configuration; this host; a peer.
+const USAGE: i32 = 2;
+const HOST: i32 = 3;
+const PEER: i32 = 4;
+
+/// Runs `outboard run` with arguments that must not work.
+fn refuse(arguments: &[&str]) -> Ended {
+    Launch::new(["run"]).args(arguments).run()
+}
+
+/// One sentence on standard error, its causes, at most one hint; each a line; and nothing else anywhere.
+fn assert_explained(ended: Ended, code: i32, sentence: &str, cause: &str, hint: &str) {
+    let ended = ended.with_code(code);
+    assert_eq!(ended.console, "", "nothing on standard output\n{ended}");
+    let lines: Vec<_> = ended.log.lines().collect();
+    assert!(lines[0].starts_with("outboard: "), "{ended}");
+    assert!(lines[0].contains(sentence), "sentence {sentence:?}\n{ended}");
+    let causes: Vec<_> = lines[1..].iter().take_while(|line| line.starts_with("  because: ")).copied().collect();
+    assert!(causes.join("\n").contains(cause), "cause {cause:?}\n{ended}");
+    let rest = &lines[1 + causes.len()..];
+    assert!(rest.len() <= 1, "more than a sentence, causes and a hint\n{ended}");
+    let given = rest.first().map_or("", |line| line.strip_prefix("  hint: ").expect("a hint"));
+    assert!(given.contains(hint) && given.is_empty() == hint.is_empty(), "hint {hint:?}\n{ended}");
+    for line in &lines {
+        assert!(!line.ends_with('.'), "clauses, no full stop\n{ended}");
+    }
+    for (n, line) in causes.iter().enumerate() {
+        let text = line.strip_prefix("  because: ").unwrap();
+        assert!(!lines[..=n].iter().any(|before| before.contains(text)), "a cause is repeated\n{ended}");
+    }
+}
+
+fn files() -> (Scratch, String) {
+    let scratch = Scratch::new();
+    let kernel = payload::write_tiny_kernel(scratch.folder()).unwrap();
+    let kernel = kernel.to_str().unwrap().to_owned();
+    (scratch, kernel)
+}
+
+#[test]
+fn a_missing_kernel() {
+    let ended = refuse(&["--kernel", "/nonexistent/vmlinuz"]);
+    assert_explained(ended, USAGE, "cannot open the kernel /nonexistent/vmlinuz", "No such file or directory", "is the path right");
+    assert_explained(refuse(&[]), USAGE, "no kernel was given", "", "pass --kernel FILE");
+}
+
+#[test]
+fn a_missing_initramfs() {
+    let (_scratch, kernel) = files();
+    let ended = refuse(&["--kernel", &kernel, "--initramfs", "/nonexistent/initrd"]);
+    assert_explained(ended, USAGE, "cannot open the initramfs /nonexistent/initrd", "No such file", "is the path right");
+}
+
+#[test]
+fn a_file_that_is_no_kernel() {
+    need!(place::kvm());
+    let (scratch, _) = files();
+    let text = b"#!/bin/sh\necho I am a script\n".repeat(100);
+    let elf_of_another_machine = {
+        let mut elf = payload::tiny_kernel().to_vec();
+        elf[18] = 0xb7; // aarch64
+        elf
+    };
+    for (name, contents) in [
+        ("empty", &b""[..]),
+        ("short", b"\x7fELF"),
+        ("text", &text),
+        ("zeros", &[0; 8192]),
+        ("cut-off", &payload::tiny_kernel()[..3000]),
+        ("aarch64", &elf_of_another_machine),
+    ] {
+        let path = scratch.file(name, contents);
+        let ended = refuse(&["--kernel", path.to_str().unwrap()]).with_code(USAGE);
+        assert!(ended.log.starts_with(&format!("outboard: cannot boot {}\n  because: ", path.display())), "{name}\n{ended}");
+        assert!(ended.log.lines().count() <= 4, "{name}\n{ended}");
+    }
+    let folder = refuse(&["--kernel", scratch.folder().to_str().unwrap()]).with_code(USAGE);
+    assert!(folder.log.contains("  because: "), "{folder}");
+}
+
+#[test]
+fn a_kernel_too_large_for_the_memory() {
+    need!(place::kvm());
+    let (scratch, kernel) = files();
+    let big = scratch.path("initramfs");
+    fs::File::create(&big).unwrap().set_len(64 << 20).unwrap();
+    let ended = refuse(&["--kernel", &kernel, "--memory", "32M", "--initramfs", big.to_str().unwrap()]).with_code(USAGE);
+    assert!(ended.log.contains("cannot boot") && ended.log.contains("hint: "), "{ended}");
+
+    // A segment that wants 64 MiB.
+    let mut elf = payload::tiny_kernel().to_vec();
+    let segments = usize::try_from(u64::from_le_bytes(elf[32..40].try_into().unwrap())).unwrap();
+    let load = (0..usize::from(elf[56])).map(|n| segments + 56 * n).find(|at| elf[*at] == 1).unwrap();
+    elf[load + 40..load + 48].copy_from_slice(&(64_u64 << 20).to_le_bytes());
+    let big = scratch.file("big-kernel", &elf);
+    let ended = refuse(&["--kernel", big.to_str().unwrap(), "--memory", "32M"]).with_code(USAGE);
+    assert!(ended.log.contains("cannot boot") && ended.log.contains("hint: "), "{ended}");
+}
+
+#[test]
+fn odd_memory_sizes() {
+    for (memory, sentence, hint) in [
+        ("129M", "--memory 129M is not a multiple of 2 MiB", "try 128M"),
+        ("1000000", "--memory 1000000 is not a multiple of 2 MiB", "try "),
+        ("0", "not a multiple", "try"),
+        ("16M", "--memory 16M is too little", "give at least 32M"),
+        ("lots", "cannot use the size `lots`", "write a size such as 512M"),
+        ("-1G", "cannot use the size `-1G`", "write a size"),
+        ("99999999999999999999G", "cannot use the size", "write a size"),
+        ("512M,hugepages=3M", "cannot use hugepages=3M", "the sizes are 2M and 1G"),
+        ("512M,colour=red", "--memory has no key `colour`", "its keys are hugepages"),
+    ] {
+        let memory = format!("--memory={memory}");
+        assert_explained(refuse(&["--kernel", "/k", &memory]), USAGE, sentence, "", hint);
+    }
+}
+
+#[test]
+fn more_memory_than_a_processor_addresses() {
+    need!(place::kvm());
+    let (_scratch, kernel) = files();
+    let ended = refuse(&["--kernel", &kernel, "--memory", "8388608G"]);
+    assert_explained(ended, HOST, "guest memory of", "physical memory", "give less --memory");
+}
+
+#[test]
+fn huge_pages_that_are_not_reserved() {
+    need!(place::kvm());
+    let free = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");
+    if free.is_ok_and(|free| free.trim() != "0") {
+        return place::Missing::new("this host has huge pages to spare").print("huge pages");
+    }
+    let (_scratch, kernel) = files();
+    let ended = refuse(&["--kernel", &kernel, "--memory", "1G,hugepages=1G"]).with_code(HOST);
+    assert!(ended.log.contains("  because: ") && ended.log.contains("  hint: "), "{ended}");
+}
+
+#[test]
+fn options_that_do_not_exist_or_do_not_work_yet() {
+    for arguments in [
+        &["--kernel", "/k", "--colour", "red"][..],
+        &["--kernel", "/k", "--vfio-user", "socket=/s"],
+        &["--kernel", "/k", "--control", "/c"],
+        &["--kernel", "/k", "--incoming", "unix:/m"],
+        &["--kernel", "/k", "--cpus", "0"],
+        &["--kernel", "/k", "--cpus", "256"],
+        &["--kernel", "/k", "--discovery", "guess"],
+        &["--kernel"],
+        &["surplus"],
+    ] {
+        let ended = refuse(arguments).with_code(USAGE);
+        assert!(ended.log.starts_with("error: ") && ended.log.contains("--help"), "{arguments:?}\n{ended}");
+        assert_eq!(ended.console, "");
+    }
+    for (device, sentence, hint) in [
+        ("floppy,socket=/s", "no virtio device type `floppy`", "the types are "),
+        ("generic:0,socket=/s", "no virtio device type `generic:0`", "generic:DEVICE_ID"),
+        ("blk", "--vhost-user blk needs a socket", "for example --vhost-user blk,socket="),
+        ("blk,socket=", "needs a socket", "for example"),
+        ("blk,socket=/s,transport=pci", "cannot do transport=pci yet", "leave it out"),
+        ("blk,socket=/s,reconnect=5", "cannot do reconnect=5 yet", "leave it out"),
+        ("blk,socket=/s,queues=0", "cannot use queues=0", "queues is a whole number from 1 to"),
+        ("blk,socket=/s,deadline=soon", "cannot use deadline=soon", "deadline is a whole number"),
+        ("blk,socket=/s,colour=red", "has no key `colour`", "its keys are socket"),
+        ("blk,socket=fd=99", "cannot use descriptor 99 as a socket", "must leave one end of a socket pair open"),
+    ] {
+        let ended = refuse(&["--kernel", "/k", "--vhost-user", device]);
+        let cause = if device.contains("fd=") { "os error 9" } else { "" };
+        assert_explained(ended, USAGE, sentence, cause, hint);
+    }
+    assert_explained(
+        refuse(&["--kernel", "/k", "--serial", "printer"]),
+        USAGE,
+        "--serial cannot use `printer`",
+        "",
+        "write stdio, null, file=PATH or socket=PATH",
+    );
+}
+
+#[test]
+fn configuration_files_that_make_no_sense() {
+    let scratch = Scratch::new();
+    let config = |name: &str, text: &str| {
+        let path = scratch.file(name, text.as_bytes());
+        refuse(&["--config", path.to_str().unwrap()]).with_code(USAGE)
+    };
+    let typo = config("typo", "kernel = '/k'\nmemroy = '1G'\n");
+    assert!(typo.log.contains("cannot use the configuration") && typo.log.contains("memroy"), "{typo}");
+    let syntax = config("syntax", "kernel = \n");
+    assert!(syntax.log.contains("cannot use the configuration") && syntax.log.contains("line 1"), "{syntax}");
+    let value = config("value", "kernel = '/k'\ndiscovery = 'guess'\n");
+    assert!(value.log.contains("discovery cannot be `guess`"), "{value}");
+    let absent = refuse(&["--config", "/nonexistent.toml"]).with_code(USAGE);
+    assert!(absent.log.contains("cannot use the configuration /nonexistent.toml"), "{absent}");
+    let endless = refuse(&["--config", "/dev/zero"]).with_code(USAGE);
+    assert!(endless.log.contains("larger than 1 MiB"), "{endless}");
+}
+
+/// `outboard run` with the tiny kernel and one disk.
+fn with_disk(socket: &Path, more: &str) -> Launch {
+    let launch = Launch::payload(&CommandLine::new("hello"));
+    // Without -v, so that standard error holds the error alone.
+    let device = format!("blk,socket={},id=disk0{more}", socket.display());
+    launch.without_log().arg("--vhost-user").arg(device)
+}
+
+#[test]
+fn sockets_that_are_absent_stale_or_no_sockets() {
+    need!(place::kvm());
+    let scratch = Scratch::new();
+    let absent = scratch.path("absent");
+    let sentence = "cannot start device disk0";
+    let cause = format!("cannot connect to vhost-user backend {}", absent.display());
+    assert_explained(with_disk(&absent, "").run(), PEER, sentence, &cause, "start the backend first");
+
+    let stale = scratch.path("stale");
+    stale_socket(&stale);
+    assert_explained(with_disk(&stale, "").run(), PEER, sentence, "Connection refused", "the socket file is stale");
+
+    let file = scratch.file("file", b"");
+    assert_explained(with_disk(&file, "").run(), PEER, sentence, "Connection refused", "stale");
+
+    let long = scratch.path(&"x".repeat(120));
+    assert_explained(with_disk(&long, "").run(), PEER, sentence, "cannot connect", "at most 107 bytes");
+}
+
+#[test]
+fn a_socket_that_is_silent_fails_at_its_deadline() {
+    need!(place::kvm());
+    for (more, deadline) in [(",deadline=300", 300), ("", 2000)] {
+        let silent = Peer::silent();
+        let ended = with_disk(&silent.socket(), more).run();
+        let took = ended.took;
+        let cause = format!(
+            "vhost-user backend {} did not answer GET_FEATURES within {deadline} ms",
+            silent.socket().display()
+        );
+        assert_explained(ended, PEER, "cannot start device disk0", &cause, "is the backend already serving another machine?");
+        assert!(took >= Duration::from_millis(deadline), "{took:?}");
+        assert!(took < Duration::from_millis(deadline) + outboard_tests::wait::patience(Duration::from_secs(1)), "{took:?}");
+    }
+}
+
+#[test]
+fn a_socket_that_answers_garbage() {
+    need!(place::kvm());
+    for (name, bytes, cause) in [
+        ("http", &b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"[..], "answered GET_FEATURES"),
+        ("another request", b"\x02\0\0\0\x05\0\0\0\x08\0\0\0AAAAAAAA", "answered GET_FEATURES"),
+        ("no reply flag", b"\x01\0\0\0\x01\0\0\0\x08\0\0\0AAAAAAAA", "answered GET_FEATURES"),
+        ("a size of 4 GiB", b"\x01\0\0\0\x05\0\0\0\xff\xff\xff\xffAAAAAAAA", "answered GET_FEATURES"),
+        ("a size of 4", b"\x01\0\0\0\x05\0\0\0\x04\0\0\0AAAA", "with 4 bytes where 8 are due"),
+    ] {
+        let peer = Peer::answering(bytes);
+        let ended = with_disk(&peer.socket(), ",deadline=1000").run();
+        println!("{name}: {}", ended.log);
+        assert_explained(ended, PEER, "cannot start device disk0", cause, "is this a vhost-user socket?");
+    }
+    let half = Peer::answering(b"\x01\0\0\0\x05\0\0\0\x08\0");
+    let ended = with_disk(&half.socket(), ",deadline=500").run().with_code(PEER);
+    assert!(ended.log.contains("did not answer GET_FEATURES within 500 ms"), "{ended}");
+    let closing = Peer::closing();
+    let ended = with_disk(&closing.socket(), "").run();
+    assert_explained(ended, PEER, "cannot start device disk0", "closed the connection at GET_FEATURES", "is this a vhost-user socket?");
+}
+
+#[test]
+fn two_devices_of_one_name() {
+    need!(place::kvm());
+    let disk = need!(outboard_tests::daemon::StorageDaemon::start(1 << 20));
+    let again = format!("blk,socket={},id=disk0", disk.socket().display());
+    let ended = with_disk(&disk.socket(), "").arg("--vhost-user").arg(again).run();
+    assert_explained(ended, USAGE, "two devices are called disk0", "", "another id=");
+}
+
+#[test]
+fn outputs_that_cannot_be_written() {
+    need!(place::kvm());
+    let (scratch, kernel) = files();
+    let ended = refuse(&["--kernel", &kernel, "--stats", "/nonexistent/stats"]);
+    assert_explained(ended, USAGE, "cannot write statistics to /nonexistent/stats", "No such file", "");
+    let ended = refuse(&["--kernel", &kernel, "--serial", "file=/nonexistent/log"]);
+    assert_explained(ended, USAGE, "cannot write the serial output to /nonexistent/log", "No such file", "");
+    let taken = scratch.path("taken");
+    stale_socket(&taken);
+    let ended = refuse(&["--kernel", &kernel, "--serial", &format!("socket={}", taken.display())]);
+    assert_explained(ended, USAGE, "cannot listen for the console", "Address already in use", "is another machine using it?");
+    assert!(taken.exists(), "a socket that was there before is not ours to remove");
+}
+
+/// Runs a shell command line around the program, as root of a mount namespace of its own.
+fn in_a_namespace(script: &str) -> Option<Ended> {
+    let works = Command::new("unshare").args(["-m", "true"]).output().is_ok_and(|done| done.status.success());
+    if !works {
+        place::Missing::new("no mount namespaces here").print("/dev/kvm");
+        return None;
+    }
+    let (_scratch, kernel) = files();
+    let words: [OsString; 5] =
+        ["-c".into(), script.into(), "sh".into(), place::outboard().into(), kernel.into()];
+    Some(Launch::program("unshare", ["-m", "sh"]).args(words).run())
+}
+
+#[test]
+fn a_host_without_kvm() {
+    let Some(ended) = in_a_namespace("mount -t tmpfs none /dev && exec \"$1\" run --kernel \"$2\"") else { return };
+    assert_explained(ended, HOST, "/dev/kvm", "No such file or directory", "kvm");
+}
+
+#[test]
+fn a_user_who_may_not_use_kvm() {
+    need!(place::kvm());
+    let nobody = Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups", "true"]).output();
+    if !nobody.is_ok_and(|done| done.status.success()) {
+        return place::Missing::new("cannot become another user here").print("/dev/kvm");
+    }
+    // A user who may run the program, but not open a device of root's.
+    let scratch = Scratch::new();
+    fs::set_permissions(scratch.folder(), Permissions::from_mode(0o755)).unwrap();
+    let kernel = payload::write_tiny_kernel(scratch.folder()).unwrap();
+    let program = scratch.path("outboard");
+    fs::copy(place::outboard(), &program).unwrap();
+    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    if fs::metadata("/dev/kvm").unwrap().permissions().mode() & 0o006 != 0 {
+        return place::Missing::new("everybody may use /dev/kvm here").print("permissions");
+    }
+    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+    let ended = Launch::program("setpriv", nobody).arg(&program).args(["run", "--kernel"]).arg(kernel).run();
+    assert_explained(ended, HOST, "/dev/kvm", "Permission denied", "kvm");
+}
+
+#[test]
+fn help_and_version_succeed() {
+    for arguments in [&["--help"][..], &["--version"], &["run", "--help"], &["check", "--help"]] {
+        let ended = Launch::new(arguments).run().with_code(0);
+        assert!(ended.console.contains("outboard") && ended.log.is_empty(), "{ended}");
+    }
+    let usage = Launch::new(["run", "--help"]).run();
+    for option in ["--kernel", "--initramfs", "--cmdline", "--memory", "--cpus", "--vhost-user", "--serial", "--stats"] {
+        assert!(usage.console.contains(option), "{option}\n{usage}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let script = Launch::new(["completions", shell]).run().with_code(0);
+        assert!(script.console.contains("vhost-user"), "{script}");
+    }
+    let nothing: [&str; 0] = [];
+    Launch::new(nothing).run().with_code(USAGE);
+}
+
+#[test]
+fn a_failed_start_leaves_no_socket_behind() {
+    need!(place::kvm());
+    let scratch = Scratch::new();
+    let console = scratch.path("console");
+    let launch = with_disk(&scratch.path("absent"), "").arg("--serial").arg(format!("socket={}", console.display()));
+    let ended = launch.start().end(STEP).with_code(PEER);
+    assert!(scratch.names().is_empty(), "{:?}\n{ended}", scratch.names());
+}
