@@ -158,7 +158,7 @@ impl Attached {
             let backend = device.take_backend();
             let broken = match device.phase() {
                 PhaseReport::Broken(why) => Some(why),
-                PhaseReport::Idle | PhaseReport::Running => None,
+                PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => None,
             };
             Detached { id, model, backend, memory, hang_up, broken, counted }
         })

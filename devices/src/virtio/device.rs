@@ -14,7 +14,7 @@ use super::backend::{Backend, BackendError, Gone, Start};
 use super::device_type::{ConfigSource, DeviceType, Model};
 use super::face::Face;
 use super::registers::{Effect, Identity, Refusal, Reg, Registers};
-use super::wiring::Wiring;
+use super::wiring::{ConnectError, Wiring};
 use crate::ports::{Guard, PortError};
 
 pub use super::handle::DeviceHandle;
@@ -26,19 +26,53 @@ const VENDOR_ID: u32 = u32::from_le_bytes(*b"OUTB");
 /// Where a device is in its life.
 ///
 /// ```text
-///            DRIVER_OK, backend started
-///     Idle ─────────────────────────────▶ Running
-///      │ ◀───────────────────────────────── │
-///      │       reset, backend stopped       │
-///      └──────────▶ Broken ◀────────────────┘   start or stop failed, peer lost, queue invalid
+///                 DRIVER_OK, backend started
+///        Idle ─────────────────────────────▶ Running
+///        │ ▲ ▲ ◀───────────────────────────── │
+///        │ │ │       reset, backend stopped   │
+///        │ │ └── reset ── NeedsReset          │
+///        │ └────────────────▲                 │
+///        │   DRIVER_OK with rings that        │
+///        │   cannot be: the driver's mistake  │
+///        └──────────▶ Broken ◀────────────────┘   peer lost, or the machine's ports failed
 /// ```
-/// A broken device stays broken: its status keeps `NEEDS_RESET` after a reset of the guest, and it
-/// refuses `FEATURES_OK`, so that a driver fails at once instead of waiting for ever.
+/// Only what the peer or the machine did lasts. `NEEDS_RESET` is shown in both cases, to the driver
+/// that was at work when it happened (§2.1.2), and goes with its reset: a reset device reads 0, as
+/// drivers wait for that. A broken device says so to the next driver by refusing `FEATURES_OK`
+/// (§3.1.1, step 6), the earliest point at which a driver takes a no and gives up.
 enum Phase {
     Idle,
     /// The guards are the queues' connections to the guest.
     Running(Vec<Guard>),
+    /// The driver asked for what cannot be; the backend is as it was.
+    NeedsReset(String),
     Broken(String),
+}
+
+/// Why the queues did not start.
+enum StartError {
+    /// The driver's mistake.
+    Driver(String),
+    /// The peer's failure, or the machine's.
+    Lasting(String),
+}
+
+impl From<ConnectError> for StartError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Queue(_) => Self::Driver(chain(&error)),
+            ConnectError::Port(_) => Self::Lasting(chain(&error)),
+        }
+    }
+}
+
+impl From<BackendError> for StartError {
+    fn from(error: BackendError) -> Self {
+        match error {
+            BackendError::Refused(cause) => Self::Driver(chain(cause.as_ref())),
+            BackendError::Lost(cause) => Self::Lasting(chain(cause.as_ref())),
+        }
+    }
 }
 
 /// Why the device cannot be made.
@@ -241,6 +275,7 @@ impl Device {
         match &self.phase {
             Phase::Idle => PhaseReport::Idle,
             Phase::Running(_) => PhaseReport::Running,
+            Phase::NeedsReset(why) => PhaseReport::NeedsReset(why.clone()),
             Phase::Broken(why) => PhaseReport::Broken(why.clone()),
         }
     }
@@ -311,27 +346,29 @@ impl Device {
                 self.activations += 1;
                 self.phase = Phase::Running(guards);
             }
-            Err(why) => self.break_down(why),
+            Err(StartError::Driver(why)) => self.need_reset(why),
+            Err(StartError::Lasting(why)) => self.break_down(why),
         }
     }
 
     /// Everything is undone again when this fails: the guards go with the error.
-    fn start(&mut self) -> Result<Vec<Guard>, String> {
+    fn start(&mut self) -> Result<Vec<Guard>, StartError> {
         let Self { registers, wiring, face, memory, backend, .. } = self;
-        let (rings, guards) =
-            wiring.connect(registers, face.as_ref(), memory).map_err(|error| chain(&error))?;
+        let (rings, guards) = wiring.connect(registers, face.as_ref(), memory)?;
         let Some(features) = registers.accepted() else {
-            return Err("the driver was ready before the features were agreed".to_owned());
+            return Err(StartError::Driver(
+                "the driver was ready before the features were agreed".to_owned(),
+            ));
         };
         let start = Start { features, memory, rings: &rings };
-        backend.start(&start).map_err(|error| chain(error.cause()))?;
+        backend.start(&start)?;
         Ok(guards)
     }
 
     /// Stops what runs; the registers are reset already.
     fn quiesce(&mut self) {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
-            Phase::Idle => {}
+            Phase::Idle | Phase::NeedsReset(_) => {}
             broken @ Phase::Broken(_) => self.phase = broken,
             Phase::Running(guards) => {
                 self.resets += 1;
@@ -389,6 +426,14 @@ impl Device {
                 log::warn!("{}: cannot interrupt: {error}", self.name);
             }
         }
+    }
+
+    /// The driver cannot go on; after its reset it, or another one, may try again.
+    fn need_reset(&mut self, why: String) {
+        log::warn!("device {} needs a reset: {why}", self.name);
+        self.phase = Phase::NeedsReset(why);
+        self.registers.need_reset();
+        self.interrupt_config();
     }
 
     /// The device cannot go on.

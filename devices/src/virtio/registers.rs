@@ -375,14 +375,22 @@ impl Registers {
         ready
     }
 
-    /// The device cannot go on: `NEEDS_RESET`, now and after every reset to come.
-    pub fn mark_broken(&mut self) {
-        self.broken = true;
-        self.status.need_reset();
+    /// The device cannot go on with this driver (§2.1.2). No driver is at work on a device whose status
+    /// is 0, and none may be kept from seeing that the reset is done.
+    pub fn need_reset(&mut self) {
+        if self.status != Status::default() {
+            self.status.need_reset();
+        }
     }
 
-    /// As at power-on. What the device is, its configuration and its generation stay; so does being
-    /// broken.
+    /// The device cannot go on: `NEEDS_RESET` for the present driver, no `FEATURES_OK` for the next.
+    pub fn mark_broken(&mut self) {
+        self.broken = true;
+        self.need_reset();
+    }
+
+    /// As at power-on, with a status of 0. What the device is, its configuration and its generation
+    /// stay; so does being broken.
     pub fn reset(&mut self) {
         // Spelled out in full, so that a new field cannot be forgotten.
         let Self {
@@ -392,7 +400,7 @@ impl Registers {
             shared_memory: _,
             config: _,
             generation: _,
-            broken,
+            broken: _,
             status,
             device_features_sel,
             driver_features_sel,
@@ -405,9 +413,6 @@ impl Registers {
             config_pending,
         } = self;
         *status = Status::default();
-        if *broken {
-            status.need_reset();
-        }
         *device_features_sel = 0;
         *driver_features_sel = 0;
         *driver_features = 0;

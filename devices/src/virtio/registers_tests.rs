@@ -293,17 +293,32 @@ fn reset_brings_everything_back_but_the_configuration() {
 }
 
 #[test]
-fn broken_device_shows_needs_reset_even_after_a_reset_and_agrees_to_nothing() {
+fn broken_device_shows_needs_reset_until_the_reset_and_then_agrees_to_nothing() {
     let mut registers = registers_at(0xf);
     registers.mark_broken();
     assert_eq!(registers.read(Reg::Status), 0x4f);
     assert_eq!(registers.write(Reg::Status, 0), Effect::Reset);
-    assert_eq!(registers.read(Reg::Status), 0x40);
+    assert_eq!(registers.read(Reg::Status), 0);
     take_features(&mut registers, 1 << 32);
-    write(&mut registers, Reg::Status, 0x41);
-    write(&mut registers, Reg::Status, 0x43);
-    assert_eq!(registers.write(Reg::Status, 0x4b), Effect::Refused(Refusal::DeviceBroken));
+    write(&mut registers, Reg::Status, 0x1);
+    write(&mut registers, Reg::Status, 0x3);
+    assert_eq!(registers.write(Reg::Status, 0xb), Effect::Refused(Refusal::DeviceBroken));
+    assert_eq!(registers.read(Reg::Status), 0x3);
+}
+
+#[test]
+fn reset_device_shows_no_needs_reset_whatever_happens_to_it() {
+    let mut registers = registers_at(0x0);
+    registers.mark_broken();
+    assert_eq!(registers.read(Reg::Status), 0);
+    let mut registers = registers_at(0x3);
+    registers.need_reset();
     assert_eq!(registers.read(Reg::Status), 0x43);
+    assert_eq!(registers.write(Reg::Status, 0), Effect::Reset);
+    write(&mut registers, Reg::Status, 0x1);
+    write(&mut registers, Reg::Status, 0x3);
+    take_features(&mut registers, 1 << 32);
+    write(&mut registers, Reg::Status, 0xb);
 }
 
 #[test]

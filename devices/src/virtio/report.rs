@@ -9,6 +9,8 @@ pub enum PhaseReport {
     Idle,
     /// The backend serves the queues.
     Running,
+    /// The driver made a mistake, this one; it has to reset the device.
+    NeedsReset(String),
     /// The device cannot go on, for this reason.
     Broken(String),
 }

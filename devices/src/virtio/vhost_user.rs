@@ -155,11 +155,16 @@ impl Backend for VhostUser {
                     Ok(())
                 }
                 Err(lost) => {
+                    // Only what was never sent leaves the session as it was; a backend that refuses in the
+                    // middle is half started.
                     let (error, session) = lost.into_parts();
-                    if let Some(session) = session {
-                        self.link = Link::Standing(session);
+                    match session {
+                        Some(session) => {
+                            self.link = Link::Standing(session);
+                            Err(failed(error))
+                        }
+                        None => Err(BackendError::Lost(error.into())),
                     }
-                    Err(failed(error))
                 }
             },
             // The device starts what stands and nothing else.
