@@ -21,6 +21,7 @@ pub mod backend_req;
 mod channel;
 pub mod config;
 pub mod crypto;
+mod describe;
 mod device_state;
 pub mod dirty_log;
 mod error;

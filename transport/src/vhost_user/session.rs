@@ -5,6 +5,7 @@
 //!
 //! Must never send what was not negotiated.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -20,9 +21,10 @@ use super::inflight::InflightArea;
 use super::iotlb::IovaMap;
 use super::mem_table;
 use super::message::Fault;
+use super::reconnect::Attempts;
 use super::request::Request;
 use crate::deadline::Deadline;
-use crate::socket;
+use crate::socket::{self, Listener};
 
 /// A connected back-end that nothing is known of yet.
 pub struct Connection {
@@ -39,6 +41,32 @@ impl Connection {
         match socket::connect(path, &deadline) {
             Ok(stream) => Self::from_stream(stream, peer, limits),
             Err(source) => Err(Error::new(&Arc::from(peer), Step::Connect, Cause::Unreachable(source))),
+        }
+    }
+
+    /// As [`Connection::connect`], again and again while nobody listens there, as often as `attempts` says.
+    pub fn connect_patiently(path: &Path, limits: &Limits, attempts: &mut Attempts) -> Result<Self, Error> {
+        loop {
+            match Self::connect(path, limits) {
+                Err(error) if error.is_absent() => match attempts.next_pause() {
+                    Some(pause) => std::thread::sleep(pause),
+                    None => return Err(error),
+                },
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Waits for the back-end to connect to `listener`, for the deadline of `limits` at most.
+    pub fn accept(listener: &Listener, limits: &Limits) -> Result<Self, Error> {
+        let peer: Arc<str> = Arc::from(listener.path().to_string_lossy());
+        let deadline = Deadline::after(limits.deadline());
+        match listener.accept(&deadline) {
+            Ok(stream) => Self::from_stream(stream, peer, limits),
+            Err(source) if source.kind() == io::ErrorKind::TimedOut => {
+                Err(Error::new(&peer, Step::Accept, Cause::Silent(deadline.limit())))
+            }
+            Err(source) => Err(Error::new(&peer, Step::Accept, Cause::Unreachable(source))),
         }
     }
 

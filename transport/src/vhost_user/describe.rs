@@ -1,0 +1,260 @@
+//! A traced message as one line for people: direction, name, decoded payload, fds, time.
+//!
+//! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
+
+use std::fmt;
+
+use zerocopy::FromBytes;
+
+use super::backend_req::BackendRequest;
+use super::features::{DeviceFeatures, ProtocolFeatures};
+use super::message::{
+    ConfigHead, Inflight, Iotlb, LogArea, MemRegion, MemTableHead, ShmemArea, SingleMemRegion, StateTransfer,
+    VringAddr, VringArea, VringState,
+};
+use super::request::Request;
+use super::trace::{Direction, TraceEvent};
+
+/// Bytes of a payload that are printed when it cannot be decoded.
+const BYTES_MOST: usize = 32;
+
+impl fmt::Display for TraceEvent<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let code = self.header.request;
+        match self.direction {
+            Direction::ToBackend => write!(f, "{} > {}", self.peer, Request(code))?,
+            Direction::FromBackend => write!(f, "{} < {}", self.peer, Request(code))?,
+            Direction::BackendRequest => write!(f, "{} << {}", self.peer, BackendRequest(code))?,
+            Direction::BackendAnswer => write!(f, "{} >> {}", self.peer, BackendRequest(code))?,
+        }
+        match self.direction {
+            Direction::ToBackend => request(f, Request(code), self.payload)?,
+            Direction::FromBackend => answer(f, Request(code), self.payload)?,
+            Direction::BackendRequest => backend_request(f, BackendRequest(code), self.payload)?,
+            Direction::BackendAnswer => number(f, "code", self.payload)?,
+        }
+        if self.header.wants_reply()
+            && matches!(self.direction, Direction::ToBackend | Direction::BackendRequest)
+        {
+            f.write_str(" need_reply")?;
+        }
+        if self.fds > 0 {
+            write!(f, " fds={}", self.fds)?;
+        }
+        if self.direction == Direction::FromBackend {
+            write!(f, " ({} us)", self.took.as_micros())?;
+        }
+        Ok(())
+    }
+}
+
+fn request(f: &mut fmt::Formatter<'_>, request: Request, payload: &[u8]) -> fmt::Result {
+    match request {
+        Request::SET_FEATURES => features(f, payload),
+        Request::SET_PROTOCOL_FEATURES => protocol(f, payload),
+        Request::SET_MEM_TABLE => memory(f, payload),
+        Request::ADD_MEM_REG | Request::REM_MEM_REG => {
+            decode(f, payload, |f, single: SingleMemRegion| region(f, &single.region))
+        }
+        Request::SET_LOG_BASE => {
+            decode(f, payload, |f, log: LogArea| write!(f, " size={:#x} offset={:#x}", log.size, log.offset))
+        }
+        Request::SET_VRING_NUM
+        | Request::SET_VRING_BASE
+        | Request::GET_VRING_BASE
+        | Request::GET_VRING_BASE_SKIP_DRAIN
+        | Request::SET_VRING_ENABLE
+        | Request::SET_VRING_ENDIAN
+        | Request::VRING_KICK => ring_state(f, payload),
+        Request::SET_VRING_ADDR => decode(f, payload, |f, ring: VringAddr| {
+            write!(
+                f,
+                " ring={} flags={:#x} desc={:#x} avail={:#x} used={:#x} log={:#x}",
+                ring.index, ring.flags, ring.descriptor, ring.available, ring.used, ring.log
+            )
+        }),
+        Request::SET_VRING_KICK | Request::SET_VRING_CALL | Request::SET_VRING_ERR => {
+            number(f, "ring", payload)
+        }
+        Request::GET_CONFIG | Request::SET_CONFIG => config(f, payload),
+        Request::IOTLB_MSG => iotlb(f, payload),
+        Request::GET_INFLIGHT_FD | Request::SET_INFLIGHT_FD => inflight(f, payload),
+        Request::SET_DEVICE_STATE_FD => decode(f, payload, |f, state: StateTransfer| {
+            write!(f, " direction={} phase={}", state.direction, state.phase)
+        }),
+        // Keys do not belong into a log.
+        Request::CREATE_CRYPTO_SESSION => write!(f, " ({} bytes)", payload.len()),
+        _ => number(f, "value", payload),
+    }
+}
+
+fn answer(f: &mut fmt::Formatter<'_>, request: Request, payload: &[u8]) -> fmt::Result {
+    match request {
+        Request::GET_FEATURES => features(f, payload),
+        Request::GET_PROTOCOL_FEATURES => protocol(f, payload),
+        Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN => ring_state(f, payload),
+        Request::GET_CONFIG => config(f, payload),
+        Request::GET_INFLIGHT_FD => inflight(f, payload),
+        Request::SET_MEM_TABLE if payload.len() > 8 => memory(f, payload),
+        Request::CREATE_CRYPTO_SESSION => write!(f, " ({} bytes)", payload.len()),
+        _ => number(f, "value", payload),
+    }
+}
+
+fn backend_request(f: &mut fmt::Formatter<'_>, request: BackendRequest, payload: &[u8]) -> fmt::Result {
+    match request {
+        BackendRequest::IOTLB_MSG => iotlb(f, payload),
+        BackendRequest::VRING_HOST_NOTIFIER_MSG => decode(f, payload, |f, area: VringArea| {
+            write!(f, " ring={:#x} size={:#x} offset={:#x}", area.index, area.size, area.offset)
+        }),
+        BackendRequest::VRING_CALL | BackendRequest::VRING_ERR => ring_state(f, payload),
+        BackendRequest::SHMEM_MAP | BackendRequest::SHMEM_UNMAP => {
+            decode(f, payload, |f, area: ShmemArea| {
+                write!(
+                    f,
+                    " region={} at={:#x} len={:#x} fd_offset={:#x} flags={:#x}",
+                    area.shmid, area.shm_offset, area.len, area.fd_offset, area.flags
+                )
+            })
+        }
+        _ => number(f, "value", payload),
+    }
+}
+
+/// Prints `payload` as a `T`, or as bytes when it is none.
+fn decode<T: FromBytes>(
+    f: &mut fmt::Formatter<'_>,
+    payload: &[u8],
+    print: impl FnOnce(&mut fmt::Formatter<'_>, T) -> fmt::Result,
+) -> fmt::Result {
+    match T::read_from_bytes(payload) {
+        Ok(value) => print(f, value),
+        Err(_) => bytes(f, payload),
+    }
+}
+
+fn bytes(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    if payload.is_empty() {
+        return Ok(());
+    }
+    f.write_str(" [")?;
+    for byte in payload.iter().take(BYTES_MOST) {
+        write!(f, "{byte:02x}")?;
+    }
+    if payload.len() > BYTES_MOST {
+        write!(f, "… {} bytes", payload.len())?;
+    }
+    f.write_str("]")
+}
+
+fn number(f: &mut fmt::Formatter<'_>, name: &str, payload: &[u8]) -> fmt::Result {
+    decode(f, payload, |f, value: u64| write!(f, " {name}={value:#x}"))
+}
+
+fn features(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    decode(f, payload, |f, bits: u64| write!(f, " {bits:#x} ({})", DeviceFeatures::from_bits(bits)))
+}
+
+fn protocol(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    decode(f, payload, |f, bits: u64| write!(f, " {bits:#x} ({})", ProtocolFeatures::from_bits(bits)))
+}
+
+fn ring_state(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    decode(f, payload, |f, state: VringState| write!(f, " ring={} num={}", state.index, state.num))
+}
+
+fn region(f: &mut fmt::Formatter<'_>, region: &MemRegion) -> fmt::Result {
+    let MemRegion { guest, size, user, offset } = region;
+    write!(f, " [guest={guest:#x} size={size:#x} user={user:#x} offset={offset:#x}]")
+}
+
+fn memory(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    let Ok((head, rest)) = MemTableHead::read_from_prefix(payload) else { return bytes(f, payload) };
+    write!(f, " regions={}", head.count)?;
+    for entry in rest.chunks(size_of::<MemRegion>()) {
+        decode(f, entry, |f, entry: MemRegion| region(f, &entry))?;
+    }
+    Ok(())
+}
+
+fn config(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    let Ok((head, rest)) = ConfigHead::read_from_prefix(payload) else { return bytes(f, payload) };
+    write!(f, " offset={} size={} flags={}", head.offset, head.size, head.flags)?;
+    bytes(f, rest)
+}
+
+fn iotlb(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    decode(f, payload, |f, entry: Iotlb| {
+        write!(
+            f,
+            " iova={:#x} size={:#x} user={:#x} permission={} type={}",
+            entry.iova, entry.size, entry.user, entry.permission, entry.kind
+        )
+    })
+}
+
+fn inflight(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    decode(f, payload, |f, area: Inflight| {
+        let Inflight { mmap_size, mmap_offset, num_queues, queue_size, .. } = area;
+        write!(f, " size={mmap_size:#x} offset={mmap_offset:#x} queues={num_queues} queue_size={queue_size}")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::Header;
+    use super::*;
+    use std::time::Duration;
+
+    fn line(direction: Direction, header: Header, payload: &[u8], fds: usize) -> String {
+        let took = Duration::from_micros(17);
+        TraceEvent { peer: "/run/s", direction, header, payload, fds, took }.to_string()
+    }
+
+    #[test]
+    fn messages_read_as_names_and_fields() {
+        let state = [1u32, 256].map(u32::to_ne_bytes).concat();
+        let num = Header::asking(Request::SET_VRING_NUM.0, 8);
+        assert_eq!(
+            line(Direction::ToBackend, num, &state, 0),
+            "/run/s > SET_VRING_NUM ring=1 num=256 need_reply"
+        );
+        let offered = (1u64 << 32).to_ne_bytes();
+        assert_eq!(
+            line(Direction::FromBackend, Header::reply(1, 8), &offered, 0),
+            "/run/s < GET_FEATURES 0x100000000 (version_1) (17 us)"
+        );
+        assert_eq!(
+            line(Direction::BackendRequest, Header::request(2, 0), &[], 0),
+            "/run/s << CONFIG_CHANGE_MSG"
+        );
+        let kick = Header::request(Request::SET_VRING_KICK.0, 8);
+        assert_eq!(
+            line(Direction::ToBackend, kick, &3u64.to_ne_bytes(), 1),
+            "/run/s > SET_VRING_KICK ring=0x3 fds=1"
+        );
+    }
+
+    #[test]
+    fn nonsense_of_any_length_is_printed_and_nothing_fails() {
+        for code in 0..60 {
+            for len in 0..300 {
+                for direction in [
+                    Direction::ToBackend,
+                    Direction::FromBackend,
+                    Direction::BackendRequest,
+                    Direction::BackendAnswer,
+                ] {
+                    assert!(!line(direction, Header::request(code, 0), &vec![0xa5; len], 2).is_empty());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn keys_are_not_printed() {
+        let header = Header::request(Request::CREATE_CRYPTO_SESSION.0, 632);
+        let line = line(Direction::ToBackend, header, &[0xab; 632], 0);
+        assert_eq!(line, "/run/s > CREATE_CRYPTO_SESSION (632 bytes)");
+    }
+}
