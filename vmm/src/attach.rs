@@ -14,7 +14,7 @@ use devices::virtio::device_type::Model;
 use devices::virtio::mmio::{self, MmioDevice, Place};
 use devices::virtio::vhost_user::{self, Opened};
 use transport::memory_map::{GuestAddr, MemoryMap};
-use transport::vhost_user::{BackendChannel, Connection, Limits};
+use transport::vhost_user::{BackendChannel, Connection, Limits, Trace};
 
 use crate::config::{Socket, VhostUser};
 use crate::error::{Error, Fault};
@@ -60,6 +60,7 @@ impl Detached {
         config: VhostUser,
         others: &[Detached],
         memory: &MemoryMap,
+        trace: Option<&Arc<dyn Trace>>,
     ) -> Result<(Self, Option<BackendChannel>), Error> {
         let kind = config.order.device_type.name();
         let id = config.id.unwrap_or_else(|| format!("{kind}{index}"));
@@ -69,7 +70,10 @@ impl Detached {
             );
         }
         let cannot = || format!("cannot start device {id}");
-        let limits = Limits::new(config.deadline);
+        let mut limits = Limits::new(config.deadline);
+        if let Some(trace) = trace {
+            limits = limits.traced(Arc::clone(trace));
+        }
         let connection = match config.socket {
             Socket::Path(path) => Connection::connect(&path, &limits),
             Socket::Inherited(stream, fd) => Connection::from_stream(stream, format!("fd {fd}"), &limits),

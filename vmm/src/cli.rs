@@ -4,10 +4,12 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use transport::vhost_user::Limits;
 
 use crate::config::{
     Config, DEFAULT_CMDLINE, Image, Memory, OnReset, Serial, load_toml, parse_memory, parse_serial,
@@ -16,7 +18,8 @@ use crate::config::{
 use crate::error::{Error, Fault};
 use crate::machine::{End, Machine, Outcome};
 use crate::terminal;
-use crate::workbench::check;
+use crate::workbench::trace::Tracer;
+use crate::workbench::{check, probe};
 
 const EXIT_CODES: &str = "Exit codes: 0 the guest shut down (or Ctrl-A x) · 1 internal error · 2 usage or \
 configuration · 3 this host cannot run it · 4 a peer failed · 5 the guest crashed · 128+N ended by signal N";
@@ -38,6 +41,22 @@ enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Say what a peer offers
+    Probe {
+        /// What the peer speaks
+        protocol: Protocol,
+        /// Its socket
+        socket: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// How long the peer may take over one request, in milliseconds
+        #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+        deadline: u64,
+        /// Write every message to a file, or to standard error for -
+        #[arg(long, value_name = "FILE|-")]
+        trace: Option<String>,
     },
     /// Print a completion script
     Completions {
@@ -76,6 +95,9 @@ struct Run {
     /// Write statistics as JSON when the machine ends; - is standard output
     #[arg(long, value_name = "PATH|-")]
     stats: Option<String>,
+    /// Write every message exchanged with a peer, a line each, to a file or to standard error for -
+    #[arg(long, value_name = "FILE|-")]
+    trace: Option<String>,
     /// End, as at a power-off, when the guest resets
     #[arg(long)]
     no_reboot: bool,
@@ -88,6 +110,12 @@ struct Run {
     /// Say more on standard error; twice for debugging, three times for every message
     #[arg(short, action = clap::ArgAction::Count)]
     verbose: u8,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Protocol {
+    /// A vhost-user backend
+    VhostUser,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -119,6 +147,9 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(options) => run(*options),
         Command::Check { json } => check::command(json),
+        Command::Probe { protocol: Protocol::VhostUser, socket, json, deadline, trace } => {
+            probe(&socket, json, Duration::from_millis(deadline), trace.as_deref())
+        }
         Command::Completions { shell } => completions(shell),
     };
     done.unwrap_or_else(|error| {
@@ -144,6 +175,14 @@ fn completions(shell: clap_complete::Shell) -> Result<ExitCode, Error> {
         .write_all(&script)
         .map_err(|error| Error::internal("cannot print the completion script").because(error))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn probe(socket: &Path, json: bool, deadline: Duration, trace: Option<&str>) -> Result<ExitCode, Error> {
+    let mut limits = Limits::new(deadline);
+    if let Some(target) = trace {
+        limits = limits.traced(Tracer::open(target)?);
+    }
+    probe::command(socket, &limits, json)
 }
 
 fn run(options: Run) -> Result<ExitCode, Error> {
@@ -206,6 +245,10 @@ impl Run {
         config.discovery = match self.discovery.or(from_file.transpose()?) {
             None | Some(Discovery::Acpi) => arch::platform::Discovery::Acpi,
             Some(Discovery::Cmdline) => arch::platform::Discovery::Cmdline,
+        };
+        config.trace = match self.trace.or(file.trace) {
+            Some(target) => Some(Tracer::open(&target)?),
+            None => None,
         };
         Ok(Job { config, stats: self.stats.or(file.stats) })
     }

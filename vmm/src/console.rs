@@ -118,7 +118,8 @@ impl Console {
     /// A client is waiting at the socket: takes it. True when there is one now.
     pub(crate) fn accept(&mut self) -> bool {
         let Source::Socket { listener, client, .. } = &self.source else { return false };
-        let accepted = listener.accept().and_then(|(stream, _)| stream.set_nonblocking(true).map(|()| stream));
+        let accepted =
+            listener.accept().and_then(|(stream, _)| stream.set_nonblocking(true).map(|()| stream));
         match accepted {
             Ok(stream) => {
                 *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);

@@ -72,7 +72,9 @@ impl<'m> Control<'m> {
         loop {
             let control = events.subscriber_mut(id).map_err(cannot)?;
             // Asked again: what came after the wake-up may count for more.
-            if control.ended && let Some(request) = board.lifecycle().take_request() {
+            if control.ended
+                && let Some(request) = board.lifecycle().take_request()
+            {
                 return Ok(request);
             }
             match events.run() {
@@ -190,7 +192,9 @@ impl MutEventSubscriber for Control<'_> {
     fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
         match event.data() {
             token::REQUEST => self.ended = true,
-            token::INPUT if matches!(self.console.readable(), Readable::Clients(_)) => self.accept(event, ops),
+            token::INPUT if matches!(self.console.readable(), Readable::Clients(_)) => {
+                self.accept(event, ops);
+            }
             token::INPUT | token::CLIENT => self.receive(ops),
             token::INPUT_SPACE => self.input_space(ops),
             token::NEWS => {

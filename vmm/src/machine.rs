@@ -143,7 +143,8 @@ impl Machine {
             .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
         let mut devices = Vec::new();
         for (index, device) in config.vhost_user.into_iter().enumerate() {
-            let (device, channel) = Detached::connect(index, device, &devices, &memory)?;
+            let (device, channel) =
+                Detached::connect(index, device, &devices, &memory, config.trace.as_ref())?;
             if let Some(channel) = channel {
                 peers
                     .add(index, channel)

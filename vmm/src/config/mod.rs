@@ -20,6 +20,7 @@ use devices::virtio::device_type::Wishes;
 use devices::virtio::vhost_user::Order;
 pub use parse::{parse_memory, parse_serial, parse_vhost_user};
 pub use toml_file::load as load_toml;
+use transport::vhost_user::Trace;
 
 /// How long a peer may take over one request, unless `deadline=` says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(2000);
@@ -31,7 +32,6 @@ pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(2000);
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 
 /// One machine.
-#[derive(Debug)]
 pub struct Config {
     /// The kernel image: bzImage or ELF.
     pub kernel: Image,
@@ -51,6 +51,8 @@ pub struct Config {
     pub on_reset: OnReset,
     /// How the guest is told of its virtio-mmio devices.
     pub discovery: arch::platform::Discovery,
+    /// Who sees every message exchanged with a peer.
+    pub trace: Option<Arc<dyn Trace>>,
 }
 
 impl Config {
@@ -66,6 +68,7 @@ impl Config {
             serial: Serial::Null,
             on_reset: OnReset::Exit,
             discovery: arch::platform::Discovery::Acpi,
+            trace: None,
         }
     }
 }

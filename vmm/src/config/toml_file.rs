@@ -34,6 +34,8 @@ pub struct File {
     pub serial: Option<String>,
     /// `--stats`
     pub stats: Option<String>,
+    /// `--trace`
+    pub trace: Option<String>,
     /// `--no-reboot`
     #[serde(default)]
     pub no_reboot: bool,

@@ -2,3 +2,5 @@
 
 pub mod check;
 mod guest_mode;
+pub mod probe;
+pub mod trace;
