@@ -1,4 +1,4 @@
-//! vCPUs: what the guest sees of its CPUs, the state in which they start, and the return to it.
+//! vCPUs: what the guest sees of its CPUs, and the state in which they start.
 //!
 //! KVM is not always the same KVM: what it does not know is warned of once and left out. No feature MSR is
 //! written. Must never make up a CPU feature that KVM did not report.
@@ -7,10 +7,11 @@ mod cpuid;
 mod msr;
 mod registers;
 
+use std::fmt;
+
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_cpuid_entry2,
-    kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs,
+    kvm_mp_state, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
@@ -36,23 +37,14 @@ pub struct ProbeError(#[source] kvm_ioctls::Error);
 pub struct HostCpu {
     cpuid: Vec<kvm_cpuid_entry2>,
     tsc_deadline: bool,
-    /// Registers that are saved for a reset.
-    msrs: Vec<u32>,
 }
 
 impl HostCpu {
     /// Asks KVM.
     pub fn probe(kvm: &Kvm) -> Result<Self, ProbeError> {
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ProbeError)?;
-        let msrs = match kvm.get_msr_index_list() {
-            Ok(list) => list.as_slice().to_vec(),
-            Err(error) => {
-                log::warn!("KVM does not list its MSRs, they keep their values over a reset: {error}");
-                Vec::new()
-            }
-        };
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self { cpuid: cpuid.as_slice().to_vec(), tsc_deadline, msrs })
+        Ok(Self { cpuid: cpuid.as_slice().to_vec(), tsc_deadline })
     }
 
     /// Width of guest-physical addresses in bits: RAM must end below.
@@ -61,71 +53,39 @@ impl HostCpu {
     }
 }
 
-/// A vCPU's state at power-on, to start from and to return to.
+/// A vCPU that is configured and waits for where to start.
 #[derive(Debug)]
+#[must_use = "a vCPU starts where `enter` says"]
 pub struct PowerOn {
     vcpu: u8,
     sregs: kvm_sregs,
-    fpu: Option<kvm_fpu>,
-    lapic: Option<kvm_lapic_state>,
-    events: Option<kvm_vcpu_events>,
-    xcrs: Option<kvm_xcrs>,
-    debug: Option<kvm_debugregs>,
-    msrs: Vec<kvm_msr_entry>,
 }
 
-/// Gives a vCPU that never ran its CPUID, its local APIC's pins and its few MSRs, and keeps the state that it then
-/// has. Once per vCPU; `index` is its APIC id. Wants the in-kernel irqchip to exist.
+/// Gives a vCPU that never ran its CPUID, its local APIC's pins and its few MSRs. Once per vCPU; `index` is its
+/// APIC id. Wants the in-kernel irqchip to exist. A machine that reboots gets new vCPUs: KVM has no
+/// way back to the first state of an old one.
 pub fn configure(vcpu: &VcpuFd, index: u8, host: &HostCpu, platform: &Platform) -> Result<PowerOn, Error> {
     let entries = cpuid::for_vcpu(&host.cpuid, host.tsc_deadline, index, platform.cpus);
     let set = CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(7 /* E2BIG */));
     if let Err(error) = set.and_then(|cpuid| vcpu.set_cpuid2(&cpuid)) {
-        log::warn!("KVM refused the CPUID of vCPU {index}, the guest sees KVM's default: {error}");
+        warn(index, format_args!("KVM refused our CPUID, the guest sees KVM's default: {error}"));
     }
-    msr::set_initial(vcpu, index, cpuid::is_intel(&host.cpuid));
+    for register in msr::set_initial(vcpu, cpuid::is_intel(&host.cpuid)) {
+        warn(index, format_args!("KVM refused to set MSR {register:#x}"));
+    }
 
-    let lapic = or_warn(index, "read the local APIC", vcpu.get_lapic()).map(|mut lapic| {
+    if let Some(mut lapic) = or_warn(index, "read the local APIC", vcpu.get_lapic()) {
         registers::set_local_pins(&mut lapic, platform.discovery == Discovery::Cmdline);
-        lapic
-    });
-    if let Some(lapic) = &lapic {
-        or_warn(index, "set the local APIC", vcpu.set_lapic(lapic));
+        or_warn(index, "set the local APIC", vcpu.set_lapic(&lapic));
     }
-    Ok(PowerOn {
-        vcpu: index,
-        sregs: vcpu.get_sregs().map_err(|source| Error {
-            action: "read the registers",
-            vcpu: index,
-            source,
-        })?,
-        fpu: or_warn(index, "read the FPU", vcpu.get_fpu()),
-        lapic,
-        events: or_warn(index, "read pending events", vcpu.get_vcpu_events()),
-        xcrs: or_warn(index, "read the extended control registers", vcpu.get_xcrs()),
-        debug: or_warn(index, "read the debug registers", vcpu.get_debug_regs()),
-        msrs: msr::read_all(vcpu, &host.msrs),
-    })
+    let sregs = vcpu.get_sregs();
+    let sregs = sregs.map_err(|source| Error { action: "read the registers", vcpu: index, source })?;
+    Ok(PowerOn { vcpu: index, sregs })
 }
 
 impl PowerOn {
-    /// Brings a vCPU that ran, and is not running, back to the state at power-on. [`Self::enter`] comes after.
-    pub fn reset(&self, vcpu: &VcpuFd) -> Result<(), Error> {
-        let failed = |action| move |source| Error { action, vcpu: self.vcpu, source };
-        // The mode of the local APIC, in its base register, must be right before the APIC's own state.
-        vcpu.set_sregs(&self.sregs).map_err(failed("reset the registers"))?;
-        vcpu.set_regs(&kvm_regs { rflags: registers::RFLAGS, ..Default::default() })
-            .map_err(failed("reset the registers"))?;
-        msr::write_all(vcpu, self.vcpu, &self.msrs);
-        self.put("the FPU", self.fpu.as_ref(), |fpu| vcpu.set_fpu(fpu));
-        self.put("extended control registers", self.xcrs.as_ref(), |xcrs| vcpu.set_xcrs(xcrs));
-        self.put("debug registers", self.debug.as_ref(), |debug| vcpu.set_debug_regs(debug));
-        self.put("the local APIC", self.lapic.as_ref(), |lapic| vcpu.set_lapic(lapic));
-        self.put("pending events", self.events.as_ref(), |events| vcpu.set_vcpu_events(events));
-        Ok(())
-    }
-
     /// Makes the boot CPU (index 0) ready to run at `entry`, and any other wait for its start-up interrupt.
-    pub fn enter(&self, vcpu: &VcpuFd, entry: &Entry) -> Result<(), Error> {
+    pub fn enter(self, vcpu: &VcpuFd, entry: &Entry) -> Result<(), Error> {
         let failed = |action| move |source| Error { action, vcpu: self.vcpu, source };
         let state = if self.vcpu == 0 { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
         or_warn(self.vcpu, "set the run state", vcpu.set_mp_state(kvm_mp_state { mp_state: state }));
@@ -136,14 +96,14 @@ impl PowerOn {
         }
         Ok(())
     }
-
-    fn put<T>(&self, what: &str, value: Option<&T>, set: impl FnOnce(&T) -> Result<(), kvm_ioctls::Error>) {
-        if let Some(Err(error)) = value.map(set) {
-            log::warn!("cannot reset {what} of vCPU {}: {error}", self.vcpu);
-        }
-    }
 }
 
 fn or_warn<T>(vcpu: u8, action: &str, result: Result<T, kvm_ioctls::Error>) -> Option<T> {
-    result.inspect_err(|error| log::warn!("KVM cannot {action} of vCPU {vcpu}: {error}")).ok()
+    result.inspect_err(|error| warn(vcpu, format_args!("KVM cannot {action}: {error}"))).ok()
+}
+
+/// What one vCPU lacks all lack: the first one is enough of a warning.
+fn warn(vcpu: u8, what: fmt::Arguments<'_>) {
+    let level = if vcpu == 0 { log::Level::Warn } else { log::Level::Debug };
+    log::log!(level, "vCPU {vcpu}: {what}");
 }
