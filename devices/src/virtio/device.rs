@@ -198,8 +198,12 @@ impl Device {
         if matches!(self.phase, Phase::Running(_)) {
             self.trapped.config += 1;
         }
+        let offered = self.registers.offered();
         match self.registers.write_config(offset, data) {
             Effect::Refused(refusal) => self.note_refusal(refusal),
+            _ if !self.device_type.driver_may_write(offered, offset, data.len()) => {
+                self.note("the driver wrote a configuration field that can only be read");
+            }
             _ if self.config_source == ConfigSource::Fixed || self.is_broken() => {
                 self.note("a configuration write goes nowhere");
             }

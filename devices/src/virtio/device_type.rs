@@ -54,6 +54,32 @@ struct QueueCountField {
     feature: Option<u32>,
 }
 
+/// A field of the configuration space that the driver may write (§5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct WritableField {
+    offset: usize,
+    width: usize,
+    /// The feature without which it is not there.
+    feature: Option<u32>,
+}
+
+/// What a driver may write. Several backends exit when they are told of a write anywhere else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Writable {
+    /// We do not know, and pass everything on.
+    Anything,
+    /// These fields.
+    Fields(&'static [WritableField]),
+}
+
+const fn writable(offset: usize, width: usize) -> WritableField {
+    WritableField { offset, width, feature: None }
+}
+
+const fn writable_with(feature: u32, offset: usize, width: usize) -> WritableField {
+    WritableField { offset, width, feature: Some(feature) }
+}
+
 /// What the configuration is when the backend has none to read (no protocol feature CONFIG).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum NoConfig {
@@ -74,6 +100,7 @@ pub struct DeviceType {
     /// What one unit of GET_QUEUE_NUM stands for.
     queue_unit: u16,
     queue_count: Option<QueueCountField>,
+    writable: Writable,
     features: &'static [Feature],
 }
 
@@ -86,6 +113,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         no_config: if config_size == 0 { NoConfig::Instead(&[]) } else { NoConfig::Unusable },
         queue_unit: 1,
         queue_count: None,
+        writable: Writable::Fields(&[]),
         features: &[],
     }
 }
@@ -154,20 +182,32 @@ const TYPES: &[DeviceType] = &[
     },
     DeviceType {
         queue_count: Some(QueueCountField { offset: 34, width: 2, others: 0, group: 1, feature: Some(12) }),
+        // writeback
+        writable: Writable::Fields(&[writable_with(11, 32, 1)]),
         features: BLK_FEATURES,
         // Up to write zeroes: qemu-storage-daemon and others know no more.
         ..row("blk", 2, 1, 60)
     },
-    DeviceType { no_config: NoConfig::Instead(&[]), features: CONSOLE_FEATURES, ..row("console", 3, 2, 12) },
+    DeviceType {
+        no_config: NoConfig::Instead(&[]),
+        // emerg_wr
+        writable: Writable::Fields(&[writable_with(2, 8, 4)]),
+        features: CONSOLE_FEATURES,
+        ..row("console", 3, 2, 12)
+    },
     row("rng", 4, 1, 0),
     DeviceType {
         no_config: NoConfig::Instead(SCSI_CONFIG),
         queue_count: Some(QueueCountField { offset: 0, width: 4, others: 2, group: 1, feature: None }),
+        // sense_size, cdb_size
+        writable: Writable::Fields(&[writable(20, 4), writable(24, 4)]),
         ..row("scsi", 8, 3, 36)
     },
-    row("gpu", 16, 2, 16),
+    // events_clear
+    DeviceType { writable: Writable::Fields(&[writable(4, 4)]), ..row("gpu", 16, 2, 16) },
     row("rtc", 17, 2, 0),
-    row("input", 18, 2, 136),
+    // select, subsel
+    DeviceType { writable: Writable::Fields(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
     row("vsock", 19, 3, 8),
     DeviceType {
         queue_count: Some(QueueCountField { offset: 4, width: 4, others: 1, group: 1, feature: None }),
@@ -322,7 +362,7 @@ impl DeviceType {
     /// A type that we know only the number of: one queue and no configuration, unless told otherwise.
     #[must_use]
     pub fn generic(id: u16) -> Self {
-        row("generic", id.into(), 1, 0)
+        DeviceType { writable: Writable::Anything, ..row("generic", id.into(), 1, 0) }
     }
 
     /// The same type with another size of the configuration space.
@@ -358,6 +398,19 @@ impl DeviceType {
     #[must_use]
     pub fn needs_config(&self) -> bool {
         self.no_config == NoConfig::Unusable
+    }
+
+    /// Whether a driver that was offered `features` may write `length` bytes of configuration at
+    /// `offset`: all of them within one field that is there.
+    #[must_use]
+    pub fn driver_may_write(&self, features: DeviceFeatures, offset: usize, length: usize) -> bool {
+        let Writable::Fields(fields) = self.writable else { return true };
+        let within = |field: &WritableField| {
+            let start = offset.checked_sub(field.offset);
+            start.and_then(|start| start.checked_add(length)).is_some_and(|end| end <= field.width)
+        };
+        let there = |field: &WritableField| field.feature.is_none_or(|bit| features.has(bit));
+        fields.iter().any(|field| there(field) && within(field))
     }
 
     /// What to negotiate with a backend of this type: the defaults, less what is only had on request,

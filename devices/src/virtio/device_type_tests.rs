@@ -122,3 +122,29 @@ fn types_are_parsed_by_name_or_number() {
         assert_eq!(format!("generic:{id}").parse::<DeviceType>(), Err(TypeError::Id(id.into())));
     }
 }
+
+#[test]
+fn only_the_fields_of_the_driver_are_writable() {
+    let may = |kind: &str, features: u64| {
+        let row = kind.parse::<DeviceType>().unwrap();
+        let features = DeviceFeatures::from_bits(V1 | features);
+        let widths =
+            |at| [1, 2, 4, 8].into_iter().filter(move |width| row.driver_may_write(features, at, *width));
+        (0..64).flat_map(|at| widths(at).map(move |width| (at, width))).collect::<Vec<(usize, usize)>>()
+    };
+    let dword =
+        |at| vec![(at, 1), (at, 2), (at, 4), (at + 1, 1), (at + 1, 2), (at + 2, 1), (at + 2, 2), (at + 3, 1)];
+    assert_eq!(may("blk", 1 << 11), [(32, 1)]);
+    assert_eq!(may("blk", 0), [], "without CONFIG_WCE there is no such field");
+    assert_eq!(may("console", 1 << 2), dword(8));
+    assert_eq!(may("console", 0), []);
+    assert_eq!(may("scsi", 0), [dword(20), dword(24)].concat());
+    assert_eq!(may("gpu", 0), dword(4));
+    assert_eq!(may("input", 0), [(0, 1), (1, 1)]);
+    for kind in ["net", "rng", "vsock", "fs", "crypto", "sound", "gpio", "can", "spi"] {
+        assert_eq!(may(kind, u64::MAX), [], "{kind}");
+    }
+    assert_eq!(may("generic:48", 0).len(), 64 * 4);
+    let row = named("blk");
+    assert!(!row.driver_may_write(DeviceFeatures::from_bits(u64::MAX), usize::MAX, 8));
+}

@@ -308,7 +308,8 @@ fn configuration_that_cannot_be_read_breaks_the_device_only_when_the_peer_is_los
 
 #[test]
 fn driver_writes_to_the_configuration_reach_the_backend_and_are_read_back_without_interrupt() {
-    let rig = rig(1);
+    let features = DeviceFeatures::from_bits(1 << 32 | 1 << 11);
+    let rig = rig_of(Model { features, ..disk(1) });
     rig.start_driver();
     rig.backend.calls();
     lock(&rig.backend.0).config[32] = 1;
@@ -316,10 +317,12 @@ fn driver_writes_to_the_configuration_reach_the_backend_and_are_read_back_withou
     rig.page_is_current();
     assert_eq!(rig.backend.calls(), ["write 32 [1]", "read"]);
     assert_eq!((rig.machine.page_bytes(0x120, 1), rig.machine.page_u32(0x60)), (vec![1], 1));
-    for (offset, length) in [(0x13c, 1), (0x138, 8), (0xffc, 4), (0x100, 3)] {
+    for (offset, length) in
+        [(0x13c, 1), (0x138, 8), (0xffc, 4), (0x100, 3), (0x100, 4), (0x11f, 2), (0x120, 2)]
+    {
         rig.device.write(offset, &vec![7; length]);
     }
-    assert!(rig.backend.calls().is_empty());
+    assert!(rig.backend.calls().is_empty(), "beyond the configuration, or not the driver's to write");
     lock(&rig.backend.0).on_write = Outcome::Lost;
     rig.device.write(0x120, &[0]);
     assert_eq!(rig.machine.page_u32(0x70), 0x4f);
