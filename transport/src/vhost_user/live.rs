@@ -1,8 +1,8 @@
 //! Going live and stopping: the second half of the typestate.
 //!
-//! Order of messages, as every known back-end takes it: \[SET_STATUS 3\], \[SET_LOG_BASE\], SET_FEATURES,
-//! \[SET_STATUS 0xb\], \[GET/SET_INFLIGHT_FD\], SET_MEM_TABLE, for each ring NUM, ADDR, BASE, \[ERR\], CALL, KICK,
-//! ENABLE, \[SET_STATUS 0xf\], one round trip, and one kick a ring. All of it within one deadline.
+//! Order of messages, as every known back-end takes it: \[SET_STATUS 3\], SET_FEATURES, \[SET_STATUS 0xb\],
+//! \[GET/SET_INFLIGHT_FD\], SET_MEM_TABLE, \[SET_LOG_BASE\], for each ring NUM, ADDR, BASE, \[ERR\], CALL, KICK,
+//! ENABLE, \[IOTLB_MSG\], \[SET_STATUS 0xf\], one round trip, and one kick a ring. All of it within one deadline.
 //!
 //! Must never send GET_VRING_BASE to a ring that was not started.
 
@@ -117,9 +117,6 @@ impl Session {
         if has_status {
             set_status(channel, status::ACKNOWLEDGE_AND_DRIVER, &deadline)?;
         }
-        if let Some(log) = &log {
-            dirty_log::set_base(channel, log, &deadline)?;
-        }
         set_features(channel, features, log.is_some(), &deadline)?;
         if has_status {
             set_status(channel, status::FEATURES_OK, &deadline)?;
@@ -129,6 +126,10 @@ impl Session {
             false => None,
         };
         mem_table::send(channel, memory, &deadline)?;
+        if let Some(log) = &log {
+            // Rust back-ends log into what SET_LOG_BASE found in the memory table, and forget it at the next one.
+            dirty_log::set_base(channel, log, &deadline)?;
+        }
         for (ring, address) in rings.iter().zip(plan) {
             start_ring(channel, ring, address, &deadline)?;
         }

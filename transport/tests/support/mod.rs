@@ -93,6 +93,7 @@ impl Rings {
         Self { kicks, calls: [Call::new().unwrap(), Call::new().unwrap()] }
     }
 
+    /// Ring 0 goes on at `base`, ring 1 begins anew.
     pub fn rings(&self, base: u32) -> Vec<Ring<'_>> {
         let ring = |index: u16| Ring {
             index,
@@ -100,7 +101,7 @@ impl Rings {
             descriptor: GuestAddr(0x1_0000 * (1 + u64::from(index))),
             available: GuestAddr(0x1_0000 * (1 + u64::from(index)) + 0x2000),
             used: GuestAddr(0x1_0000 * (1 + u64::from(index)) + 0x3000),
-            base: RingBase(base),
+            base: RingBase(if index == 0 { base } else { 0 }),
             kick: &self.kicks[usize::from(index)],
             call: &self.calls[usize::from(index)],
             error: None,
