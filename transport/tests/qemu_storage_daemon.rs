@@ -6,13 +6,16 @@ mod support;
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use support::{GuestMemory, Scratch, eventually};
-use transport::memory_map::GuestAddr;
+use transport::memory_map::{GuestAddr, SharedRegion};
+use transport::vhost_user::dirty_log::log_size;
 use transport::vhost_user::features::bit;
 use transport::vhost_user::{
-    Call, Connection, Kick, Limits, LiveSession, ProtocolFeatures, Ring, RingBase, Session, Wanted,
+    Call, Cause, Connection, DirtyLog, Kick, Limits, LiveSession, ProtocolFeatures, Ring, RingBase, Session,
+    Wanted,
 };
 
 const SECTORS: u64 = 2048;
@@ -20,37 +23,35 @@ const SECTORS: u64 = 2048;
 struct Daemon {
     child: Child,
     socket: PathBuf,
-    _scratch: Scratch,
+    image: PathBuf,
+    scratch: Scratch,
+}
+
+/// How fast the disk is.
+#[derive(Clone, Copy)]
+enum Speed {
+    Full,
+    /// One request a second, so that others are in flight meanwhile.
+    Slow,
 }
 
 impl Daemon {
     /// `None`, with a printed reason, where the program is not installed.
     fn start() -> Option<Self> {
         let scratch = Scratch::new();
-        let (image, socket) = (scratch.path("disk"), scratch.path("s"));
+        let image = scratch.path("disk");
         let pattern: Vec<u8> = (0..SECTORS * 512).map(|n| (n / 512 % 251) as u8).collect();
         std::fs::write(&image, pattern).unwrap();
-        let child = Command::new("qemu-storage-daemon")
-            .args(["--blockdev", &format!("driver=file,node-name=d,filename={}", image.display())])
-            .args([
-                "--export",
-                &format!(
-                    "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={},writable=on,num-queues=2",
-                    socket.display()
-                ),
-            ])
-            .stderr(Stdio::inherit())
-            .spawn();
-        let child = match child {
-            Ok(child) => child,
-            Err(error) => {
-                println!("skipped: qemu-storage-daemon does not start: {error}");
-                return None;
-            }
-        };
-        let daemon = Self { child, socket, _scratch: scratch };
-        eventually("the daemon's socket", Duration::from_secs(10), || daemon.socket.exists());
-        Some(daemon)
+        let child = launch(&scratch, "s", Speed::Full)?;
+        Some(Self { child, socket: scratch.path("s"), image, scratch })
+    }
+
+    /// Kills the daemon and starts another one on the same disk.
+    fn replace(&mut self, socket: &str, speed: Speed) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = launch(&self.scratch, socket, speed).unwrap();
+        self.socket = self.scratch.path(socket);
     }
 
     fn connect(&self, wanted: &Wanted) -> Session {
@@ -65,6 +66,34 @@ impl Daemon {
             connection.is_some()
         });
         connection.unwrap().negotiate(wanted).unwrap()
+    }
+}
+
+fn launch(scratch: &Scratch, socket: &str, speed: Speed) -> Option<Child> {
+    let mut command = Command::new("qemu-storage-daemon");
+    let image = scratch.path("disk");
+    command.args([
+        "--blockdev",
+        &format!("driver=file,node-name=file,filename={},locking=off", image.display()),
+    ]);
+    match speed {
+        Speed::Full => command.args(["--blockdev", "driver=raw,node-name=d,file=file"]),
+        Speed::Slow => command
+            .args(["--object", "throttle-group,id=t,x-iops-total=1"])
+            .args(["--blockdev", "driver=throttle,node-name=d,throttle-group=t,file=file"]),
+    };
+    let path = scratch.path(socket);
+    let export = "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,writable=on,num-queues=2";
+    command.args(["--export", &format!("{export},addr.path={}", path.display())]);
+    match command.stderr(Stdio::inherit()).spawn() {
+        Ok(child) => {
+            eventually("the daemon's socket", Duration::from_secs(10), || path.exists());
+            Some(child)
+        }
+        Err(error) => {
+            println!("skipped: qemu-storage-daemon does not start: {error}");
+            None
+        }
     }
 }
 
@@ -114,37 +143,47 @@ impl Driver {
         session.go_live(features, &self.memory.map, &[self.ring(base)]).unwrap()
     }
 
-    fn descriptor(&self, index: u64, at: u64, len: u32, flags: u16, next: u16) {
+    fn descriptor(&self, index: u16, at: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = at.to_le_bytes().to_vec();
         bytes.extend(len.to_le_bytes());
         bytes.extend(flags.to_le_bytes());
         bytes.extend(next.to_le_bytes());
-        self.memory.write(DESC + 16 * index, &bytes);
+        self.memory.write(DESC + 16 * u64::from(index), &bytes);
     }
 
-    /// One virtio-blk request: 0 reads, 1 writes.
-    fn request(&mut self, kind: u32, sector: u64, data: &[u8]) -> Vec<u8> {
+    /// Makes a request available: 0 reads, 1 writes. `slot` is its place in memory and in the table.
+    fn submit(&mut self, slot: u16, kind: u32, sector: u64, data: &[u8]) {
+        let at = REQUEST + 0x2000 * u64::from(slot);
+        let first = 3 * slot;
         let mut head = kind.to_le_bytes().to_vec();
         head.extend([0; 4]);
         head.extend(sector.to_le_bytes());
-        self.memory.write(REQUEST, &head);
-        self.memory.write(REQUEST + 0x1000, data);
-        self.memory.write(REQUEST + 0x100, &[0xff]);
-        self.descriptor(0, REQUEST, 16, 1, 1);
-        self.descriptor(
-            1,
-            REQUEST + 0x1000,
-            u32::try_from(data.len()).unwrap(),
-            if kind == 0 { 3 } else { 1 },
-            2,
-        );
-        self.descriptor(2, REQUEST + 0x100, 1, 2, 0);
-        self.memory.write(AVAIL + 4 + 2 * u64::from(self.next % SIZE), &0u16.to_le_bytes());
+        self.memory.write(at, &head);
+        self.memory.write(at + 0x1000, data);
+        self.memory.write(at + 0x100, &[0xff]);
+        self.descriptor(first, at, 16, 1, first + 1);
+        let len = u32::try_from(data.len()).unwrap();
+        self.descriptor(first + 1, at + 0x1000, len, if kind == 0 { 3 } else { 1 }, first + 2);
+        self.descriptor(first + 2, at + 0x100, 1, 2, 0);
+        self.memory.write(AVAIL + 4 + 2 * u64::from(self.next % SIZE), &first.to_le_bytes());
         self.next = self.next.wrapping_add(1);
         self.memory.write(AVAIL + 2, &self.next.to_le_bytes());
+    }
+
+    fn used(&self) -> u16 {
+        self.memory.read_u16(USED + 2)
+    }
+
+    fn status(&self, slot: u16) -> u8 {
+        self.memory.read(REQUEST + 0x2000 * u64::from(slot) + 0x100, 1)[0]
+    }
+
+    /// One request, from the kick to its data.
+    fn request(&mut self, kind: u32, sector: u64, data: &[u8]) -> Vec<u8> {
+        self.submit(0, kind, sector, data);
         self.kick.ring().unwrap();
-        eventually("the used index", Duration::from_secs(5), || self.memory.read_u16(USED + 2) == self.next);
-        assert_eq!(self.memory.read(REQUEST + 0x100, 1), [0], "status of the request");
+        eventually("the used index", Duration::from_secs(5), || self.used() == self.next);
+        assert_eq!(self.status(0), 0, "status of the request");
         self.memory.read(REQUEST + 0x1000, data.len())
     }
 }
@@ -205,4 +244,104 @@ fn a_second_connection_to_a_busy_backend_fails_by_deadline_with_a_hint() {
     assert!(begin.elapsed() < Duration::from_secs(1));
     println!("{error} ({:?})", error.hint());
     assert!(error.hint().is_some());
+}
+
+#[test]
+fn writes_to_guest_memory_are_logged() {
+    let Some(daemon) = Daemon::start() else { return };
+    let session = daemon.connect(&Wanted::default());
+    assert!(session.can_log());
+    let mut driver = Driver::new();
+    let mut live = driver.go_live(session, RingBase(0));
+    let size = log_size(&driver.memory.map);
+    let fd = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, size).unwrap();
+    let ours = fd.try_clone().unwrap();
+    let dirty = |page: u64| {
+        let mut byte = [0];
+        rustix::io::pread(&ours, &mut byte, page / 8).unwrap();
+        byte[0] & 1 << (page % 8) != 0
+    };
+    // SET_LOG_BASE is answered with a value that is not 0, and that is no refusal.
+    live.start_log(Arc::new(DirtyLog::new(fd, size, 0))).unwrap();
+    assert_eq!(driver.request(0, 7, &[0; 512]), [7; 512]);
+    assert!(dirty(USED / 4096), "the used ring");
+    assert!(dirty((REQUEST + 0x1000) / 4096), "the data");
+    assert!(!dirty(0x10_0000 / 4096), "a page that nobody wrote");
+    live.stop_log().unwrap();
+    assert_eq!(driver.request(0, 8, &[0; 512]), [8; 512]);
+    assert_eq!(live.stop().unwrap().1, [RingBase(2)]);
+}
+
+#[test]
+fn requests_in_flight_when_the_backend_is_killed_are_finished_by_the_next_one() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    // This one offers no inflight tracking, but finishes in order: the used index says where to go on.
+    let wanted = Wanted::default();
+    for round in 0..3u8 {
+        daemon.replace(&format!("slow{round}"), Speed::Slow);
+        let session = daemon.connect(&wanted);
+        let mut driver = Driver::new();
+        let live = driver.go_live(session, RingBase(0));
+        assert!(live.inflight().is_none());
+        for slot in 0..6 {
+            driver.submit(slot, 1, 100 + u64::from(slot), &[0xc0 + round; 512]);
+        }
+        driver.kick.ring().unwrap();
+        eventually("the first request", Duration::from_secs(5), || driver.used() > 0);
+        let done = driver.used();
+        assert!(done < 6, "the disk is too fast for this test");
+
+        // Killed with requests in flight: the connection says so at once.
+        daemon.replace(&format!("full{round}"), Speed::Full);
+        let lost = live.stop().err().unwrap();
+        assert!(lost.error().is_fatal(), "{lost:?}");
+        let session = daemon.connect(&wanted);
+        let live = driver.go_live(session, RingBase(driver.used().into()));
+        eventually("the other requests", Duration::from_secs(5), || driver.used() == 6);
+        for slot in 0..6 {
+            assert_eq!(driver.status(slot), 0);
+        }
+        let image = std::fs::read(&daemon.image).unwrap();
+        assert_eq!(image[100 * 512..106 * 512], [0xc0 + round; 6 * 512]);
+        assert_eq!(live.stop().unwrap().1, [RingBase(6)]);
+    }
+}
+
+#[test]
+fn memory_is_added_and_removed_while_the_device_runs() {
+    let Some(daemon) = Daemon::start() else { return };
+    let session = daemon.connect(&Wanted::default().and(ProtocolFeatures::CONFIGURE_MEM_SLOTS));
+    println!("qemu-storage-daemon offers {}", session.offered_raw().1);
+    let mut driver = Driver::new();
+    let mut live = driver.go_live(session, RingBase(0));
+    let more = GuestMemory::new(2 << 20);
+    let fd = Arc::clone(more.map.regions()[0].shared_fd());
+    let region = SharedRegion::new(GuestAddr(1 << 32), 2 << 20, fd, 0);
+    live.add_region(&region).unwrap();
+    assert_eq!(driver.request(0, 7, &[0; 512]), [7; 512]);
+    live.remove_region(&region).unwrap();
+    assert_eq!(driver.request(0, 9, &[0; 512]), [9; 512]);
+}
+
+#[test]
+fn postcopy_is_advised_listened_for_told_its_memory_and_ended() {
+    let Some(daemon) = Daemon::start() else { return };
+    let mut session = daemon.connect(&Wanted::default().and(ProtocolFeatures::PAGEFAULT));
+    let advised = match session.postcopy_advise() {
+        Ok(advised) => advised,
+        Err(error) => {
+            println!("skipped: no userfaultfd here: {error}");
+            assert!(matches!(error.cause(), Cause::Refused(_)), "{error:?}");
+            return;
+        }
+    };
+    session.postcopy_listen(&advised).unwrap();
+    let memory = GuestMemory::new(2 << 20);
+    let bases = session.postcopy_memory(&advised, &memory.map).unwrap();
+    assert_eq!((bases.len(), bases[0].size), (1, 2 << 20));
+    // Version 7.2 sends our own addresses back instead of its own: it changes a copy of the table.
+    assert_ne!(bases[0].base, 0);
+    session.postcopy_end(advised).unwrap();
+    assert!(session.read_config(60).is_ok(), "still in step");
 }
