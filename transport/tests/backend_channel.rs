@@ -6,12 +6,14 @@ mod support;
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use support::open_fds;
-use transport::testing::{Offer, Script, ScriptedBackend};
+use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::backend_req::{BackendRequest, NotifierArea};
 use transport::vhost_user::message::{Header, Uuid};
+use transport::vhost_user::request::Request;
 use transport::vhost_user::{
     BackendChannel, BackendRequests, Connection, Limits, ProtocolFeatures, Refused, Served, Session, Wanted,
 };
@@ -39,6 +41,7 @@ impl BackendRequests for Machine {
     }
 
     fn host_notifier(&self, ring: u8, area: Option<NotifierArea>) -> Result<(), Refused> {
+        area.as_ref().map_or(Ok(()), NotifierArea::check)?;
         let area = area.map_or("none".to_owned(), |area| format!("{:#x}+{:#x}", area.offset, area.size));
         self.note(format!("notifier {ring} {area}"));
         if ring < 2 { Ok(()) } else { Err(Refused) }
@@ -64,10 +67,14 @@ fn start() -> (ScriptedBackend, Session, BackendChannel) {
     (backend, session, channel)
 }
 
+/// One test counts this process's descriptors: the others wait.
+static COUNTING: Mutex<()> = Mutex::new(());
+
 const SOON: Duration = Duration::from_secs(2);
 
 #[test]
 fn requests_are_handled_answered_and_leak_nothing() {
+    let _alone = COUNTING.lock();
     let before = open_fds();
     {
         let (backend, _session, mut channel) = start();
@@ -85,6 +92,12 @@ fn requests_are_handled_answered_and_leak_nothing() {
             channel.serve(&machine).unwrap();
             assert_eq!(machine.take(), [format!("notifier {ring} 0x2000+0x1000")]);
             assert_eq!(backend.answer(SOON).unwrap(), (code, 0));
+        }
+        for bad in [[1, 4096, 100], [1, 4095, 0], [1, 8192, 0], [1, 0, 0], [1, 4096, u64::MAX - 4095]] {
+            let bad = bad.map(u64::to_ne_bytes).concat();
+            backend.request(BackendRequest::VRING_HOST_NOTIFIER_MSG, &bad, &[file.as_fd()]).unwrap();
+            channel.serve(&machine).unwrap();
+            assert_eq!((machine.take(), backend.answer(SOON).unwrap()), (vec![], (1, 0)));
         }
         backend.request(BackendRequest::VRING_HOST_NOTIFIER_MSG, &area(0x101), &[]).unwrap();
         channel.serve(&machine).unwrap();
@@ -219,4 +232,31 @@ fn a_peer_that_does_not_take_answers_is_cut_off() {
         }
     };
     assert!(error.to_string().contains("did not take CONFIG_CHANGE_MSG"), "{error}");
+}
+
+/// libvhost-user waits for the answer to its own request in the middle of ours.
+#[test]
+fn the_channel_is_served_while_a_request_waits() {
+    let _alone = COUNTING.lock();
+    let all = ProtocolFeatures::HOST_NOTIFIER.with(ProtocolFeatures::BACKEND_SEND_FD);
+    let mut offer = Offer::default();
+    offer.protocol = offer.protocol.with(all);
+    let pause = Duration::from_millis(300);
+    let script = Script::normal().on(Request::GET_CONFIG, Act::Delay(pause));
+    let (backend, stream) = ScriptedBackend::pair(offer, script).unwrap();
+    let connection = Connection::from_stream(stream, "scripted", &Limits::default()).unwrap();
+    let mut session = connection.negotiate(&Wanted::default().and(all)).unwrap();
+    let mut channel = session.take_backend_channel().unwrap();
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| session.read_config(60));
+        backend.request(BackendRequest::CONFIG_CHANGE_MSG, &[], &[]).unwrap();
+        let machine = Machine::default();
+        while channel.serve(&machine).unwrap() == Served::Requests(0) {
+            assert!(begin.elapsed() < SOON);
+        }
+        assert_eq!(backend.answer(SOON).unwrap(), (0, 0));
+        assert!(begin.elapsed() < pause, "answered before the main request was");
+        waiting.join().unwrap().unwrap();
+    });
 }

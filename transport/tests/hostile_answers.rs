@@ -77,6 +77,7 @@ fn wrong_answers_are_named_and_end_the_connection() {
     }
     a_second_or_unasked_answer_is_caught_by_the_next_request();
     values_that_make_no_sense_are_refused();
+    unknown_and_changing_feature_bits_are_harmless();
     answers_split_at_every_byte_or_with_need_reply_set_are_fine();
 }
 
@@ -116,4 +117,19 @@ fn answers_split_at_every_byte_or_with_need_reply_set_are_fine() {
             life_with(offer(), Script::normal().on(request, act), DEADLINE).0.unwrap();
         }
     }
+}
+
+fn unknown_and_changing_feature_bits_are_harmless() {
+    let everything = u64::MAX.to_ne_bytes().to_vec();
+    // The scripted back-end answers none of the newer requests, and is asked none of them.
+    for script in [
+        Script::normal().on_nth(Request::GET_FEATURES, 1, Act::Payload(vec![0; 8])),
+        Script::normal().on_nth(Request::GET_FEATURES, 1, Act::Payload(everything.clone())),
+        Script::normal().on(Request::GET_PROTOCOL_FEATURES, Act::Payload(everything)),
+    ] {
+        life_with(offer(), script, DEADLINE).0.unwrap();
+    }
+    let contradiction = ProtocolFeatures::INBAND_NOTIFICATIONS.with(ProtocolFeatures::HOST_NOTIFIER);
+    let offer = Offer { protocol: contradiction, ..Offer::default() };
+    life_with(offer, Script::normal(), DEADLINE).0.unwrap();
 }

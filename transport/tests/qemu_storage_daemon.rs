@@ -345,3 +345,38 @@ fn postcopy_is_advised_listened_for_told_its_memory_and_ended() {
     session.postcopy_end(advised).unwrap();
     assert!(session.read_config(60).is_ok(), "still in step");
 }
+
+#[test]
+fn a_stopped_backend_is_a_failure_only_when_a_deadline_passes() {
+    let Some(daemon) = Daemon::start() else { return };
+    let pid = rustix::process::Pid::from_child(&daemon.child);
+    let limits = Limits::new(Duration::from_millis(400));
+    let open = || {
+        let mut connection = None;
+        eventually("a connection", Duration::from_secs(10), || {
+            connection = Connection::connect(&daemon.socket, &limits).ok();
+            connection.is_some()
+        });
+        connection.unwrap().negotiate(&Wanted::default())
+    };
+    let mut session = open().unwrap();
+    let stop = || rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    let go_on = || rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    stop();
+    let resumed = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    });
+    session.read_config(60).unwrap();
+    resumed.join().unwrap();
+
+    stop();
+    let begin = std::time::Instant::now();
+    assert!(matches!(session.read_config(60).unwrap_err().cause(), Cause::Silent(_)));
+    assert!(begin.elapsed() < Duration::from_secs(1));
+    go_on();
+    // It sees the hang-up, and takes the next one.
+    eventually("a new session", Duration::from_secs(5), || {
+        open().is_ok_and(|mut next| next.read_config(60).is_ok())
+    });
+}

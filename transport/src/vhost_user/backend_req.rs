@@ -17,7 +17,9 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::error::{Cause, Error, Step};
 use super::features::ProtocolFeatures;
 use super::message::{Fault, HEADER_SIZE, Header, Iotlb, ShmemArea, Uuid, VringArea, VringState, parse};
+use super::shmem::file_size;
 use super::trace::{Direction, Trace, TraceEvent};
+use crate::memory_map::PAGE;
 use crate::scm;
 
 /// The largest payload that is read; the largest that any request has is 40.
@@ -112,6 +114,17 @@ pub struct NotifierArea {
     pub size: u64,
     /// First byte in the file.
     pub offset: u64,
+}
+
+impl NotifierArea {
+    /// Judges the area: one whole page, on a page, and inside its file where that has an end.
+    pub fn check(&self) -> Result<(), Refused> {
+        let end = self.offset.checked_add(self.size).ok_or(Refused)?;
+        let held = file_size(&self.fd);
+        // A device file, which this usually is, has no size.
+        let inside = held == 0 || end <= held;
+        if self.size == PAGE && self.offset.is_multiple_of(PAGE) && inside { Ok(()) } else { Err(Refused) }
+    }
 }
 
 /// Decodes a request. Pure: for fuzzing and for tracing, too.

@@ -34,18 +34,29 @@ enum Direction {
     Load = 1,
 }
 
-/// Judges the answer to SET_DEVICE_STATE_FD: true when our own end of the pipe is used.
-pub(crate) fn parse_answer(payload: &[u8], fds: usize) -> Result<Result<bool, u64>, Fault> {
+/// What a back-end answers to SET_DEVICE_STATE_FD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateAnswer {
+    /// Our own end of the pipe is used.
+    Ours,
+    /// The fd that came with the answer is used instead.
+    Theirs,
+    /// It cannot, with this code.
+    Refused(u64),
+}
+
+/// Judges the answer to SET_DEVICE_STATE_FD, which came with `fds` fds.
+pub fn parse_answer(payload: &[u8], fds: usize) -> Result<StateAnswer, Fault> {
     let value: u64 = parse(payload)?;
     if value & ERROR_MASK != 0 {
-        return Ok(Err(value & ERROR_MASK));
+        return Ok(StateAnswer::Refused(value & ERROR_MASK));
     }
     let ours = value & OURS != 0;
     let due = u8::from(!ours);
     if fds != usize::from(due) {
         return Err(Fault::Fds { got: fds, least: due, most: due });
     }
-    Ok(Ok(ours))
+    Ok(if ours { StateAnswer::Ours } else { StateAnswer::Theirs })
 }
 
 impl Session {
@@ -94,9 +105,9 @@ impl Session {
         let Answered { payload, fds } =
             self.channel.exchange(REQUEST, transfer.as_bytes(), &[theirs.as_fd()], &deadline)?;
         let end = match parse_answer(&payload, fds.len()) {
-            Ok(Ok(true)) => ours,
-            Ok(Ok(false)) => fds.into_iter().next().unwrap_or(ours),
-            Ok(Err(code)) => return Err(self.channel.error(REQUEST, Cause::Refused(code))),
+            Ok(StateAnswer::Ours) => ours,
+            Ok(StateAnswer::Theirs) => fds.into_iter().next().unwrap_or(ours),
+            Ok(StateAnswer::Refused(code)) => return Err(self.channel.error(REQUEST, Cause::Refused(code))),
             Err(fault) => return Err(self.channel.malformed(REQUEST, fault)),
         };
         let flags = rustix::fs::fcntl_getfl(&end).map_err(|errno| self.state_error(errno))?;
@@ -193,9 +204,9 @@ mod tests {
     #[test]
     fn the_answer_says_whose_end_is_used_and_its_fds_agree() {
         let answer = |value: u64, fds| parse_answer(&value.to_ne_bytes(), fds);
-        assert_eq!(answer(0x100, 0), Ok(Ok(true)));
-        assert_eq!(answer(0, 1), Ok(Ok(false)));
-        assert_eq!(answer(0x101, 0), Ok(Err(1)));
+        assert_eq!(answer(0x100, 0), Ok(StateAnswer::Ours));
+        assert_eq!(answer(0, 1), Ok(StateAnswer::Theirs));
+        assert_eq!(answer(0x101, 0), Ok(StateAnswer::Refused(1)));
         assert!(answer(0x100, 1).is_err(), "fd returned and bit 8 set");
         assert!(answer(0, 0).is_err(), "neither");
         assert!(parse_answer(&[0; 4], 0).is_err());

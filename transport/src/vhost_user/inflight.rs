@@ -13,6 +13,7 @@ use super::error::{Cause, Error};
 use super::message::{Fault, Inflight, length, parse};
 use super::request::Request;
 use super::session::Session;
+use super::shmem::file_size;
 use super::vring::Ring;
 use crate::deadline::Deadline;
 
@@ -91,13 +92,13 @@ fn get(
         return Err(channel.malformed(REQUEST, Fault::Fds { got: 0, least: 1, most: 1 }));
     };
     let end = description.mmap_offset.saturating_add(description.mmap_size);
-    match rustix::fs::fstat(&fd).map(|stat| u64::try_from(stat.st_size).unwrap_or(0)) {
-        Ok(held) if held >= end => Ok(InflightArea { fd, description }),
+    if file_size(&fd) < end {
         // Handing a file that is too short to the next back-end would kill it when it looks.
-        _ => {
-            Err(channel.malformed(REQUEST, Fault::Value { field: "inflight area that ends at", value: end }))
-        }
+        return Err(
+            channel.malformed(REQUEST, Fault::Value { field: "inflight area that ends at", value: end })
+        );
     }
+    Ok(InflightArea { fd, description })
 }
 
 /// Gives the back-end the area `kept` from its predecessor, or a fresh one of its own, before the rings start.

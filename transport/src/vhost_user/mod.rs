@@ -22,7 +22,7 @@ mod channel;
 pub mod config;
 pub mod crypto;
 mod describe;
-mod device_state;
+pub mod device_state;
 pub mod dirty_log;
 mod error;
 pub mod features;

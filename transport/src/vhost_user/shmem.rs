@@ -4,7 +4,7 @@
 //! on whole pages, and over nothing else.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use super::error::Error;
 use super::message::{Fault, ShmemArea, ShmemHead, parse_front};
@@ -185,9 +185,13 @@ impl ShmemRegions {
     }
 }
 
-/// The bytes that a file holds; 0 for what is not a file (mapping it would fault or fail).
-pub fn file_size(fd: &OwnedFd) -> u64 {
-    rustix::fs::fstat(fd.as_fd()).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0))
+/// The bytes that a regular file holds; 0 for what is no such file (mapping it would fault or fail).
+pub fn file_size(fd: impl AsFd) -> u64 {
+    let Ok(stat) = rustix::fs::fstat(fd) else { return 0 };
+    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
+        return 0;
+    }
+    u64::try_from(stat.st_size).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -251,5 +255,16 @@ mod tests {
         assert!(config(1, &[0x1001]).is_err(), "not whole pages");
         assert!(parse_config(&[0; 7]).is_err());
         assert!(parse_config(&[0; 12]).is_err());
+    }
+
+    #[test]
+    fn only_regular_files_have_a_size() {
+        let memfd = rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memfd, 8192).unwrap();
+        assert_eq!(file_size(&memfd), 8192);
+        assert_eq!(file_size(std::fs::File::open("/").unwrap()), 0, "a directory");
+        assert_eq!(file_size(std::fs::File::open("/dev/zero").unwrap()), 0, "a device");
+        assert_eq!(file_size(std::os::unix::net::UnixStream::pair().unwrap().0), 0, "a socket");
+        assert_eq!(file_size(crate::vhost_user::Kick::new().unwrap()), 0, "an eventfd");
     }
 }
