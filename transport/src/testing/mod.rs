@@ -2,8 +2,10 @@
 //!
 //! For the tests of this crate, of `devices` and of the whole machine; never part of the program.
 
+mod role;
 mod script;
 mod vhost_user;
 
+pub use role::{RingView, Seen};
 pub use script::{Act, Offer, Script};
-pub use vhost_user::{RingView, ScriptedBackend, Seen};
+pub use vhost_user::ScriptedBackend;

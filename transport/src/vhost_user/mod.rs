@@ -8,7 +8,7 @@
 //!                               └────────stop──────────┘      any protocol error ──▶ Lost
 //! ```
 //!
-//! Two sockets: the *main* one, on which we ask ([`session`], [`request`]), and the *back-end channel*, on which
+//! Two sockets: the *main* one, on which we ask ([`Session`], [`request`]), and the *back-end channel*, on which
 //! the back end asks ([`backend_req`]); they share nothing and are served by different threads.
 //!
 //! A ring is stopped or started (SET_VRING_KICK / GET_VRING_BASE), and independently disabled or enabled

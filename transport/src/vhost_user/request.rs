@@ -1,6 +1,6 @@
 //! The request table of vhost-user "Front-end message types": what each needs, carries and is answered with.
 //!
-//! The rules are data; [`super::channel`] applies them to every exchange. Nothing is sent that the table's
+//! The rules are data; `channel.rs` applies them to every exchange. Nothing is sent that the table's
 //! `needs` column does not find negotiated.
 
 use std::fmt;
