@@ -280,3 +280,21 @@ fn a_file_that_ends_early_is_an_error_and_offsets_are_honoured() {
     assert_eq!(read(&ram, MIB, 100_000), vec![0; 100_000]);
     assert!(ram.copy_from_file(Gpa(RAM_MIN - 10), &zero, 0, 11).is_err());
 }
+
+#[test]
+fn no_single_wrong_byte_in_a_header_is_more_than_an_error() {
+    let ram = ram();
+    let images = [elf(2 * MIB, &[1; 5000], 4096), bzimage(&[1; 5000], 4 * MIB, 8192)];
+    for (image, header) in images.iter().zip([0..128, 0x1f0..0x280]) {
+        for at in header {
+            for value in [0x00, 0x01, 0x7f, 0x80, 0xff] {
+                let mut bad = image.clone();
+                bad[at] = value;
+                match load(&ram, &bad, Some(b"initramfs"), "quiet") {
+                    Ok(entry) => assert!(entry.start.0 >= MIB && entry.start.0 < RAM_MIN, "{at:#x}"),
+                    Err(error) => assert!(!error.to_string().is_empty()),
+                }
+            }
+        }
+    }
+}

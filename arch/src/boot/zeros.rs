@@ -2,7 +2,9 @@
 //! quarter of Debian's); guest memory reads as zeros anyway, so that these need neither pages nor copying, which
 //! would cost a tenth of the time from exec to the guest's first instruction.
 //!
-//! The file is looked at through a mapping: only a hint is taken from it, never the bytes that are loaded.
+//! The file is looked at through a mapping: reading it would cost as much as moving it. Somebody who truncates the
+//! file in those few milliseconds ends the process, as with every mapped file; the owner of the kernel is trusted
+//! that far, and nobody else can.
 
 use std::fs::File;
 use std::ops::Range;
