@@ -197,7 +197,10 @@ fn broken_frames_end_the_channel() {
     ] {
         let (backend, _session, mut channel) = start();
         let file = std::fs::File::open("/dev/zero").unwrap();
-        backend.send_on_channel(header.as_bytes(), &[file.as_fd()]).unwrap();
+        // What follows in the same segment stays in the socket after a shutdown, and must not be served.
+        let more = Header::request(BackendRequest::CONFIG_CHANGE_MSG.0, 0);
+        let bytes = [header.as_bytes(), more.as_bytes()].concat();
+        backend.send_on_channel(&bytes, &[file.as_fd()]).unwrap();
         let error = channel.serve(&Machine::default()).expect_err(what);
         assert!(
             error.to_string().starts_with("vhost-user backend scripted sent CONFIG_CHANGE_MSG with"),

@@ -250,6 +250,8 @@ pub struct BackendChannel {
     trace: Option<Arc<dyn Trace>>,
     partial: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// Out of step: what still lies in the socket must not be taken for requests.
+    lost: bool,
 }
 
 impl BackendChannel {
@@ -260,7 +262,7 @@ impl BackendChannel {
         trace: Option<Arc<dyn Trace>>,
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, peer, negotiated, trace, partial: Vec::new(), fds: Vec::new() })
+        Ok(Self { socket, peer, negotiated, trace, partial: Vec::new(), fds: Vec::new(), lost: false })
     }
 
     /// The peer's name.
@@ -273,6 +275,9 @@ impl BackendChannel {
     /// A request that is unknown, not negotiated or malformed inside is refused and the channel goes on; a broken
     /// frame, or a back-end that does not take our answers, ends it with an error.
     pub fn serve(&mut self, handler: &dyn BackendRequests) -> Result<Served, Error> {
+        if self.lost {
+            return Ok(Served::HungUp);
+        }
         for served in 0..BATCH {
             match self.read_message() {
                 Ok(Read::Message(header, payload)) => {
@@ -384,6 +389,7 @@ impl BackendChannel {
     }
 
     fn lose(&mut self, request: BackendRequest, cause: Cause) -> Error {
+        self.lost = true;
         self.fds.clear();
         self.partial.clear();
         if let Err(source) = self.socket.shutdown(Shutdown::Both) {
