@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
@@ -12,7 +13,7 @@ use crate::lock;
 use crate::ports::{
     DeviceMemory, Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch,
 };
-use crate::virtio::backend::{Backend, BackendError, BackendStats, Start};
+use crate::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
 use crate::virtio::device_type::{ConfigSource, DeviceType, Model};
 
 /// Guest RAM of the tests: one region from 0.
@@ -187,6 +188,8 @@ pub(crate) struct Script {
     pub(crate) on_read: Outcome,
     pub(crate) on_write: Outcome,
     pub(crate) config: Vec<u8>,
+    /// A start waits until something comes here.
+    pub(crate) hold_start: Option<Receiver<()>>,
     /// Looked at in every call: what the machine had registered at that moment.
     pub(crate) watch: Option<Recorder>,
 }
@@ -223,7 +226,12 @@ impl Backend for Scripted {
                 format!("{}:{}@{desc:x},{avail:x},{used:x}{base}", r.index, r.size)
             })
             .collect();
-        self.note(format!("start {:x} {}", start.features.bits(), rings.join(" ")), |s| s.on_start)
+        let gate = lock(&self.0).hold_start.take();
+        if let Some(gate) = gate {
+            gate.recv().unwrap();
+        }
+        let word = if start.begin == Begin::Resumed { "resume" } else { "start" };
+        self.note(format!("{word} {:x} {}", start.features.bits(), rings.join(" ")), |s| s.on_start)
     }
 
     fn stop(&mut self) -> Result<(), BackendError> {

@@ -81,7 +81,7 @@ impl Detached {
         };
         let opened = connection.map_err(vhost_user::OpenError::from);
         let opened = opened.and_then(|connection| vhost_user::open(connection, &config.order));
-        let Opened { model, backend, channel, hang_up } = opened.map_err(|error| {
+        let Opened { model, backend, channel, hang_up, .. } = opened.map_err(|error| {
             let hint = error.hint();
             let failed = Error::new(Fault::Peer, cannot()).because(error);
             match hint {
@@ -161,7 +161,7 @@ impl Attached {
             model.config = device.registers().config().to_vec();
             let backend = device.take_backend();
             let broken = match device.phase() {
-                PhaseReport::Broken(why) => Some(why),
+                PhaseReport::Broken(why) | PhaseReport::Recovering(why) => Some(why),
                 PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => None,
             };
             Detached { id, model, backend, memory, hang_up, broken, counted }

@@ -7,6 +7,15 @@ use transport::memory_map::MemoryMap;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
 
+/// Whether a backend is the first to have the queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// The driver has just set them up.
+    Fresh,
+    /// Another one had them and was cut off: what it had in flight is to be done.
+    Resumed,
+}
+
 /// What a backend needs to start the queues.
 #[derive(Debug)]
 pub struct Start<'a> {
@@ -16,6 +25,8 @@ pub struct Start<'a> {
     pub memory: &'a MemoryMap,
     /// The queues that the driver enabled, checked.
     pub rings: &'a [Ring<'a>],
+    /// Whether they ran before.
+    pub begin: Begin,
 }
 
 /// Why a backend did not do what it was asked.
@@ -57,7 +68,8 @@ pub struct BackendStats {
 }
 
 /// Whoever serves a device's queues. Called with the device's lock held, on vCPU threads and on the
-/// control thread; every call ends within the peer's deadline.
+/// control thread, and while a device recovers on a thread of its own; every call ends within the
+/// peer's deadline.
 pub trait Backend: Send {
     /// Starts the queues.
     ///

@@ -1,5 +1,6 @@
 //! A virtio device: registers, backend and phase, for every type and every transport. It carries out
-//! the effects of register writes. Must never touch a ring, wait without a bound, or know an offset of
+//! the effects of register writes; what happens when a backend takes the place of another is in
+//! [`super::takeover`]. Must never touch a ring, wait without a bound, or know an offset of
 //! a transport.
 
 use std::collections::BTreeSet;
@@ -8,13 +9,15 @@ use std::fmt;
 use std::io;
 
 use transport::memory_map::MemoryMap;
-use transport::vhost_user::vring::Call;
+use transport::vhost_user::features::DeviceFeatures;
+use transport::vhost_user::vring::{Call, Ring};
 
-use super::backend::{Backend, BackendError, Gone, Start};
+use super::backend::{Backend, BackendError, Begin, Gone, Start};
 use super::device_type::{ConfigSource, DeviceType, Model};
 use super::face::Face;
+use super::phase::{Absence, OnLoss, Phase, Waiting};
 use super::registers::{Effect, Identity, Refusal, Reg, Registers};
-use super::wiring::{ConnectError, Wiring};
+use super::wiring::{ConnectError, OwnedRing, RingsError, Wiring};
 use crate::ports::{Guard, PortError};
 
 pub use super::handle::DeviceHandle;
@@ -22,32 +25,6 @@ pub use super::report::{DeviceStats, PhaseReport, Trapped};
 
 /// "OUTB": who made the device, for drivers that ask.
 const VENDOR_ID: u32 = u32::from_le_bytes(*b"OUTB");
-
-/// Where a device is in its life.
-///
-/// ```text
-///                 DRIVER_OK, backend started
-///        Idle ─────────────────────────────▶ Running
-///        │ ▲ ▲ ◀───────────────────────────── │
-///        │ │ │       reset, backend stopped   │
-///        │ │ └── reset ── NeedsReset          │
-///        │ └────────────────▲                 │
-///        │   DRIVER_OK with rings that        │
-///        │   cannot be: the driver's mistake  │
-///        └──────────▶ Broken ◀────────────────┘   peer lost, or the machine's ports failed
-/// ```
-/// Only what the peer or the machine did lasts. `NEEDS_RESET` is shown in both cases, to the driver
-/// that was at work when it happened (§2.1.2), and goes with its reset: a reset device reads 0, as
-/// drivers wait for that. A broken device says so to the next driver by refusing `FEATURES_OK`
-/// (§3.1.1, step 6), the earliest point at which a driver takes a no and gives up.
-enum Phase {
-    Idle,
-    /// The guards are the queues' connections to the guest.
-    Running(Vec<Guard>),
-    /// The driver asked for what cannot be; the backend is as it was.
-    NeedsReset(String),
-    Broken(String),
-}
 
 /// Why the queues did not start.
 enum StartError {
@@ -66,12 +43,9 @@ impl From<ConnectError> for StartError {
     }
 }
 
-impl From<BackendError> for StartError {
-    fn from(error: BackendError) -> Self {
-        match error {
-            BackendError::Refused(cause) => Self::Driver(chain(cause.as_ref())),
-            BackendError::Lost(cause) => Self::Lasting(chain(cause.as_ref())),
-        }
+impl From<RingsError> for StartError {
+    fn from(error: RingsError) -> Self {
+        Self::Lasting(chain(&error))
     }
 }
 
@@ -88,22 +62,26 @@ pub enum NewError {
 
 /// A device: see the module's page.
 pub struct Device {
-    name: String,
+    pub(super) name: String,
     device_type: DeviceType,
-    config_source: ConfigSource,
-    registers: Registers,
-    backend: Box<dyn Backend>,
-    face: Box<dyn Face>,
-    memory: MemoryMap,
-    wiring: Wiring,
+    pub(super) config_source: ConfigSource,
+    pub(super) registers: Registers,
+    pub(super) backend: Box<dyn Backend>,
+    pub(super) face: Box<dyn Face>,
+    pub(super) memory: MemoryMap,
+    pub(super) wiring: Wiring,
     config_call: Call,
     _config_route: Guard,
-    phase: Phase,
+    pub(super) phase: Phase,
+    on_loss: OnLoss,
+    /// Its backend was given away: no other one may come.
+    pub(super) retired: bool,
     trapped: Trapped,
-    activations: u64,
-    resets: u64,
+    pub(super) activations: u64,
+    pub(super) resets: u64,
+    pub(super) recoveries: u64,
     config_interrupts: u64,
-    refused: BTreeSet<&'static str>,
+    noted: BTreeSet<&'static str>,
 }
 
 /// What a device is made of, but for its transport.
@@ -119,7 +97,7 @@ pub struct Parts {
 }
 
 /// The causes of `error`, outermost first, in one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -164,11 +142,14 @@ impl Device {
             config_call,
             _config_route: config_route,
             phase: Phase::Idle,
+            on_loss: OnLoss::default(),
+            retired: false,
             trapped: Trapped::default(),
             activations: 0,
             resets: 0,
+            recoveries: 0,
             config_interrupts: 0,
-            refused: BTreeSet::new(),
+            noted: BTreeSet::new(),
         })
     }
 
@@ -204,7 +185,7 @@ impl Device {
             _ if !self.device_type.driver_may_write(offered, offset, data.len()) => {
                 self.note("the driver wrote a configuration field that can only be read");
             }
-            _ if self.config_source == ConfigSource::Fixed || self.is_broken() => {
+            _ if self.config_source == ConfigSource::Fixed || !self.phase.has_backend() => {
                 self.note("a configuration write goes nowhere");
             }
             _ => match u32::try_from(offset) {
@@ -215,7 +196,7 @@ impl Device {
                         self.reload_config();
                     }
                     Err(BackendError::Refused(_)) => self.note("the backend refused a configuration write"),
-                    Err(lost) => self.break_down(chain(lost.cause())),
+                    Err(lost) => self.lose(chain(lost.cause())),
                 },
                 Err(_) => self.note_refusal(Refusal::ConfigBounds),
             },
@@ -224,7 +205,7 @@ impl Device {
 
     /// Notes an access that the transport itself could not make sense of.
     pub fn note(&mut self, what: &'static str) {
-        if self.refused.insert(what) {
+        if self.noted.insert(what) {
             log::warn!("{}: {what} (logged once)", self.name);
         }
     }
@@ -232,13 +213,24 @@ impl Device {
     /// The backend says that its configuration changed: reads it again and tells the driver. A
     /// configuration that reads as before is no change. Waits for the backend, within its deadline.
     pub fn config_changed(&mut self) {
-        if self.config_source == ConfigSource::Backend && !self.is_broken() && self.reload_config() {
+        let asked = self.config_source == ConfigSource::Backend && self.phase.has_backend();
+        if asked && self.reload_config() {
             self.interrupt_config();
         }
     }
 
-    /// The backend is gone: the device is broken from here on.
+    /// What is to become of the device when its peer is lost, from now on.
+    pub fn on_loss(&mut self, on_loss: OnLoss) {
+        self.on_loss = on_loss;
+    }
+
+    /// The backend is gone: the device breaks, or recovers, as it was made to.
     pub fn peer_lost(&mut self, why: &str) {
+        self.lose(why.to_owned());
+    }
+
+    /// No backend will come, or only such as cannot be used: the device breaks.
+    pub fn give_up(&mut self, why: &str) {
         self.break_down(why.to_owned());
     }
 
@@ -252,36 +244,43 @@ impl Device {
 
     /// The machine ends: stops the queues, if the backend still lets us, and gives it up.
     pub fn shutdown(&mut self) {
-        if let Phase::Running(guards) = std::mem::replace(&mut self.phase, Phase::Idle) {
-            drop(guards);
-            if let Err(error) = self.backend.stop() {
-                log::warn!("{}: the backend did not stop: {}", self.name, chain(error.cause()));
+        self.retired = true;
+        match std::mem::replace(&mut self.phase, Phase::Broken("the machine has ended".to_owned())) {
+            Phase::Running(guards) => {
+                drop(guards);
+                if let Err(error) = self.backend.stop() {
+                    log::warn!("{}: the backend did not stop: {}", self.name, chain(error.cause()));
+                }
             }
+            // Whoever starts a backend right now finds that nobody waits for it, and hangs up.
+            Phase::Idle | Phase::NeedsReset(_) | Phase::Recovering(_) => {}
+            broken @ Phase::Broken(_) => self.phase = broken,
         }
         self.backend.disconnect();
-        if !self.is_broken() {
-            self.phase = Phase::Broken("the machine has ended".to_owned());
-            self.registers.mark_broken();
-        }
+        self.registers.mark_broken();
+        self.face.show_registers(&self.registers);
     }
 
     /// Stops the queues and gives the backend away, for another device to be made of it; [`Device::phase`]
-    /// still says whether it can be used. This device breaks when a driver starts it again.
+    /// still says whether it can be used, or waited for. This device breaks when a driver starts it again.
     #[must_use]
     pub fn take_backend(&mut self) -> Box<dyn Backend> {
         self.machine_reset();
+        self.retired = true;
         std::mem::replace(&mut self.backend, Box::new(Gone))
     }
 
     /// Where the device is.
     #[must_use]
     pub fn phase(&self) -> PhaseReport {
-        match &self.phase {
-            Phase::Idle => PhaseReport::Idle,
-            Phase::Running(_) => PhaseReport::Running,
-            Phase::NeedsReset(why) => PhaseReport::NeedsReset(why.clone()),
-            Phase::Broken(why) => PhaseReport::Broken(why.clone()),
-        }
+        self.phase.report()
+    }
+
+    /// The device as it is now, to make another one of: a successor of the first backend may have
+    /// brought other features and another configuration.
+    #[must_use]
+    pub fn features_and_config(&self) -> (DeviceFeatures, Vec<u8>) {
+        (self.registers.offered_next(), self.registers.config().to_vec())
     }
 
     /// What it did so far.
@@ -293,6 +292,7 @@ impl Device {
             phase: self.phase(),
             activations: self.activations,
             resets: self.resets,
+            recoveries: self.recoveries,
             config_interrupts: self.config_interrupts,
             trapped: self.trapped,
             backend: self.backend.stats(),
@@ -332,41 +332,55 @@ impl Device {
     }
 
     fn ring(&self, queue: u16) {
-        if matches!(self.phase, Phase::Running(_))
+        if self.phase.takes_kicks()
             && let Err(error) = self.wiring.kick(queue)
         {
             log::warn!("{}: cannot kick queue {queue}: {error}", self.name);
         }
     }
 
-    /// The driver is ready: connects the queues and starts the backend.
+    /// The driver is ready: connects the queues and starts the backend, now or when there is one.
     fn activate(&mut self) {
         if self.is_broken() {
             // The driver went on with a device that broke under its hands: now it may be told.
             return self.interrupt_config();
         }
-        match self.start() {
-            Ok(guards) => {
-                self.activations += 1;
-                self.phase = Phase::Running(guards);
-            }
+        let connected = self.wiring.connect(&self.registers, self.face.as_ref(), &self.memory);
+        match connected.map_err(StartError::from).and_then(|guards| self.start(guards)) {
+            Ok(()) => {}
             Err(StartError::Driver(why)) => self.need_reset(why),
             Err(StartError::Lasting(why)) => self.break_down(why),
         }
     }
 
-    /// Everything is undone again when this fails: the guards go with the error.
-    fn start(&mut self) -> Result<Vec<Guard>, StartError> {
-        let Self { registers, wiring, face, memory, backend, .. } = self;
-        let (rings, guards) = wiring.connect(registers, face.as_ref(), memory)?;
+    /// Has the connected queues served. The connections are undone again when this fails.
+    fn start(&mut self, guards: Vec<Guard>) -> Result<(), StartError> {
+        if let Phase::Recovering(absence) = &mut self.phase {
+            absence.queues = Some(Waiting { guards, begin: Begin::Fresh });
+            return Ok(());
+        }
+        let Self { registers, wiring, memory, backend, .. } = self;
         let Some(features) = registers.accepted() else {
             return Err(StartError::Driver(
                 "the driver was ready before the features were agreed".to_owned(),
             ));
         };
-        let start = Start { features, memory, rings: &rings };
-        backend.start(&start)?;
-        Ok(guards)
+        let rings = wiring.rings(registers, Begin::Fresh, memory)?;
+        let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
+        match backend.start(&Start { features, memory, rings: &rings, begin: Begin::Fresh }) {
+            Ok(()) => {
+                self.activations += 1;
+                self.phase = Phase::Running(guards);
+                Ok(())
+            }
+            Err(BackendError::Refused(cause)) => Err(StartError::Driver(chain(cause.as_ref()))),
+            Err(BackendError::Lost(cause)) => {
+                // It may have served some of them before it failed.
+                self.phase = Phase::Running(guards);
+                self.lose(chain(cause.as_ref()));
+                Ok(())
+            }
+        }
     }
 
     /// Stops what runs; the registers are reset already.
@@ -374,35 +388,47 @@ impl Device {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle | Phase::NeedsReset(_) => {}
             broken @ Phase::Broken(_) => self.phase = broken,
+            Phase::Recovering(absence) => self.quiesce_absent(absence),
             Phase::Running(guards) => {
                 self.resets += 1;
                 // No new kick, no further interrupt, then the backend.
                 drop(guards);
-                match self.backend.stop() {
-                    Ok(()) => {
-                        if let Err(error) = self.wiring.drain() {
-                            log::warn!("{}: cannot drain an eventfd: {error}", self.name);
-                        }
-                    }
-                    Err(error) => self.break_down(chain(error.cause())),
+                if let Err(error) = self.backend.stop() {
+                    self.lose(chain(error.cause()));
                 }
+                self.drain();
             }
+        }
+    }
+
+    /// Takes what is left in the queues' eventfds.
+    pub(super) fn drain(&self) {
+        if let Err(error) = self.wiring.drain() {
+            log::warn!("{}: cannot drain an eventfd: {error}", self.name);
+        }
+    }
+
+    /// Interrupts the guest for every queue, as nobody knows whether it was told of the last used buffers.
+    pub(super) fn call_all(&self) {
+        if let Err(error) = self.wiring.call_all(&self.registers) {
+            log::warn!("{}: cannot interrupt: {error}", self.name);
         }
     }
 
     /// Reads the configuration from the backend and shows it. Says whether it is another.
     fn reload_config(&mut self) -> bool {
-        let mut config = match self.backend.read_config() {
-            Ok(config) => config,
+        match self.backend.read_config() {
+            Ok(config) => return self.show_config(config),
             Err(BackendError::Refused(_)) => {
                 self.note("the backend refused to show its configuration");
-                return false;
             }
-            Err(lost) => {
-                self.break_down(chain(lost.cause()));
-                return false;
-            }
-        };
+            Err(lost) => self.lose(chain(lost.cause())),
+        }
+        false
+    }
+
+    /// Shows a configuration of the backend. Says whether it is another.
+    pub(super) fn show_config(&mut self, mut config: Vec<u8>) -> bool {
         // What is no longer there stays as it was.
         let old = self.registers.config();
         config.truncate(old.len());
@@ -421,7 +447,7 @@ impl Device {
     }
 
     /// Tells the driver that the configuration or the status changed, if it is ready to hear that.
-    fn interrupt_config(&mut self) {
+    pub(super) fn interrupt_config(&mut self) {
         let may = self.registers.note_config_interrupt();
         self.face.show_registers(&self.registers);
         if may {
@@ -433,15 +459,43 @@ impl Device {
     }
 
     /// The driver cannot go on; after its reset it, or another one, may try again.
-    fn need_reset(&mut self, why: String) {
-        log::warn!("device {} needs a reset: {why}", self.name);
-        self.phase = Phase::NeedsReset(why);
+    pub(super) fn need_reset(&mut self, why: String) {
+        if self.noted.insert("reset") {
+            log::warn!("device {} needs a reset: {why} (logged once)", self.name);
+        }
         self.registers.need_reset();
+        match &mut self.phase {
+            // The driver's state comes back with the backend.
+            Phase::Recovering(absence) => absence.queues = None,
+            phase => *phase = Phase::NeedsReset(why),
+        }
         self.interrupt_config();
     }
 
+    /// The peer failed.
+    fn lose(&mut self, why: String) {
+        if self.on_loss == OnLoss::Break || self.retired {
+            return self.break_down(why);
+        }
+        let queues = match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Running(guards) => Some(Waiting { guards, begin: Begin::Resumed }),
+            Phase::Idle | Phase::NeedsReset(_) => None,
+            // Told twice.
+            absent @ (Phase::Recovering(_) | Phase::Broken(_)) => {
+                self.phase = absent;
+                return;
+            }
+        };
+        log::warn!("device {} waits for another backend: {why}", self.name);
+        self.backend.disconnect();
+        if queues.is_some() {
+            self.call_all();
+        }
+        self.phase = Phase::Recovering(Absence::new(why, queues));
+    }
+
     /// The device cannot go on.
-    fn break_down(&mut self, why: String) {
+    pub(super) fn break_down(&mut self, why: String) {
         if self.is_broken() {
             return;
         }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::device::Device;
+use super::phase::OnLoss;
 use super::report::{DeviceStats, PhaseReport};
 use super::status::Status;
 use crate::lock;
@@ -31,9 +32,19 @@ impl DeviceHandle {
         self.with(Device::config_changed);
     }
 
+    /// See [`Device::on_loss`].
+    pub fn on_loss(&self, on_loss: OnLoss) {
+        self.with(|device| device.on_loss(on_loss));
+    }
+
     /// See [`Device::peer_lost`].
     pub fn peer_lost(&self, why: &str) {
         self.with(|device| device.peer_lost(why));
+    }
+
+    /// See [`Device::give_up`].
+    pub fn give_up(&self, why: &str) {
+        self.with(|device| device.give_up(why));
     }
 
     /// See [`Device::machine_reset`].

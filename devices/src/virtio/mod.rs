@@ -8,9 +8,12 @@
 //! | [`device_type`] | what distinguishes a disk from a network card: one table row |
 //! | [`device`] | the device: registers, backend, phase |
 //! | [`face`] | what the device asks of its transport |
+//! | [`phase`] | where it is in its life |
+//! | [`takeover`] | another backend in the place of a lost one |
 //! | [`handle`], [`report`] | the device shared between threads, and what it reports |
 //! | [`backend`] | what the device asks of whoever serves its queues |
 //! | [`vhost_user`] | that, over vhost-user |
+//! | [`reconnect`] | a vhost-user backend that comes back |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
 
 pub mod backend;
@@ -19,10 +22,14 @@ pub mod device_type;
 pub mod face;
 pub mod handle;
 pub mod mmio;
+pub mod phase;
 pub mod queue;
+pub mod reconnect;
 pub mod registers;
 pub mod report;
+mod resume;
 pub mod status;
+pub mod takeover;
 pub mod vhost_user;
 mod wiring;
 
@@ -30,4 +37,6 @@ pub use device::Parts;
 pub use device_type::{DeviceType, Wishes};
 pub use handle::DeviceHandle;
 pub use mmio::MmioDevice;
+pub use phase::OnLoss;
+pub use reconnect::Reconnect;
 pub use report::{DeviceStats, PhaseReport, Trapped};

@@ -139,6 +139,8 @@ pub struct Registers {
     device_id: u32,
     vendor_id: u32,
     offered: DeviceFeatures,
+    /// What is offered from the next reset on.
+    next_offer: Option<DeviceFeatures>,
     shared_memory: Vec<Option<SharedMemory>>,
     config: Vec<u8>,
     generation: u32,
@@ -170,6 +172,12 @@ const NOT_CARRIED: [u32; 8] = [
     ADMIN_VQ,
 ];
 const ADMIN_VQ: u32 = 41;
+
+/// What of `features` a driver may be offered.
+fn carried(features: DeviceFeatures) -> DeviceFeatures {
+    let not_carried = NOT_CARRIED.iter().fold(0, |bits, number| bits | 1_u64 << number);
+    DeviceFeatures::from_bits(features.bits() & !not_carried)
+}
 
 /// Bits of the interrupt status (mmio §4.2.2, pci §4.1.4.5).
 const USED_BUFFER: u32 = 1;
@@ -204,11 +212,11 @@ impl Registers {
     #[must_use]
     pub fn new(identity: Identity) -> Self {
         let Identity { device_id, vendor_id, features, queues, queue_size, config, shared_memory } = identity;
-        let not_carried = NOT_CARRIED.iter().fold(0, |bits, number| bits | 1_u64 << number);
         Self {
             device_id,
             vendor_id,
-            offered: DeviceFeatures::from_bits(features.bits() & !not_carried),
+            offered: carried(features),
+            next_offer: None,
             shared_memory,
             config,
             generation: 0,
@@ -236,6 +244,22 @@ impl Registers {
     #[must_use]
     pub fn offered(&self) -> DeviceFeatures {
         self.offered
+    }
+
+    /// What the next driver is offered.
+    #[must_use]
+    pub fn offered_next(&self) -> DeviceFeatures {
+        self.next_offer.unwrap_or(self.offered)
+    }
+
+    /// Offers other features, to the next driver: the present one goes on with what it saw.
+    pub fn offer_next(&mut self, features: DeviceFeatures) {
+        let features = carried(features);
+        if self.status == Status::default() {
+            self.offered = features;
+        } else {
+            self.next_offer = Some(features);
+        }
     }
 
     /// What the driver took, once `FEATURES_OK` is set.
@@ -383,6 +407,12 @@ impl Registers {
         }
     }
 
+    /// Whether the driver has to reset the device.
+    #[must_use]
+    pub fn needs_reset(&self) -> bool {
+        self.status.has(Status::NEEDS_RESET)
+    }
+
     /// The device cannot go on: `NEEDS_RESET` for the present driver, no `FEATURES_OK` for the next.
     pub fn mark_broken(&mut self) {
         self.broken = true;
@@ -396,7 +426,8 @@ impl Registers {
         let Self {
             device_id: _,
             vendor_id: _,
-            offered: _,
+            offered,
+            next_offer,
             shared_memory: _,
             config: _,
             generation: _,
@@ -412,6 +443,7 @@ impl Registers {
             shm_sel,
             config_pending,
         } = self;
+        *offered = next_offer.take().unwrap_or(*offered);
         *status = Status::default();
         *device_features_sel = 0;
         *driver_features_sel = 0;

@@ -11,6 +11,8 @@ pub enum PhaseReport {
     Running,
     /// The driver made a mistake, this one; it has to reset the device.
     NeedsReset(String),
+    /// The backend was lost, for this reason, and another one is waited for.
+    Recovering(String),
     /// The device cannot go on, for this reason.
     Broken(String),
 }
@@ -43,6 +45,8 @@ pub struct DeviceStats {
     pub activations: u64,
     /// How often it was reset while its queues ran.
     pub resets: u64,
+    /// How often another backend took over.
+    pub recoveries: u64,
     /// Configuration interrupts sent.
     pub config_interrupts: u64,
     /// Writes that came to us while the queues ran.

@@ -3,12 +3,16 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted};
-use transport::vhost_user::{BackendChannel, Connection, Error, LiveSession, Session, Stats};
+use transport::vhost_user::{BackendChannel, Connection, Error, InflightArea, LiveSession, Session, Stats};
 
-use super::backend::{Backend, BackendError, BackendStats, Start};
+use super::backend::{Backend, BackendError, BackendStats, Begin, Start};
 use super::device_type::{DeviceType, Model, ModelError, Offer, Wishes};
+use super::reconnect::Reconnect;
+use crate::lock;
 
 /// What a user wants of a vhost-user device.
 #[derive(Debug, Clone)]
@@ -79,6 +83,8 @@ pub struct Opened {
     /// Readable or hung up as soon as the connection is gone, whoever ended it. Nothing is to be read
     /// from it.
     pub hang_up: OwnedFd,
+    /// For when it is lost.
+    pub reconnect: Reconnect,
 }
 
 /// Asks the backend what it offers and makes a device of that. Waits for two deadlines at most.
@@ -86,29 +92,49 @@ pub struct Opened {
 /// # Errors
 /// When the backend fails, or does not fit the order.
 pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
-    let mut session = connection.negotiate(&order.wanted)?;
-    let config_size = usize::from(order.device_type.config_size());
-    let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && config_size > 0;
-    let config = match has_config.then(|| session.read_config(config_size)).transpose() {
-        Ok(config) => config,
-        // Promised, but not given: as good as none, where the device can do without.
-        Err(error) if !error.is_fatal() && !order.device_type.needs_config() => {
-            log::warn!("{error}");
-            None
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let has_count = session.protocol().contains(ProtocolFeatures::MQ);
-    let queue_num = has_count.then(|| session.queue_num());
-    let offer = Offer { features: session.offered(), queue_num, config };
-    let model = order.device_type.model(offer, &order.wishes).map_err(|source| OpenError::Unfit {
-        peer: format!("vhost-user backend {}", session.peer()),
-        source,
-    })?;
-    let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
-    let channel = session.take_backend_channel();
-    let backend = VhostUser { link: Link::Standing(session), config_size, past: Stats::default() };
-    Ok(Opened { model, backend, channel, hang_up })
+    let Survey { session, model, config_size, channel, hang_up } = Survey::of(connection, order)?;
+    let kept = Arc::default();
+    let backend = VhostUser::new(session, order.device_type, Arc::clone(&kept));
+    let reconnect = Reconnect::new(order, config_size, kept);
+    Ok(Opened { model, backend, channel, hang_up, reconnect })
+}
+
+/// What a backend says of itself.
+pub(super) struct Survey {
+    pub(super) session: Session,
+    pub(super) model: Model,
+    /// Bytes of configuration that it gave.
+    pub(super) config_size: usize,
+    pub(super) channel: Option<BackendChannel>,
+    pub(super) hang_up: OwnedFd,
+}
+
+impl Survey {
+    pub(super) fn of(connection: Connection, order: &Order) -> Result<Self, OpenError> {
+        let mut session = connection.negotiate(&order.wanted)?;
+        let most = usize::from(order.device_type.config_size());
+        let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && most > 0;
+        let config = match has_config.then(|| session.read_config(most)).transpose() {
+            Ok(config) => config,
+            // Promised, but not given: as good as none, where the device can do without.
+            Err(error) if !error.is_fatal() && !order.device_type.needs_config() => {
+                log::warn!("{error}");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let config_size = config.as_ref().map_or(0, Vec::len);
+        let has_count = session.protocol().contains(ProtocolFeatures::MQ);
+        let queue_num = has_count.then(|| session.queue_num());
+        let offer = Offer { features: session.offered(), queue_num, config };
+        let model = order.device_type.model(offer, &order.wishes).map_err(|source| OpenError::Unfit {
+            peer: format!("vhost-user backend {}", session.peer()),
+            source,
+        })?;
+        let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
+        let channel = session.take_backend_channel();
+        Ok(Self { session, model, config_size, channel, hang_up })
+    }
 }
 
 /// The connection, by what it can do.
@@ -118,66 +144,136 @@ enum Link {
     Gone,
 }
 
+/// What outlives a connection.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    /// Where the backend that runs, or was cut off, notes what it has in flight.
+    inflight: Option<Arc<InflightArea>>,
+    /// Counters of the connections that ended.
+    past: Stats,
+}
+
 /// A vhost-user backend.
 pub struct VhostUser {
     link: Link,
     config_size: usize,
-    /// Counters of the connection when it ended.
-    past: Stats,
+    kept: Arc<Mutex<Kept>>,
 }
 
 fn failed(error: Error) -> BackendError {
     if error.is_fatal() { BackendError::Lost(error.into()) } else { BackendError::Refused(error.into()) }
 }
 
-impl VhostUser {
-    fn stats_now(&self) -> Stats {
-        match &self.link {
-            Link::Standing(session) => session.stats(),
-            Link::Live(live) => live.stats(),
-            Link::Gone => self.past,
+/// Two connections' counters in one.
+fn sum(a: Stats, b: Stats) -> Stats {
+    Stats {
+        sent: a.sent.saturating_add(b.sent),
+        answers: a.answers.saturating_add(b.answers),
+        failures: a.failures.saturating_add(b.failures),
+        worst_wait: a.worst_wait.max(b.worst_wait),
+        total_wait: a.total_wait.saturating_add(b.total_wait),
+    }
+}
+
+impl Link {
+    fn stats(&self) -> Stats {
+        match self {
+            Self::Standing(session) => session.stats(),
+            Self::Live(live) => live.stats(),
+            Self::Gone => Stats::default(),
         }
     }
+}
 
-    /// Takes the link out, remembering its counters in case it does not come back.
+impl VhostUser {
+    pub(super) fn new(session: Session, device_type: DeviceType, kept: Arc<Mutex<Kept>>) -> Self {
+        let config_size = usize::from(device_type.config_size());
+        Self { link: Link::Standing(session), config_size, kept }
+    }
+
+    /// Takes the link out.
     fn take(&mut self) -> Link {
-        self.past = self.stats_now();
         std::mem::replace(&mut self.link, Link::Gone)
+    }
+
+    /// A connection is over: its counters stay.
+    fn ended(&self, stats: Stats) {
+        let mut kept = lock(&self.kept);
+        kept.past = sum(kept.past, stats);
+    }
+
+    /// The same after an operation that began at `begun` and ended it.
+    fn failed_since(&self, begun: Instant, before: Stats) {
+        let took = begun.elapsed();
+        let failure = Stats { failures: 1, worst_wait: took, total_wait: took, ..Stats::default() };
+        self.ended(sum(before, failure));
+    }
+}
+
+impl Drop for VhostUser {
+    fn drop(&mut self) {
+        self.disconnect();
     }
 }
 
 impl Backend for VhostUser {
     fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError> {
-        match self.take() {
-            Link::Standing(session) => match session.go_live(start.features, start.memory, start.rings) {
-                Ok(live) => {
-                    self.link = Link::Live(live);
-                    Ok(())
-                }
-                Err(lost) => {
-                    // Only what was never sent leaves the session as it was; a backend that refuses in the
-                    // middle is half started.
-                    let (error, session) = lost.into_parts();
-                    match session {
-                        Some(session) => {
-                            self.link = Link::Standing(session);
-                            Err(failed(error))
-                        }
-                        None => Err(BackendError::Lost(error.into())),
+        let mut session = match self.take() {
+            Link::Standing(session) => session,
+            // The device starts what stands and nothing else.
+            link @ (Link::Live(_) | Link::Gone) => {
+                self.ended(link.stats());
+                return Err(BackendError::gone());
+            }
+        };
+        // A driver that starts anew has nothing in flight.
+        let inflight = lock(&self.kept).inflight.take().filter(|_| start.begin == Begin::Resumed);
+        if let Some(area) = inflight.clone() {
+            session = session.with_inflight(area);
+        }
+        let (begun, before) = (Instant::now(), session.stats());
+        match session.go_live(start.features, start.memory, start.rings) {
+            Ok(live) => {
+                lock(&self.kept).inflight = live.inflight().cloned();
+                self.link = Link::Live(live);
+                Ok(())
+            }
+            Err(lost) => {
+                // For the next one: what was in flight still is.
+                lock(&self.kept).inflight = inflight;
+                // Only what was never sent leaves the session as it was; a backend that refuses in the
+                // middle is half started.
+                let (error, session) = lost.into_parts();
+                match session {
+                    Some(session) => {
+                        self.link = Link::Standing(session);
+                        Err(failed(error))
+                    }
+                    None => {
+                        self.failed_since(begun, before);
+                        Err(BackendError::Lost(error.into()))
                     }
                 }
-            },
-            // The device starts what stands and nothing else.
-            Link::Live(_) | Link::Gone => Err(BackendError::gone()),
+            }
         }
     }
 
     fn stop(&mut self) -> Result<(), BackendError> {
         match self.take() {
             Link::Live(live) => {
-                let (session, _bases) = live.stop().map_err(|lost| BackendError::Lost(lost.into()))?;
-                self.link = Link::Standing(session);
-                Ok(())
+                let (begun, before) = (Instant::now(), live.stats());
+                match live.stop() {
+                    Ok((session, _bases)) => {
+                        // It finished what it had in flight.
+                        lock(&self.kept).inflight = None;
+                        self.link = Link::Standing(session);
+                        Ok(())
+                    }
+                    Err(lost) => {
+                        self.failed_since(begun, before);
+                        Err(BackendError::Lost(lost.into()))
+                    }
+                }
             }
             standing @ Link::Standing(_) => {
                 self.link = standing;
@@ -205,11 +301,12 @@ impl Backend for VhostUser {
     }
 
     fn disconnect(&mut self) {
-        drop(self.take());
+        let link = self.take();
+        self.ended(link.stats());
     }
 
     fn stats(&self) -> BackendStats {
-        let Stats { sent, answers, failures, worst_wait, .. } = self.stats_now();
+        let Stats { sent, answers, failures, worst_wait, .. } = sum(lock(&self.kept).past, self.link.stats());
         BackendStats { messages: sent, waits: answers, failures, worst_wait }
     }
 }

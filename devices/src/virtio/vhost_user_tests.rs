@@ -12,7 +12,7 @@ use super::*;
 use crate::bus::BusDevice;
 use crate::testing::{Recorder, memory};
 use crate::virtio::mmio::{MmioDevice, Place};
-use crate::virtio::{Parts, PhaseReport};
+use crate::virtio::{OnLoss, Parts, PhaseReport};
 
 const BASE: u64 = 0xd000_0000;
 const SECTORS: u64 = 2048;
@@ -93,11 +93,16 @@ const HEAD: u64 = 0x8000;
 
 impl Guest {
     pub(super) fn new(opened: Opened) -> (Self, Option<BackendChannel>, OwnedFd) {
-        let Opened { model, backend, channel, hang_up } = opened;
+        Self::on_loss(opened, OnLoss::Break)
+    }
+
+    pub(super) fn on_loss(opened: Opened, on_loss: OnLoss) -> (Self, Option<BackendChannel>, OwnedFd) {
+        let Opened { model, backend, channel, hang_up, .. } = opened;
         let (machine, ram) = (Recorder::default(), memory());
         let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone() };
         let place = Place { base: GuestAddr(BASE), gsi: 5 };
         let device = MmioDevice::new(parts, place, &machine.ports()).unwrap();
+        device.handle().on_loss(on_loss);
         (Self { device, machine, ram, next: Cell::new(0) }, channel, hang_up)
     }
 

@@ -1,13 +1,15 @@
-//! The eventfds of a device's queues, and how they are connected for a start. Must never read a ring.
+//! The eventfds of a device's queues, and how they are connected for a start. Must never write a ring.
 
 use std::io;
 
-use transport::memory_map::MemoryMap;
-use transport::vhost_user::vring::{Call, Kick, Ring};
+use transport::memory_map::{GuestAddr, MemoryMap};
+use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
+use super::backend::Begin;
 use super::face::Face;
-use super::queue::QueueError;
+use super::queue::{QueueError, QueueState};
 use super::registers::Registers;
+use super::resume::{self, ResumeError};
 use crate::ports::{Guard, PortError};
 
 /// Why the queues cannot be connected.
@@ -19,6 +21,15 @@ pub(super) enum ConnectError {
     Port(#[from] PortError),
 }
 
+/// Why there are no rings to give to a backend.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RingsError {
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
+    #[error("cannot duplicate an eventfd")]
+    Fd(#[from] io::Error),
+}
+
 struct Pair {
     kick: Kick,
     call: Call,
@@ -27,46 +38,97 @@ struct Pair {
 /// One kick and one call for each queue, for the whole life of the device.
 pub(super) struct Wiring(Vec<Pair>);
 
+/// A ring with eventfds of its own, as a start need not hold the device's lock.
+#[derive(Debug)]
+pub(super) struct OwnedRing {
+    index: u16,
+    size: u16,
+    desc: GuestAddr,
+    driver: GuestAddr,
+    device: GuestAddr,
+    base: RingBase,
+    kick: Kick,
+    call: Call,
+}
+
+impl OwnedRing {
+    /// As it is told to a backend.
+    pub(super) fn as_ring(&self) -> Ring<'_> {
+        let Self { index, size, desc, driver, device, base, kick, call } = self;
+        Ring {
+            index: *index,
+            size: *size,
+            descriptor: *desc,
+            available: *driver,
+            used: *device,
+            base: *base,
+            kick,
+            call,
+            error: None,
+        }
+    }
+}
+
 impl Wiring {
     pub(super) fn new(queues: u16) -> io::Result<Self> {
         let pair = |_| Ok(Pair { kick: Kick::new()?, call: Call::new()? });
         (0..queues).map(pair).collect::<io::Result<_>>().map(Self)
     }
 
-    /// Checks every queue that the driver enabled, and connects it to the guest: what the backend is to
-    /// be told, and what undoes the connections.
+    /// The queues that the driver enabled.
+    fn enabled<'a>(
+        &'a self,
+        registers: &'a Registers,
+    ) -> impl Iterator<Item = (u16, &'a QueueState, &'a Pair)> {
+        let queues = (0_u16..).zip(registers.queues()).zip(&self.0);
+        queues.filter(|((_, queue), _)| queue.ready).map(|((index, queue), pair)| (index, queue, pair))
+    }
+
+    /// Checks every queue that the driver enabled, and connects it to the guest: what undoes the
+    /// connections.
     pub(super) fn connect(
         &self,
         registers: &Registers,
         face: &dyn Face,
         memory: &MemoryMap,
-    ) -> Result<(Vec<Ring<'_>>, Vec<Guard>), ConnectError> {
+    ) -> Result<Vec<Guard>, ConnectError> {
         let layout = registers.ring_layout();
-        let (mut rings, mut guards) = (Vec::new(), Vec::new());
-        for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&self.0) {
-            if !queue.ready {
-                continue;
-            }
+        for (index, queue, _) in self.enabled(registers) {
             queue.validate(index, layout, memory)?;
-            guards.push(face.connect(index, &pair.kick, &pair.call)?);
-            rings.push(Ring {
-                index,
-                size: queue.size,
-                descriptor: queue.desc,
-                available: queue.driver,
-                used: queue.device,
-                base: layout.first_base(),
-                kick: &pair.kick,
-                call: &pair.call,
-                error: None,
-            });
         }
-        Ok((rings, guards))
+        let connect = |(index, _, pair): (u16, _, &Pair)| face.connect(index, &pair.kick, &pair.call);
+        Ok(self.enabled(registers).map(connect).collect::<Result<_, _>>()?)
+    }
+
+    /// What a backend is told of the queues that the driver enabled.
+    pub(super) fn rings(
+        &self,
+        registers: &Registers,
+        begin: Begin,
+        memory: &MemoryMap,
+    ) -> Result<Vec<OwnedRing>, RingsError> {
+        let layout = registers.ring_layout();
+        let ring = |(index, queue, pair): (u16, &QueueState, &Pair)| {
+            let base = match begin {
+                Begin::Fresh => layout.first_base(),
+                Begin::Resumed => resume::base(index, queue, layout, memory)?,
+            };
+            let QueueState { size, desc, driver, device, .. } = *queue;
+            let (kick, call) = (pair.kick.try_clone()?, pair.call.try_clone()?);
+            Ok(OwnedRing { index, size, desc, driver, device, base, kick, call })
+        };
+        self.enabled(registers).map(ring).collect()
     }
 
     /// Passes on a kick that did not end in the kernel.
     pub(super) fn kick(&self, queue: u16) -> io::Result<()> {
         self.0.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.ring())
+    }
+
+    /// Interrupts the guest for every queue that it enabled: there may be used buffers that nobody
+    /// told it of.
+    pub(super) fn call_all(&self, registers: &Registers) -> io::Result<()> {
+        self.enabled(registers).try_for_each(|(_, _, pair)| pair.call.ring())
     }
 
     /// Takes what is left in the eventfds, so that the next start begins with nothing pending.

@@ -1,0 +1,90 @@
+//! A vhost-user backend that comes back: asks whoever is there now what it is, and lets it take the
+//! place of the one that was lost. Must never be called on a thread that others wait for.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use transport::vhost_user::{BackendChannel, Connection};
+
+use super::handle::DeviceHandle;
+use super::takeover::{Candidate, Misfit, TakeOverError};
+use super::vhost_user::{Kept, OpenError, Order, Survey, VhostUser};
+
+/// Why a backend that was connected to does not serve the device.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconnectError {
+    /// It failed, or is no such device.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It is a device, but another one, or it failed while it started.
+    #[error("{peer} cannot take over")]
+    TakeOver {
+        /// The backend's name.
+        peer: String,
+        /// Why not.
+        source: TakeOverError,
+    },
+}
+
+impl ReconnectError {
+    /// Whether there is no point in another try: the device is broken, or waits for no backend.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Open(error) => matches!(error, OpenError::Unfit { .. }),
+            Self::TakeOver { source, .. } => !matches!(source, TakeOverError::Failed(_)),
+        }
+    }
+}
+
+/// What is needed to replace the backend of one device, for the whole life of that device. Shared
+/// between threads; one of them at a time does something.
+#[derive(Debug, Clone)]
+pub struct Reconnect {
+    order: Order,
+    /// Bytes of configuration that the first backend had.
+    config_size: usize,
+    kept: Arc<Mutex<Kept>>,
+}
+
+impl Reconnect {
+    pub(super) fn new(order: &Order, config_size: usize, kept: Arc<Mutex<Kept>>) -> Self {
+        Self { order: order.clone(), config_size, kept }
+    }
+
+    /// Lets the backend at the other end of `connection` serve `device`, which waits for one. Whoever
+    /// answers the backends' own requests gets its channel before its rings start, by `serve`. The
+    /// result is what [`Opened::hang_up`](super::vhost_user::Opened) was for the first one.
+    ///
+    /// Waits for three deadlines at most, without the device's lock: for a thread of its own.
+    ///
+    /// # Errors
+    /// When the backend fails: the device goes on waiting, try again later. Or when it does not fit, or
+    /// is not waited for: see [`ReconnectError::is_final`].
+    pub fn attempt(
+        &self,
+        device: &DeviceHandle,
+        connection: Connection,
+        serve: impl FnOnce(BackendChannel),
+    ) -> Result<OwnedFd, ReconnectError> {
+        let survey = Survey::of(connection, &self.order).inspect_err(|error| {
+            if let OpenError::Unfit { source, .. } = error {
+                device.give_up(&format!("another backend came that does not fit: {source}"));
+            }
+        })?;
+        let Survey { session, model, config_size, channel, hang_up } = survey;
+        let peer = format!("vhost-user backend {}", session.peer());
+        let refused = |source: TakeOverError| ReconnectError::TakeOver { peer, source };
+        if config_size < self.config_size {
+            let misfit = Misfit::Config { has: config_size, needs: self.config_size };
+            device.give_up(&format!("another backend came that does not fit: {misfit}"));
+            return Err(refused(misfit.into()));
+        }
+        if let Some(channel) = channel {
+            serve(channel);
+        }
+        let backend = VhostUser::new(session, self.order.device_type, Arc::clone(&self.kept));
+        device.take_over(Candidate { model, backend: Box::new(backend) }).map_err(refused)?;
+        Ok(hang_up)
+    }
+}
