@@ -75,7 +75,8 @@ struct Run {
     /// Initial RAM file system
     #[arg(long, value_name = "FILE")]
     initramfs: Option<PathBuf>,
-    /// Kernel command line [default: "console=ttyS0 panic=-1"]
+    /// Kernel command line [default: "console=ttyS0 panic=-1 pci=off 8250.nr_uarts=1
+    /// cryptomgr.notests"]
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
     /// Guest RAM, a multiple of 2M; hugepages=2M or 1G takes reserved huge pages [default: 256M]
