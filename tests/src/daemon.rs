@@ -42,10 +42,25 @@ impl StorageDaemon {
     /// # Panics
     /// When it does not start.
     pub fn with_queues(size: usize, queues: u16) -> Result<Self, Missing> {
+        let image: Vec<u8> = (0..size).map(|byte| pattern(byte / SECTOR)).collect();
+        Self::export(&image, queues)
+    }
+
+    /// Serves an image with these bytes.
+    ///
+    /// # Errors
+    /// When the program is not installed.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn serving(contents: &[u8]) -> Result<Self, Missing> {
+        Self::export(contents, 1)
+    }
+
+    fn export(contents: &[u8], queues: u16) -> Result<Self, Missing> {
         let program = place::storage_daemon()?;
         let scratch = Scratch::new();
-        let image: Vec<u8> = (0..size).map(|byte| pattern(byte / SECTOR)).collect();
-        let image = scratch.file("disk.img", &image);
+        let image = scratch.file("disk.img", contents);
         let socket = scratch.path("blk");
         let child = Command::new(program)
             .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", image.display())])

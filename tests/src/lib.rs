@@ -10,7 +10,7 @@
 //! | [`pty`] | a terminal to run it on |
 //! | [`daemon`], [`qmp`] | Debian's `qemu-storage-daemon` as the backend |
 //! | [`disk`] | an independent backend in this process, on the crate `vhost-user-backend` |
-//! | [`peer`] | backends that do not what they should |
+//! | [`peer`], [`proxy`] | backends that do not what they should; one that listens in |
 //! | [`library`] | a `vmm::Machine` in this process |
 //! | [`payload`] | the tiny kernel |
 //!
@@ -21,12 +21,15 @@
 
 pub mod capture;
 pub mod daemon;
+pub mod disk;
+pub mod guest;
 pub mod launch;
 pub mod library;
 #[path = "../payload/mod.rs"]
 pub mod payload;
 pub mod peer;
 pub mod place;
+pub mod proxy;
 pub mod pty;
 pub mod qmp;
 pub mod scratch;
