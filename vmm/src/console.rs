@@ -12,13 +12,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Serial;
 use crate::error::Error;
+use crate::keyboard::{Key, Keyboard};
 use crate::terminal::RawTerminal;
 
 /// Bytes read from the source at a time; also the most that waits for the guest.
 const CHUNK: usize = 1024;
-
-/// Begins an escape on a terminal: Ctrl-A.
-const ESCAPE: u8 = 0x01;
 
 /// The console of a machine; outlives its reboots.
 pub(crate) struct Console {
@@ -201,35 +199,6 @@ impl Drop for Console {
     }
 }
 
-/// The keys of a raw terminal.
-#[derive(Debug, Default)]
-struct Keyboard {
-    escaped: bool,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Key {
-    Nothing,
-    Byte(u8),
-    Quit,
-}
-
-impl Keyboard {
-    /// Ctrl-A x quits, Ctrl-A a and Ctrl-A Ctrl-A type a Ctrl-A, Ctrl-A with anything else is swallowed.
-    fn key(&mut self, byte: u8) -> Key {
-        match (std::mem::take(&mut self.escaped), byte) {
-            (false, ESCAPE) => {
-                self.escaped = true;
-                Key::Nothing
-            }
-            (false, byte) => Key::Byte(byte),
-            (true, b'x' | b'X') => Key::Quit,
-            (true, b'a' | ESCAPE) => Key::Byte(ESCAPE),
-            (true, _) => Key::Nothing,
-        }
-    }
-}
-
 /// One boot's handle on the machine's console.
 struct Output(Arc<Mutex<dyn Write + Send>>);
 
@@ -267,19 +236,6 @@ impl Write for ToClient {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ctrl_a_x_quits_and_ctrl_a_a_types_it() {
-        let mut keyboard = Keyboard::default();
-        assert_eq!(keyboard.key(b'x'), Key::Byte(b'x'));
-        assert_eq!(keyboard.key(ESCAPE), Key::Nothing);
-        assert_eq!(keyboard.key(b'a'), Key::Byte(ESCAPE));
-        assert_eq!(keyboard.key(ESCAPE), Key::Nothing);
-        assert_eq!(keyboard.key(b'q'), Key::Nothing);
-        assert_eq!(keyboard.key(b'q'), Key::Byte(b'q'));
-        assert_eq!(keyboard.key(ESCAPE), Key::Nothing);
-        assert_eq!(keyboard.key(b'x'), Key::Quit);
-    }
 
     #[test]
     fn input_that_the_guest_does_not_take_waits() {

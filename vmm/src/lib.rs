@@ -38,6 +38,8 @@ mod control;
 mod crash;
 mod descriptors;
 pub mod error;
+#[doc(hidden)]
+pub mod keyboard;
 pub mod kvm;
 pub mod lifecycle;
 mod logging;
