@@ -23,6 +23,7 @@ use crate::wait;
 pub const STEP: Duration = Duration::from_secs(20);
 
 const STATS: &str = "stats.json";
+const TRACE: &str = "trace";
 
 /// A command line about to be run.
 #[derive(Debug)]
@@ -48,12 +49,13 @@ impl Launch {
         Self { program, arguments: Vec::new(), scratch, _image: None, stdin: None }.args(arguments)
     }
 
-    /// `outboard run --kernel … --cmdline …`, with statistics.
+    /// `outboard run --kernel … --cmdline …`, with statistics and a trace of the protocol.
     #[must_use]
     pub fn kernel(kernel: &Path, cmdline: &str) -> Self {
         let launch = Self::new(["run", "-v"]);
-        let stats = launch.scratch.path(STATS);
-        launch.arg("--kernel").arg(kernel).arg("--cmdline").arg(cmdline).arg("--stats").arg(stats)
+        let [stats, trace] = [STATS, TRACE].map(|name| launch.scratch.path(name));
+        let launch = launch.arg("--kernel").arg(kernel).arg("--cmdline").arg(cmdline);
+        launch.arg("--stats").arg(stats).arg("--trace").arg(trace)
     }
 
     /// The tiny kernel with a command line.
@@ -265,6 +267,9 @@ impl Vm {
             None => eprintln!("--- not ended after {:?}", self.begun.elapsed()),
         }
         eprintln!("--- its standard error\n{}", tail(&self.log.text(), 60));
+        if let Ok(trace) = fs::read_to_string(self.launch.scratch.path(TRACE)) {
+            eprintln!("--- its last messages\n{}", tail(&trace, 12));
+        }
         if let Some(console) = &self.console {
             eprintln!("--- the end of its console\n{}\n---", tail(&console.text(), 60));
         }

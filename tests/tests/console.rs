@@ -197,7 +197,7 @@ fn the_console_on_a_socket_takes_one_client_after_the_other() {
     second.send(b"q");
     let ended = vm.end(STEP).with_code(0);
     assert!(!path.exists(), "the socket is removed\n{ended}");
-    assert_eq!(ended.files.names(), ["stats.json"]);
+    assert_eq!(ended.files.names(), ["stats.json", "trace"]);
 }
 
 #[test]
