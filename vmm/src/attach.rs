@@ -2,22 +2,26 @@
 //!
 //! `Detached → Attached` puts it on a board, `Attached → Detached` takes it off again with its queues stopped.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use arch::platform::VirtioMmio;
 use devices::bus::Bus;
 use devices::ports::Ports;
 use devices::virtio::backend::Backend;
-use devices::virtio::device::{DeviceHandle, Parts, PhaseReport, Trapped};
 use devices::virtio::device_type::Model;
 use devices::virtio::mmio::{self, MmioDevice, Place};
 use devices::virtio::vhost_user::{self, Opened};
+use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport, Trapped};
 use transport::memory_map::{GuestAddr, MemoryMap};
+use transport::socket::Listener;
 use transport::vhost_user::{BackendChannel, Connection, Limits, Trace};
 
-use crate::config::{Socket, VhostUser};
+use crate::config::{Role, Socket, VhostUser};
 use crate::error::{Error, Fault};
+use crate::peers::Peers;
+use crate::recovery::{Meeting, Plan, Recovery};
 use crate::stats::{DeviceStats, PeerStats};
 
 /// Accesses that came to userspace while the queues ran, on all boards so far.
@@ -27,6 +31,8 @@ struct Counted {
     requests: u64,
     /// Everything else.
     register_writes: u64,
+    /// Backends that took over from a lost one.
+    recoveries: u64,
 }
 
 /// A device that is on no board.
@@ -35,11 +41,21 @@ pub(crate) struct Detached {
     model: Model,
     backend: Box<dyn Backend>,
     memory: MemoryMap,
-    hang_up: OwnedFd,
-    /// Why it is broken, if it is.
-    broken: Option<String>,
+    hang_up: Arc<OwnedFd>,
+    /// How its backend is found again, if it is to be.
+    plan: Option<Arc<Plan>>,
+    /// Whether it has a backend.
+    state: Result<(), Lost>,
     /// What was counted on earlier boards.
     counted: Counted,
+}
+
+/// Why a device has no backend.
+enum Lost {
+    /// Another one is waited for.
+    Recovering(String),
+    /// It will not have one again.
+    Broken(String),
 }
 
 /// A device on a board.
@@ -47,7 +63,10 @@ pub(crate) struct Attached {
     id: String,
     model: Model,
     memory: MemoryMap,
-    hang_up: OwnedFd,
+    /// Becomes ready when the connection is gone; another one with another backend.
+    hang_up: RefCell<Arc<OwnedFd>>,
+    plan: Option<Arc<Plan>>,
+    recovery: RefCell<Option<Recovery>>,
     counted: Counted,
     handle: DeviceHandle,
 }
@@ -74,14 +93,28 @@ impl Detached {
         if let Some(trace) = trace {
             limits = limits.traced(Arc::clone(trace));
         }
-        let connection = match config.socket {
-            Socket::Path(path) => Connection::connect(&path, &limits),
-            Socket::Inherited(stream, fd) => Connection::from_stream(stream, format!("fd {fd}"), &limits),
-            Socket::Stream(stream) => Connection::from_stream(stream, "on a connected socket", &limits),
+        let met = match (config.socket, config.role) {
+            (Socket::Path(path), Role::Client) => Ok(Meeting::Client(path)),
+            (Socket::Path(path), Role::Server) => {
+                Ok(Meeting::Server(Listener::bind(&path).map_err(|error| {
+                    Error::usage(format!("cannot listen for the backend of {id} on {}", path.display()))
+                        .because(error)
+                        .hint("is another machine listening there? else give a path that may be created")
+                })?))
+            }
+            (Socket::Inherited(stream, fd), _) => Err((stream, format!("fd {fd}"))),
+            (Socket::Stream(stream), _) => Err((stream, "on a connected socket".to_owned())),
+        };
+        let (meeting, connection) = match met {
+            Ok(meeting) => {
+                let connection = meeting.first(&limits, config.reconnect);
+                (Some(meeting), connection)
+            }
+            Err((stream, name)) => (None, Connection::from_stream(stream, name, &limits)),
         };
         let opened = connection.map_err(vhost_user::OpenError::from);
         let opened = opened.and_then(|connection| vhost_user::open(connection, &config.order));
-        let Opened { model, backend, channel, hang_up, .. } = opened.map_err(|error| {
+        let Opened { model, backend, channel, hang_up, reconnect } = opened.map_err(|error| {
             let hint = error.hint();
             let failed = Error::new(Fault::Peer, cannot()).because(error);
             match hint {
@@ -90,13 +123,19 @@ impl Detached {
             }
         })?;
         log::info!("device {id}: {kind}, {} queue(s), features {:#x}", model.queues, model.features.bits());
+        // A listener without reconnect= goes now, and its path with it.
+        let plan = match (meeting, config.reconnect) {
+            (Some(meeting), Some(patience)) => Some(Arc::new(Plan { meeting, patience, limits, reconnect })),
+            _ => None,
+        };
         let device = Detached {
             id,
             model,
             backend: Box::new(backend),
             memory: memory.clone(),
-            hang_up,
-            broken: None,
+            hang_up: Arc::new(hang_up),
+            plan,
+            state: Ok(()),
             counted: Counted::default(),
         };
         Ok((device, channel))
@@ -104,30 +143,40 @@ impl Detached {
 
     /// Puts the device on a board: its register page into memory, its other accesses on the bus.
     pub(crate) fn attach(self, ports: &Ports, place: &VirtioMmio, bus: &mut Bus) -> Result<Attached, Error> {
-        let Detached { id, model, backend, memory, hang_up, broken, counted } = self;
+        let Detached { id, model, backend, memory, hang_up, plan, state, counted } = self;
         let cannot = || format!("cannot wire device {id}");
         let place = Place { base: GuestAddr(place.base.0), gsi: place.gsi.0 };
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
         let device =
             MmioDevice::new(parts, place, ports).map_err(|error| Error::host(cannot()).because(error))?;
         let handle = device.handle();
-        if let Some(why) = broken {
-            handle.peer_lost(&why);
+        handle.on_loss(if plan.is_some() { OnLoss::Recover } else { OnLoss::Break });
+        match state {
+            Ok(()) => {}
+            Err(Lost::Recovering(why)) => handle.peer_lost(&why),
+            Err(Lost::Broken(why)) => handle.give_up(&why),
         }
         bus.insert(place.base.0, mmio::LENGTH, id.clone(), Arc::new(device))
             .map_err(|error| Error::internal(cannot()).because(error))?;
-        Ok(Attached { id, model, memory, hang_up, counted, handle })
+        let (hang_up, recovery) = (RefCell::new(hang_up), RefCell::new(None));
+        Ok(Attached { id, model, memory, hang_up, plan, recovery, counted, handle })
     }
 
     /// The end: the backend sees us go. What was counted over the device's whole life.
     pub(crate) fn finish(mut self) -> DeviceStats {
         let peer = self.backend.stats();
         self.backend.disconnect();
+        let (state, broken) = match self.state {
+            Ok(()) => ("idle", None),
+            Err(Lost::Recovering(_)) => ("recovering", None),
+            Err(Lost::Broken(why)) => ("broken", Some(why)),
+        };
         DeviceStats {
-            state: if self.broken.is_some() { "broken" } else { "idle" },
+            state,
             kind: self.model.device_type.name().to_owned(),
             id: self.id,
-            broken: self.broken,
+            broken,
+            recoveries: self.counted.recoveries,
             requests_through_vmm: self.counted.requests,
             register_writes: self.counted.register_writes,
             peer: PeerStats {
@@ -141,8 +190,32 @@ impl Detached {
 
 impl Attached {
     /// Readable or hung up when the connection is gone.
-    pub(crate) fn hang_up(&self) -> BorrowedFd<'_> {
-        self.hang_up.as_fd()
+    pub(crate) fn hang_up(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.hang_up.borrow())
+    }
+
+    /// The connection is gone: the device breaks, or a thread looks for its backend. Called by the control loop.
+    pub(crate) fn hung_up(&self, index: usize, peers: &Arc<Peers>) {
+        self.handle.peer_lost("the backend closed the connection");
+        let Some(plan) = &self.plan else { return };
+        if !matches!(self.handle.phase(), PhaseReport::Recovering(_)) {
+            return;
+        }
+        log::warn!("device {} lost its backend and looks for it", self.id);
+        let started = Recovery::start(index, self.handle.clone(), Arc::clone(plan), Arc::clone(peers));
+        match started {
+            // An earlier recovery has ended, or this one would not have been lost.
+            Ok(recovery) => drop(self.recovery.replace(Some(recovery))),
+            Err(error) => {
+                self.handle.give_up(&format!("no thread can be had to look for the backend: {error}"));
+            }
+        }
+    }
+
+    /// Another backend has taken over; `hang_up` is that of its connection. Called by the control loop.
+    pub(crate) fn recovered(&self, hang_up: OwnedFd) {
+        log::warn!("device {} has its backend again", self.id);
+        drop(self.hang_up.replace(Arc::new(hang_up)));
     }
 
     /// For the control loop.
@@ -153,18 +226,24 @@ impl Attached {
     /// Takes the device off its board: queues stopped, backend kept. The board's bus must be gone, or it
     /// keeps the register page alive.
     pub(crate) fn detach(self) -> Detached {
-        let Attached { id, mut model, memory, hang_up, mut counted, handle } = self;
+        let Attached { id, mut model, memory, hang_up, plan, recovery, mut counted, handle } = self;
+        // Waits for the thread, for one exchange with a backend at most.
+        drop(recovery);
+        let hang_up = hang_up.into_inner();
         handle.with(|device| {
-            let Trapped { queue_notify, interrupt_ack, config_ack, config, other } = device.stats().trapped;
+            let stats = device.stats();
+            let Trapped { queue_notify, interrupt_ack, config_ack, config, other } = stats.trapped;
+            counted.recoveries += stats.recoveries;
             counted.requests += queue_notify + interrupt_ack;
             counted.register_writes += config_ack + config + other;
-            model.config = device.registers().config().to_vec();
+            (model.features, model.config) = device.features_and_config();
             let backend = device.take_backend();
-            let broken = match device.phase() {
-                PhaseReport::Broken(why) | PhaseReport::Recovering(why) => Some(why),
-                PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => None,
+            let state = match device.phase() {
+                PhaseReport::Broken(why) => Err(Lost::Broken(why)),
+                PhaseReport::Recovering(why) => Err(Lost::Recovering(why)),
+                PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => Ok(()),
             };
-            Detached { id, model, backend, memory, hang_up, broken, counted }
+            Detached { id, model, backend, memory, hang_up, plan, state, counted }
         })
     }
 }

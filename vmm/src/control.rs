@@ -5,14 +5,16 @@
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
+use crate::attach::Attached;
 use crate::board::Board;
 use crate::console::{Console, Input, Readable};
 use crate::error::Error;
 use crate::lifecycle::Request;
-use crate::peers::Peers;
+use crate::peers::{News, Peers};
 
 /// What an event is about; a device's number is added to the last two.
 mod token {
@@ -32,7 +34,7 @@ pub(crate) struct Control<'m> {
     /// The console, for its input.
     console: &'m mut Console,
     /// The thread that listens to backends.
-    peers: &'m Peers,
+    peers: &'m Arc<Peers>,
     /// One socket a signal, with the signal's number.
     signals: &'m [(i32, UnixStream)],
     client: Option<UnixStream>,
@@ -61,7 +63,7 @@ impl<'m> Control<'m> {
     pub(crate) fn run(
         board: &'m Board,
         console: &'m mut Console,
-        peers: &'m Peers,
+        peers: &'m Arc<Peers>,
         signals: &'m [(i32, UnixStream)],
     ) -> Result<Request, Error> {
         let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
@@ -156,6 +158,28 @@ impl<'m> Control<'m> {
         }
     }
 
+    fn hear(&self, news: News, ops: &mut EventOps<'_>) {
+        match news {
+            News::ConfigChanged(index) => {
+                if let Some(device) = self.board.devices().get(index) {
+                    device.handle().config_changed();
+                }
+            }
+            News::Recovered(index, hang_up) => {
+                let number = u32::try_from(index).unwrap_or(u32::MAX);
+                if let Some((_, device)) = self.device(number) {
+                    device.recovered(hang_up);
+                    watch_hang_up(ops, number, device);
+                }
+            }
+        }
+    }
+
+    fn device(&self, index: u32) -> Option<(usize, &Attached)> {
+        let index = usize::try_from(index).ok()?;
+        Some((index, self.board.devices().get(index)?))
+    }
+
     fn signal(&self, index: u32) {
         let signal = usize::try_from(index).ok().and_then(|index| self.signals.get(index));
         if let Some((number, stream)) = signal {
@@ -178,7 +202,7 @@ impl MutEventSubscriber for Control<'_> {
             watch(ops, Events::with_data(stream, token::SIGNAL + index, EventSet::IN));
         }
         for (index, device) in (0..).zip(self.board.devices()) {
-            watch(ops, Events::with_data(&device.hang_up(), token::HANG_UP + index, EventSet::READ_HANG_UP));
+            watch_hang_up(ops, index, device);
         }
         match self.console.readable() {
             Readable::Nothing => {}
@@ -198,10 +222,8 @@ impl MutEventSubscriber for Control<'_> {
             token::INPUT | token::CLIENT => self.receive(ops),
             token::INPUT_SPACE => self.input_space(ops),
             token::NEWS => {
-                for index in self.peers.take_news() {
-                    if let Some(device) = self.board.devices().get(index) {
-                        device.handle().config_changed();
-                    }
+                for news in self.peers.take_news() {
+                    self.hear(news, ops);
                 }
             }
             signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
@@ -210,9 +232,8 @@ impl MutEventSubscriber for Control<'_> {
             peer => {
                 unwatch(ops, event);
                 let index = peer.saturating_sub(token::HANG_UP);
-                let device = usize::try_from(index).ok().and_then(|index| self.board.devices().get(index));
-                if let Some(device) = device {
-                    device.handle().peer_lost("the backend closed the connection");
+                if let Some((index, device)) = self.device(index) {
+                    device.hung_up(index, self.peers);
                 }
             }
         }
@@ -220,6 +241,11 @@ impl MutEventSubscriber for Control<'_> {
 }
 
 const INTERRUPTED: i32 = 4;
+
+/// A connection that is gone already is told of at once.
+fn watch_hang_up(ops: &mut EventOps<'_>, index: u32, device: &Attached) {
+    watch(ops, Events::with_data(&*device.hang_up(), token::HANG_UP + index, EventSet::READ_HANG_UP));
+}
 
 fn watch(ops: &mut EventOps<'_>, event: Events) -> bool {
     match ops.add(event) {

@@ -46,6 +46,7 @@ mod logging;
 pub mod machine;
 pub mod memory;
 mod peers;
+mod recovery;
 pub mod stats;
 mod terminal;
 pub mod vcpu;

@@ -90,7 +90,7 @@ pub struct Machine {
     ram_mappings: Vec<Mapping>,
     on_reset: OnReset,
     console: Console,
-    peers: Peers,
+    peers: Arc<Peers>,
     counters: Vec<Arc<VcpuCounters>>,
     board: Board,
     signals: Vec<(i32, UnixStream)>,
@@ -139,7 +139,8 @@ impl Machine {
         startup.ram = elapsed(begun);
 
         // 3. The backends, each connected and asked what it offers.
-        let mut peers = Peers::new(config.vhost_user.len())
+        let peers = Peers::new(config.vhost_user.len())
+            .map(Arc::new)
             .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
         let mut devices = Vec::new();
         for (index, device) in config.vhost_user.into_iter().enumerate() {

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -17,7 +17,16 @@ use transport::vhost_user::{BackendChannel, BackendRequests, Served};
 /// The handle on the thread; ends it when dropped.
 pub(crate) struct Peers {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the control loop has to act upon.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// The configuration of this device changed.
+    ConfigChanged(usize),
+    /// This device has a backend again; the descriptor tells when that one is gone.
+    Recovered(usize, OwnedFd),
 }
 
 struct Shared {
@@ -25,6 +34,7 @@ struct Shared {
     news: OwnedFd,
     /// "The configuration of device N changed."
     changed: Vec<AtomicBool>,
+    recovered: Mutex<Vec<(usize, OwnedFd)>>,
     /// Readable when the inbox or `end` is.
     wake: OwnedFd,
     inbox: Mutex<Vec<(usize, BackendChannel)>>,
@@ -41,26 +51,34 @@ impl Peers {
         let shared = Arc::new(Shared {
             news: eventfd(0, flags)?,
             changed: (0..devices).map(|_| AtomicBool::new(false)).collect(),
+            recovered: Mutex::new(Vec::new()),
             wake: eventfd(0, flags)?,
             inbox: Mutex::new(Vec::new()),
             end: AtomicBool::new(false),
         });
-        Ok(Peers { shared, thread: None })
+        Ok(Peers { shared, thread: Mutex::new(None) })
     }
 
     /// Serves `channel` on behalf of device number `device` until the backend closes it.
     ///
     /// # Errors
     /// When the host refuses another thread.
-    pub(crate) fn add(&mut self, device: usize, channel: BackendChannel) -> io::Result<()> {
-        self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner).push((device, channel));
-        if self.thread.is_none() {
+    pub(crate) fn add(&self, device: usize, channel: BackendChannel) -> io::Result<()> {
+        lock(&self.shared.inbox).push((device, channel));
+        let mut thread = lock(&self.thread);
+        if thread.is_none() {
             let shared = Arc::clone(&self.shared);
-            let thread = std::thread::Builder::new().name("peers".to_owned()).stack_size(256 << 10);
-            self.thread = Some(thread.spawn(move || shared.serve())?);
+            let builder = std::thread::Builder::new().name("peers".to_owned()).stack_size(256 << 10);
+            *thread = Some(builder.spawn(move || shared.serve())?);
         }
         ring(&self.shared.wake);
         Ok(())
+    }
+
+    /// Tells the control loop that device number `device` has a backend again. Called by its recovery thread.
+    pub(crate) fn recovered(&self, device: usize, hang_up: OwnedFd) {
+        lock(&self.shared.recovered).push((device, hang_up));
+        ring(&self.shared.news);
     }
 
     /// Readable when [`Peers::take_news`] has something.
@@ -68,11 +86,16 @@ impl Peers {
         &self.shared.news
     }
 
-    /// The devices whose configuration changed since the last call.
-    pub(crate) fn take_news(&self) -> Vec<usize> {
+    /// What happened since the last call.
+    pub(crate) fn take_news(&self) -> Vec<News> {
         drain(&self.shared.news);
+        let recovered = std::mem::take(&mut *lock(&self.shared.recovered));
+        let mut news: Vec<News> =
+            recovered.into_iter().map(|(index, fd)| News::Recovered(index, fd)).collect();
         let flags = self.shared.changed.iter().enumerate();
-        flags.filter(|(_, flag)| flag.swap(false, Ordering::AcqRel)).map(|(index, _)| index).collect()
+        let changed = flags.filter(|(_, flag)| flag.swap(false, Ordering::AcqRel));
+        news.extend(changed.map(|(index, _)| News::ConfigChanged(index)));
+        news
     }
 }
 
@@ -80,7 +103,7 @@ impl Drop for Peers {
     fn drop(&mut self) {
         self.shared.end.store(true, Ordering::Release);
         ring(&self.shared.wake);
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        if lock(&self.thread).take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("the thread `peers` panicked");
         }
     }
@@ -94,7 +117,7 @@ impl Shared {
             if self.end.load(Ordering::Acquire) {
                 return;
             }
-            channels.append(&mut self.inbox.lock().unwrap_or_else(PoisonError::into_inner));
+            channels.append(&mut lock(&self.inbox));
             if let Err(error) = self.wait_and_serve(&mut channels) {
                 log::error!("backends' requests are not answered any more: {error}");
                 return;
@@ -146,6 +169,11 @@ impl BackendRequests for Answers<'_> {
             ring(&self.shared.news);
         }
     }
+}
+
+/// A thread that panicked leaves these locks' values whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn ring(fd: &OwnedFd) {

@@ -74,12 +74,14 @@ pub struct DeviceStats {
     pub id: String,
     /// Its type.
     pub kind: String,
-    /// `idle`, `running` or `broken`.
+    /// `idle`, `recovering` or `broken`.
     pub state: &'static str,
     /// Why it is broken.
     pub broken: Option<String>,
     /// Kicks and interrupt acknowledgements that passed through the VMM while the device ran: 0.
     pub requests_through_vmm: u64,
+    /// How often another backend took over.
+    pub recoveries: u64,
     /// Writes to its other registers: initialisation, configuration changes.
     pub register_writes: u64,
     /// What was said to its peer.

@@ -59,9 +59,13 @@ impl Connection {
 
     /// Waits for the back-end to connect to `listener`, for the deadline of `limits` at most.
     pub fn accept(listener: &Listener, limits: &Limits) -> Result<Self, Error> {
+        Self::accept_before(listener, limits, &Deadline::after(limits.deadline()))
+    }
+
+    /// As [`Connection::accept`], for as long as `deadline` says.
+    pub fn accept_before(listener: &Listener, limits: &Limits, deadline: &Deadline) -> Result<Self, Error> {
         let peer: Arc<str> = Arc::from(listener.path().to_string_lossy());
-        let deadline = Deadline::after(limits.deadline());
-        match listener.accept(&deadline) {
+        match listener.accept(deadline) {
             Ok(stream) => Self::from_stream(stream, peer, limits),
             Err(source) if source.kind() == io::ErrorKind::TimedOut => {
                 Err(Error::new(&peer, Step::Accept, Cause::Silent(deadline.limit())))

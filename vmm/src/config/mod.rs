@@ -122,6 +122,20 @@ pub struct VhostUser {
     pub id: Option<String>,
     /// How long the backend may take over one request.
     pub deadline: Duration,
+    /// How long a backend that is not there, or is lost, is waited for; zero: for ever. Absent: not at all.
+    pub reconnect: Option<Duration>,
+    /// Who connects to whom.
+    pub role: Role,
+}
+
+/// Who connects to whom on a [`Socket::Path`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// The backend listens.
+    #[default]
+    Client,
+    /// We listen, and the backend connects.
+    Server,
 }
 
 impl VhostUser {
@@ -134,7 +148,14 @@ impl VhostUser {
         let device_type = parse::device_type(kind)?;
         let order = Order::new(device_type, Wishes::default(), "")
             .map_err(|error| Error::internal("cannot use the default features").because(error))?;
-        Ok(VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE })
+        Ok(VhostUser {
+            order,
+            socket,
+            id: None,
+            deadline: DEFAULT_DEADLINE,
+            reconnect: None,
+            role: Role::Client,
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use arch::ram::Hugepages;
 use devices::virtio::device_type::{DeviceType, Wishes};
 use devices::virtio::vhost_user::Order;
 
-use super::{DEFAULT_DEADLINE, Memory, Serial, Socket, VhostUser};
+use super::{DEFAULT_DEADLINE, Memory, Role, Serial, Socket, VhostUser};
 use crate::descriptors;
 use crate::error::Error;
 
@@ -181,7 +181,7 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         })?;
     }
 
-    for (key, is_default) in [("transport", "mmio"), ("reconnect", ""), ("server", "off")] {
+    for (key, is_default) in [("transport", "mmio")] {
         if let Some(value) = keys.take(key).filter(|value| *value != is_default) {
             return Err(Error::usage(format!("{option} cannot do {key}={value} yet"))
                 .hint(format!("this version of outboard has no {key}={value}; leave it out")));
@@ -208,7 +208,21 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
             .because(error)
             .hint("write names with a sign, for example features=-event_idx+mq")
     })?;
-    let mut device = VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE };
+    let role = match keys.take("server") {
+        None | Some("off") => Role::Client,
+        Some("on") => Role::Server,
+        Some(other) => {
+            return Err(Error::usage(format!("{option} cannot use server={other}"))
+                .hint("write server=on or server=off"));
+        }
+    };
+    let reconnect = keys.take_number("reconnect", 0..=31_536_000)?.map(Duration::from_secs);
+    let has_path = matches!(socket, Socket::Path(_));
+    if !has_path && (role == Role::Server || reconnect.is_some()) {
+        return Err(Error::usage(format!("{option} cannot find a backend again by a descriptor"))
+            .hint("server=on and reconnect= need socket=PATH"));
+    }
+    let mut device = VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE, reconnect, role };
     if let Some(id) = keys.take("id") {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
@@ -305,7 +319,8 @@ mod tests {
             ("blk,socket=/s,queue-size=100", "cannot make this blk device"),
             ("blk,socket=/s,queues=0", "queues=0"),
             ("blk,socket=/s,transport=pci", "transport=pci"),
-            ("blk,socket=/s,server=on", "server=on"),
+            ("blk,socket=/s,server=maybe", "server=maybe"),
+            ("blk,socket=/s,reconnect=soon", "reconnect=soon"),
             ("blk,socket=fd=x", "no inherited descriptor"),
             ("blk,/s", "only its first item"),
             ("blk,socket=/s,features=-nonsense", "features=-nonsense"),
