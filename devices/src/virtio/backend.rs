@@ -77,6 +77,12 @@ pub trait Backend: Send {
     /// When they do not run.
     fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError>;
 
+    /// Whether it was handed notes of what the lost backend had in flight, and a resumed start goes by
+    /// them.
+    fn has_notes(&self) -> bool {
+        false
+    }
+
     /// Stops the queues; afterwards the backend touches neither memory nor eventfds. A backend that
     /// has not started has nothing to do.
     ///

@@ -17,6 +17,7 @@ use super::device_type::{ConfigSource, DeviceType, Model};
 use super::face::Face;
 use super::phase::{Absence, OnLoss, Phase, Waiting};
 use super::registers::{Effect, Identity, Refusal, Reg, Registers};
+use super::resume::Notes;
 use super::wiring::{ConnectError, OwnedRing, RingsError, Wiring};
 use crate::ports::{Guard, PortError};
 
@@ -365,7 +366,7 @@ impl Device {
                 "the driver was ready before the features were agreed".to_owned(),
             ));
         };
-        let rings = wiring.rings(registers, Begin::Fresh, memory)?;
+        let rings = wiring.rings(registers, Begin::Fresh, memory, Notes::Rings)?;
         let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
         match backend.start(&Start { features, memory, rings: &rings, begin: Begin::Fresh }) {
             Ok(()) => {
@@ -489,6 +490,7 @@ impl Device {
         log::warn!("device {} waits for another backend: {why}", self.name);
         self.backend.disconnect();
         if queues.is_some() {
+            self.wiring.cut(&self.registers, &self.memory);
             self.call_all();
         }
         self.phase = Phase::Recovering(Absence::new(why, queues));

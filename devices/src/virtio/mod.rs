@@ -10,6 +10,7 @@
 //! | [`face`] | what the device asks of its transport |
 //! | [`phase`] | where it is in its life |
 //! | [`takeover`] | another backend in the place of a lost one |
+//! | `resume`, `unfinished` | where a ring goes on then, and what was in flight |
 //! | [`handle`], [`report`] | the device shared between threads, and what it reports |
 //! | [`backend`] | what the device asks of whoever serves its queues |
 //! | [`vhost_user`] | that, over vhost-user |
@@ -30,6 +31,7 @@ pub mod report;
 mod resume;
 pub mod status;
 pub mod takeover;
+mod unfinished;
 pub mod vhost_user;
 mod wiring;
 

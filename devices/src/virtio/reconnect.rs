@@ -88,3 +88,7 @@ impl Reconnect {
         Ok(hang_up)
     }
 }
+
+#[cfg(test)]
+#[path = "recovery_tests.rs"]
+mod tests;

@@ -22,6 +22,7 @@ use super::device::{Device, chain};
 use super::device_type::{ConfigSource, Model};
 use super::handle::DeviceHandle;
 use super::phase::{Absence, Phase};
+use super::resume::Notes;
 use super::wiring::{OwnedRing, RingsError};
 use crate::lock;
 
@@ -183,7 +184,8 @@ impl Device {
             self.install(candidate);
             return Ok(None);
         };
-        match self.wiring.rings(&self.registers, begin, &self.memory) {
+        let notes = if candidate.backend.has_notes() { Notes::Backend } else { Notes::Rings };
+        match self.wiring.rings(&self.registers, begin, &self.memory, notes) {
             Ok(rings) => {
                 let starting = Starting::new();
                 absence.starting = Some(Arc::clone(&starting));

@@ -84,6 +84,11 @@ impl Rig {
         let fd = self.ram.regions()[0].fd();
         rustix::io::pwrite(fd, &available.to_le_bytes(), DRIVER + 2).unwrap();
         rustix::io::pwrite(fd, &used.to_le_bytes(), DEVICE + 2).unwrap();
+        // Each head by turns, all in order.
+        for slot in 0..16_u16 {
+            rustix::io::pwrite(fd, &slot.to_le_bytes(), DRIVER + 4 + 2 * u64::from(slot)).unwrap();
+            rustix::io::pwrite(fd, &u32::from(slot).to_le_bytes(), DEVICE + 4 + 8 * u64::from(slot)).unwrap();
+        }
     }
 
     /// The guest's kick, that it ends in the kernel.

@@ -258,6 +258,11 @@ impl Backend for VhostUser {
         }
     }
 
+    fn has_notes(&self) -> bool {
+        let Link::Standing(session) = &self.link else { return false };
+        session.protocol().contains(ProtocolFeatures::INFLIGHT_SHMFD) && lock(&self.kept).inflight.is_some()
+    }
+
     fn stop(&mut self) -> Result<(), BackendError> {
         match self.take() {
             Link::Live(live) => {
@@ -316,4 +321,4 @@ impl Backend for VhostUser {
 mod faults;
 #[cfg(test)]
 #[path = "vhost_user_tests.rs"]
-mod tests;
+pub(super) mod tests;

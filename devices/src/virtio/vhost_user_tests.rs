@@ -1,7 +1,7 @@
 //! A whole device, from the guest's register writes to a backend that we did not write.
 
 use std::cell::Cell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use crate::virtio::{OnLoss, Parts, PhaseReport};
 const BASE: u64 = 0xd000_0000;
 const SECTORS: u64 = 2048;
 
-pub(super) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub(in crate::virtio) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
         assert!(begin.elapsed() < Duration::from_secs(10), "{what}: did not happen");
@@ -26,26 +26,19 @@ pub(super) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// qemu-storage-daemon with a disk whose sectors are filled with their number.
-struct Daemon {
+pub(in crate::virtio) struct Daemon {
     child: Child,
-    folder: PathBuf,
+    pub(in crate::virtio) folder: PathBuf,
 }
 
 impl Daemon {
     /// `None`, with a printed reason, where the program is not installed.
-    fn start(name: &str) -> Option<Self> {
+    pub(in crate::virtio) fn start(name: &str) -> Option<Self> {
         let folder = std::env::temp_dir().join(format!("outboard-devices-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let image: Vec<u8> = (0..SECTORS * 512).map(|n| u8::try_from(n / 512 % 251).unwrap()).collect();
         std::fs::write(folder.join("disk"), image).unwrap();
-        let child = Command::new("qemu-storage-daemon")
-            .current_dir(&folder)
-            .args(["--blockdev", "driver=file,node-name=d,filename=disk"])
-            .arg("--export")
-            .arg("type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s,writable=on,num-queues=2")
-            .stdin(Stdio::null())
-            .spawn();
-        match child {
+        match Self::spawn(&folder) {
             Ok(child) => Some(Self { child, folder }),
             Err(error) => {
                 println!("skipped: qemu-storage-daemon does not start: {error}");
@@ -54,7 +47,28 @@ impl Daemon {
         }
     }
 
-    fn open(&self, order: &Order) -> Opened {
+    fn spawn(folder: &Path) -> io::Result<Child> {
+        Command::new("qemu-storage-daemon")
+            .current_dir(folder)
+            .args(["--blockdev", "driver=file,node-name=d,filename=disk"])
+            .arg("--export")
+            .arg("type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s,writable=on,num-queues=2")
+            .stdin(Stdio::null())
+            .spawn()
+    }
+
+    pub(in crate::virtio) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// After a kill: another one on the same disk.
+    pub(in crate::virtio) fn start_again(&mut self) {
+        std::fs::remove_file(self.folder.join("s")).unwrap();
+        self.child = Self::spawn(&self.folder).unwrap();
+    }
+
+    pub(in crate::virtio) fn open(&self, order: &Order) -> Opened {
         let limits = Limits::new(Duration::from_secs(5));
         let mut connection = None;
         eventually("a connection", || {
@@ -67,21 +81,20 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.kill();
         std::fs::remove_dir_all(&self.folder).unwrap();
     }
 }
 
-pub(super) fn order(features: &str) -> Order {
+pub(in crate::virtio) fn order(features: &str) -> Order {
     let wishes = Wishes { queues: Some(2), ..Wishes::default() };
     Order::new(DeviceType::named("blk").unwrap(), wishes, features).unwrap()
 }
 
 /// The guest: registers through the page and the bus, rings through the shared memory.
-pub(super) struct Guest {
-    pub(super) device: MmioDevice,
-    pub(super) machine: Recorder,
+pub(in crate::virtio) struct Guest {
+    pub(in crate::virtio) device: MmioDevice,
+    pub(in crate::virtio) machine: Recorder,
     ram: transport::memory_map::MemoryMap,
     next: Cell<u16>,
 }
@@ -92,11 +105,14 @@ const USED: u64 = 0x3000;
 const HEAD: u64 = 0x8000;
 
 impl Guest {
-    pub(super) fn new(opened: Opened) -> (Self, Option<BackendChannel>, OwnedFd) {
+    pub(in crate::virtio) fn new(opened: Opened) -> (Self, Option<BackendChannel>, OwnedFd) {
         Self::on_loss(opened, OnLoss::Break)
     }
 
-    pub(super) fn on_loss(opened: Opened, on_loss: OnLoss) -> (Self, Option<BackendChannel>, OwnedFd) {
+    pub(in crate::virtio) fn on_loss(
+        opened: Opened,
+        on_loss: OnLoss,
+    ) -> (Self, Option<BackendChannel>, OwnedFd) {
         let Opened { model, backend, channel, hang_up, .. } = opened;
         let (machine, ram) = (Recorder::default(), memory());
         let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone() };
@@ -106,23 +122,33 @@ impl Guest {
         (Self { device, machine, ram, next: Cell::new(0) }, channel, hang_up)
     }
 
-    pub(super) fn write(&self, offset: u64, value: u32) {
+    pub(in crate::virtio) fn write(&self, offset: u64, value: u32) {
         self.device.write(offset, &value.to_le_bytes());
     }
 
-    fn store(&self, at: u64, bytes: &[u8]) {
+    pub(in crate::virtio) fn store(&self, at: u64, bytes: &[u8]) {
         rustix::io::pwrite(self.ram.regions()[0].fd(), bytes, at).unwrap();
     }
 
-    fn load(&self, at: u64, length: usize) -> Vec<u8> {
+    pub(in crate::virtio) fn load(&self, at: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         rustix::io::pread(self.ram.regions()[0].fd(), &mut bytes, at).unwrap();
         bytes
     }
 
+    /// A notification that ends in the kernel. Says whether it did.
+    pub(in crate::virtio) fn kick(&self) -> bool {
+        self.machine.guest_writes(BASE + 0x50, 0)
+    }
+
     /// What a stock driver does up to DRIVER_OK, with one queue of 16 entries.
-    pub(super) fn start_driver(&self) {
-        self.store(DESC, &[0; 0x3000]);
+    pub(in crate::virtio) fn start_driver(&self) {
+        self.start_driver_with(16, [DESC, AVAIL, USED]);
+    }
+
+    /// The same, with one queue of `size` entries at these places.
+    pub(in crate::virtio) fn start_driver_with(&self, size: u16, areas: [u64; 3]) {
+        areas.iter().for_each(|area| self.store(*area, &[0; 0x1000]));
         self.next.set(0);
         for status in [0, 1, 3] {
             self.write(0x70, status);
@@ -137,8 +163,8 @@ impl Guest {
         self.write(0x70, 0xb);
         assert_eq!(self.machine.page_u32(0x70), 0xb);
         self.write(0x30, 0);
-        self.write(0x38, 16);
-        for (offset, address) in [(0x80, DESC), (0x90, AVAIL), (0xa0, USED)] {
+        self.write(0x38, size.into());
+        for (offset, address) in [0x80, 0x90, 0xa0].into_iter().zip(areas) {
             self.write(offset, u32::try_from(address).unwrap());
         }
         self.write(0x44, 1);
@@ -161,7 +187,7 @@ impl Guest {
         let next = self.next.get().wrapping_add(1);
         self.next.set(next);
         self.store(AVAIL + 2, &next.to_le_bytes());
-        assert!(self.machine.guest_writes(BASE + 0x50, 0), "the kick must end in the kernel");
+        assert!(self.kick(), "the kick must end in the kernel");
         eventually("a used buffer", || self.load(USED + 2, 2) == next.to_le_bytes());
         eventually("an interrupt", || self.machine.take_interrupts() > 0);
         assert!(self.machine.guest_writes(BASE + 0x64, 1), "so must the acknowledgement");

@@ -1,4 +1,5 @@
-//! The eventfds of a device's queues, and how they are connected for a start. Must never write a ring.
+//! The eventfds of a device's queues, and how they are connected for a start. Must never look into a ring
+//! that somebody serves.
 
 use std::io;
 
@@ -9,7 +10,7 @@ use super::backend::Begin;
 use super::face::Face;
 use super::queue::{QueueError, QueueState};
 use super::registers::Registers;
-use super::resume::{self, ResumeError};
+use super::resume::{Notes, Orphan, Past, ResumeError};
 use crate::ports::{Guard, PortError};
 
 /// Why the queues cannot be connected.
@@ -33,6 +34,7 @@ pub(super) enum RingsError {
 struct Pair {
     kick: Kick,
     call: Call,
+    past: Past,
 }
 
 /// One kick and one call for each queue, for the whole life of the device.
@@ -71,7 +73,7 @@ impl OwnedRing {
 
 impl Wiring {
     pub(super) fn new(queues: u16) -> io::Result<Self> {
-        let pair = |_| Ok(Pair { kick: Kick::new()?, call: Call::new()? });
+        let pair = |_| Ok(Pair { kick: Kick::new()?, call: Call::new()?, past: Past::default() });
         (0..queues).map(pair).collect::<io::Result<_>>().map(Self)
     }
 
@@ -102,22 +104,36 @@ impl Wiring {
 
     /// What a backend is told of the queues that the driver enabled.
     pub(super) fn rings(
-        &self,
+        &mut self,
         registers: &Registers,
         begin: Begin,
         memory: &MemoryMap,
+        notes: Notes,
     ) -> Result<Vec<OwnedRing>, RingsError> {
         let layout = registers.ring_layout();
-        let ring = |(index, queue, pair): (u16, &QueueState, &Pair)| {
+        let queues = (0_u16..).zip(registers.queues()).zip(&mut self.0).filter(|((_, queue), _)| queue.ready);
+        let ring = |((index, queue), pair): ((u16, &QueueState), &mut Pair)| {
             let base = match begin {
                 Begin::Fresh => layout.first_base(),
-                Begin::Resumed => resume::base(index, queue, layout, memory)?,
+                Begin::Resumed => Orphan::new(index, queue, layout, memory)?.resume(notes, pair.past)?,
             };
+            // A packed ring is not resumed: its number is of no interest.
+            pair.past = Past { origin: u16::try_from(base.0).unwrap_or(0), cut: None };
             let QueueState { size, desc, driver, device, .. } = *queue;
             let (kick, call) = (pair.kick.try_clone()?, pair.call.try_clone()?);
             Ok(OwnedRing { index, size, desc, driver, device, base, kick, call })
         };
-        self.enabled(registers).map(ring).collect()
+        queues.map(ring).collect()
+    }
+
+    /// The backend is lost: remembers how far the queues got, for what the driver does from now on is
+    /// certainly not done.
+    pub(super) fn cut(&mut self, registers: &Registers, memory: &MemoryMap) {
+        let layout = registers.ring_layout();
+        for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.0) {
+            let orphan = queue.ready.then(|| Orphan::new(index, queue, layout, memory).ok()).flatten();
+            pair.past.cut = orphan.and_then(|orphan| orphan.indexes().ok());
+        }
     }
 
     /// Passes on a kick that did not end in the kernel.
