@@ -1,0 +1,114 @@
+//! A machine without KVM, for devices: it keeps the page that a guest would read, and holds devices to the rules
+//! of its ports.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use devices::ports::{
+    DeviceMemory, Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch,
+};
+use transport::memory_map::GuestAddr;
+
+/// What is registered now.
+#[derive(Debug, Default)]
+struct Now {
+    doorbells: Vec<WriteMatch>,
+    routes: BTreeSet<i32>,
+    page: Vec<u8>,
+    /// Registrations to refuse, counted down; 0 refuses none.
+    refuse_at: usize,
+}
+
+/// The machine.
+#[derive(Clone, Debug, Default)]
+pub struct Recorder(Arc<Mutex<Now>>);
+
+impl Recorder {
+    /// A machine that refuses its `nth` registration; none when 0.
+    pub fn refusing(nth: usize) -> Self {
+        let recorder = Self::default();
+        recorder.now().refuse_at = nth;
+        recorder
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.0.lock().expect("no panic")
+    }
+
+    /// Its ports.
+    pub fn ports(&self) -> Ports {
+        let all = Arc::new(self.clone());
+        Ports { doorbells: all.clone(), interrupts: all.clone(), memory: all }
+    }
+
+    /// How many doorbells and how many routes there are.
+    pub fn counts(&self) -> (usize, usize) {
+        let now = self.now();
+        (now.doorbells.len(), now.routes.len())
+    }
+
+    /// What a guest reads at `at` without an exit.
+    pub fn page(&self, at: usize, length: usize) -> Vec<u8> {
+        self.now().page[at..at + length].to_vec()
+    }
+
+    /// The same, as a register.
+    pub fn page_u32(&self, at: usize) -> u32 {
+        u32::from_le_bytes(self.page(at, 4).try_into().expect("four bytes"))
+    }
+
+    fn refuses(&self) -> Result<(), PortError> {
+        let mut now = self.now();
+        if now.refuse_at > 0 {
+            now.refuse_at -= 1;
+            if now.refuse_at == 0 {
+                return Err(PortError::new("do that", std::io::ErrorKind::OutOfMemory.into()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Doorbells for Recorder {
+    fn bind(&self, _: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError> {
+        self.refuses()?;
+        let mut now = self.now();
+        assert!(!now.doorbells.contains(&when), "{when:?} is bound twice");
+        now.doorbells.push(when);
+        let undo = self.clone();
+        Ok(Guard::on_drop(move || undo.now().doorbells.retain(|other| *other != when)))
+    }
+}
+
+impl Interrupts for Recorder {
+    fn attach(&self, call: BorrowedFd<'_>, _: Route) -> Result<Guard, PortError> {
+        self.refuses()?;
+        let fd = call.as_raw_fd();
+        assert!(self.now().routes.insert(fd), "an eventfd is attached twice");
+        let undo = self.clone();
+        Ok(Guard::on_drop(move || {
+            undo.now().routes.remove(&fd);
+        }))
+    }
+}
+
+impl DeviceMemory for Recorder {
+    fn register_page(&self, _: GuestAddr) -> Result<Arc<dyn RegisterPage>, PortError> {
+        self.refuses()?;
+        self.now().page = vec![0; 4096];
+        Ok(Arc::new(self.clone()))
+    }
+}
+
+impl RegisterPage for Recorder {
+    fn store(&self, offset: u16, value: u32) {
+        assert_eq!(offset % 4, 0, "a register is not aligned");
+        self.store_bytes(offset, &value.to_le_bytes());
+    }
+
+    fn store_bytes(&self, offset: u16, bytes: &[u8]) {
+        let offset = usize::from(offset);
+        self.now().page[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+}

@@ -1,0 +1,64 @@
+//! A whole vhost-user device: a driver that does what it likes on one side, a back-end that says what it likes on
+//! the other.
+#![no_main]
+
+use devices::virtio::device_type::{DeviceType, Wishes};
+use devices::virtio::mmio::{MmioDevice, Place};
+use devices::virtio::vhost_user::{Order, open};
+use devices::virtio::{OnLoss, Parts, PhaseReport};
+use fuzz::descriptors::{guest_memory, none_left};
+use fuzz::driver::{all_of_its_page, step, true_to_its_page};
+use fuzz::input::Input;
+use fuzz::peer::Peer;
+use fuzz::ports::Recorder;
+use libfuzzer_sys::fuzz_target;
+use transport::memory_map::GuestAddr;
+
+fuzz_target!(|data: &[u8]| {
+    none_left(|| drive(data));
+});
+
+fn drive(data: &[u8]) {
+    let mut input = Input::new(data);
+    let kind = input.pick(&["blk", "net", "fs", "rng", "console", "vsock", "scsi", "generic:42"]);
+    let wishes = Wishes {
+        queues: input.rarely(8).then(|| u16::from(input.byte())),
+        queue_size: input.rarely(8).then(|| 1 << (input.byte() % 16)),
+    };
+    let Ok(device_type) = kind.parse::<DeviceType>() else { return };
+    let Ok(order) = Order::new(device_type, wishes, "") else { return };
+    let mut driver = Input::new(&input.bytes(255));
+    let (_peer, connection) = Peer::new(Input::new(&input.bytes(400)));
+    let opened = match open(connection, &order) {
+        Ok(opened) => opened,
+        Err(error) => return drop((error.to_string(), error.hint())),
+    };
+    assert!((1..=256).contains(&opened.model.queues) && opened.model.config.len() <= 256);
+    let machine = Recorder::default();
+    let parts = Parts {
+        name: "fuzz".into(),
+        model: opened.model,
+        backend: Box::new(opened.backend),
+        memory: guest_memory(),
+    };
+    let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
+    let device = MmioDevice::new(parts, place, &machine.ports()).expect("a machine that refuses nothing");
+    let recovers = driver.rarely(2);
+    device.handle().on_loss(if recovers { OnLoss::Recover } else { OnLoss::Break });
+    let mut peers = Vec::new();
+    while !driver.is_empty() {
+        step(&mut driver, &device, &machine);
+        if matches!(device.handle().phase(), PhaseReport::Recovering(_)) && peers.len() < 4 {
+            // The next one plays the next part of the input.
+            let (peer, connection) = Peer::new(Input::new(&input.bytes(400)));
+            peers.push(peer);
+            if let Err(error) = opened.reconnect.attempt(&device.handle(), connection, |_channel| {}) {
+                let _ = (error.to_string(), error.is_final());
+            }
+        }
+        true_to_its_page(&device, &machine);
+    }
+    all_of_its_page(&device, &machine);
+    drop(device);
+    assert_eq!(machine.counts(), (0, 0));
+}

@@ -1,0 +1,142 @@
+//! A virtio-mmio device under a driver that writes anything anywhere, with a back-end that fails when it likes. What
+//! a guest reads without an exit is what a trapped read gives; nothing is bound that does not run.
+#![no_main]
+
+use std::sync::{Arc, Mutex};
+
+use devices::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
+use devices::virtio::device_type::{ConfigSource, DeviceType, Model};
+use devices::virtio::mmio::{MmioDevice, Place};
+use devices::virtio::takeover::Candidate;
+use devices::virtio::{OnLoss, Parts, PhaseReport};
+use fuzz::descriptors::{guest_memory, none_left};
+use fuzz::driver::{all_of_its_page, step, true_to_its_page};
+use fuzz::input::Input;
+use fuzz::ports::Recorder;
+use libfuzzer_sys::fuzz_target;
+use transport::memory_map::{GuestAddr, MemoryMap};
+use transport::vhost_user::DeviceFeatures;
+
+/// A back-end that works until its input says otherwise, and checks how it is used.
+struct Shaky {
+    fate: Arc<Mutex<Input>>,
+    running: bool,
+    gone: bool,
+}
+
+impl Shaky {
+    fn fate(&self) -> Result<(), BackendError> {
+        assert!(!self.gone, "a back-end that was given up is asked for something");
+        match self.fate.lock().expect("no panic").byte() {
+            0..232 => Ok(()),
+            232..244 => Err(BackendError::Refused("no".into())),
+            _ => Err(BackendError::Lost("gone".into())),
+        }
+    }
+}
+
+impl Backend for Shaky {
+    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError> {
+        assert!(!self.running, "started twice");
+        for ring in start.rings {
+            assert!(ring.size > 0 && ring.size <= 256);
+            for at in [ring.descriptor, ring.available, ring.used] {
+                assert!(start.memory.user_addr(at, 4).is_some(), "a ring outside memory");
+            }
+            assert!(start.begin == Begin::Fresh || ring.base.0 <= 0xffff, "{:?}", ring.base);
+        }
+        self.fate()?;
+        self.running = true;
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), BackendError> {
+        self.running = false;
+        self.fate()
+    }
+
+    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
+        self.fate()?;
+        Ok(self.fate.lock().expect("no panic").bytes(80))
+    }
+
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError> {
+        assert!(offset as usize + bytes.len() <= 60);
+        self.fate()
+    }
+
+    fn disconnect(&mut self) {
+        (self.gone, self.running) = (true, false);
+    }
+
+    fn stats(&self) -> BackendStats {
+        BackendStats::default()
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    none_left(|| drive(data));
+});
+
+fn drive(data: &[u8]) {
+    let mut input = Input::new(data);
+    let queues = u16::from(input.byte() % 4) + 1;
+    let refuse = input.byte();
+    let machine = Recorder::refusing(if refuse < 240 { 0 } else { usize::from(refuse - 239) });
+    let (kind, memory) = (input.pick(&["blk", "net"]), guest_memory());
+    // The back-ends' part comes first, so that the driver's stays where it is.
+    let fate = Arc::new(Mutex::new(Input::new(&input.bytes(48))));
+    let backend = Box::new(Shaky { fate: Arc::clone(&fate), running: false, gone: false });
+    let model = model(&mut input, kind, queues);
+    let parts = Parts { name: "fuzz".into(), model, backend, memory: memory.clone() };
+    let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
+    let Ok(device) = MmioDevice::new(parts, place, &machine.ports()) else {
+        return assert_eq!(machine.counts(), (0, 0), "what was registered is undone");
+    };
+    let recovers = input.rarely(2);
+    device.handle().on_loss(if recovers { OnLoss::Recover } else { OnLoss::Break });
+    while !input.is_empty() {
+        match input.byte() {
+            0..16 => successor(&mut input, &device, kind, queues, &fate),
+            16..32 => progress(&mut input, &memory),
+            _ => step(&mut input, &device, &machine),
+        }
+        true_to_its_page(&device, &machine);
+    }
+    all_of_its_page(&device, &machine);
+    drop(device);
+    assert_eq!(machine.counts(), (0, 0));
+}
+
+/// A device of `kind`, with something missing at times.
+fn model(input: &mut Input, kind: &str, queues: u16) -> Model {
+    let odd = input.byte();
+    let features: u64 = 7 << 32 | 1 << 12 | 1 << 22 | 1 << 17;
+    Model {
+        device_type: DeviceType::named(kind).expect("a type"),
+        features: DeviceFeatures::from_bits(if odd & 0x70 == 0x70 { 1 << 32 } else { features }),
+        queues: if odd & 0xf == 0xf { 1 } else { queues },
+        queue_size: 256,
+        config: vec![0; 60],
+        config_source: if odd & 0x80 == 0x80 { ConfigSource::Fixed } else { ConfigSource::Backend },
+    }
+}
+
+/// Another back-end comes, wanted or not.
+fn successor(input: &mut Input, device: &MmioDevice, kind: &str, queues: u16, fate: &Arc<Mutex<Input>>) {
+    let waited = matches!(device.handle().phase(), PhaseReport::Recovering(_));
+    let backend = Box::new(Shaky { fate: Arc::clone(fate), running: false, gone: false });
+    let taken = device.handle().take_over(Candidate { model: model(input, kind, queues), backend });
+    assert!(waited || taken.is_err(), "a back-end that nobody waits for is taken");
+}
+
+/// The driver and a back-end move the indexes of a ring, or say that they did.
+fn progress(input: &mut Input, memory: &MemoryMap) {
+    let ring = u64::from(input.byte() % 4) << 16;
+    let (available, used) = (input.u16(), input.u16());
+    let used = if input.rarely(4) { used } else { available.wrapping_sub(used % 4) };
+    let region = memory.regions().first().expect("one at least");
+    for (at, index) in [(ring + 0x3002, available), (ring + 0x4002, used)] {
+        rustix::io::pwrite(region.fd(), &index.to_le_bytes(), at).expect("guest memory");
+    }
+}
