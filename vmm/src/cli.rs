@@ -86,8 +86,8 @@ struct Run {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     cpus: Option<u8>,
     /// A virtio device served by a vhost-user backend (may be given again). Keys: id=NAME, queues=N,
-    /// queue-size=N, config-size=BYTES, deadline=MS, features=-NAME+NAME, server=on, reconnect=SECONDS;
-    /// socket=fd=N takes an inherited descriptor
+    /// queue-size=N, config-size=BYTES, tag=NAME (fs), deadline=MS, features=-NAME+NAME, server=on,
+    /// reconnect=SECONDS; socket=fd=N takes an inherited descriptor
     #[arg(long, value_name = "TYPE,socket=PATH[,KEY=VALUE]")]
     vhost_user: Vec<String>,
     /// Where the serial console goes: stdio, null, file=PATH or socket=PATH (we listen) [default: stdio]

@@ -11,6 +11,10 @@ use super::queue::MAX_QUEUE_SIZE;
 pub const MAX_QUEUES: u16 = 256;
 /// The largest configuration space that a vhost-user message can carry.
 pub const MAX_CONFIG_SIZE: u16 = 256;
+/// Bytes of a file system's tag (§5.11.4), the first field of its configuration.
+const TAG_SIZE: usize = 36;
+/// The type that has a tag.
+const FILE_SYSTEM: u32 = 26;
 /// Entries of a queue unless the user says otherwise.
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 
@@ -102,6 +106,8 @@ pub struct DeviceType {
     queue_count: Option<QueueCountField>,
     writable: Writable,
     features: &'static [Feature],
+    /// What a file system is mounted by, in place of the backend's own word for it.
+    tag: Option<[u8; TAG_SIZE]>,
 }
 
 const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> DeviceType {
@@ -115,6 +121,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         queue_count: None,
         writable: Writable::Fields(&[]),
         features: &[],
+        tag: None,
     }
 }
 
@@ -216,7 +223,7 @@ const TYPES: &[DeviceType] = &[
     row("sound", 25, 4, 12),
     DeviceType {
         queue_count: Some(QueueCountField { offset: 36, width: 4, others: 1, group: 1, feature: None }),
-        ..row("fs", 26, 2, 40)
+        ..row("fs", FILE_SYSTEM, 2, 40)
     },
     row("scmi", 32, 2, 0),
     row("i2c", 34, 1, 0),
@@ -257,6 +264,12 @@ pub enum TypeError {
     /// The configuration size is out of range.
     #[error("the configuration size {0} is above {MAX_CONFIG_SIZE}")]
     ConfigSize(u16),
+    /// Only file systems have a tag.
+    #[error("a {0} device has no tag, only fs has")]
+    NoTag(&'static str),
+    /// The tag is empty or longer than its field.
+    #[error("the tag `{0}` is not 1 to {TAG_SIZE} bytes long")]
+    Tag(String),
 }
 
 /// A device as the guest will see it.
@@ -376,6 +389,23 @@ impl DeviceType {
         Ok(Self { config_size, ..self })
     }
 
+    /// The same type with a tag of the user's, which also stands in for a configuration: some file system
+    /// backends have none, and leave the tag to the front end.
+    ///
+    /// # Errors
+    /// When it is no file system, or the tag does not fit.
+    pub fn with_tag(self, tag: &str) -> Result<Self, TypeError> {
+        if self.id != FILE_SYSTEM {
+            return Err(TypeError::NoTag(self.name));
+        }
+        let mut field = [0; TAG_SIZE];
+        match field.get_mut(..tag.len()) {
+            Some(place) if !tag.is_empty() => place.copy_from_slice(tag.as_bytes()),
+            _ => return Err(TypeError::Tag(tag.to_owned())),
+        }
+        Ok(Self { tag: Some(field), no_config: NoConfig::Instead(&[]), ..self })
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -480,9 +510,12 @@ impl DeviceType {
         DeviceFeatures::from_bits(lacking.fold(features.bits(), |bits, f| bits & !(1 << f.bit)))
     }
 
-    /// Writes the number of queues where the driver looks for it: the backend's own number may be
-    /// another than that of the queues we show.
+    /// Writes what we know better than the backend: the user's tag, and the number of queues where the
+    /// driver looks for it; the backend's own number may be another than that of the queues we show.
     pub fn patch(&self, config: &mut [u8], features: DeviceFeatures, queues: u16) {
+        if let (Some(tag), Some(place)) = (self.tag, config.get_mut(..TAG_SIZE)) {
+            place.copy_from_slice(&tag);
+        }
         let Some(field) = self.queue_count else { return };
         if field.feature.is_some_and(|bit| !features.has(bit)) {
             return;

@@ -80,6 +80,22 @@ fn scsi_without_configuration_gets_one_that_drivers_accept() {
 }
 
 #[test]
+fn file_system_has_the_tag_of_the_user_before_that_of_the_backend() {
+    let tagged = named("fs").with_tag("work").unwrap();
+    assert!(!tagged.needs_config() && named("fs").needs_config());
+    for config in [None, Some(40)] {
+        let model = tagged.model(offer(V1, None, config), &Wishes::default()).unwrap();
+        assert_eq!(model.config.get(..6).unwrap(), b"work\0\0");
+        // One request queue beside the one for urgent requests.
+        assert_eq!(model.config.get(36..40).unwrap(), 1_u32.to_le_bytes());
+    }
+    assert!(named("fs").with_tag(&"x".repeat(36)).is_ok());
+    for (kind, tag) in [("fs", ""), ("fs", &*"x".repeat(37)), ("blk", "work")] {
+        assert!(named(kind).with_tag(tag).is_err(), "{kind} {tag}");
+    }
+}
+
+#[test]
 fn generic_device_is_what_the_user_says() {
     let wishes = Wishes { queues: Some(5), queue_size: Some(1024) };
     let generic = "generic:48".parse::<DeviceType>().unwrap().with_config_size(7).unwrap();

@@ -157,6 +157,7 @@ pub(super) const VHOST_USER_KEYS: &[&str] = &[
     "queues",
     "queue-size",
     "config-size",
+    "tag",
     "reconnect",
     "deadline",
     "features",
@@ -179,6 +180,11 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         device_type = device_type.with_config_size(size).map_err(|error| {
             Error::usage(format!("{option} cannot use config-size={size}")).because(error)
         })?;
+    }
+    if let Some(tag) = keys.take("tag") {
+        device_type = device_type
+            .with_tag(tag)
+            .map_err(|error| Error::usage(format!("{option} cannot use tag={tag}")).because(error))?;
     }
 
     for (key, is_default) in [("transport", "mmio")] {
