@@ -451,6 +451,11 @@ impl DeviceType {
     /// # Errors
     /// When a name is not known.
     pub fn wanted(&self, changes: &str) -> Result<Wanted, UnknownFeature> {
+        self.wanted_of(Wanted::default(), changes)
+    }
+
+    /// The same, from other defaults.
+    pub(super) fn wanted_of(&self, defaults: Wanted, changes: &str) -> Result<Wanted, UnknownFeature> {
         let mut text = String::new();
         for feature in self.features.iter().filter(|f| f.passage == Passage::OnRequest) {
             text.push_str(&format!("-bit{}", feature.bit));
@@ -468,7 +473,7 @@ impl DeviceType {
             }
             text.extend(sign);
         }
-        Wanted::default().adjust(&text)
+        defaults.adjust(&text)
     }
 
     /// Makes a device of what the backend offers and the user wishes.

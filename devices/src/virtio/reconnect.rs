@@ -1,5 +1,12 @@
 //! A vhost-user backend that comes back: asks whoever is there now what it is, and lets it take the
 //! place of the one that was lost. Must never be called on a thread that others wait for.
+//!
+//! What a machine does with it, for each device with [`OnLoss::Recover`](super::OnLoss):
+//! 1. the control loop sees the hang-up, unwatches it, and calls `handle.peer_lost(…)`; whoever else
+//!    noticed first, the hang-up comes in any case;
+//! 2. a helper thread tries, at every interval: connect; [`Reconnect::attempt`]; until it succeeds or
+//!    the error [is final](ReconnectError::is_final), and hands the new hang-up to the control loop;
+//! 3. the thread ends before the device leaves its board.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -91,4 +98,7 @@ impl Reconnect {
 
 #[cfg(test)]
 #[path = "recovery_tests.rs"]
+mod recovery;
+#[cfg(test)]
+#[path = "reconnect_tests.rs"]
 mod tests;

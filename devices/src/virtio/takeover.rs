@@ -64,6 +64,9 @@ pub enum TakeOverError {
     /// It is another kind of backend; the device is broken now.
     #[error(transparent)]
     Unfit(#[from] Misfit),
+    /// It cannot be told of these rings or of this memory; the device is broken now.
+    #[error("the backend cannot serve what the driver set up")]
+    Refused(#[source] Box<dyn Error + Send + Sync>),
     /// It failed while it started; another one may do better.
     #[error("the backend did not start")]
     Failed(#[source] Box<dyn Error + Send + Sync>),
@@ -217,13 +220,22 @@ impl Device {
                 Ok(())
             }
             Some(Ok(_)) => Err(TakeOverError::NotWanted),
-            Some(Err(error)) => {
+            Some(Err(BackendError::Refused(cause))) => {
+                if ours {
+                    self.break_down(format!(
+                        "another backend came that does not fit: {}",
+                        chain(cause.as_ref())
+                    ));
+                }
+                Err(TakeOverError::Refused(cause))
+            }
+            Some(Err(BackendError::Lost(cause))) => {
                 if let (true, Phase::Recovering(absence)) = (ours, &mut self.phase) {
                     absence.starting = None;
                     // It may have done something before it failed.
                     absence.queues.iter_mut().for_each(|queues| queues.begin = Begin::Resumed);
                 }
-                Err(TakeOverError::Failed(error.into()))
+                Err(TakeOverError::Failed(cause))
             }
         }
     }
@@ -283,14 +295,6 @@ impl Device {
             Err(error) => log::warn!("device {}: {}", self.name, chain(error.cause())),
         }
         self.drain();
-    }
-}
-
-impl From<BackendError> for Box<dyn Error + Send + Sync> {
-    fn from(error: BackendError) -> Self {
-        match error {
-            BackendError::Refused(cause) | BackendError::Lost(cause) => cause,
-        }
     }
 }
 

@@ -221,6 +221,17 @@ fn candidate_that_does_not_start_leaves_the_device_waiting_for_the_next() {
 }
 
 #[test]
+fn candidate_that_cannot_be_told_of_the_rings_is_another_device() {
+    let rig = rig();
+    rig.lose(0, 0);
+    let (second, candidate) = candidate(disk(2));
+    lock(&second.0).on_start = Outcome::Refused;
+    assert!(matches!(rig.handle.take_over(candidate), Err(TakeOverError::Refused(_))));
+    let why = "another backend came that does not fit: scripted";
+    assert_eq!(rig.handle.phase(), PhaseReport::Broken(why.into()));
+}
+
+#[test]
 fn backend_that_is_lost_while_it_starts_is_waited_for_like_any_other() {
     let rig = rig();
     lock(&rig.first.0).on_start = Outcome::Lost;

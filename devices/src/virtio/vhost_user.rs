@@ -23,6 +23,8 @@ pub struct Order {
     pub wishes: Wishes,
     /// What to negotiate: see [`DeviceType::wanted`].
     pub wanted: Wanted,
+    /// What the user changed of that.
+    changes: String,
 }
 
 impl Order {
@@ -31,7 +33,18 @@ impl Order {
     /// # Errors
     /// When a feature name is not known.
     pub fn new(device_type: DeviceType, wishes: Wishes, features: &str) -> Result<Self, UnknownFeature> {
-        Ok(Self { device_type, wishes, wanted: device_type.wanted(features)? })
+        let wanted = device_type.wanted(features)?;
+        Ok(Self { device_type, wishes, wanted, changes: features.to_owned() })
+    }
+
+    /// The same for a device that is to outlive its backend: wants notes of what is in flight, too,
+    /// unless the user does not.
+    #[must_use]
+    pub fn recoverable(mut self) -> Self {
+        let defaults = Wanted::default().and(ProtocolFeatures::INFLIGHT_SHMFD);
+        // The names of the changes were good once already.
+        self.wanted = self.device_type.wanted_of(defaults, &self.changes).unwrap_or(self.wanted);
+        self
     }
 }
 

@@ -1,8 +1,8 @@
 //! A whole device, from the guest's register writes to a backend that we did not write.
 
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use transport::memory_map::GuestAddr;
@@ -68,8 +68,16 @@ impl Daemon {
         self.child = Self::spawn(&self.folder).unwrap();
     }
 
+    pub(in crate::virtio) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(in crate::virtio) fn open(&self, order: &Order) -> Opened {
-        let limits = Limits::new(Duration::from_secs(5));
+        self.open_within(order, Duration::from_secs(5))
+    }
+
+    pub(in crate::virtio) fn open_within(&self, order: &Order, deadline: Duration) -> Opened {
+        let limits = Limits::new(deadline);
         let mut connection = None;
         eventually("a connection", || {
             connection = Connection::connect(&self.folder.join("s"), &limits).ok();
@@ -96,7 +104,9 @@ pub(in crate::virtio) struct Guest {
     pub(in crate::virtio) device: MmioDevice,
     pub(in crate::virtio) machine: Recorder,
     ram: transport::memory_map::MemoryMap,
-    next: Cell<u16>,
+    next: AtomicU16,
+    /// Which of the lower 32 features the driver takes.
+    pub(in crate::virtio) takes: AtomicU32,
 }
 
 const DESC: u64 = 0x1000;
@@ -119,7 +129,11 @@ impl Guest {
         let place = Place { base: GuestAddr(BASE), gsi: 5 };
         let device = MmioDevice::new(parts, place, &machine.ports()).unwrap();
         device.handle().on_loss(on_loss);
-        (Self { device, machine, ram, next: Cell::new(0) }, channel, hang_up)
+        (
+            Self { device, machine, ram, next: AtomicU16::new(0), takes: AtomicU32::new(0xffff) },
+            channel,
+            hang_up,
+        )
     }
 
     pub(in crate::virtio) fn write(&self, offset: u64, value: u32) {
@@ -149,7 +163,7 @@ impl Guest {
     /// The same, with one queue of `size` entries at these places.
     pub(in crate::virtio) fn start_driver_with(&self, size: u16, areas: [u64; 3]) {
         areas.iter().for_each(|area| self.store(*area, &[0; 0x1000]));
-        self.next.set(0);
+        self.next.store(0, Relaxed);
         for status in [0, 1, 3] {
             self.write(0x70, status);
         }
@@ -157,7 +171,7 @@ impl Guest {
             self.write(0x14, select);
             self.write(0x24, select);
             // Neither event index nor indirect descriptors nor packed rings.
-            let keep = if select == 1 { 1 } else { 0xffff };
+            let keep = if select == 1 { 1 } else { self.takes.load(Relaxed) };
             self.write(0x20, self.machine.page_u32(0x10) & keep);
         }
         self.write(0x70, 0xb);
@@ -178,14 +192,13 @@ impl Guest {
     }
 
     /// Reads a sector as a driver does, the notification ending in the kernel.
-    fn read_sector(&self, sector: u64) -> Vec<u8> {
+    pub(in crate::virtio) fn read_sector(&self, sector: u64) -> Vec<u8> {
         self.store(HEAD, &[[0; 8], sector.to_le_bytes()].concat());
         self.store(HEAD + 0x2000, &[0xff]);
         self.descriptor(0, HEAD, 16, 1);
         self.descriptor(1, HEAD + 0x1000, 512, 3);
         self.descriptor(2, HEAD + 0x2000, 1, 2);
-        let next = self.next.get().wrapping_add(1);
-        self.next.set(next);
+        let next = self.next.fetch_add(1, Relaxed).wrapping_add(1);
         self.store(AVAIL + 2, &next.to_le_bytes());
         assert!(self.kick(), "the kick must end in the kernel");
         eventually("a used buffer", || self.load(USED + 2, 2) == next.to_le_bytes());
