@@ -113,7 +113,8 @@ impl Detached {
             Err((stream, name)) => (None, Connection::from_stream(stream, name, &limits)),
         };
         let opened = connection.map_err(vhost_user::OpenError::from);
-        let opened = opened.and_then(|connection| vhost_user::open(connection, &config.order));
+        let order = if config.reconnect.is_some() { config.order.recoverable() } else { config.order };
+        let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
         let Opened { model, backend, channel, hang_up, reconnect } = opened.map_err(|error| {
             let hint = error.hint();
             let failed = Error::new(Fault::Peer, cannot()).because(error);
