@@ -3,7 +3,7 @@
 //! an offset of a transport, nor call anyone.
 
 use transport::memory_map::GuestAddr;
-use transport::vhost_user::features::{DeviceFeatures, DriverFeatures, bit};
+use transport::vhost_user::features::{DeviceFeatures, DriverFeatures, WITHHELD, bit};
 
 use super::queue::{QueueState, RingLayout};
 use super::status::{Status, Step, Transition};
@@ -159,23 +159,9 @@ pub struct Registers {
     config_pending: bool,
 }
 
-/// Features that this core cannot carry, whoever offers them: those of the vhost-user protocol
-/// itself, those that want data with a kick, single-queue reset, administration, and IOVAs.
-const NOT_CARRIED: [u32; 8] = [
-    bit::LOG_ALL,
-    bit::PROTOCOL_FEATURES,
-    bit::ACCESS_PLATFORM,
-    bit::SR_IOV,
-    bit::NOTIFICATION_DATA,
-    bit::NOTIF_CONFIG_DATA,
-    bit::RING_RESET,
-    ADMIN_VQ,
-];
-const ADMIN_VQ: u32 = 41;
-
-/// What of `features` a driver may be offered.
+/// What of `features` a driver may be offered: all but those that this core cannot carry, whoever asked for them.
 fn carried(features: DeviceFeatures) -> DeviceFeatures {
-    let not_carried = NOT_CARRIED.iter().fold(0, |bits, number| bits | 1_u64 << number);
+    let not_carried = WITHHELD.iter().fold(0, |bits, number| bits | 1_u64 << number);
     DeviceFeatures::from_bits(features.bits() & !not_carried)
 }
 

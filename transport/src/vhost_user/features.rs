@@ -51,7 +51,7 @@ const DEVICE_NAMES: &[(&str, u32)] = &[
 
 /// Bits that are not passed to guests unless asked for: the front end's own, and those that need a part of the
 /// machine which the transport alone cannot promise.
-const WITHHELD: &[u32] = &[
+pub const WITHHELD: &[u32] = &[
     bit::LOG_ALL,
     bit::PROTOCOL_FEATURES,
     bit::ACCESS_PLATFORM,

@@ -1,6 +1,5 @@
 //! `outboard check`: what can this host boot?
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use kvm_ioctls::{Cap, Kvm};
@@ -92,15 +91,7 @@ fn failing_instructions(kvm: &Kvm) -> Result<Vec<Instruction>, Error> {
 /// When there is no usable KVM, or standard output is closed.
 pub fn command(json: bool) -> Result<ExitCode, Error> {
     let report = examine()?;
-    let text = if json {
-        let text = serde_json::to_string_pretty(&report);
-        text.map_err(|error| Error::internal("cannot write the report as JSON").because(error))? + "\n"
-    } else {
-        describe(&report)
-    };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(|error| Error::internal("cannot print the report").because(error))?;
+    super::print(&report, if json { None } else { Some(describe(&report)) })?;
     let fit = report.runs_stock_kernels;
     Ok(ExitCode::from(if fit { 0 } else { Fault::Host.exit_code() }))
 }

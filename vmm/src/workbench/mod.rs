@@ -4,3 +4,23 @@ pub mod check;
 mod guest_mode;
 pub mod probe;
 pub mod trace;
+
+use std::io::Write;
+
+use serde::Serialize;
+
+use crate::error::Error;
+
+/// Prints a report: the words, or JSON where there are none.
+fn print(report: &impl Serialize, words: Option<String>) -> Result<(), Error> {
+    let text = match words {
+        Some(words) => words,
+        None => {
+            let text = serde_json::to_string_pretty(report);
+            text.map_err(|error| Error::internal("cannot write the report as JSON").because(error))? + "\n"
+        }
+    };
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|error| Error::internal("cannot print the report").because(error))
+}

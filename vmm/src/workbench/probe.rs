@@ -1,7 +1,6 @@
 //! `outboard probe`: what does a peer offer? Connects, asks what may be asked without a guest, and leaves.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -146,15 +145,7 @@ fn notice(device: DeviceFeatures, protocol: ProtocolFeatures, quirks: &mut Vec<S
 /// As [`vhost_user`]; also when standard output is closed.
 pub fn command(socket: &Path, limits: &Limits, json: bool) -> Result<ExitCode, Error> {
     let report = vhost_user(socket, limits)?;
-    let text = if json {
-        let text = serde_json::to_string_pretty(&report);
-        text.map_err(|error| Error::internal("cannot write the report as JSON").because(error))? + "\n"
-    } else {
-        describe(&report)
-    };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(|error| Error::internal("cannot print the report").because(error))?;
+    super::print(&report, if json { None } else { Some(describe(&report)) })?;
     Ok(ExitCode::SUCCESS)
 }
 
