@@ -63,6 +63,8 @@ pub const EBDA: Gpa = Gpa(0x9_fc00);
 pub const EBDA_END: Gpa = Gpa(0xa_0000);
 /// RSDP; the other ACPI tables follow. Inside the range that kernels scan.
 pub const ACPI_TABLES: Gpa = Gpa(0xe_0000);
+/// Where a kernel jumps, in real mode, that resets by way of the BIOS. Inside the ACPI area; a paragraph long.
+pub const RESET_VECTOR: Gpa = Gpa(0xf_fff0);
 /// End of the ACPI area, and start of the RAM that a kernel may use freely.
 pub const HIGH_MEMORY: Gpa = Gpa(0x10_0000);
 

@@ -20,7 +20,10 @@ use linux_loader::bootparam::setup_header;
 pub use error::Error;
 pub use pagetables::GDT;
 
-use crate::layout::{CMDLINE, CMDLINE_MAX, Gpa, HIGH_MEMORY, PAGE_SIZE, PVH_START_INFO, ZERO_PAGE};
+use crate::layout::{
+    CMDLINE, CMDLINE_MAX, Gpa, HIGH_MEMORY, PAGE_SIZE, PVH_START_INFO, RESET_PORT, RESET_VALUE, RESET_VECTOR,
+    ZERO_PAGE,
+};
 use crate::platform::{Discovery, Platform};
 use crate::ram::Ram;
 
@@ -108,7 +111,18 @@ pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Ent
         }
     };
     ram.write_at(crate::layout::BOOT_GDT, &pagetables::gdt_bytes())?;
+    ram.write_at(RESET_VECTOR, &reset_code())?;
     Ok(Entry { protocol: kernel.protocol, start: kernel.start, parameters })
+}
+
+/// All that this machine has of a BIOS: `mov dx, port; mov al, value; out dx, al`, then `hlt` for ever.
+///
+/// Linux on hardware-reduced ACPI wants to reset by EFI, whatever the FADT's reset register; where there is no EFI
+/// it goes on with the BIOS (`reboot_init` and `machine_real_restart` of arch/x86/kernel/reboot.c), unless
+/// `reboot=` on its command line says otherwise.
+fn reset_code() -> [u8; 9] {
+    let [low, high] = RESET_PORT.to_le_bytes();
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
 }
 
 fn load_kernel(ram: &Ram, file: &File) -> Result<Kernel, Error> {
