@@ -83,7 +83,8 @@ impl Capture {
                 let why = if collected.ended { "the stream ended" } else { "the time is up" };
                 return Err(format!("{wanted:?} did not come: {why} ({:?} allowed)", patience(limit)));
             }
-            collected = self.shared.more.wait_timeout(collected, left).unwrap_or_else(PoisonError::into_inner).0;
+            collected =
+                self.shared.more.wait_timeout(collected, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -97,7 +98,8 @@ impl Capture {
         while !collected.ended {
             let left = end.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "a process still holds the output after the program has ended");
-            collected = self.shared.more.wait_timeout(collected, left).unwrap_or_else(PoisonError::into_inner).0;
+            collected =
+                self.shared.more.wait_timeout(collected, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(collected);
         if let Some(thread) = self.thread.take() {

@@ -80,7 +80,9 @@ impl StorageDaemon {
         let mut child = child.unwrap_or_else(|error| panic!("cannot start qemu-storage-daemon: {error}"));
         let log = Capture::new(child.stderr.take().unwrap());
         let mut daemon = Self { child, log, scratch };
-        wait::until("qemu-storage-daemon listens", Duration::from_secs(10), || daemon.listens().then_some(()));
+        wait::until("qemu-storage-daemon listens", Duration::from_secs(10), || {
+            daemon.listens().then_some(())
+        });
         Ok(daemon)
     }
 
@@ -129,7 +131,11 @@ impl StorageDaemon {
     /// # Panics
     /// When it has gone already.
     pub fn kill(&mut self) {
-        assert!(self.child.try_wait().unwrap().is_none(), "qemu-storage-daemon has gone:\n{}", self.log.text());
+        assert!(
+            self.child.try_wait().unwrap().is_none(),
+            "qemu-storage-daemon has gone:\n{}",
+            self.log.text()
+        );
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
@@ -167,4 +173,3 @@ pub fn is_listening(path: &Path) -> bool {
         flags & ACCEPTS != 0 && words.nth(3).is_some_and(|name| Path::new(name) == path)
     })
 }
-

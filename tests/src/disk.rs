@@ -47,7 +47,8 @@ impl MemoryDisk {
     pub fn new(size: usize) -> Self {
         let scratch = Scratch::new();
         let bytes = (0..size).map(|byte| pattern(byte / SECTOR)).collect();
-        let disk = Arc::new(Disk { bytes: Mutex::new(bytes), memory: Mutex::new(None), served: AtomicU64::new(0) });
+        let disk =
+            Arc::new(Disk { bytes: Mutex::new(bytes), memory: Mutex::new(None), served: AtomicU64::new(0) });
         let (serving, path) = (Arc::clone(&disk), scratch.path("disk"));
         let thread = thread::spawn(move || {
             let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
@@ -60,7 +61,9 @@ impl MemoryDisk {
             }
         });
         let disk = Self { scratch, disk, thread: Some(thread) };
-        wait::until("the memory disk listens", Duration::from_secs(10), || is_listening(&disk.socket()).then_some(()));
+        wait::until("the memory disk listens", Duration::from_secs(10), || {
+            is_listening(&disk.socket()).then_some(())
+        });
         disk
     }
 
@@ -183,7 +186,13 @@ impl VhostUserBackend for Disk {
         vmm_sys_util::event::new_event_consumer_and_notifier(vmm_sys_util::event::EventFlag::NONBLOCK).ok()
     }
 
-    fn handle_event(&self, _event: u16, _set: EventSet, vrings: &[VringRwLock], _thread: usize) -> io::Result<()> {
+    fn handle_event(
+        &self,
+        _event: u16,
+        _set: EventSet,
+        vrings: &[VringRwLock],
+        _thread: usize,
+    ) -> io::Result<()> {
         let memory = lock(&self.memory).as_ref().expect("memory before the first kick").memory();
         let vring = &vrings[0];
         let chains: Vec<_> = vring.get_mut().get_queue_mut().iter(memory.clone()).unwrap().collect();
@@ -196,4 +205,3 @@ impl VhostUserBackend for Disk {
         vring.signal_used_queue()
     }
 }
-

@@ -217,7 +217,10 @@ impl Guest {
         self.last_words("poweroff -f");
         let ended = self.vm.end(STEP).with_code(0);
         assert_eq!(ended.stats().text("/end"), "power-off");
-        assert!(!ended.log.contains("warn: ") && !ended.log.contains("error: "), "the VMM complains\n{ended}");
+        assert!(
+            !ended.log.contains("warn: ") && !ended.log.contains("error: "),
+            "the VMM complains\n{ended}"
+        );
         ended
     }
 
@@ -236,7 +239,8 @@ fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for chunk in bytes.chunks(3) {
-        let three = chunk.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        let three =
+            chunk.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
         for digit in 0..4 {
             let index = usize::try_from(three >> (18 - 6 * digit) & 63).unwrap();
             text.push(if digit <= chunk.len() { DIGITS[index].into() } else { '=' });
@@ -251,9 +255,14 @@ mod tests {
 
     #[test]
     fn base64_is_that_of_the_rfc() {
-        for (plain, encoded) in
-            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")]
-        {
+        for (plain, encoded) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+            ("foobar", "Zm9vYmFy"),
+        ] {
             assert_eq!(base64(plain.as_bytes()), encoded);
         }
     }

@@ -43,7 +43,10 @@ impl Launch {
     }
 
     /// Another program, which is to start `outboard`.
-    pub fn program(program: impl AsRef<OsStr>, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+    pub fn program(
+        program: impl AsRef<OsStr>,
+        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Self {
         let program = program.as_ref().to_owned();
         let scratch = Rc::new(Scratch::new());
         Self { program, arguments: Vec::new(), scratch, _image: None, stdin: None }.args(arguments)
@@ -125,7 +128,9 @@ impl Launch {
                 command.stdin(Stdio::piped()).stdout(Stdio::piped());
             }
         }
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", self.program.display()));
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {}: {error}", self.program.display()));
         Vm {
             stdin: child.stdin.take(),
             console: child.stdout.take().map(Capture::new),
@@ -303,7 +308,8 @@ pub struct Thread {
 impl Thread {
     fn read(task: &Path) -> Self {
         let read = |name: &str| fs::read_to_string(task.join(name)).unwrap();
-        let times: Vec<u64> = read("schedstat").split_whitespace().map(|word| word.parse().unwrap()).collect();
+        let times: Vec<u64> =
+            read("schedstat").split_whitespace().map(|word| word.parse().unwrap()).collect();
         Self {
             name: read("comm").trim_end().to_owned(),
             slices: times[2],

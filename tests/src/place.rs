@@ -109,7 +109,8 @@ pub fn outboard() -> &'static Path {
 pub fn storage_daemon() -> Result<PathBuf, Missing> {
     let named = env::var_os("OUTBOARD_STORAGE_DAEMON").map(PathBuf::from);
     let search = env::var_os("PATH").unwrap_or_default();
-    let candidates = named.into_iter().chain(env::split_paths(&search).map(|dir| dir.join("qemu-storage-daemon")));
+    let candidates =
+        named.into_iter().chain(env::split_paths(&search).map(|dir| dir.join("qemu-storage-daemon")));
     let found = candidates.into_iter().find(|path| path.is_file());
     found.ok_or_else(|| Missing::new("no qemu-storage-daemon (Debian: qemu-system-common)"))
 }

@@ -96,7 +96,8 @@ impl Proxy {
         let channel = wait::until("the backend's own channel", crate::launch::STEP, || {
             lock(&self.state).channel.as_ref().map(|channel| channel.try_clone().unwrap())
         });
-        let message: Vec<u8> = [CONFIG_CHANGE_MSG, VERSION_1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let message: Vec<u8> =
+            [CONFIG_CHANGE_MSG, VERSION_1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
         // The backend may have made the channel non-blocking, and the machine may be slow to read.
         let written = wait::until("room in the backend's channel", crate::launch::STEP, || {
             match rustix::io::write(&channel, &message) {
@@ -111,7 +112,10 @@ impl Proxy {
 impl Drop for Proxy {
     fn drop(&mut self) {
         if thread::panicking() {
-            eprintln!("--- the machine's last requests, backwards: {:?}", self.seen().iter().rev().take(8).collect::<Vec<_>>());
+            eprintln!(
+                "--- the machine's last requests, backwards: {:?}",
+                self.seen().iter().rev().take(8).collect::<Vec<_>>()
+            );
         }
         lock(&self.state).end = true;
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {

@@ -33,8 +33,12 @@ impl Pty {
         unlockpt(&user).unwrap();
         let name = ptsname(&user, Vec::new()).unwrap();
         let flags = i32::try_from(OFlags::NOCTTY.bits()).unwrap();
-        let terminal =
-            OpenOptions::new().read(true).write(true).custom_flags(flags).open(name.to_str().unwrap()).unwrap();
+        let terminal = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(name.to_str().unwrap())
+            .unwrap();
         let keyboard = File::from(user.try_clone().unwrap());
         Self { keyboard, terminal: terminal.into(), screen: Capture::new(File::from(user)) }
     }

@@ -5,7 +5,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 /// `limit` on a quiet machine, stretched where time runs slower: `OUTBOARD_PATIENCE` is the factor, by default 3 on a
-/// host and 6 inside the lab. Only for limits that a correct run never reaches.
+/// host and 4 inside the lab. Only for limits that a correct run never reaches.
 ///
 /// # Panics
 /// When the factor is no number.
@@ -14,7 +14,7 @@ pub fn patience(limit: Duration) -> Duration {
     static FACTOR: OnceLock<u32> = OnceLock::new();
     let factor = FACTOR.get_or_init(|| match std::env::var("OUTBOARD_PATIENCE") {
         Ok(text) => text.parse().expect("OUTBOARD_PATIENCE is a whole number"),
-        Err(_) if crate::place::in_lab() => 6,
+        Err(_) if crate::place::in_lab() => 4,
         Err(_) => 3,
     });
     limit * *factor

@@ -1,6 +1,9 @@
 //! What people get wrong, each with one sentence, its cause, a hint, the right exit code, and nothing left behind.
 //! Runs anywhere; what lies beyond a working KVM is skipped where there is none.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -31,7 +34,8 @@ fn assert_explained(ended: Ended, code: i32, sentence: &str, cause: &str, hint: 
     let lines: Vec<_> = ended.log.lines().collect();
     assert!(lines[0].starts_with("outboard: "), "{ended}");
     assert!(lines[0].contains(sentence), "sentence {sentence:?}\n{ended}");
-    let causes: Vec<_> = lines[1..].iter().take_while(|line| line.starts_with("  because: ")).copied().collect();
+    let causes: Vec<_> =
+        lines[1..].iter().take_while(|line| line.starts_with("  because: ")).copied().collect();
     assert!(causes.join("\n").contains(cause), "cause {cause:?}\n{ended}");
     let rest = &lines[1 + causes.len()..];
     assert!(rest.len() <= 1, "more than a sentence, causes and a hint\n{ended}");
@@ -56,7 +60,13 @@ fn files() -> (Scratch, String) {
 #[test]
 fn a_missing_kernel() {
     let ended = refuse(&["--kernel", "/nonexistent/vmlinuz"]);
-    assert_explained(ended, USAGE, "cannot open the kernel /nonexistent/vmlinuz", "No such file or directory", "is the path right");
+    assert_explained(
+        ended,
+        USAGE,
+        "cannot open the kernel /nonexistent/vmlinuz",
+        "No such file or directory",
+        "is the path right",
+    );
     assert_explained(refuse(&[]), USAGE, "no kernel was given", "", "pass --kernel FILE");
 }
 
@@ -64,7 +74,13 @@ fn a_missing_kernel() {
 fn a_missing_initramfs() {
     let (_scratch, kernel) = files();
     let ended = refuse(&["--kernel", &kernel, "--initramfs", "/nonexistent/initrd"]);
-    assert_explained(ended, USAGE, "cannot open the initramfs /nonexistent/initrd", "No such file", "is the path right");
+    assert_explained(
+        ended,
+        USAGE,
+        "cannot open the initramfs /nonexistent/initrd",
+        "No such file",
+        "is the path right",
+    );
 }
 
 #[test]
@@ -87,7 +103,10 @@ fn a_file_that_is_no_kernel() {
     ] {
         let path = scratch.file(name, contents);
         let ended = refuse(&["--kernel", path.to_str().unwrap()]).with_code(USAGE);
-        assert!(ended.log.starts_with(&format!("outboard: cannot boot {}\n  because: ", path.display())), "{name}\n{ended}");
+        assert!(
+            ended.log.starts_with(&format!("outboard: cannot boot {}\n  because: ", path.display())),
+            "{name}\n{ended}"
+        );
         assert!(ended.log.lines().count() <= 4, "{name}\n{ended}");
     }
     let folder = refuse(&["--kernel", scratch.folder().to_str().unwrap()]).with_code(USAGE);
@@ -100,7 +119,8 @@ fn a_kernel_too_large_for_the_memory() {
     let (scratch, kernel) = files();
     let big = scratch.path("initramfs");
     fs::File::create(&big).unwrap().set_len(64 << 20).unwrap();
-    let ended = refuse(&["--kernel", &kernel, "--memory", "32M", "--initramfs", big.to_str().unwrap()]).with_code(USAGE);
+    let ended = refuse(&["--kernel", &kernel, "--memory", "32M", "--initramfs", big.to_str().unwrap()])
+        .with_code(USAGE);
     assert!(ended.log.contains("cannot boot") && ended.log.contains("hint: "), "{ended}");
 
     // A segment that wants 64 MiB.
@@ -179,7 +199,11 @@ fn options_that_do_not_exist_or_do_not_work_yet() {
         ("blk,socket=/s,queues=0", "cannot use queues=0", "queues is a whole number from 1 to"),
         ("blk,socket=/s,deadline=soon", "cannot use deadline=soon", "deadline is a whole number"),
         ("blk,socket=/s,colour=red", "has no key `colour`", "its keys are socket"),
-        ("blk,socket=fd=99", "cannot use descriptor 99 as a socket", "must leave one end of a socket pair open"),
+        (
+            "blk,socket=fd=99",
+            "cannot use descriptor 99 as a socket",
+            "must leave one end of a socket pair open",
+        ),
     ] {
         let ended = refuse(&["--kernel", "/k", "--vhost-user", device]);
         let cause = if device.contains("fd=") { "os error 9" } else { "" };
@@ -232,7 +256,13 @@ fn sockets_that_are_absent_stale_or_no_sockets() {
 
     let stale = scratch.path("stale");
     stale_socket(&stale);
-    assert_explained(with_disk(&stale, "").run(), PEER, sentence, "Connection refused", "the socket file is stale");
+    assert_explained(
+        with_disk(&stale, "").run(),
+        PEER,
+        sentence,
+        "Connection refused",
+        "the socket file is stale",
+    );
 
     let file = scratch.file("file", b"");
     assert_explained(with_disk(&file, "").run(), PEER, sentence, "Connection refused", "stale");
@@ -252,9 +282,18 @@ fn a_socket_that_is_silent_fails_at_its_deadline() {
             "vhost-user backend {} did not answer GET_FEATURES within {deadline} ms",
             silent.socket().display()
         );
-        assert_explained(ended, PEER, "cannot start device disk0", &cause, "is the backend already serving another machine?");
+        assert_explained(
+            ended,
+            PEER,
+            "cannot start device disk0",
+            &cause,
+            "is the backend already serving another machine?",
+        );
         assert!(took >= Duration::from_millis(deadline), "{took:?}");
-        assert!(took < Duration::from_millis(deadline) + outboard_tests::wait::patience(Duration::from_secs(1)), "{took:?}");
+        assert!(
+            took < Duration::from_millis(deadline) + outboard_tests::wait::patience(Duration::from_secs(1)),
+            "{took:?}"
+        );
     }
 }
 
@@ -278,7 +317,13 @@ fn a_socket_that_answers_garbage() {
     assert!(ended.log.contains("did not answer GET_FEATURES within 500 ms"), "{ended}");
     let closing = Peer::closing();
     let ended = with_disk(&closing.socket(), "").run();
-    assert_explained(ended, PEER, "cannot start device disk0", "closed the connection at GET_FEATURES", "is this a vhost-user socket?");
+    assert_explained(
+        ended,
+        PEER,
+        "cannot start device disk0",
+        "closed the connection at GET_FEATURES",
+        "is this a vhost-user socket?",
+    );
 }
 
 #[test]
@@ -301,7 +346,13 @@ fn outputs_that_cannot_be_written() {
     let taken = scratch.path("taken");
     stale_socket(&taken);
     let ended = refuse(&["--kernel", &kernel, "--serial", &format!("socket={}", taken.display())]);
-    assert_explained(ended, USAGE, "cannot listen for the console", "Address already in use", "is another machine using it?");
+    assert_explained(
+        ended,
+        USAGE,
+        "cannot listen for the console",
+        "Address already in use",
+        "is another machine using it?",
+    );
     assert!(taken.exists(), "a socket that was there before is not ours to remove");
 }
 
@@ -320,14 +371,17 @@ fn in_a_namespace(script: &str) -> Option<Ended> {
 
 #[test]
 fn a_host_without_kvm() {
-    let Some(ended) = in_a_namespace("mount -t tmpfs none /dev && exec \"$1\" run --kernel \"$2\"") else { return };
+    let Some(ended) = in_a_namespace("mount -t tmpfs none /dev && exec \"$1\" run --kernel \"$2\"") else {
+        return;
+    };
     assert_explained(ended, HOST, "/dev/kvm", "No such file or directory", "kvm");
 }
 
 #[test]
 fn a_user_who_may_not_use_kvm() {
     need!(place::kvm());
-    let nobody = Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups", "true"]).output();
+    let nobody =
+        Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups", "true"]).output();
     if !nobody.is_ok_and(|done| done.status.success()) {
         return place::Missing::new("cannot become another user here").print("/dev/kvm");
     }
@@ -353,7 +407,9 @@ fn help_and_version_succeed() {
         assert!(ended.console.contains("outboard") && ended.log.is_empty(), "{ended}");
     }
     let usage = Launch::new(["run", "--help"]).run();
-    for option in ["--kernel", "--initramfs", "--cmdline", "--memory", "--cpus", "--vhost-user", "--serial", "--stats"] {
+    for option in
+        ["--kernel", "--initramfs", "--cmdline", "--memory", "--cpus", "--vhost-user", "--serial", "--stats"]
+    {
         assert!(usage.console.contains(option), "{option}\n{usage}");
     }
     for shell in ["bash", "zsh", "fish"] {
@@ -369,7 +425,8 @@ fn a_failed_start_leaves_no_socket_behind() {
     need!(place::kvm());
     let scratch = Scratch::new();
     let console = scratch.path("console");
-    let launch = with_disk(&scratch.path("absent"), "").arg("--serial").arg(format!("socket={}", console.display()));
+    let launch =
+        with_disk(&scratch.path("absent"), "").arg("--serial").arg(format!("socket={}", console.display()));
     let ended = launch.start().end(STEP).with_code(PEER);
     assert!(scratch.names().is_empty(), "{:?}\n{ended}", scratch.names());
 }

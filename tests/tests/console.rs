@@ -1,5 +1,8 @@
 //! The serial console in all its places, and the terminal as it was afterwards. Needs KVM's interface only.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -112,7 +115,8 @@ fn a_terminal_is_restored_after_every_other_end() {
     for (end, code) in [("off", 0), ("triple", 5)] {
         let pty = Pty::new();
         let before = pty.settings();
-        let vm = Launch::payload(&CommandLine::new("hello").arg("end", end)).on_terminal(pty.terminal()).start();
+        let vm =
+            Launch::payload(&CommandLine::new("hello").arg("end", end)).on_terminal(pty.terminal()).start();
         vm.end(STEP).with_code(code);
         assert_eq!(pty.settings(), before, "after end={end}");
     }

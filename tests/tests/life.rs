@@ -1,5 +1,8 @@
 //! How machines start, start again and end, seen from outside, with the tiny kernel. Needs KVM's interface only.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use outboard_tests::daemon::{StorageDaemon, is_listening};
 use outboard_tests::launch::{Launch, STEP, first_device};
 use outboard_tests::payload::CommandLine;
@@ -73,7 +76,8 @@ fn a_triple_fault_is_reported_with_registers_and_code_5() {
 fn signals_end_a_hanging_guest_in_order() {
     need!(place::kvm());
     for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
-        let vm = Launch::payload(&CommandLine::new("hello").arg("end", "hang")).arg("--cpus").arg("2").start();
+        let vm =
+            Launch::payload(&CommandLine::new("hello").arg("end", "hang")).arg("--cpus").arg("2").start();
         vm.expect("hello");
         vm.signal(signal);
         let ended = vm.end(STEP).with_code(128 + signal.as_raw());
@@ -120,13 +124,18 @@ fn memory(ended: &outboard_tests::launch::Ended) -> (u64, u64) {
     for (start, size) in &ranges {
         assert!(start + size <= hole.start || *start >= hole.end, "memory in the hole\n{ended}");
     }
-    (ranges.iter().map(|(_, size)| size).sum(), ranges.iter().map(|(start, size)| start + size).max().unwrap())
+    (
+        ranges.iter().map(|(_, size)| size).sum(),
+        ranges.iter().map(|(start, size)| start + size).max().unwrap(),
+    )
 }
 
 #[test]
 fn memory_beyond_3_gib_lies_above_the_hole() {
     need!(place::kvm());
-    let info = |memory: &str| Launch::payload(&CommandLine::new("info")).arg("--memory").arg(memory).run().with_code(0);
+    let info = |memory: &str| {
+        Launch::payload(&CommandLine::new("info")).arg("--memory").arg(memory).run().with_code(0)
+    };
     let legacy = 1 << 20;
     for (size, mib, end) in [
         ("32M", 32, 32 << 20),

@@ -1,6 +1,9 @@
 //! Stock Debian kernels boot: both series, both forms, one to four vCPUs, 128 MiB to 6 GiB. Needs a KVM that runs them:
 //! this host's, or the lab's.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::time::Duration;
 
 use outboard_tests::daemon::StorageDaemon;
@@ -28,10 +31,15 @@ fn boot(series: &str, form: Form, cpus: u64, mib: u64) -> Result<(), Missing> {
     let kernel = Kernel::stock(series, form)?;
     let disk = StorageDaemon::start(4 << 20)?;
     let script = format!("{LOOK_AROUND}{COMPLAINTS}; true");
-    let launch = kernel.script(&script).arg("--memory").arg(format!("{mib}M")).arg("--cpus").arg(cpus.to_string());
+    let launch =
+        kernel.script(&script).arg("--memory").arg(format!("{mib}M")).arg("--cpus").arg(cpus.to_string());
     let ended = launch.disk(&disk.socket()).start().end(BOOT).with_code(0);
     let console = ended.console.replace('\r', "");
-    println!("{kernel}, {cpus} vCPUs, {mib} MiB: {:?}, {} exits\n{console}", ended.took, ended.stats().exits());
+    println!(
+        "{kernel}, {cpus} vCPUs, {mib} MiB: {:?}, {} exits\n{console}",
+        ended.took,
+        ended.stats().exits()
+    );
 
     assert!(console.contains(&format!("release={series}.")), "{kernel}\n{ended}");
     assert_eq!(ended.field("cpus"), cpus, "{ended}");

@@ -1,6 +1,9 @@
 //! What a stock guest does with its disk: no exits, nothing lost, nothing mixed up. Needs a KVM that runs stock kernels:
 //! this host's, or the lab's.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::fs::File;
 use std::io::Read;
 use std::time::Duration;
@@ -138,7 +141,9 @@ fn a_disk_that_grows_and_shrinks_is_seen_by_the_guest() {
     let mut guest = Guest::boot(kernel.guest().disk(&proxy.socket()));
     // The guest waits, not we: a poll over its console would cost more than the change.
     let wait_for = |sectors: usize| {
-        format!("for n in $(seq 400); do [ $(cat /sys/block/vda/size) = {sectors} ] && exit; usleep 50000; done; false")
+        format!(
+            "for n in $(seq 400); do [ $(cat /sys/block/vda/size) = {sectors} ] && exit; usleep 50000; done; false"
+        )
     };
     for mib in [64, 2, 16] {
         disk.resize(mib * MIB);
@@ -148,7 +153,10 @@ fn a_disk_that_grows_and_shrinks_is_seen_by_the_guest() {
     }
     // The new end can be used, and nothing is beyond it.
     guest.run("echo the end | dd of=/dev/vda bs=4k seek=4095 conv=sync oflag=direct 2>/dev/null");
-    assert_ne!(guest.exec("dd if=/dev/zero of=/dev/vda bs=4k seek=4096 count=1 oflag=direct", SCRIPT).status, 0);
+    assert_ne!(
+        guest.exec("dd if=/dev/zero of=/dev/vda bs=4k seek=4096 count=1 oflag=direct", SCRIPT).status,
+        0
+    );
     guest.power_off();
     assert!(disk.contents()[4095 * 4096..].starts_with(b"the end\n"));
 }

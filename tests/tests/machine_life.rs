@@ -1,6 +1,9 @@
 //! How stock guests end, start again and live through the death of their backend. Needs a KVM that runs stock kernels:
 //! this host's, or the lab's.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::fs;
 use std::time::Duration;
 
@@ -18,11 +21,13 @@ const BOOT: Duration = Duration::from_secs(30);
 fn a_guest_reboots_in_place_with_the_same_backend() {
     need!(place::kvm());
     let kernel = need!(Kernel::usual());
-    let disk = need!(StorageDaemon::serving(&vec![0; 4 * MIB]));
+    let mut image = b"0\n".to_vec();
+    image.resize(4 * MIB, 0);
+    let disk = need!(StorageDaemon::serving(&image));
     let boots: u32 = if place::soak() { 50 } else { 5 };
     // The count is kept on the disk, in front of what each boot writes and reads back.
     let script = format!(
-        r#"read -r n </dev/vda; n=$((${{n:-0}} + 1))
+        r#"read -r n </dev/vda; n=$((n + 1))
         echo "boot=$n"
         echo $n | dd of=/dev/vda bs=512 conv=sync,notrunc,fsync 2>/dev/null
         dd if=/dev/urandom of=/tmp/x bs=4k count=50 2>/dev/null
@@ -58,7 +63,8 @@ fn every_way_to_reboot_that_linux_knows_resets_the_machine() {
     let kernel = need!(Kernel::usual());
     // reboot=triple would be a crash, and is: the guest asks for a triple fault.
     for (way, end, code) in [("acpi", "reset", 0), ("kbd", "reset", 0), ("triple", "crash", 5)] {
-        let launch = kernel.launch(&format!("reboot={way} outboard.mode=none outboard.end=reboot")).arg("--no-reboot");
+        let launch =
+            kernel.launch(&format!("reboot={way} outboard.mode=none outboard.end=reboot")).arg("--no-reboot");
         let ended = launch.start().end(BOOT).with_code(code);
         assert_eq!(ended.stats().text("/end"), end, "{way}\n{ended}");
     }

@@ -1,5 +1,8 @@
 //! Backends that change, break, vanish or go silent under a running guest. Needs KVM's interface only.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::time::{Duration, Instant};
 
 use outboard_tests::daemon::{SECTOR, StorageDaemon, is_listening};
@@ -33,7 +36,10 @@ fn a_backend_that_dies_breaks_its_device_and_the_guest_hears_of_it() {
     assert!(ended.console.contains("error: ") && ended.console.contains("needs a reset"), "{ended}");
     assert_eq!(ended.stats().text("/devices/0/state"), "broken");
     assert!(ended.stats().text("/devices/0/broken").contains("closed the connection"), "{ended}");
-    assert!(ended.log.contains("blk0") && ended.log.contains("closed the connection"), "the VMM says it\n{ended}");
+    assert!(
+        ended.log.contains("blk0") && ended.log.contains("closed the connection"),
+        "the VMM says it\n{ended}"
+    );
     assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0);
 }
 
@@ -174,12 +180,16 @@ fn a_running_disk_exchanges_no_messages() {
     assert_eq!(few, many);
     // The order that every known backend takes (PROTOCOLS.md): features, owner, memory, then the ring, enabled last.
     let order: Vec<_> = few.iter().map(|seen| seen.request).collect();
-    let place = |number: u32| order.iter().position(|seen| *seen == number).unwrap_or_else(|| panic!("no {number}"));
+    let place =
+        |number: u32| order.iter().position(|seen| *seen == number).unwrap_or_else(|| panic!("no {number}"));
     let (features, owner, memory) = (place(2), place(3), place(5));
     let [size, address, base, kick, call, enable, stop] = [8, 9, 10, 12, 13, 18, 11].map(place);
     assert!(owner < features && features < memory && memory < size, "{order:?}");
     assert!(size < address && address < base && base < call && call < kick && kick < enable, "{order:?}");
-    assert!(stop > enable + 1, "a round trip after the last ENABLE, and the ring stopped at the end: {order:?}");
+    assert!(
+        stop > enable + 1,
+        "a round trip after the last ENABLE, and the ring stopped at the end: {order:?}"
+    );
 }
 
 #[test]

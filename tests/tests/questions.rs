@@ -1,5 +1,8 @@
 //! What the program says of this host and of a backend, without booting anything.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use outboard_tests::daemon::{StorageDaemon, is_listening};
 use outboard_tests::launch::{Launch, STEP};
 use outboard_tests::peer::Peer;
@@ -21,7 +24,11 @@ fn check_says_in_words_and_in_json_what_this_host_boots() {
     assert_eq!(json.code, Some(if stock { 0 } else { 3 }), "the exit code is the answer\n{json}");
 
     assert!(words.console.contains("this host runs payloads of your own (tiny kernels): yes"), "{words}");
-    let answer = if stock { "this host boots stock Linux kernels: yes" } else { "this host boots stock Linux kernels: no" };
+    let answer = if stock {
+        "this host boots stock Linux kernels: yes"
+    } else {
+        "this host boots stock Linux kernels: no"
+    };
     assert!(words.console.contains(answer), "{words}");
     for instruction in failing {
         let name = instruction["name"].as_str().unwrap();

@@ -1,5 +1,8 @@
 //! The promise of the project: a running queue costs the VMM nothing. Needs KVM's interface only.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::time::Duration;
 
 use outboard_tests::daemon::StorageDaemon;
@@ -23,7 +26,10 @@ fn assert_requests_are_free(few: &Ended, many: &Ended) {
         assert_eq!(run.stats().range("blk0").0, 0, "reads of the register page never exit\n{run}");
     }
     assert_eq!(few.stats().range("blk0"), many.stats().range("blk0"), "exits at the device\n{many}");
-    assert_eq!(few.stats().number("/devices/0/peer/messages"), many.stats().number("/devices/0/peer/messages"));
+    assert_eq!(
+        few.stats().number("/devices/0/peer/messages"),
+        many.stats().number("/devices/0/peer/messages")
+    );
     assert_eq!(few.stats().number("/unclaimed/writes"), many.stats().number("/unclaimed/writes"));
     // The console's text differs by the digits of the numbers in it, and a signal may interrupt a vCPU anywhere.
     let more = many.stats().exits().abs_diff(few.stats().exits());
@@ -74,7 +80,8 @@ fn several_queues_are_as_free_as_one() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::with_queues(DISK, 4));
     let drive = |requests: u64| {
-        let line = first_device("blk").arg("op", "verify").arg("n", requests).arg("queues", 4).arg("span", 512);
+        let line =
+            first_device("blk").arg("op", "verify").arg("n", requests).arg("queues", 4).arg("span", 512);
         let device = format!("blk,socket={},queues=4", disk.socket().display());
         let vm = Launch::payload(&line).arg("--vhost-user").arg(device).start();
         let ended = vm.end(STEP).with_code(0);
