@@ -2,6 +2,7 @@
 
 use std::env;
 use std::error::Error;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -58,6 +59,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err(
             format!("{} could not build the tiny kernel: {status}", compiler.to_string_lossy()).into()
         );
+    }
+    guest_program(&compiler)
+}
+
+/// What stock guests run to try their devices, as `OUT_DIR/guest-program`.
+fn guest_program(compiler: &OsStr) -> Result<(), Box<dyn Error>> {
+    const SOURCE: &str = "backends/guest.c";
+    println!("cargo::rerun-if-changed={SOURCE}");
+    let output = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?).join("guest-program");
+    let flags = ["-static", "-Os", "-s", "-std=gnu11", "-Wall", "-Wextra"];
+    let status = Command::new(compiler).args(flags).arg(SOURCE).arg("-o").arg(&output).status()?;
+    if !status.success() {
+        return Err(format!("{} could not build {SOURCE}: {status}", compiler.to_string_lossy()).into());
     }
     Ok(())
 }

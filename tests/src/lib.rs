@@ -10,6 +10,7 @@
 //! | [`pty`] | a terminal to run it on |
 //! | [`daemon`], [`qmp`] | Debian's `qemu-storage-daemon` as the backend |
 //! | [`disk`] | an independent backend in this process, on the crate `vhost-user-backend` |
+//! | [`backends`] | backends that others wrote, and guests with the drivers for them |
 //! | [`peer`], [`proxy`] | backends that do not what they should; one that listens in |
 //! | [`library`] | a `vmm::Machine` in this process |
 //! | [`payload`] | the tiny kernel |
@@ -19,6 +20,7 @@
 // All of this is test code: a failed assumption is a failed test, and says so where it happens.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+pub mod backends;
 pub mod capture;
 pub mod daemon;
 pub mod disk;

@@ -1,0 +1,183 @@
+//! Backends that others wrote, as `tests/backends/fetch` brings them, each in a process of its own; and stock guests with
+//! the drivers for them. Knows how to start a backend, not what it must do: that is in the tests.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use crate::capture::{Capture, tail};
+use crate::daemon::is_listening;
+use crate::launch::{Ended, Launch};
+use crate::place::Missing;
+use crate::scratch::Scratch;
+use crate::wait;
+
+/// How long a machine with a script may take on a quiet host, the guest's boot included.
+pub const SCRIPT: Duration = Duration::from_secs(60);
+/// How long a backend may take until it listens.
+const STARTS: Duration = Duration::from_secs(20);
+
+/// The path of a backend: `OUTBOARD_BACKEND_NAME`, which `tests/backends/fetch env` prints. Says so when it is not there.
+///
+/// # Panics
+/// When it is not there although `OUTBOARD_BACKENDS_REQUIRED` is set, as `make test-backends` does.
+#[must_use]
+pub fn program(name: &str) -> Option<PathBuf> {
+    let variable = format!("OUTBOARD_BACKEND_{}", name.to_uppercase().replace('-', "_"));
+    let found = env::var_os(&variable).map(PathBuf::from).filter(|path| path.is_file());
+    if found.is_none() {
+        let why = format!("no {name} here ({variable}; tests/backends/fetch brings it)");
+        assert!(env::var_os("OUTBOARD_BACKENDS_REQUIRED").is_none(), "{why}");
+        Missing::skipped(std::thread::current().name().unwrap_or("test"), &why);
+    }
+    found
+}
+
+/// A running backend. Killed when dropped; a test that panics meanwhile prints the end of what it said.
+#[derive(Debug)]
+pub struct Backend {
+    name: String,
+    child: Child,
+    output: Capture,
+    log: Capture,
+    stdin: Option<ChildStdin>,
+    socket: PathBuf,
+    scratch: Scratch,
+}
+
+impl Backend {
+    /// Starts a program whose files are in `scratch`, and waits until it listens on `socket` there.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start(program: &Path, scratch: Scratch, socket: &str, arguments: &[String]) -> Self {
+        let mut backend = Self::start_only(program, scratch, socket, arguments);
+        let what = format!("{} listens on {}", backend.name, backend.socket.display());
+        wait::until(&what, STARTS, || {
+            if let Some(status) = backend.child.try_wait().unwrap() {
+                panic!("{} ended: {status}", backend.name);
+            }
+            is_listening(&backend.socket).then_some(())
+        });
+        backend
+    }
+
+    /// As [`Backend::start`], without waiting: it connects to us, or takes its time.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_only(program: &Path, scratch: Scratch, socket: &str, arguments: &[String]) -> Self {
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut child = child.unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
+        Self {
+            name,
+            output: Capture::new(child.stdout.take().unwrap()),
+            log: Capture::new(child.stderr.take().unwrap()),
+            stdin: child.stdin.take(),
+            child,
+            socket: scratch.path(socket),
+            scratch,
+        }
+    }
+
+    /// Its vhost-user socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its files.
+    #[must_use]
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+
+    /// What it printed.
+    #[must_use]
+    pub fn output(&self) -> &Capture {
+        &self.output
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stdin = None;
+        if std::thread::panicking() {
+            eprintln!(
+                "--- {}\n{}\n{}\n---",
+                self.name,
+                tail(&self.output.text(), 30),
+                tail(&self.log.text(), 60)
+            );
+        }
+        // Some end with the connection.
+        self.child.kill().unwrap_or_default();
+        self.child.wait().map(|_| ()).unwrap_or_default();
+    }
+}
+
+/// A stock guest that loads these drivers (by commas), runs the script and ends. `/bin/guest` is `tests/backends/guest.c`.
+///
+/// # Errors
+/// When the variables of the lab are not set.
+///
+/// # Panics
+/// When the lab's files cannot be read.
+pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
+    let variable = |name: &str| {
+        let found = env::var_os(name).map(PathBuf::from);
+        found.ok_or_else(|| Missing::new(format!("{name} is not set: run by tests/lab/runner")))
+    };
+    let kernel = variable("OUTBOARD_KERNEL_6_12_ELF")?;
+    let mut image = Vec::new();
+    for archive in ["OUTBOARD_GUEST_INITRAMFS_6_12", "OUTBOARD_GUEST_DRIVERS_6_12"] {
+        image.extend(fs::read(variable(archive)?).unwrap());
+        image.resize(image.len().next_multiple_of(4), 0);
+    }
+    const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-program"));
+    cpio_entry(&mut image, "bin/guest", 0o100_755, PROGRAM);
+    cpio_entry(&mut image, "guest.sh", 0o100_644, script.as_bytes());
+    cpio_entry(&mut image, "TRAILER!!!", 0, &[]);
+    let line = format!("console=ttyS0 quiet panic=-1 outboard.modules={drivers}");
+    let launch = Launch::kernel(&kernel, &line);
+    let initramfs = launch.scratch().file("initramfs", &image);
+    Ok(launch.arg("--initramfs").arg(initramfs))
+}
+
+/// One file of the newc format, as the kernel's `driver-api/early-userspace/buffer-format` has it.
+fn cpio_entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
+    let (size, name_size) = (contents.len(), name.len() + 1);
+    // ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
+    let header = format!(
+        "070701{0:08x}{mode:08x}{0:08x}{0:08x}{1:08x}{0:08x}{size:08x}{0:08x}{0:08x}{0:08x}{0:08x}{name_size:08x}{0:08x}",
+        0, 1
+    );
+    archive.extend(header.as_bytes());
+    archive.extend(name.as_bytes());
+    archive.push(0);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.extend(contents);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+}
+
+/// Checks how a machine with a script ended: by its own power-off, the script content, the device served without us.
+///
+/// # Panics
+/// When something is not so.
+pub fn assert_worked(ended: &Ended) {
+    assert!(ended.console.replace('\r', "").contains("@exit 0\n"), "the script failed\n{ended}");
+    assert_eq!(ended.code, Some(0), "{ended}");
+    assert_eq!(ended.stats().text("/end"), "power-off", "{ended}");
+    assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0, "{ended}");
+    println!("{:?}, {} exits", ended.took, ended.stats().exits());
+}
