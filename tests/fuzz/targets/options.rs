@@ -72,8 +72,8 @@ fn toml(text: &str) {
     file.write_all_at(text.as_bytes(), 0).expect("a file in memory");
     let loaded = load_toml(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())));
     if let Ok(config) = &loaded {
-        config.memory.as_deref().map(memory);
-        config.serial.as_deref().map(|text| told(parse_serial(text)));
+        config.memory.iter().for_each(|text| memory(text));
+        config.serial.iter().for_each(|text| told(parse_serial(text)));
         config.vhost_user.iter().for_each(|text| vhost_user(text));
     }
     told(loaded);
