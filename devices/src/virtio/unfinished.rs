@@ -31,7 +31,7 @@ pub(super) struct History<'a> {
 }
 
 /// Entries that a search looks at before it gives up: it must not hold up others.
-const EFFORT: usize = 1 << 22;
+const EFFORT: usize = 1 << 20;
 
 /// A position in either ring, counted on beyond 16 bits.
 type Position = i64;
