@@ -17,6 +17,8 @@ pub const SECTOR: usize = 512;
 /// A running daemon that serves one image. Killed when dropped.
 #[derive(Debug)]
 pub struct StorageDaemon {
+    program: PathBuf,
+    queues: u16,
     child: Child,
     log: Capture,
     scratch: Scratch,
@@ -60,26 +62,9 @@ impl StorageDaemon {
     fn export(contents: &[u8], queues: u16) -> Result<Self, Missing> {
         let program = place::storage_daemon()?;
         let scratch = Scratch::new();
-        let image = scratch.file("disk.img", contents);
-        let socket = scratch.path("blk");
-        let child = Command::new(program)
-            .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", image.display())])
-            .args([
-                "--export",
-                &format!(
-                    "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
-                    socket.display()
-                ),
-            ])
-            .args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", scratch.path("qmp").display())])
-            .args(["--monitor", "chardev=qmp"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn();
-        let mut child = child.unwrap_or_else(|error| panic!("cannot start qemu-storage-daemon: {error}"));
-        let log = Capture::new(child.stderr.take().unwrap());
-        let mut daemon = Self { child, log, scratch };
+        let _image: PathBuf = scratch.file("disk.img", contents);
+        let (child, log) = spawn(&program, &scratch, queues);
+        let mut daemon = Self { program, queues, child, log, scratch };
         wait::until("qemu-storage-daemon listens", Duration::from_secs(10), || {
             daemon.listens().then_some(())
         });
@@ -139,6 +124,43 @@ impl StorageDaemon {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
+}
+
+impl StorageDaemon {
+    /// Starts another one in the place of one that was killed: same image, same socket.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn restart(&mut self) {
+        for stale in ["blk", "qmp"] {
+            // The daemon that was killed has left them.
+            fs::remove_file(self.scratch.path(stale)).unwrap_or_default();
+        }
+        (self.child, self.log) = spawn(&self.program, &self.scratch, self.queues);
+        wait::until("qemu-storage-daemon listens again", Duration::from_secs(10), || {
+            self.listens().then_some(())
+        });
+    }
+}
+
+fn spawn(program: &Path, scratch: &Scratch, queues: u16) -> (Child, Capture) {
+    let (image, socket, qmp) = (scratch.path("disk.img"), scratch.path("blk"), scratch.path("qmp"));
+    let export = format!(
+        "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
+        socket.display()
+    );
+    let child = Command::new(program)
+        .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", image.display())])
+        .args(["--export", &export])
+        .args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())])
+        .args(["--monitor", "chardev=qmp"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = child.unwrap_or_else(|error| panic!("cannot start qemu-storage-daemon: {error}"));
+    let log = Capture::new(child.stderr.take().unwrap());
+    (child, log)
 }
 
 impl Drop for StorageDaemon {
