@@ -8,7 +8,7 @@
 //! | [`device_type`] | what distinguishes a disk from a network card: one table row |
 //! | [`device`] | the device: registers, backend, phase |
 //! | [`face`] | what the device asks of its transport |
-//! | [`phase`] | where it is in its life |
+//! | [`phase`], `activation` | where it is in its life, and how it gets there |
 //! | [`takeover`] | another backend in the place of a lost one |
 //! | `resume`, `unfinished` | where a ring goes on then, and what was in flight |
 //! | [`handle`], [`report`] | the device shared between threads, and what it reports |
@@ -17,6 +17,7 @@
 //! | [`reconnect`] | a vhost-user backend that comes back |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
 
+mod activation;
 pub mod backend;
 pub mod device;
 pub mod device_type;

@@ -1,0 +1,162 @@
+//! A device's queues start, stop, and fail: the transitions of [`Phase`]. Called with the device's lock
+//! held. Must never leave a backend on rings that the guest was told are its own again.
+
+use transport::vhost_user::vring::Ring;
+
+use super::backend::{BackendError, Begin, Start};
+use super::device::{Device, chain};
+use super::phase::{Absence, OnLoss, Phase, Waiting};
+use super::resume::Notes;
+use super::wiring::{ConnectError, OwnedRing, RingsError};
+use crate::ports::Guard;
+
+/// Why the queues did not start.
+enum StartError {
+    /// The driver's mistake.
+    Driver(String),
+    /// The peer's failure, or the machine's.
+    Lasting(String),
+}
+
+impl From<ConnectError> for StartError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Queue(_) => Self::Driver(chain(&error)),
+            ConnectError::Port(_) => Self::Lasting(chain(&error)),
+        }
+    }
+}
+
+impl From<RingsError> for StartError {
+    fn from(error: RingsError) -> Self {
+        Self::Lasting(chain(&error))
+    }
+}
+
+impl Device {
+    /// The driver is ready: connects the queues and starts the backend, now or when there is one.
+    pub(super) fn activate(&mut self) {
+        if self.is_broken() {
+            // The driver went on with a device that broke under its hands: now it may be told.
+            return self.interrupt_config();
+        }
+        let connected = self.wiring.connect(&self.registers, self.face.as_ref(), &self.memory);
+        match connected.map_err(StartError::from).and_then(|guards| self.start(guards)) {
+            Ok(()) => {}
+            Err(StartError::Driver(why)) => self.need_reset(why),
+            Err(StartError::Lasting(why)) => self.break_down(why),
+        }
+    }
+
+    /// Has the connected queues served. The connections are undone again when this fails.
+    fn start(&mut self, guards: Vec<Guard>) -> Result<(), StartError> {
+        if let Phase::Recovering(absence) = &mut self.phase {
+            absence.queues = Some(Waiting { guards, begin: Begin::Fresh });
+            return Ok(());
+        }
+        let Self { registers, wiring, memory, backend, .. } = self;
+        let Some(features) = registers.accepted() else {
+            return Err(StartError::Driver(
+                "the driver was ready before the features were agreed".to_owned(),
+            ));
+        };
+        let rings = wiring.rings(registers, Begin::Fresh, memory, Notes::Rings)?;
+        let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
+        match backend.start(&Start { features, memory, rings: &rings, begin: Begin::Fresh }) {
+            Ok(()) => {
+                self.activations += 1;
+                self.phase = Phase::Running(guards);
+                Ok(())
+            }
+            Err(BackendError::Refused(cause)) => Err(StartError::Driver(chain(cause.as_ref()))),
+            Err(BackendError::Lost(cause)) => {
+                // It may have served some of them before it failed.
+                self.phase = Phase::Running(guards);
+                self.lose(chain(cause.as_ref()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Stops what runs; the registers are reset already.
+    pub(super) fn quiesce(&mut self) {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Idle | Phase::NeedsReset(_) => {}
+            broken @ Phase::Broken(_) => self.phase = broken,
+            Phase::Recovering(absence) => self.quiesce_absent(absence),
+            Phase::Running(guards) => {
+                self.resets += 1;
+                // No new kick, no further interrupt, then the backend.
+                drop(guards);
+                if let Err(error) = self.backend.stop() {
+                    self.lose(chain(error.cause()));
+                }
+                self.drain();
+            }
+        }
+    }
+
+    /// Takes what is left in the queues' eventfds.
+    pub(super) fn drain(&self) {
+        if let Err(error) = self.wiring.drain() {
+            log::warn!("{}: cannot drain an eventfd: {error}", self.name);
+        }
+    }
+
+    /// Interrupts the guest for every queue, as nobody knows whether it was told of the last used buffers.
+    pub(super) fn call_all(&self) {
+        if let Err(error) = self.wiring.call_all(&self.registers) {
+            log::warn!("{}: cannot interrupt: {error}", self.name);
+        }
+    }
+
+    /// The driver cannot go on; after its reset it, or another one, may try again.
+    pub(super) fn need_reset(&mut self, why: String) {
+        if self.noted.insert("reset") {
+            log::warn!("device {} needs a reset: {why} (logged once)", self.name);
+        }
+        self.registers.need_reset();
+        match &mut self.phase {
+            // The driver's state comes back with the backend.
+            Phase::Recovering(absence) => absence.queues = None,
+            phase => *phase = Phase::NeedsReset(why),
+        }
+        self.interrupt_config();
+    }
+
+    /// The peer failed.
+    pub(super) fn lose(&mut self, why: String) {
+        if self.on_loss == OnLoss::Break || self.retired {
+            return self.break_down(why);
+        }
+        let queues = match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Running(guards) => Some(Waiting { guards, begin: Begin::Resumed }),
+            Phase::Idle | Phase::NeedsReset(_) => None,
+            // Told twice.
+            absent @ (Phase::Recovering(_) | Phase::Broken(_)) => {
+                self.phase = absent;
+                return;
+            }
+        };
+        log::warn!("device {} waits for another backend: {why}", self.name);
+        self.backend.disconnect();
+        if queues.is_some() {
+            self.wiring.cut(&self.registers, &self.memory);
+            self.call_all();
+        }
+        self.phase = Phase::Recovering(Absence::new(why, queues));
+    }
+
+    /// The device cannot go on.
+    pub(super) fn break_down(&mut self, why: String) {
+        if self.is_broken() {
+            return;
+        }
+        log::error!("device {} is broken: {why}", self.name);
+        // Drops the connections of the queues, too.
+        self.phase = Phase::Broken(why);
+        self.backend.disconnect();
+        self.registers.mark_broken();
+        self.interrupt_config();
+    }
+}
