@@ -150,7 +150,7 @@ fn pass_on(front: &UnixStream, back: &UnixStream, state: &Mutex<State>) {
     }
 }
 
-/// What has come, which is one message of the machine, or any part of the backend's. False when the sender has gone.
+/// What has come, whole messages of the machine, any part of the backend's. False when the sender has gone.
 fn pass_one(from: &UnixStream, to: &UnixStream, is_request: bool, state: &Mutex<State>) -> bool {
     let mut bytes = [0; 8192];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
@@ -167,15 +167,8 @@ fn pass_one(from: &UnixStream, to: &UnixStream, is_request: bool, state: &Mutex<
     if received.bytes == 0 {
         return false;
     }
-    let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
     if is_request {
-        // Each message in one write: many backends break on a split one.
-        assert_eq!(received.bytes, HEADER + usize::try_from(word(8)).unwrap(), "a request came in pieces");
-        let mut state = lock(state);
-        state.seen.push(Seen { request: word(0), size: word(8), fds: fds.len() });
-        if word(0) == SET_BACKEND_REQ_FD {
-            state.channel = fds.first().map(|fd| fd.try_clone().unwrap());
-        }
+        take_down(&bytes[..received.bytes], &fds, state);
     }
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
@@ -184,4 +177,20 @@ fn pass_one(from: &UnixStream, to: &UnixStream, is_request: bool, state: &Mutex<
         assert!(control.push(SendAncillaryMessage::ScmRights(&borrowed)));
     }
     sendmsg(to, &[IoSlice::new(&bytes[..received.bytes])], &mut control, SendFlags::NOSIGNAL).is_ok()
+}
+
+/// Notes each request; a few that need no answer may have come together.
+fn take_down(mut bytes: &[u8], fds: &[OwnedFd], state: &Mutex<State>) {
+    let mut state = lock(state);
+    while !bytes.is_empty() {
+        // Each message in one write: many backends break on a split one.
+        let split = "a request came in pieces";
+        let word = |at: usize| u32::from_ne_bytes(bytes.get(at..at + 4).expect(split).try_into().unwrap());
+        let (request, size) = (word(0), word(8));
+        state.seen.push(Seen { request, size, fds: fds.len() });
+        if request == SET_BACKEND_REQ_FD {
+            state.channel = fds.first().map(|fd| fd.try_clone().unwrap());
+        }
+        bytes = bytes.get(HEADER + usize::try_from(size).unwrap()..).expect(split);
+    }
 }
