@@ -162,6 +162,7 @@ impl Device {
             _ if !self.device_type.driver_may_write(offered, offset, data.len()) => {
                 self.note("the driver wrote a configuration field that can only be read");
             }
+            _ if self.device_type.is_settled(self.registers.config(), offset, data) => {}
             _ if self.config_source == ConfigSource::Fixed || !self.phase.has_backend() => {
                 self.note("a configuration write goes nowhere");
             }

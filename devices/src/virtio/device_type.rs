@@ -15,7 +15,7 @@ pub const MAX_CONFIG_SIZE: u16 = 256;
 const TAG_SIZE: usize = 36;
 /// The type that has a tag.
 const FILE_SYSTEM: u32 = 26;
-/// Entries of a queue unless the user says otherwise.
+/// Entries of a queue unless the type or the user says otherwise.
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 
 /// Whether a feature that the backend offers reaches the guest.
@@ -58,6 +58,14 @@ struct QueueCountField {
     feature: Option<u32>,
 }
 
+/// A configuration field that says how many ports there are, each with two queues, beside the two of the
+/// control channel (§5.3.2): a driver that takes the feature wants them all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct PortsField {
+    offset: usize,
+    feature: u32,
+}
+
 /// A field of the configuration space that the driver may write (§5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct WritableField {
@@ -74,6 +82,9 @@ enum Writable {
     Anything,
     /// These fields.
     Fields(&'static [WritableField]),
+    /// These fields, and the backend need not hear of a value that it has already: drivers write the defaults
+    /// there, the reference front end keeps them to itself, and so a backend may die of the first such message.
+    Settings(&'static [WritableField]),
 }
 
 const fn writable(offset: usize, width: usize) -> WritableField {
@@ -99,11 +110,13 @@ pub struct DeviceType {
     name: &'static str,
     id: u32,
     queues: u16,
+    queue_size: u16,
     config_size: u16,
     no_config: NoConfig,
     /// What one unit of GET_QUEUE_NUM stands for.
     queue_unit: u16,
     queue_count: Option<QueueCountField>,
+    ports: Option<PortsField>,
     writable: Writable,
     features: &'static [Feature],
     /// What a file system is mounted by, in place of the backend's own word for it.
@@ -115,10 +128,12 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         name,
         id,
         queues,
+        queue_size: DEFAULT_QUEUE_SIZE,
         config_size,
         no_config: if config_size == 0 { NoConfig::Instead(&[]) } else { NoConfig::Unusable },
         queue_unit: 1,
         queue_count: None,
+        ports: None,
         writable: Writable::Fields(&[]),
         features: &[],
         tag: None,
@@ -196,7 +211,11 @@ const TYPES: &[DeviceType] = &[
         ..row("blk", 2, 1, 60)
     },
     DeviceType {
+        // As for scsi.
+        queue_size: 128,
         no_config: NoConfig::Instead(&[]),
+        // max_nr_ports
+        ports: Some(PortsField { offset: 4, feature: 1 }),
         // emerg_wr
         writable: Writable::Fields(&[writable_with(2, 8, 4)]),
         features: CONSOLE_FEATURES,
@@ -204,10 +223,12 @@ const TYPES: &[DeviceType] = &[
     },
     row("rng", 4, 1, 0),
     DeviceType {
+        // That of the reference front end; a backend of today takes no more, and says so to nobody.
+        queue_size: 128,
         no_config: NoConfig::Instead(SCSI_CONFIG),
         queue_count: Some(QueueCountField { offset: 0, width: 4, others: 2, group: 1, feature: None }),
         // sense_size, cdb_size
-        writable: Writable::Fields(&[writable(20, 4), writable(24, 4)]),
+        writable: Writable::Settings(&[writable(20, 4), writable(24, 4)]),
         ..row("scsi", 8, 3, 36)
     },
     // events_clear
@@ -434,13 +455,20 @@ impl DeviceType {
     /// `offset`: all of them within one field that is there.
     #[must_use]
     pub fn driver_may_write(&self, features: DeviceFeatures, offset: usize, length: usize) -> bool {
-        let Writable::Fields(fields) = self.writable else { return true };
+        let (Writable::Fields(fields) | Writable::Settings(fields)) = self.writable else { return true };
         let within = |field: &WritableField| {
             let start = offset.checked_sub(field.offset);
             start.and_then(|start| start.checked_add(length)).is_some_and(|end| end <= field.width)
         };
         let there = |field: &WritableField| field.feature.is_none_or(|bit| features.has(bit));
         fields.iter().any(|field| there(field) && within(field))
+    }
+
+    /// Whether writing `data` at `offset` of `config` says nothing new.
+    #[must_use]
+    pub fn is_settled(&self, config: &[u8], offset: usize, data: &[u8]) -> bool {
+        matches!(self.writable, Writable::Settings(_))
+            && config.get(offset..).is_some_and(|rest| rest.starts_with(data))
     }
 
     /// What to negotiate with a backend of this type: the defaults, less what is only had on request,
@@ -487,7 +515,8 @@ impl DeviceType {
             return Err(ModelError::Legacy);
         }
         let served = queue_num.map_or(MAX_QUEUES, |n| n.saturating_mul(self.queue_unit).min(MAX_QUEUES));
-        let queues = wishes.queues.unwrap_or(self.queues);
+        let ported = self.queues_for_ports(features, config.as_deref().unwrap_or_default());
+        let queues = wishes.queues.unwrap_or(ported.unwrap_or(self.queues).min(served.max(self.queues)));
         if served < queues.min(self.queues) {
             return Err(ModelError::TooFewQueues { kind: self.name, has: served, needs: self.queues });
         }
@@ -501,12 +530,26 @@ impl DeviceType {
             (None, NoConfig::Instead(bytes)) => bytes.to_vec(),
             (None, NoConfig::Unusable) => return Err(ModelError::NoConfig { kind: self.name }),
         };
-        let features = self.visible(features, config.len());
+        let mut features = self.visible(features, config.len());
+        if let (Some(field), Some(needed)) = (self.ports, ported)
+            && needed > queues.min(served)
+        {
+            log::warn!("a {} device with ports needs {needed} queues: it gets no ports", self.name);
+            features = DeviceFeatures::from_bits(features.bits() & !(1 << field.feature));
+        }
         config.resize(config_size, 0);
         let queues = queues.min(served);
         self.patch(&mut config, features, queues);
-        let queue_size = wishes.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE);
+        let queue_size = wishes.queue_size.unwrap_or(self.queue_size);
         Ok(Model { device_type: self, features, queues, queue_size, config, config_source })
+    }
+
+    /// The queues that the driver looks for when there are ports.
+    fn queues_for_ports(&self, features: DeviceFeatures, config: &[u8]) -> Option<u16> {
+        let field = self.ports.filter(|field| features.has(field.feature))?;
+        let ports = config.get(field.offset..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))?;
+        let queues = ports.max(1).saturating_add(1).saturating_mul(2);
+        Some(u16::try_from(queues).unwrap_or(u16::MAX))
     }
 
     /// Takes out the features whose configuration fields we do not have: a driver would read zeroes.

@@ -77,6 +77,7 @@ fn scsi_without_configuration_gets_one_that_drivers_accept() {
     let wishes = Wishes { queues: Some(6), ..Wishes::default() };
     let model = named("scsi").model(offer(V1, None, None), &wishes).unwrap();
     assert_eq!((model.config[0], model.config[20], model.config[24]), (4, 96, 32));
+    assert_eq!(model.queue_size, 128);
 }
 
 #[test]
@@ -93,6 +94,36 @@ fn file_system_has_the_tag_of_the_user_before_that_of_the_backend() {
     for (kind, tag) in [("fs", ""), ("fs", &*"x".repeat(37)), ("blk", "work")] {
         assert!(named(kind).with_tag(tag).is_err(), "{kind} {tag}");
     }
+}
+
+#[test]
+fn scsi_settings_that_change_nothing_are_known_to_the_backend() {
+    let (scsi, blk) = (named("scsi"), named("blk"));
+    assert!(scsi.is_settled(SCSI_CONFIG, 24, &32_u32.to_le_bytes()));
+    assert!(!scsi.is_settled(SCSI_CONFIG, 24, &16_u32.to_le_bytes()));
+    assert!(!scsi.is_settled(SCSI_CONFIG, 34, &32_u32.to_le_bytes()) && !scsi.is_settled(&[], 24, &[0]));
+    assert!(!blk.is_settled(&[1; 60], 32, &[1]), "the backend judges itself");
+}
+
+#[test]
+fn console_with_ports_has_queues_for_all_of_them_or_no_ports() {
+    let multiport = 1 << 1;
+    let model = |ports: u32, served: u16, wanted: Option<u16>| {
+        let mut config = vec![0; 12];
+        config[4..8].copy_from_slice(&ports.to_le_bytes());
+        let offer = Offer {
+            features: DeviceFeatures::from_bits(V1 | multiport),
+            queue_num: Some(served),
+            config: Some(config),
+        };
+        let model = named("console").model(offer, &Wishes { queues: wanted, ..Wishes::default() }).unwrap();
+        (model.queues, model.features.has(1))
+    };
+    assert_eq!(model(1, 4, None), (4, true));
+    assert_eq!(model(3, 16, None), (8, true));
+    assert_eq!(model(1, 2, None), (2, false));
+    assert_eq!(model(1, 4, Some(2)), (2, false));
+    assert_eq!(model(u32::MAX, 4, None), (4, false), "a count that nobody can serve");
 }
 
 #[test]

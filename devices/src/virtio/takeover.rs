@@ -84,7 +84,7 @@ pub(super) struct Starting {
 
 enum Progress {
     Busy,
-    Done(Result<Candidate, BackendError>),
+    Done(Box<Result<Candidate, BackendError>>),
     Claimed,
 }
 
@@ -94,7 +94,7 @@ impl Starting {
     }
 
     fn complete(&self, result: Result<Candidate, BackendError>) {
-        *lock(&self.outcome) = Progress::Done(result);
+        *lock(&self.outcome) = Progress::Done(Box::new(result));
         self.done.notify_all();
     }
 
@@ -104,7 +104,7 @@ impl Starting {
         let waited = self.done.wait_while(lock(&self.outcome), busy);
         let mut progress = waited.unwrap_or_else(PoisonError::into_inner);
         match std::mem::replace(&mut *progress, Progress::Claimed) {
-            Progress::Done(result) => Some(result),
+            Progress::Done(result) => Some(*result),
             Progress::Busy | Progress::Claimed => None,
         }
     }
