@@ -16,10 +16,12 @@ pub fn step(input: &mut Input, device: &MmioDevice, machine: &Recorder) {
             0 => write(0x70, machine.page_u32(0x70)),
             1 => [1, 3].iter().for_each(|status| write(0x70, *status)),
             2 => {
-                for half in [1, 0] {
+                // Packed rings now and then: with split ones more can happen.
+                let taken = if input.rarely(4) { [u32::MAX; 2] } else { [u32::MAX, !(1 << 2)] };
+                for (half, taken) in (0..).zip(taken) {
                     write(0x14, half);
                     write(0x24, half);
-                    write(0x20, machine.page_u32(0x10));
+                    write(0x20, machine.page_u32(0x10) & taken);
                 }
                 write(0x70, 0xb);
             }

@@ -11,12 +11,21 @@ use fuzz::driver::{all_of_its_page, step, true_to_its_page};
 use fuzz::input::Input;
 use fuzz::peer::Peer;
 use fuzz::ports::Recorder;
+use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
 use transport::memory_map::GuestAddr;
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));
 });
+
+/// A driver that starts the device, loses its back-end, starts again; of each type.
+fn seeds() -> Vec<Vec<u8>> {
+    let start = [1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 4];
+    let driver = [&[1], start.as_slice(), &[144, 112, 0, 0, 7], &start, &[168, 6, 3, 7], &start].concat();
+    let length = u8::try_from(driver.len()).expect("short");
+    (0..8).map(|kind| [&[kind, 0, 0, length], driver.as_slice(), &[0; 64]].concat()).collect()
+}
 
 fn drive(data: &[u8]) {
     let mut input = Input::new(data);

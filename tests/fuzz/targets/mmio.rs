@@ -13,6 +13,7 @@ use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::driver::{all_of_its_page, step, true_to_its_page};
 use fuzz::input::Input;
 use fuzz::ports::Recorder;
+use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
 use transport::memory_map::{GuestAddr, MemoryMap};
 use transport::vhost_user::DeviceFeatures;
@@ -74,9 +75,20 @@ impl Backend for Shaky {
     }
 }
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));
 });
+
+/// A driver that starts the device, loses its back-end, gets another one, resets; with a device that recovers and one
+/// that breaks.
+fn seeds() -> Vec<Vec<u8>> {
+    let own = |op: u8| vec![0xff, op];
+    let queue = |n: u8| [&[0xff, 3, n], [0; 7].as_slice()].concat();
+    let start = [own(1), vec![0xff, 2, 0], queue(0), queue(1), own(4)].concat();
+    let lost = [&[0xff, 168, 0, 0], own(7).as_slice(), &start].concat();
+    let story = [start.clone(), own(144), vec![0xff, 96, 0, 0, 0], lost, vec![0, 0], own(172)].concat();
+    [0, 1].map(|recovers| [&[1, 0, 0, 0, 0, recovers], story.as_slice()].concat()).to_vec()
+}
 
 fn drive(data: &[u8]) {
     let mut input = Input::new(data);

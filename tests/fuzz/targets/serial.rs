@@ -37,7 +37,11 @@ fuzz_target!(|data: &[u8]| {
                     looped |= register == MCR && value & LOOP != 0;
                     serial.write(register, &[value]);
                 }
-                120..136 => serial.write(input.number(), &input.bytes(8)),
+                120..136 => {
+                    let (register, values) = (input.number(), input.bytes(8));
+                    looped |= register == MCR && values.iter().any(|value| value & LOOP != 0);
+                    serial.write(register, &values);
+                }
                 136..152 => {
                     let at = input.number();
                     // The data register is read below, where it is known to be one.
