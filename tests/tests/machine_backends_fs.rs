@@ -1,6 +1,9 @@
 //! File systems by `virtiofsd`: the one in Rust, and the one in C of Debian's QEMU 7.2, which leaves the tag to us.
 //! Needs a KVM that runs stock kernels: this host's, or the lab's.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use std::fs;
 use std::path::Path;
 

@@ -1,6 +1,9 @@
 //! Random numbers by `vhost-device-rng`, which knows no protocol feature but MQ. Needs a KVM that runs stock kernels: this
 //! host's, or the lab's.
 
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
 use outboard_tests::backends::{Backend, SCRIPT, assert_worked, guest, program};
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
