@@ -1,0 +1,60 @@
+//! Frames by DPDK's `dpdk-testpmd` with `net_vhost`, which forwards nothing before STATUS says DRIVER_OK. Needs a KVM that
+//! runs stock kernels: this host's, or the lab's.
+
+use outboard_tests::backends::{Backend, SCRIPT, assert_worked, guest, program};
+use outboard_tests::scratch::Scratch;
+use outboard_tests::{need, place};
+
+const FRAMES: u64 = 500;
+
+/// What the guest sends comes back to it, one at a time.
+fn loop_back(role: &str) {
+    need!(place::kvm());
+    let (Some(testpmd), Some(vhost), Some(ring)) =
+        (program("dpdk-testpmd"), program("dpdk-net-vhost"), program("dpdk-mempool-ring"))
+    else {
+        return;
+    };
+    let scratch = Scratch::new();
+    let client = u8::from(role == "server");
+    // Two threads share the lab's one CPU; memory without huge pages; no PCI devices, no files of DPDK's own.
+    let text = format!(
+        "--lcores 0@0,1@0 --no-huge -m 128 --no-pci --no-shconf --no-telemetry -d {} -d {} --vdev net_vhost0,iface={},queues=1,client={client} -- \
+         --forward-mode=io --port-topology=loop --total-num-mbufs=4096 --no-mlockall --disable-link-check --auto-start",
+        vhost.display(),
+        ring.display(),
+        scratch.path("net").display(),
+    );
+    let arguments: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+    let script = format!(
+        "ip link set eth0 up && guest frames eth0 {FRAMES} || exit 1\n\
+         cd /sys/class/net/eth0/statistics && echo sent=$(cat tx_packets) received=$(cat rx_packets)"
+    );
+    let launch = need!(guest("virtio_net", &script));
+    let device = format!(
+        "net,socket={},server={}",
+        scratch.path("net").display(),
+        if client == 1 { "on" } else { "off" }
+    );
+    let launch = launch.arg("--vhost-user").arg(device);
+    let ended = if client == 1 {
+        let _backend = Backend::start_only(&testpmd, scratch, "net", &arguments);
+        launch.start().end(SCRIPT * 2)
+    } else {
+        let _backend = Backend::start(&testpmd, scratch, "net", &arguments);
+        launch.start().end(SCRIPT * 2)
+    };
+    assert_worked(&ended);
+    assert_eq!(ended.field("frames"), FRAMES, "{ended}");
+    assert!(ended.field("sent") >= FRAMES && ended.field("received") >= FRAMES, "{ended}");
+}
+
+#[test]
+fn dpdk_loops_frames_back_when_we_connect_to_it() {
+    loop_back("client");
+}
+
+#[test]
+fn dpdk_loops_frames_back_when_it_connects_to_us() {
+    loop_back("server");
+}
