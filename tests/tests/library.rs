@@ -15,6 +15,15 @@ use outboard_tests::{need, place};
 use vmm::config::{Config, Image, OnReset, Socket, VhostUser};
 use vmm::{End, Machine};
 
+#[path = "../examples/own_backend.rs"]
+mod own_backend;
+
+#[test]
+fn the_documented_example_runs() {
+    need!(place::kvm());
+    own_backend::main().unwrap();
+}
+
 #[test]
 fn a_machine_made_from_a_configuration_runs_to_its_end() {
     need!(place::kvm());

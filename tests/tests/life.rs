@@ -180,7 +180,8 @@ fn two_machines_run_side_by_side() {
     let machines: Vec<_> = disks
         .iter()
         .map(|disk| {
-            let line = first_device("blk").arg("n", 2000).arg("op", "verify").arg("span", 512);
+            let line =
+                first_device("blk").arg("n", 2000).arg("op", "verify").arg("size", 512).arg("span", 512);
             Launch::payload(&line).disk(&disk.socket()).start()
         })
         .collect();

@@ -16,7 +16,8 @@ const MIB: usize = 1 << 20;
 
 /// A guest in the middle of its requests.
 fn busy(disk: &StorageDaemon) -> Vm {
-    let line = first_device("blk").arg("n", 100_000_000).arg("op", "verify").arg("timeout", 3);
+    let line =
+        first_device("blk").arg("n", 100_000_000).arg("op", "verify").arg("size", 512).arg("timeout", 3);
     let vm = Launch::payload(&line).disk(&disk.socket()).start();
     vm.expect("capacity=");
     vm
@@ -80,7 +81,7 @@ fn a_stopped_backend_delays_the_end_by_no_more_than_its_deadline() {
 fn of_two_backends_the_death_of_one_leaves_the_other_alone() {
     need!(place::kvm());
     let (first, mut second) = (need!(StorageDaemon::start(4 * MIB)), need!(StorageDaemon::start(4 * MIB)));
-    let line = first_device("blk").arg("n", 4000).arg("op", "verify").arg("end", "hang");
+    let line = first_device("blk").arg("n", 4000).arg("op", "verify").arg("size", 512).arg("end", "hang");
     let vm = Launch::payload(&line).disk(&first.socket()).disk(&second.socket()).start();
     vm.expect("capacity=");
     second.kill();
@@ -128,7 +129,12 @@ fn a_resized_disk_is_seen_by_the_guest() {
 fn another_family_of_backends_serves_as_well() {
     need!(place::kvm());
     let disk = MemoryDisk::new(4 * MIB);
-    let line = first_device("blk").arg("n", 2000).arg("op", "verify").arg("span", 512).arg("rounds", 5);
+    let line = first_device("blk")
+        .arg("n", 2000)
+        .arg("op", "verify")
+        .arg("size", 512)
+        .arg("span", 512)
+        .arg("rounds", 5);
     let ended = Launch::payload(&line.arg("timeout", 20)).disk(&disk.socket()).run().with_code(0);
     assert_eq!((ended.field("requests"), ended.field("errors")), (2000, 0), "{ended}");
     assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0);
@@ -149,7 +155,12 @@ fn a_storm_of_configuration_changes_stops_neither_guest_nor_machine() {
     need!(place::kvm());
     let disk = MemoryDisk::new(4 * MIB);
     let proxy = Proxy::new(&disk.socket());
-    let line = first_device("blk").arg("n", 3000).arg("op", "verify").arg("span", 512).arg("timeout", 30);
+    let line = first_device("blk")
+        .arg("n", 3000)
+        .arg("op", "verify")
+        .arg("size", 512)
+        .arg("span", 512)
+        .arg("timeout", 30);
     let vm = Launch::payload(&line).disk(&proxy.socket()).start();
     vm.expect("capacity=");
     // Each with another size, or there would be nothing to tell the guest.
@@ -197,7 +208,7 @@ fn a_guest_that_abuses_its_device_can_reset_and_use_it() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::start(4 * MIB));
     for mode in ["abuse", "badring"] {
-        let line = first_device(mode).arg("n", 50).arg("op", "verify").arg("timeout", 20);
+        let line = first_device(mode).arg("n", 50).arg("op", "verify").arg("size", 512).arg("timeout", 20);
         let ended = Launch::payload(&line).disk(&disk.socket()).run().with_code(0);
         assert_eq!((ended.field("requests"), ended.field("errors")), (50, 0), "{mode}\n{ended}");
         assert!(!ended.console.contains("error: "), "{mode}\n{ended}");

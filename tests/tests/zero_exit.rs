@@ -80,8 +80,12 @@ fn several_queues_are_as_free_as_one() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::with_queues(DISK, 4));
     let drive = |requests: u64| {
-        let line =
-            first_device("blk").arg("op", "verify").arg("n", requests).arg("queues", 4).arg("span", 512);
+        let line = first_device("blk")
+            .arg("op", "verify")
+            .arg("size", 512)
+            .arg("n", requests)
+            .arg("queues", 4)
+            .arg("span", 512);
         let device = format!("blk,socket={},queues=4", disk.socket().display());
         let vm = Launch::payload(&line).arg("--vhost-user").arg(device).start();
         let ended = vm.end(STEP).with_code(0);
