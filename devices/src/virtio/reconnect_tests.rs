@@ -282,7 +282,8 @@ fn descriptors_come_back_after_every_recovery() {
         last = rig.attempt(with_inflight(), Script::normal());
         assert!(last.1.is_ok());
     }
-    assert_eq!(open(), before);
+    // The scripted backends' threads close theirs a little later, the first one's even after the first count.
+    eventually("every descriptor is closed again", || open() <= before);
 }
 
 fn signal(daemon: &Daemon, name: &str) {
