@@ -164,7 +164,7 @@ fn huge_pages_that_are_not_reserved() {
     need!(place::kvm());
     let free = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");
     if free.is_ok_and(|free| free.trim() != "0") {
-        return place::Missing::new("this host has huge pages to spare").print("huge pages");
+        return place::Missing::skipped("huge pages", "this host has some to spare");
     }
     let (_scratch, kernel) = files();
     let ended = refuse(&["--kernel", &kernel, "--memory", "1G,hugepages=1G"]).with_code(HOST);
@@ -361,7 +361,7 @@ fn outputs_that_cannot_be_written() {
 fn in_a_namespace(script: &str) -> Option<Ended> {
     let works = Command::new("unshare").args(["-m", "true"]).output().is_ok_and(|done| done.status.success());
     if !works {
-        place::Missing::new("no mount namespaces here").print("/dev/kvm");
+        place::Missing::skipped("a host without KVM", "there are no mount namespaces here");
         return None;
     }
     let (_scratch, kernel) = files();
@@ -384,7 +384,7 @@ fn a_user_who_may_not_use_kvm() {
     let nobody =
         Command::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups", "true"]).output();
     if !nobody.is_ok_and(|done| done.status.success()) {
-        return place::Missing::new("cannot become another user here").print("/dev/kvm");
+        return place::Missing::skipped("a user who may not", "setpriv cannot make another user here");
     }
     // A user who may run the program, but not open a device of root's.
     let scratch = Scratch::new();
@@ -394,7 +394,7 @@ fn a_user_who_may_not_use_kvm() {
     fs::copy(place::outboard(), &program).unwrap();
     fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
     if fs::metadata("/dev/kvm").unwrap().permissions().mode() & 0o006 != 0 {
-        return place::Missing::new("everybody may use /dev/kvm here").print("permissions");
+        return place::Missing::skipped("a user who may not", "everybody may use /dev/kvm here");
     }
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
     let ended = Launch::program("setpriv", nobody).arg(&program).args(["run", "--kernel"]).arg(kernel).run();
