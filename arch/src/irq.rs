@@ -43,11 +43,28 @@ pub enum Error {
     },
 }
 
+/// A message route, and whether somebody has it. One that nobody has stays in the table until its place is
+/// wanted: who takes it again with the same message changes nothing, and KVM need not be told.
+#[derive(Clone, Copy, Debug)]
+struct MessageRoute {
+    message: MsiMessage,
+    taken: bool,
+}
+
+/// Whether KVM has to be told of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// It is as it was.
+    Same,
+    /// It is another: [`RoutingTable::apply`] it.
+    Changed,
+}
+
 /// All interrupt routes of a machine.
 #[derive(Clone, Debug)]
 pub struct RoutingTable {
     discovery: Discovery,
-    messages: BTreeMap<Gsi, MsiMessage>,
+    messages: BTreeMap<Gsi, MessageRoute>,
     limit: u32,
 }
 
@@ -61,22 +78,29 @@ impl RoutingTable {
         Self { discovery, messages: BTreeMap::new(), limit }
     }
 
-    /// Takes a free GSI for a message.
-    pub fn allocate(&mut self, message: MsiMessage) -> Result<Gsi, Error> {
-        let free = (IOAPIC_PINS..self.limit).map(Gsi).find(|gsi| !self.messages.contains_key(gsi));
+    /// Takes a free GSI for a message: one that led to the same message before, if there is one.
+    pub fn allocate(&mut self, message: MsiMessage) -> Result<(Gsi, Table), Error> {
+        let same = |(_, route): &(&Gsi, &mut MessageRoute)| !route.taken && route.message == message;
+        if let Some((gsi, route)) = self.messages.iter_mut().find(same) {
+            route.taken = true;
+            return Ok((*gsi, Table::Same));
+        }
+        let taken = |gsi: &Gsi| self.messages.get(gsi).is_some_and(|route| route.taken);
+        let free = (IOAPIC_PINS..self.limit).map(Gsi).find(|gsi| !taken(gsi));
         let gsi = free.ok_or(Error::Exhausted(self.limit))?;
-        self.messages.insert(gsi, message);
-        Ok(gsi)
+        self.messages.insert(gsi, MessageRoute { message, taken: true });
+        Ok((gsi, Table::Changed))
     }
 
-    /// Changes the message of a GSI that was allocated; false when it was not.
-    pub fn update(&mut self, gsi: Gsi, message: MsiMessage) -> bool {
-        self.messages.get_mut(&gsi).map(|slot| *slot = message).is_some()
-    }
-
-    /// Gives a GSI back; false when it was not allocated.
+    /// Gives a GSI back; false when it was not allocated. What it leads to stays in the table.
     pub fn free(&mut self, gsi: Gsi) -> bool {
-        self.messages.remove(&gsi).is_some()
+        let route = self.messages.get_mut(&gsi).filter(|route| route.taken);
+        route.map(|route| route.taken = false).is_some()
+    }
+
+    /// Takes a route out of the table, for instance as KVM refused it.
+    pub fn forget(&mut self, gsi: Gsi) {
+        self.messages.remove(&gsi);
     }
 
     /// The table in KVM's form.
@@ -91,7 +115,7 @@ impl RoutingTable {
             0..8 => pin_entry(line, KVM_IRQCHIP_PIC_MASTER, line),
             _ => pin_entry(line, KVM_IRQCHIP_PIC_SLAVE, line - 8),
         });
-        let messages = self.messages.iter().map(|(gsi, message)| message_entry(*gsi, *message));
+        let messages = self.messages.iter().map(|(gsi, route)| message_entry(*gsi, route.message));
         ioapic.chain(pic).chain(messages).collect()
     }
 
@@ -152,12 +176,26 @@ mod tests {
     fn messages_take_the_lowest_free_gsi_and_run_out() {
         let mut table = RoutingTable::new(Discovery::Acpi, 26);
         let message = MsiMessage { address: 0xfee0_0000, data: 0x30 };
-        assert_eq!(table.allocate(message).unwrap(), Gsi(24));
-        assert_eq!(table.allocate(message).unwrap(), Gsi(25));
+        assert_eq!(table.allocate(message).unwrap(), (Gsi(24), Table::Changed));
+        assert_eq!(table.allocate(message).unwrap(), (Gsi(25), Table::Changed));
         assert!(matches!(table.allocate(message), Err(Error::Exhausted(26))));
         assert!(table.free(Gsi(24)) && !table.free(Gsi(24)));
-        assert!(!table.update(Gsi(24), message) && table.update(Gsi(25), message));
-        assert_eq!(table.allocate(message).unwrap(), Gsi(24));
         assert_eq!(table.entries().len(), 26);
+        let other = MsiMessage { data: 0x31, ..message };
+        assert_eq!(table.allocate(other).unwrap(), (Gsi(24), Table::Changed));
+        assert_eq!(table.entries().len(), 26);
+    }
+
+    #[test]
+    fn a_route_taken_again_with_the_same_message_changes_nothing() {
+        let mut table = RoutingTable::new(Discovery::Acpi, 4096);
+        let message = |data| MsiMessage { address: 0xfee0_0000, data };
+        let (first, _) = table.allocate(message(1)).unwrap();
+        let (second, _) = table.allocate(message(2)).unwrap();
+        assert!(table.free(first) && table.free(second));
+        assert_eq!(table.allocate(message(2)).unwrap(), (second, Table::Same));
+        assert_eq!(table.allocate(message(3)).unwrap(), (first, Table::Changed));
+        table.forget(first);
+        assert_eq!(table.entries().len(), 25);
     }
 }

@@ -11,7 +11,8 @@ use transport::vhost_user::features::DeviceFeatures;
 
 use crate::lock;
 use crate::ports::{
-    DeviceMemory, Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch,
+    Access, DeviceMemory, Doorbells, FileRange, Guard, Interrupts, OnVanished, PortError, Ports,
+    RegisterPage, Route, WriteMatch,
 };
 use crate::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
 use crate::virtio::device_type::{ConfigSource, DeviceType, Model};
@@ -37,11 +38,23 @@ pub(crate) fn disk(queues: u16) -> Model {
     }
 }
 
+/// A piece of a peer's file that the guest sees: where it is, its offset in the file, its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Shown {
+    pub(crate) at: GuestAddr,
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
+    pub(crate) read_only: bool,
+}
+
 /// Both kinds hold a descriptor of their own, as KVM does.
 #[derive(Default)]
 struct Registered {
     doorbells: Vec<(WriteMatch, OwnedFd)>,
     routes: BTreeMap<i32, (Route, OwnedFd)>,
+    /// Level-triggered lines: GSI, what raises it, what its end of interrupt signals.
+    levels: Vec<(u32, OwnedFd, OwnedFd)>,
+    shown: Vec<(Shown, OnVanished)>,
     refuse_doorbell: Option<WriteMatch>,
     refuse_routes: bool,
 }
@@ -59,6 +72,8 @@ struct Page {
     generations: Mutex<Vec<u32>>,
 }
 
+// PCI devices, which use all of it, are still to come.
+#[allow(dead_code)]
 impl Recorder {
     pub(crate) fn ports(&self) -> Ports {
         let all = Arc::new(self.clone());
@@ -67,8 +82,34 @@ impl Recorder {
 
     pub(crate) fn doorbells(&self) -> Vec<WriteMatch> {
         let mut doorbells: Vec<_> = lock(&self.now).doorbells.iter().map(|(when, _)| *when).collect();
-        doorbells.sort_by_key(|when| (when.address, when.value));
+        doorbells.sort_unstable();
         doorbells
+    }
+
+    /// The pieces of peers' files that the guest sees, by address.
+    pub(crate) fn shown(&self) -> Vec<Shown> {
+        let mut shown: Vec<_> = lock(&self.now).shown.iter().map(|(shown, _)| *shown).collect();
+        shown.sort_unstable();
+        shown
+    }
+
+    /// The peer makes its files shorter, and the guest notices.
+    pub(crate) fn vanish_all(&self) {
+        let gone = std::mem::take(&mut lock(&self.now).shown);
+        gone.iter().for_each(|(_, vanished)| vanished());
+    }
+
+    /// The lines that something raises: how often since the last time. Takes the signals.
+    pub(crate) fn take_raised(&self) -> Vec<(u32, u64)> {
+        let take = |(gsi, call, _): &(u32, OwnedFd, OwnedFd)| (*gsi, take(call));
+        lock(&self.now).levels.iter().map(take).collect()
+    }
+
+    /// The guest's end of an interrupt on this line.
+    pub(crate) fn end_of_interrupt(&self, gsi: u32) {
+        for (_, _, resample) in lock(&self.now).levels.iter().filter(|(line, _, _)| *line == gsi) {
+            rustix::io::write(resample, &1_u64.to_ne_bytes()).unwrap();
+        }
     }
 
     pub(crate) fn routes(&self) -> Vec<Route> {
@@ -77,19 +118,17 @@ impl Recorder {
 
     /// A write of the guest that ends in the kernel. Says whether it did.
     pub(crate) fn guest_writes(&self, address: u64, value: u32) -> bool {
-        let when = WriteMatch { address: GuestAddr(address), value: Some(value) };
+        let exact = WriteMatch::register(GuestAddr(address), value);
+        let any = WriteMatch::anything(GuestAddr(address));
         let now = lock(&self.now);
-        let Some((_, fd)) = now.doorbells.iter().find(|(bound, _)| *bound == when) else { return false };
+        let bound = now.doorbells.iter().find(|(bound, _)| [exact, any].contains(bound));
+        let Some((_, fd)) = bound else { return false };
         rustix::io::write(fd, &1_u64.to_ne_bytes()).unwrap();
         true
     }
 
     /// Takes the interrupts that the guest got since the last time.
     pub(crate) fn take_interrupts(&self) -> u64 {
-        let take = |fd: &OwnedFd| {
-            let mut count = [0; 8];
-            rustix::io::read(fd, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
-        };
         lock(&self.now).routes.values().map(|(_, fd)| take(fd)).sum()
     }
 
@@ -116,6 +155,12 @@ impl Recorder {
         seen.dedup();
         seen
     }
+}
+
+/// The count of an eventfd, which is 0 afterwards.
+fn take(fd: &OwnedFd) -> u64 {
+    let mut count = [0; 8];
+    rustix::io::read(fd, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
 }
 
 fn refusal() -> PortError {
@@ -147,12 +192,51 @@ impl Interrupts for Recorder {
             lock(&undo).routes.remove(&fd);
         }))
     }
+
+    fn attach_level(
+        &self,
+        call: BorrowedFd<'_>,
+        gsi: u32,
+        resample: BorrowedFd<'_>,
+    ) -> Result<Guard, PortError> {
+        let mut now = lock(&self.now);
+        if now.refuse_routes {
+            return Err(refusal());
+        }
+        let (call, resample) = (call.try_clone_to_owned().unwrap(), resample.try_clone_to_owned().unwrap());
+        let id = call.as_raw_fd();
+        now.levels.push((gsi, call, resample));
+        let undo = Arc::clone(&self.now);
+        Ok(Guard::on_drop(move || lock(&undo).levels.retain(|(_, call, _)| call.as_raw_fd() != id)))
+    }
 }
 
 impl DeviceMemory for Recorder {
     fn register_page(&self, _: GuestAddr) -> Result<Arc<dyn RegisterPage>, PortError> {
         *lock(&self.page.bytes) = vec![0; 4096];
         Ok(self.page.clone())
+    }
+
+    fn map(
+        &self,
+        piece: &FileRange,
+        at: GuestAddr,
+        access: Access,
+        vanished: OnVanished,
+    ) -> Result<Guard, PortError> {
+        let shown =
+            Shown { at, offset: piece.offset, size: piece.size, read_only: access == Access::ReadOnly };
+        let mut now = lock(&self.now);
+        let overlaps = |(other, _): &(Shown, OnVanished)| {
+            at.0 < other.at.0 + other.size && other.at.0 < at.0 + piece.size
+        };
+        let unaligned = !(at.0 | piece.offset | piece.size).is_multiple_of(4096) || piece.size == 0;
+        if unaligned || now.shown.iter().any(overlaps) {
+            return Err(refusal());
+        }
+        now.shown.push((shown, vanished));
+        let undo = Arc::clone(&self.now);
+        Ok(Guard::on_drop(move || lock(&undo).shown.retain(|(other, _)| *other != shown)))
     }
 }
 

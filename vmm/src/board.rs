@@ -25,9 +25,10 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::attach::{Attached, Detached};
 use crate::console::Console;
 use crate::error::Error;
-use crate::kvm::KvmPorts;
+use crate::kvm::{self, KvmPorts};
 use crate::lifecycle::{Lifecycle, Request};
 use crate::memory::{Access, Mapping, Slot, Slots};
+use crate::peer_memory::PeerMemory;
 use crate::vcpu::{Vcpu, VcpuCounters};
 
 /// What a board is built from; all of it outlives the board.
@@ -51,6 +52,7 @@ pub(crate) struct Board {
     devices: Vec<Attached>,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
+    peer_memory: Arc<PeerMemory>,
     // Dropped after the devices: what a device registered goes before what it registered with.
     _interrupt: Guard,
     _ram: Vec<Slot>,
@@ -61,16 +63,17 @@ impl Board {
     /// The wiring, from top to bottom. Each step needs the ones before it.
     pub(crate) fn build(parts: &Parts<'_>, devices: Vec<Detached>) -> Result<Self, Error> {
         // 1. The VM, with the interrupt controller before any vCPU, which KVM insists on.
-        let vm = Arc::new(create_vm(parts.kvm, parts.platform)?);
+        let (vm, routes) = create_vm(parts.kvm, parts.platform)?;
+        let vm = Arc::new(vm);
 
         // 2. RAM.
-        let slots = Slots::new(Arc::clone(&vm));
+        let slots = Slots::new(Arc::clone(&vm), kvm::slot_limit(parts.kvm));
         let mut ram = Vec::new();
         for (region, mapping) in parts.ram.regions().iter().zip(parts.ram_mappings) {
             let slot = slots.add(region.guest.0, mapping.clone(), Access::ReadWrite);
             ram.push(slot.map_err(|error| Error::host("cannot give the guest its memory").because(error))?);
         }
-        let ports = KvmPorts::ports(Arc::clone(&vm), slots);
+        let (ports, peer_memory) = KvmPorts::ports(Arc::clone(&vm), slots, routes);
 
         // 3. The legacy devices.
         let lifecycle = Arc::new(
@@ -99,6 +102,7 @@ impl Board {
             devices: attached,
             pio,
             mmio,
+            peer_memory,
             _interrupt: interrupt,
             _ram: ram,
             _vm: Arc::clone(&vm),
@@ -122,7 +126,9 @@ impl Board {
                 pio: Arc::clone(&self.pio),
                 mmio: Arc::clone(&self.mmio),
                 lifecycle: Arc::clone(&self.lifecycle),
+                peer_memory: Arc::clone(&self.peer_memory),
                 counters: Arc::clone(counters),
+                faults: 0,
                 begun: parts.begun,
             };
             let thread =
@@ -183,7 +189,7 @@ impl Drop for Board {
     }
 }
 
-fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<VmFd, Error> {
+fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<(VmFd, RoutingTable), Error> {
     let cannot = |what: &str| format!("cannot create {what}");
     let vm = loop {
         match kvm.create_vm() {
@@ -201,15 +207,14 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<VmFd, Error> {
     }
     vm.create_irq_chip().map_err(|error| Error::host(cannot("the interrupt controller")).because(error))?;
     let limit = u32::try_from(kvm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
-    RoutingTable::new(platform.discovery, limit)
-        .apply(&vm)
-        .map_err(|error| Error::host(cannot("the interrupt routes")).because(error))?;
+    let routes = RoutingTable::new(platform.discovery, limit);
+    routes.apply(&vm).map_err(|error| Error::host(cannot("the interrupt routes")).because(error))?;
     if platform.discovery == Discovery::Cmdline {
         // A kernel that is told of no ACPI calibrates its timers by the PIT.
         vm.create_pit2(kvm_bindings::kvm_pit_config::default())
             .map_err(|error| Error::host(cannot("the timer")).because(error))?;
     }
-    Ok(vm)
+    Ok((vm, routes))
 }
 
 fn legacy_devices(

@@ -1,17 +1,27 @@
-//! Raw descriptors become owned ones, here and nowhere else: those that whoever started us left open
-//! (`socket=fd=N`), and eventfds in the type that `kvm-ioctls` wants.
+//! Raw descriptors, here and nowhere else: those that whoever started us left open (`socket=fd=N`), eventfds in
+//! the type that `kvm-ioctls` wants, and the one request to KVM that it cannot make.
 
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
+use devices::ports::{WriteAddress, WriteMatch, WriteWidth};
+use kvm_bindings::{
+    KVMIO, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign,
+    kvm_ioeventfd_flag_nr_pio,
+};
+use kvm_ioctls::VmFd;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::sockopt::socket_type;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 
 static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 
@@ -47,6 +57,52 @@ pub(crate) fn eventfd(fd: BorrowedFd<'_>) -> io::Result<EventFd> {
     let owned = fd.try_clone_to_owned()?;
     // SAFETY: the descriptor was just made by dup, and ownership moves to the `EventFd`.
     Ok(unsafe { EventFd::from_raw_fd(owned.into_raw_fd()) })
+}
+
+/// Whether an ioeventfd comes or goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ioeventfd {
+    /// From now on KVM signals it.
+    Assign,
+    /// It does so no longer.
+    Deassign,
+}
+
+/// Has KVM signal `fd` when the guest writes `when`. `kvm-ioctls` cannot ask for a width without a value.
+///
+/// # Errors
+/// When KVM refuses.
+pub(crate) fn ioeventfd(vm: &VmFd, fd: &EventFd, when: WriteMatch, what: Ioeventfd) -> io::Result<()> {
+    let flag = |number: u32| 1_u32.checked_shl(number).unwrap_or(0);
+    let (address, mut flags) = match when.address {
+        WriteAddress::Memory(address) => (address.0, 0),
+        WriteAddress::Port(port) => (u64::from(port), flag(kvm_ioeventfd_flag_nr_pio)),
+    };
+    if when.value.is_some() {
+        flags |= flag(kvm_ioeventfd_flag_nr_datamatch);
+    }
+    if what == Ioeventfd::Deassign {
+        flags |= flag(kvm_ioeventfd_flag_nr_deassign);
+    }
+    let request = kvm_ioeventfd {
+        datamatch: when.value.unwrap_or(0),
+        addr: address,
+        len: match when.width {
+            WriteWidth::Any => 0,
+            WriteWidth::One => 1,
+            WriteWidth::Two => 2,
+            WriteWidth::Four => 4,
+            WriteWidth::Eight => 8,
+        },
+        fd: fd.as_raw_fd(),
+        flags,
+        ..Default::default()
+    };
+    // SAFETY: the request is the structure that KVM_IOEVENTFD reads, and both descriptors are open.
+    match unsafe { ioctl_with_ref(vm, KVM_IOEVENTFD(), &request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 const EBADF: i32 = 9;

@@ -23,7 +23,7 @@
 //! |--|--|
 //! | [`cli`], [`config`] | from words to plain data |
 //! | [`machine`], `board` | the wiring: one list read from top to bottom |
-//! | [`kvm`], [`memory`] | `devices::ports` on KVM |
+//! | [`kvm`], [`memory`], [`peer_memory`] | `devices::ports` on KVM |
 //! | `memory`, `descriptors` | the only unsafe code: addresses and raw descriptors |
 //! | [`vcpu`], [`lifecycle`] | running, stopping, counting exits |
 //! | `control`, `peers`, `console` | everything that is not a guest's exit |
@@ -45,6 +45,7 @@ pub mod lifecycle;
 mod logging;
 pub mod machine;
 pub mod memory;
+pub mod peer_memory;
 mod peers;
 mod recovery;
 pub mod stats;

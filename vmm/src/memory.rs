@@ -1,17 +1,21 @@
 //! Mapped memory and KVM memory slots: the one file of this crate that hands addresses to the kernel.
 //!
 //! Guest RAM is a memfd (see `arch::ram`); here it is only mapped, because KVM wants a user address.
-//! Nothing in the VMM reads or writes guest memory through the mapping.
+//! Nothing in the VMM reads or writes guest memory through the mapping. A peer's file is mapped as a
+//! [`PeerMapping`], which has no way to touch it: the peer may truncate it at any moment.
 
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub use devices::ports::Access;
+use devices::ports::FileRange;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -41,18 +45,21 @@ pub enum MemoryError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// The host refused to map a peer's file.
+    #[error("cannot map {size:#x} bytes of a peer's file")]
+    MapFile {
+        /// Bytes asked for.
+        size: u64,
+        /// What the mapping call said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Every slot is taken.
+    #[error("all {0} memory slots are in use")]
+    NoSlot(u32),
     /// The size does not fit this host's address space.
     #[error("{0:#x} bytes are more than this host can address")]
     TooLarge(u64),
-}
-
-/// Whether the guest may write to a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Guest writes go to memory.
-    ReadWrite,
-    /// Guest reads come from memory, writes leave the guest as MMIO (`KVM_MEM_READONLY`).
-    ReadOnly,
 }
 
 /// A piece of host memory mapped for as long as it lives.
@@ -97,43 +104,142 @@ impl Mapping {
     }
 }
 
+/// A piece of a peer's file, mapped for KVM alone for as long as this lives.
+#[derive(Debug)]
+pub struct PeerMapping {
+    address: usize,
+    length: usize,
+    _file: Arc<OwnedFd>,
+}
+
+impl PeerMapping {
+    /// Maps `piece`, shared.
+    ///
+    /// # Errors
+    /// When the host refuses, for instance as the file may not be written.
+    pub fn new(piece: &FileRange, access: Access) -> Result<Self, MemoryError> {
+        let FileRange { fd, offset, size } = piece;
+        let length = usize::try_from(*size).map_err(|_| MemoryError::TooLarge(*size))?;
+        let protection = match access {
+            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+            Access::ReadOnly => ProtFlags::READ,
+        };
+        // SAFETY: the kernel chooses the address, so that nothing that is mapped already can be replaced.
+        let mapped = unsafe { mmap(null_mut(), length, protection, MapFlags::SHARED, &**fd, *offset) };
+        let address = mapped.map_err(|error| MemoryError::MapFile { size: *size, source: error.into() })?;
+        Ok(PeerMapping { address: address.expose_provenance(), length, _file: Arc::clone(fd) })
+    }
+}
+
+impl Drop for PeerMapping {
+    fn drop(&mut self) {
+        // SAFETY: this is what `new` mapped; nobody has a pointer to it, and its slot is gone.
+        let done = unsafe { munmap(std::ptr::with_exposed_provenance_mut(self.address), self.length) };
+        if let Err(error) = done {
+            log::warn!("cannot unmap a peer's file: {error}");
+        }
+    }
+}
+
+/// What a slot shows.
+#[derive(Debug)]
+pub enum Backing {
+    /// Memory of our own.
+    Own(Mapping),
+    /// A peer's.
+    Peer(PeerMapping),
+}
+
+impl From<Mapping> for Backing {
+    fn from(mapping: Mapping) -> Self {
+        Backing::Own(mapping)
+    }
+}
+
+impl From<PeerMapping> for Backing {
+    fn from(mapping: PeerMapping) -> Self {
+        Backing::Peer(mapping)
+    }
+}
+
+impl Backing {
+    fn size(&self) -> u64 {
+        match self {
+            Backing::Own(mapping) => mapping.size(),
+            Backing::Peer(mapping) => u64::try_from(mapping.length).unwrap_or(u64::MAX),
+        }
+    }
+
+    fn address(&self) -> u64 {
+        let address = match self {
+            Backing::Own(mapping) => mapping.region().as_ptr().addr(),
+            Backing::Peer(mapping) => mapping.address,
+        };
+        u64::try_from(address).unwrap_or(0)
+    }
+}
+
+#[derive(Debug)]
+struct Numbers {
+    next: u32,
+    free: Vec<u32>,
+}
+
 /// The memory slots of one VM: hands out numbers, gives them back.
 #[derive(Debug)]
 pub struct Slots {
     vm: Arc<VmFd>,
-    next: AtomicU32,
-    free: Mutex<Vec<u32>>,
+    limit: u32,
+    numbers: Mutex<Numbers>,
 }
 
 impl Slots {
-    /// The slots of `vm`, none of them in use yet.
-    pub fn new(vm: Arc<VmFd>) -> Arc<Self> {
-        Arc::new(Slots { vm, next: AtomicU32::new(0), free: Mutex::new(Vec::new()) })
+    /// The slots of `vm`, none of them in use yet; KVM has `limit` of them.
+    pub fn new(vm: Arc<VmFd>, limit: u32) -> Arc<Self> {
+        Arc::new(Slots { vm, limit, numbers: Mutex::new(Numbers { next: 0, free: Vec::new() }) })
     }
 
-    /// Lets the guest see `mapping` at `guest` until the returned slot is dropped.
+    /// Lets the guest see `backing` at `guest` until the returned slot is dropped.
     ///
     /// # Errors
-    /// When KVM refuses: overlap, alignment, or too many slots.
-    pub fn add(self: &Arc<Self>, guest: u64, mapping: Mapping, access: Access) -> Result<Slot, MemoryError> {
-        let number = {
-            let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-            free.pop().unwrap_or_else(|| self.next.fetch_add(1, Ordering::Relaxed))
-        };
-        let size = mapping.size();
-        self.set(number, guest, &mapping, size, access).map_err(|source| MemoryError::Slot {
-            guest,
-            size,
-            source,
-        })?;
-        Ok(Slot { slots: Arc::clone(self), number, guest, mapping })
+    /// When no slot is left, or KVM refuses: overlap or alignment.
+    pub fn add(
+        self: &Arc<Self>,
+        guest: u64,
+        backing: impl Into<Backing>,
+        access: Access,
+    ) -> Result<Slot, MemoryError> {
+        let backing = backing.into();
+        let number = self.take_number()?;
+        let size = backing.size();
+        if let Err(source) = self.set(number, guest, &backing, size, access) {
+            self.give_back(number);
+            return Err(MemoryError::Slot { guest, size, source });
+        }
+        Ok(Slot { slots: Arc::clone(self), number, guest, backing })
+    }
+
+    fn take_number(&self) -> Result<u32, MemoryError> {
+        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(number) = numbers.free.pop() {
+            return Ok(number);
+        }
+        if numbers.next >= self.limit {
+            return Err(MemoryError::NoSlot(self.limit));
+        }
+        numbers.next += 1;
+        Ok(numbers.next - 1)
+    }
+
+    fn give_back(&self, number: u32) {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).free.push(number);
     }
 
     fn set(
         &self,
         slot: u32,
         guest: u64,
-        mapping: &Mapping,
+        backing: &Backing,
         size: u64,
         access: Access,
     ) -> Result<(), kvm_ioctls::Error> {
@@ -142,7 +248,7 @@ impl Slots {
             flags: if access == Access::ReadOnly { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: guest,
             memory_size: size,
-            userspace_addr: u64::try_from(mapping.region().as_ptr().addr()).unwrap_or(0),
+            userspace_addr: backing.address(),
         };
         // SAFETY: the region is a live mapping of exactly `size` bytes that its `Slot` keeps until the
         // slot has been removed (size 0), and nobody in this process holds a Rust reference into it.
@@ -157,13 +263,13 @@ pub struct Slot {
     slots: Arc<Slots>,
     number: u32,
     guest: u64,
-    mapping: Mapping,
+    backing: Backing,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        match self.slots.set(self.number, self.guest, &self.mapping, 0, Access::ReadWrite) {
-            Ok(()) => self.slots.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.number),
+        match self.slots.set(self.number, self.guest, &self.backing, 0, Access::ReadWrite) {
+            Ok(()) => self.slots.give_back(self.number),
             Err(error) => log::warn!("cannot remove the memory slot at {:#x}: {error}", self.guest),
         }
     }

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::crash::describe_registers;
 use crate::lifecycle::{Lifecycle, Passage, Request};
+use crate::peer_memory::{PeerMemory, Suspects};
 
 /// Exits to userspace of one vCPU, by reason, over the machine's whole life.
 #[derive(Debug, Default)]
@@ -88,8 +89,12 @@ pub struct Vcpu {
     pub mmio: Arc<Bus>,
     /// The gate and where requests go.
     pub lifecycle: Arc<Lifecycle>,
+    /// What to look at when KVM cannot reach guest memory.
+    pub peer_memory: Arc<PeerMemory>,
     /// Where exits are counted.
     pub counters: Arc<VcpuCounters>,
+    /// How often in a row KVM could not reach guest memory.
+    pub faults: u8,
     /// When the machine began to be built.
     pub begun: Instant,
 }
@@ -130,6 +135,9 @@ impl Vcpu {
         let counters = &*self.counters;
         let exit = self.fd.run();
         let exited = Instant::now();
+        if exit.is_ok() {
+            self.faults = 0;
+        }
         let crash = match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 add(&counters.io_out);
@@ -143,11 +151,13 @@ impl Vcpu {
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 add(&counters.mmio_write);
+                self.peer_memory.missed(address);
                 self.mmio.write(address, data);
                 None
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 add(&counters.mmio_read);
+                self.peer_memory.missed(address);
                 self.mmio.read(address, data);
                 None
             }
@@ -170,6 +180,12 @@ impl Vcpu {
             Ok(other) => {
                 Some(format!("KVM left the guest for a reason that outboard does not handle: {other:?}"))
             }
+            Err(error)
+                if error.errno() == BAD_ADDRESS && out_of_reach(&mut self.faults, &self.peer_memory) =>
+            {
+                add(&counters.other);
+                return None;
+            }
             Err(error) => Some(format!("KVM cannot run the vCPU: {error}")),
         };
         let spent = u64::try_from(exited.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -181,5 +197,21 @@ impl Vcpu {
     }
 }
 
+/// KVM could not reach guest memory: takes away what a peer made unreachable. Says whether the vCPU may go on.
+///
+/// Our own memory is sealed, so that only a peer's can fail. A file that is long again by now is found by its
+/// failing once more; one that fails for another reason (no huge page left) goes with all the others.
+fn out_of_reach(faults: &mut u8, peer_memory: &PeerMemory) -> bool {
+    *faults = faults.saturating_add(1);
+    if peer_memory.remove(Suspects::Shorter) > 0 || *faults <= FAULTS {
+        return true;
+    }
+    *faults = 0;
+    peer_memory.remove(Suspects::All) > 0
+}
+
+/// How often in a row KVM may fail to reach memory before all peers' memory is suspect.
+const FAULTS: u8 = 8;
 const INTERRUPTED: i32 = 4;
 const TRY_AGAIN: i32 = 11;
+const BAD_ADDRESS: i32 = 14;

@@ -91,7 +91,7 @@ struct MmioFace {
 impl Place {
     fn write_of(self, offset: u16, value: u32) -> WriteMatch {
         // The page exists, so addresses in it do not wrap.
-        WriteMatch { address: GuestAddr(self.base.0.saturating_add(offset.into())), value: Some(value) }
+        WriteMatch::register(GuestAddr(self.base.0.saturating_add(offset.into())), value)
     }
 }
 

@@ -2,6 +2,7 @@ use super::*;
 use transport::vhost_user::DeviceFeatures;
 
 use crate::lock;
+use crate::ports::WriteAddress;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
 use crate::virtio::PhaseReport;
 use crate::virtio::device_type::Model;
@@ -86,8 +87,13 @@ impl Rig {
     }
 
     fn kicks(&self) -> Vec<u32> {
-        let at = |when: &WriteMatch| when.address == GuestAddr(BASE + 0x50);
-        self.machine.doorbells().iter().filter(|when| at(when)).map(|when| when.value.unwrap()).collect()
+        let at = |when: &WriteMatch| when.address == WriteAddress::Memory(GuestAddr(BASE + 0x50));
+        self.machine
+            .doorbells()
+            .iter()
+            .filter(|when| at(when))
+            .map(|when| u32::try_from(when.value.unwrap()).unwrap())
+            .collect()
     }
 }
 
@@ -99,7 +105,7 @@ fn page_shows_a_virtio_mmio_device_from_the_start() {
     assert_eq!((read(0x34), read(0x60), read(0x70), read(0xb0)), (256, 1, 0, u32::MAX));
     assert_eq!(rig.machine.page_bytes(0x100, 3), [1, 2, 3]);
     rig.page_is_current();
-    let ack = WriteMatch { address: GuestAddr(BASE + 0x64), value: Some(1) };
+    let ack = WriteMatch::register(GuestAddr(BASE + 0x64), 1);
     assert_eq!(rig.machine.doorbells(), [ack]);
     assert_eq!(rig.machine.routes(), [Route::Pin(5)]);
 }
@@ -169,7 +175,7 @@ fn start_that_the_backend_was_not_even_asked_for_is_forgiven_at_the_reset() {
 #[test]
 fn doorbell_that_cannot_be_bound_breaks_the_device_and_leaves_nothing_bound() {
     let rig = rig(2);
-    rig.machine.refuse_doorbell(WriteMatch { address: GuestAddr(BASE + 0x50), value: Some(1) });
+    rig.machine.refuse_doorbell(WriteMatch::register(GuestAddr(BASE + 0x50), 1));
     rig.start_driver();
     assert_eq!(rig.machine.page_u32(0x70), 0x4f);
     assert_eq!((rig.kicks().len(), rig.machine.routes().len()), (0, 1));

@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::ports::{
-    DeviceMemory, Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch,
+    Access, DeviceMemory, Doorbells, FileRange, Guard, Interrupts, OnVanished, PortError, Ports, RegisterPage,
+    Route, WriteMatch,
 };
 use transport::memory_map::GuestAddr;
 
@@ -15,6 +16,8 @@ use transport::memory_map::GuestAddr;
 struct Now {
     doorbells: Vec<WriteMatch>,
     routes: BTreeSet<i32>,
+    /// Address and size of each piece of a file.
+    pieces: Vec<(u64, u64)>,
     page: Vec<u8>,
     /// Registrations to refuse, counted down; 0 refuses none.
     refuse_at: usize,
@@ -91,6 +94,10 @@ impl Interrupts for Recorder {
             undo.now().routes.remove(&fd);
         }))
     }
+
+    fn attach_level(&self, call: BorrowedFd<'_>, _: u32, _: BorrowedFd<'_>) -> Result<Guard, PortError> {
+        self.attach(call, Route::Pin(0))
+    }
 }
 
 impl DeviceMemory for Recorder {
@@ -98,6 +105,19 @@ impl DeviceMemory for Recorder {
         self.refuses()?;
         self.now().page = vec![0; 4096];
         Ok(Arc::new(self.clone()))
+    }
+
+    fn map(&self, piece: &FileRange, at: GuestAddr, _: Access, _: OnVanished) -> Result<Guard, PortError> {
+        self.refuses()?;
+        let size = piece.size;
+        assert_eq!((at.0 | piece.offset | size) % 4096, 0, "a piece of a file is not aligned");
+        let end = at.0.checked_add(size).expect("no piece wraps");
+        let mut now = self.now();
+        let free = now.pieces.iter().all(|(other, size)| end <= *other || other + size <= at.0);
+        assert!(free, "two pieces overlap at {:#x}", at.0);
+        now.pieces.push((at.0, size));
+        let undo = self.clone();
+        Ok(Guard::on_drop(move || undo.now().pieces.retain(|(other, _)| *other != at.0)))
     }
 }
 

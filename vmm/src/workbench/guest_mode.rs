@@ -11,6 +11,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::Bytes;
 
 use crate::error::Error;
+use crate::kvm;
 use crate::memory::{Access, Mapping, Slot, Slots};
 
 /// One instruction, or a few, that stock kernels execute.
@@ -102,7 +103,7 @@ impl Bench {
         let vm = Arc::new(kvm.create_vm().map_err(cannot)?);
         let memory = Mapping::anonymous(MEMORY)
             .map_err(|error| Error::host("no memory for the checks").because(error))?;
-        let slot = Slots::new(Arc::clone(&vm))
+        let slot = Slots::new(Arc::clone(&vm), kvm::slot_limit(kvm))
             .add(0, memory.clone(), Access::ReadWrite)
             .map_err(|error| Error::host("no memory slot for the checks").because(error))?;
         let vcpu = vm.create_vcpu(0).map_err(cannot)?;
