@@ -12,6 +12,7 @@ use devices::ports::Ports;
 use devices::virtio::backend::Backend;
 use devices::virtio::device_type::Model;
 use devices::virtio::mmio::{self, MmioDevice, Place};
+use devices::virtio::revival::{Seeker, Trial};
 use devices::virtio::vhost_user::{self, Opened};
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport, Trapped};
 use transport::memory_map::{GuestAddr, MemoryMap};
@@ -33,6 +34,17 @@ struct Counted {
     register_writes: u64,
     /// Backends that took over from a lost one.
     recoveries: u64,
+}
+
+/// What a device finds when it is made.
+#[derive(Clone, Copy)]
+pub(crate) struct Surroundings<'m> {
+    /// Guest memory.
+    pub(crate) memory: &'m MemoryMap,
+    /// Who serves backends' own requests.
+    pub(crate) peers: &'m Arc<Peers>,
+    /// Who sees every message.
+    pub(crate) trace: Option<&'m Arc<dyn Trace>>,
 }
 
 /// A device that is on no board.
@@ -78,9 +90,9 @@ impl Detached {
         index: usize,
         config: VhostUser,
         others: &[Detached],
-        memory: &MemoryMap,
-        trace: Option<&Arc<dyn Trace>>,
+        machine: &Surroundings<'_>,
     ) -> Result<(Self, Option<BackendChannel>), Error> {
+        let Surroundings { memory, peers, trace } = *machine;
         let kind = config.order.device_type.name();
         let id = config.id.unwrap_or_else(|| format!("{kind}{index}"));
         if others.iter().any(|other| other.id == id) {
@@ -124,11 +136,9 @@ impl Detached {
             }
         })?;
         log::info!("device {id}: {kind}, {} queue(s), features {:#x}", model.queues, model.features.bits());
-        // A listener without reconnect= goes now, and its path with it.
-        let plan = match (meeting, config.reconnect) {
-            (Some(meeting), Some(patience)) => Some(Arc::new(Plan { meeting, patience, limits, reconnect })),
-            _ => None,
-        };
+        let (patience, peers) = (config.reconnect, Arc::clone(peers));
+        let plan =
+            meeting.map(|meeting| Arc::new(Plan { meeting, patience, limits, reconnect, index, peers }));
         let device = Detached {
             id,
             model,
@@ -151,7 +161,14 @@ impl Detached {
         let device =
             MmioDevice::new(parts, place, ports).map_err(|error| Error::host(cannot()).because(error))?;
         let handle = device.handle();
-        handle.on_loss(if plan.is_some() { OnLoss::Recover } else { OnLoss::Break });
+        if let Some(plan) = &plan {
+            handle.on_loss(if plan.patience.is_some() { OnLoss::Recover } else { OnLoss::Break });
+            let (peers, index) = (Arc::clone(&plan.peers), plan.index);
+            handle.seek_with(Seeker {
+                limit: plan.limits.deadline(),
+                ask: Box::new(move || peers.want(index)),
+            });
+        }
         match state {
             Ok(()) => {}
             Err(Lost::Recovering(why)) => handle.peer_lost(&why),
@@ -196,21 +213,36 @@ impl Attached {
     }
 
     /// The connection is gone: the device breaks, or a thread looks for its backend. Called by the control loop.
-    pub(crate) fn hung_up(&self, index: usize, peers: &Arc<Peers>) {
+    pub(crate) fn hung_up(&self) {
         self.handle.peer_lost("the backend closed the connection");
         let Some(plan) = &self.plan else { return };
         if !matches!(self.handle.phase(), PhaseReport::Recovering(_)) {
             return;
         }
         log::warn!("device {} lost its backend and looks for it", self.id);
-        let started = Recovery::start(index, self.handle.clone(), Arc::clone(plan), Arc::clone(peers));
-        match started {
+        match Recovery::start(self.handle.clone(), Arc::clone(plan)) {
             // An earlier recovery has ended, or this one would not have been lost.
             Ok(recovery) => drop(self.recovery.replace(Some(recovery))),
             Err(error) => {
                 self.handle.give_up(&format!("no thread can be had to look for the backend: {error}"));
             }
         }
+    }
+
+    /// The broken device was reset: a thread looks for its backend, once. Called by the control loop.
+    pub(crate) fn wanted(&self) {
+        let Some((plan, trial)) = self.plan.as_ref().zip(self.handle.wanted_revival()) else { return };
+        match Recovery::revive(self.handle.clone(), trial, Arc::clone(plan)) {
+            // An earlier one has ended.
+            Ok(recovery) => drop(self.recovery.replace(Some(recovery))),
+            Err(error) => log::error!("no thread can be had to look for the backend of {}: {error}", self.id),
+        }
+    }
+
+    /// What it takes to look for the backend of a broken device before its guest runs.
+    pub(crate) fn second_chance(&self) -> Option<(Arc<Plan>, DeviceHandle, Trial)> {
+        let plan = Arc::clone(self.plan.as_ref()?);
+        Some((plan, self.handle.clone(), self.handle.begin_revival()?))
     }
 
     /// Another backend has taken over; `hang_up` is that of its connection. Called by the control loop.

@@ -165,9 +165,16 @@ impl<'m> Control<'m> {
                     device.handle().config_changed();
                 }
             }
+            News::Wanted(index) => {
+                if let Some(device) = self.board.devices().get(index) {
+                    // The connection that broke the device must not break it again when its end is noticed.
+                    unwatch(ops, Events::empty(&*device.hang_up()));
+                    device.wanted();
+                }
+            }
             News::Recovered(index, hang_up) => {
                 let number = u32::try_from(index).unwrap_or(u32::MAX);
-                if let Some((_, device)) = self.device(number) {
+                if let Some(device) = self.device(number) {
                     device.recovered(hang_up);
                     watch_hang_up(ops, number, device);
                 }
@@ -175,9 +182,8 @@ impl<'m> Control<'m> {
         }
     }
 
-    fn device(&self, index: u32) -> Option<(usize, &Attached)> {
-        let index = usize::try_from(index).ok()?;
-        Some((index, self.board.devices().get(index)?))
+    fn device(&self, index: u32) -> Option<&Attached> {
+        self.board.devices().get(usize::try_from(index).ok()?)
     }
 
     fn signal(&self, index: u32) {
@@ -232,8 +238,8 @@ impl MutEventSubscriber for Control<'_> {
             peer => {
                 unwatch(ops, event);
                 let index = peer.saturating_sub(token::HANG_UP);
-                if let Some((index, device)) = self.device(index) {
-                    device.hung_up(index, self.peers);
+                if let Some(device) = self.device(index) {
+                    device.hung_up();
                 }
             }
         }

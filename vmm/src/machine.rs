@@ -12,11 +12,13 @@ use arch::cpu::HostCpu;
 use arch::layout;
 use arch::platform::{Platform, SerialPort};
 use arch::ram::Ram;
+use devices::virtio::DeviceHandle;
+use devices::virtio::revival::Trial;
 use kvm_ioctls::Kvm;
 use rustix::fs::{MemfdFlags, memfd_create};
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
 
-use crate::attach::Detached;
+use crate::attach::{Attached, Detached, Surroundings};
 use crate::board::{Board, Parts};
 use crate::config::{Config, DEFAULT_CMDLINE, Image, OnReset};
 use crate::console::Console;
@@ -26,6 +28,7 @@ use crate::kvm;
 use crate::lifecycle::Request;
 use crate::memory::Mapping;
 use crate::peers::Peers;
+use crate::recovery::Plan;
 use crate::stats::{Startup, Stats};
 use crate::vcpu::VcpuCounters;
 
@@ -143,9 +146,9 @@ impl Machine {
             .map(Arc::new)
             .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
         let mut devices = Vec::new();
+        let machine = Surroundings { memory: &memory, peers: &peers, trace: config.trace.as_ref() };
         for (index, device) in config.vhost_user.into_iter().enumerate() {
-            let (device, channel) =
-                Detached::connect(index, device, &devices, &memory, config.trace.as_ref())?;
+            let (device, channel) = Detached::connect(index, device, &devices, &machine)?;
             if let Some(channel) = channel {
                 peers
                     .add(index, channel)
@@ -262,6 +265,7 @@ impl Machine {
             begun: self.begun,
         };
         let board = Board::build(&parts, devices)?;
+        revive(board.devices());
         Ok(Machine { board, ..self })
     }
 
@@ -275,6 +279,28 @@ impl Machine {
         stats.devices = self.board.dismantle().into_iter().map(Detached::finish).collect();
         Outcome { end, stats }
     }
+}
+
+/// Looks for the backends of broken devices, of all at the same time, as the guest does not run yet.
+fn revive(devices: &[Attached]) {
+    let broken = devices.iter().filter_map(|device| Some((device, device.second_chance()?)));
+    let broken: Vec<_> = broken.collect();
+    std::thread::scope(|scope| {
+        let (devices, chances): (Vec<_>, Vec<_>) = broken.into_iter().unzip();
+        let search = |(plan, handle, trial): (Arc<Plan>, DeviceHandle, Trial)| {
+            let thread = std::thread::Builder::new().name("revive".to_owned());
+            thread.spawn_scoped(scope, move || plan.revive(&handle, trial))
+        };
+        let searches: Vec<_> = chances.into_iter().map(search).collect();
+        for (device, search) in devices.into_iter().zip(searches) {
+            match search.map(|search| search.join()) {
+                Ok(Ok(Some(hang_up))) => device.recovered(hang_up),
+                Ok(Ok(None)) => {}
+                Ok(Err(_)) => log::error!("the search for a backend panicked"),
+                Err(error) => log::error!("no thread can be had to look for a backend: {error}"),
+            }
+        }
+    });
 }
 
 /// The images, open for the machine's whole life: a reboot starts the same kernel even if the path has since

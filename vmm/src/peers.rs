@@ -25,6 +25,8 @@ pub(crate) struct Peers {
 pub(crate) enum News {
     /// The configuration of this device changed.
     ConfigChanged(usize),
+    /// This broken device was reset and wants its backend looked for.
+    Wanted(usize),
     /// This device has a backend again; the descriptor tells when that one is gone.
     Recovered(usize, OwnedFd),
 }
@@ -34,6 +36,8 @@ struct Shared {
     news: OwnedFd,
     /// "The configuration of device N changed."
     changed: Vec<AtomicBool>,
+    /// "Device N wants its backend looked for."
+    wanted: Vec<AtomicBool>,
     recovered: Mutex<Vec<(usize, OwnedFd)>>,
     /// Readable when the inbox or `end` is.
     wake: OwnedFd,
@@ -51,6 +55,7 @@ impl Peers {
         let shared = Arc::new(Shared {
             news: eventfd(0, flags)?,
             changed: (0..devices).map(|_| AtomicBool::new(false)).collect(),
+            wanted: (0..devices).map(|_| AtomicBool::new(false)).collect(),
             recovered: Mutex::new(Vec::new()),
             wake: eventfd(0, flags)?,
             inbox: Mutex::new(Vec::new()),
@@ -81,6 +86,11 @@ impl Peers {
         ring(&self.shared.news);
     }
 
+    /// Asks the control loop to look for the backend of device number `device`. Never waits.
+    pub(crate) fn want(&self, device: usize) {
+        self.shared.raise(&self.shared.wanted, device);
+    }
+
     /// Readable when [`Peers::take_news`] has something.
     pub(crate) fn news(&self) -> &OwnedFd {
         &self.shared.news
@@ -92,9 +102,8 @@ impl Peers {
         let recovered = std::mem::take(&mut *lock(&self.shared.recovered));
         let mut news: Vec<News> =
             recovered.into_iter().map(|(index, fd)| News::Recovered(index, fd)).collect();
-        let flags = self.shared.changed.iter().enumerate();
-        let changed = flags.filter(|(_, flag)| flag.swap(false, Ordering::AcqRel));
-        news.extend(changed.map(|(index, _)| News::ConfigChanged(index)));
+        news.extend(lowered(&self.shared.changed).map(News::ConfigChanged));
+        news.extend(lowered(&self.shared.wanted).map(News::Wanted));
         news
     }
 }
@@ -109,7 +118,21 @@ impl Drop for Peers {
     }
 }
 
+/// The flags that were up.
+fn lowered(flags: &[AtomicBool]) -> impl Iterator<Item = usize> {
+    let flags = flags.iter().enumerate();
+    flags.filter(|(_, flag)| flag.swap(false, Ordering::AcqRel)).map(|(index, _)| index)
+}
+
 impl Shared {
+    /// Puts up a device's flag.
+    fn raise(&self, flags: &[AtomicBool], device: usize) {
+        if let Some(flag) = flags.get(device) {
+            flag.store(true, Ordering::Release);
+            ring(&self.news);
+        }
+    }
+
     fn serve(&self) {
         let mut channels: Vec<(usize, BackendChannel)> = Vec::new();
         loop {
@@ -164,10 +187,7 @@ struct Answers<'a> {
 
 impl BackendRequests for Answers<'_> {
     fn config_changed(&self) {
-        if let Some(flag) = self.shared.changed.get(self.device) {
-            flag.store(true, Ordering::Release);
-            ring(&self.shared.news);
-        }
+        self.shared.raise(&self.shared.changed, self.device);
     }
 }
 

@@ -10,11 +10,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use devices::virtio::probation::Standing;
+use devices::virtio::revival::Trial;
 use devices::virtio::{DeviceHandle, Reconnect};
 use transport::deadline::Deadline;
 use transport::socket::Listener;
 use transport::vhost_user::reconnect::Attempts;
-use transport::vhost_user::{Connection, Error, Limits};
+use transport::vhost_user::{BackendChannel, Connection, Error, Limits};
 
 use crate::peers::Peers;
 
@@ -70,16 +72,39 @@ const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const GLANCE: Duration = Duration::from_millis(200);
 
 /// What recovering one device takes; outlives boards.
-#[derive(Debug)]
 pub(crate) struct Plan {
     /// Where the backend is found.
     pub(crate) meeting: Meeting,
-    /// For how long it is looked for; zero: for ever.
-    pub(crate) patience: Duration,
+    /// For how long a lost one is looked for; zero: for ever. Absent: it is not, and the device breaks.
+    pub(crate) patience: Option<Duration>,
     /// Deadline and trace of the new connection.
     pub(crate) limits: Limits,
     /// What the new backend has to match.
     pub(crate) reconnect: Reconnect,
+    /// The device's number.
+    pub(crate) index: usize,
+    /// Who serves the new connection's channel, and is told of a success.
+    pub(crate) peers: Arc<Peers>,
+}
+
+impl Plan {
+    /// Meets the backend once, for a broken device on whose behalf `trial` was begun.
+    pub(crate) fn revive(&self, device: &DeviceHandle, trial: Trial) -> Option<OwnedFd> {
+        let connection = self.meeting.meet(&self.limits, self.limits.deadline());
+        match self.reconnect.revive(device, trial, connection, |channel| self.serve(channel)) {
+            Ok(hang_up) => Some(hang_up),
+            Err(error) => {
+                log::debug!("a broken device stays as it is: {error}");
+                None
+            }
+        }
+    }
+
+    fn serve(&self, channel: BackendChannel) {
+        if let Err(error) = self.peers.add(self.index, channel) {
+            log::error!("the backend's own requests are not answered: {error}");
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -110,22 +135,31 @@ pub(crate) struct Recovery {
 }
 
 impl Recovery {
-    /// Starts looking for the backend of `device`, number `index` of the machine. A success is left with
-    /// `peers`, as news.
-    pub(crate) fn start(
-        index: usize,
-        device: DeviceHandle,
-        plan: Arc<Plan>,
-        peers: Arc<Peers>,
-    ) -> std::io::Result<Self> {
+    /// Starts looking for the lost backend of `device`. A success is left with the peers, as news.
+    pub(crate) fn start(device: DeviceHandle, plan: Arc<Plan>) -> std::io::Result<Self> {
+        Self::spawn(plan, move |plan, stop| {
+            let found = look(&device, plan, stop);
+            let resumed = found.is_some();
+            found.into_iter().for_each(|hang_up| plan.peers.recovered(plan.index, hang_up));
+            if resumed {
+                watch_over(&device, stop);
+            }
+        })
+    }
+
+    /// Starts looking for the backend of a broken `device`, once.
+    pub(crate) fn revive(device: DeviceHandle, trial: Trial, plan: Arc<Plan>) -> std::io::Result<Self> {
+        Self::spawn(plan, move |plan, _| {
+            let found = plan.revive(&device, trial);
+            found.into_iter().for_each(|hang_up| plan.peers.recovered(plan.index, hang_up));
+        })
+    }
+
+    fn spawn(plan: Arc<Plan>, work: impl FnOnce(&Plan, &Stop) + Send + 'static) -> std::io::Result<Self> {
         let stop = Arc::new(Stop::default());
         let watched = Arc::clone(&stop);
-        let thread = std::thread::Builder::new().name(format!("recover-{index}")).stack_size(256 << 10);
-        let thread = thread.spawn(move || {
-            if let Some(hang_up) = look(index, &device, &plan, &peers, &watched) {
-                peers.recovered(index, hang_up);
-            }
-        })?;
+        let thread = std::thread::Builder::new().name(format!("recover-{}", plan.index));
+        let thread = thread.stack_size(256 << 10).spawn(move || work(&plan, &watched))?;
         Ok(Recovery { stop, thread: Some(thread) })
     }
 }
@@ -139,19 +173,15 @@ impl Drop for Recovery {
     }
 }
 
-fn look(index: usize, device: &DeviceHandle, plan: &Plan, peers: &Peers, stop: &Stop) -> Option<OwnedFd> {
-    let mut attempts = attempts(plan.patience);
+fn look(device: &DeviceHandle, plan: &Plan, stop: &Stop) -> Option<OwnedFd> {
+    let patience = plan.patience.unwrap_or_default();
+    let mut attempts = attempts(patience);
     loop {
         let reached =
             plan.meeting.meet(&plan.limits, GLANCE).map_err(|error| (error.is_absent(), error.to_string()));
         let failed = match reached {
             Ok(connection) => {
-                let serve = |channel| {
-                    if let Err(error) = peers.add(index, channel) {
-                        log::error!("the backend's own requests are not answered: {error}");
-                    }
-                };
-                match plan.reconnect.attempt(device, connection, serve) {
+                match plan.reconnect.attempt(device, connection, |channel| plan.serve(channel)) {
                     Ok(hang_up) => return Some(hang_up),
                     Err(error) if error.is_final() => {
                         log::warn!("no recovery: {error}");
@@ -164,11 +194,23 @@ fn look(index: usize, device: &DeviceHandle, plan: &Plan, peers: &Peers, stop: &
         };
         log::debug!("not recovered yet: {failed}");
         let Some(pause) = attempts.next_pause() else {
-            device.give_up(&format!("no backend came back within {} s: {failed}", plan.patience.as_secs()));
+            device.give_up(&format!("no backend came back within {} s: {failed}", patience.as_secs()));
             return None;
         };
         if stop.wait(pause) {
             return None;
         }
+    }
+}
+
+/// How long a backend that took over is watched, and how often it is looked at.
+const PROBATION: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Watches a backend that took over until every ring has moved on as it should.
+fn watch_over(device: &DeviceHandle, stop: &Stop) {
+    let deadline = Deadline::after(PROBATION);
+    while device.judge_successor() == Standing::Unproven && deadline.remaining().is_some() && !stop.wait(LOOK)
+    {
     }
 }

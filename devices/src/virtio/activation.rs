@@ -69,10 +69,10 @@ impl Device {
                 Ok(())
             }
             Err(BackendError::Refused(cause)) => Err(StartError::Driver(chain(cause.as_ref()))),
-            Err(BackendError::Lost(cause)) => {
+            Err(lost @ BackendError::Lost(_)) => {
                 // It may have served some of them before it failed.
                 self.phase = Phase::Running(guards);
-                self.lose(chain(cause.as_ref()));
+                self.lose_by(&lost);
                 Ok(())
             }
         }
@@ -89,7 +89,7 @@ impl Device {
                 // No new kick, no further interrupt, then the backend.
                 drop(guards);
                 if let Err(error) = self.backend.stop() {
-                    self.lose(chain(error.cause()));
+                    self.lose_by(&error);
                 }
                 self.drain();
             }
@@ -122,6 +122,12 @@ impl Device {
             phase => *phase = Phase::NeedsReset(why),
         }
         self.interrupt_config();
+    }
+
+    /// The peer failed in an exchange.
+    pub(super) fn lose_by(&mut self, error: &BackendError) {
+        self.note_silence(error);
+        self.lose(chain(error.cause()));
     }
 
     /// The peer failed.

@@ -45,6 +45,20 @@ impl BackendError {
         Self::Lost("the backend is gone".into())
     }
 
+    /// Whether the peer did not answer in time: the next one in its place is not worth a wait.
+    #[must_use]
+    pub fn is_silence(&self) -> bool {
+        let cause: &(dyn Error + 'static) = self.cause();
+        let mut next = Some(cause);
+        while let Some(error) = next {
+            if let Some(error) = error.downcast_ref::<transport::vhost_user::Error>() {
+                return error.is_silence();
+            }
+            next = error.source();
+        }
+        false
+    }
+
     /// What is behind it.
     #[must_use]
     pub fn cause(&self) -> &(dyn Error + Send + Sync + 'static) {

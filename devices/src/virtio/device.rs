@@ -17,6 +17,7 @@ use super::device_type::{ConfigSource, DeviceType, Model};
 use super::face::Face;
 use super::phase::{OnLoss, Phase};
 use super::registers::{Effect, Identity, Refusal, Reg, Registers};
+use super::revival::Revival;
 use super::wiring::Wiring;
 use crate::ports::{Guard, PortError};
 
@@ -51,6 +52,7 @@ pub struct Device {
     _config_route: Guard,
     pub(super) phase: Phase,
     pub(super) on_loss: OnLoss,
+    pub(super) revival: Revival,
     /// Its backend was given away: no other one may come.
     pub(super) retired: bool,
     trapped: Trapped,
@@ -120,6 +122,7 @@ impl Device {
             _config_route: config_route,
             phase: Phase::Idle,
             on_loss: OnLoss::default(),
+            revival: Revival::default(),
             retired: false,
             trapped: Trapped::default(),
             activations: 0,
@@ -139,12 +142,18 @@ impl Device {
     /// A write of the driver to a register. May wait for the backend, within its deadline; when this
     /// returns, the guest sees the outcome.
     pub fn write(&mut self, reg: Reg, value: u32) {
+        if reg == Reg::Status {
+            self.await_trial(value);
+        }
         let effect = self.registers.write(reg, value);
         self.count(reg, effect);
         match effect {
             Effect::None | Effect::AckConfig | Effect::WriteConfig => {}
             Effect::Activate => self.activate(),
-            Effect::Reset => self.quiesce(),
+            Effect::Reset => {
+                self.quiesce();
+                self.seek();
+            }
             Effect::Notify(queue) => self.ring(queue),
             Effect::Refused(refusal) => self.note_refusal(refusal),
         }
@@ -174,7 +183,7 @@ impl Device {
                         self.reload_config();
                     }
                     Err(BackendError::Refused(_)) => self.note("the backend refused a configuration write"),
-                    Err(lost) => self.lose(chain(lost.cause())),
+                    Err(lost) => self.lose_by(&lost),
                 },
                 Err(_) => self.note_refusal(Refusal::ConfigBounds),
             },
@@ -324,7 +333,7 @@ impl Device {
             Err(BackendError::Refused(_)) => {
                 self.note("the backend refused to show its configuration");
             }
-            Err(lost) => self.lose(chain(lost.cause())),
+            Err(lost) => self.lose_by(&lost),
         }
         false
     }

@@ -10,6 +10,8 @@
 //! | [`face`] | what the device asks of its transport |
 //! | [`phase`], `activation` | where it is in its life, and how it gets there |
 //! | [`takeover`] | another backend in the place of a lost one |
+//! | [`revival`] | another chance for a broken device when it is reset |
+//! | [`probation`] | whether that one goes on where the lost one stopped |
 //! | `resume`, `unfinished` | where a ring goes on then, and what was in flight |
 //! | [`handle`], [`report`] | the device shared between threads, and what it reports |
 //! | [`backend`] | what the device asks of whoever serves its queues |
@@ -25,11 +27,13 @@ pub mod face;
 pub mod handle;
 pub mod mmio;
 pub mod phase;
+pub mod probation;
 pub mod queue;
 pub mod reconnect;
 pub mod registers;
 pub mod report;
 mod resume;
+pub mod revival;
 pub mod status;
 pub mod takeover;
 mod unfinished;

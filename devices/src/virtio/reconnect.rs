@@ -8,12 +8,15 @@
 //!    the error [is final](ReconnectError::is_final), and hands the new hang-up to the control loop;
 //! 3. the thread ends before the device leaves its board.
 
+use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
-use transport::vhost_user::{BackendChannel, Connection};
+use transport::vhost_user::{BackendChannel, Connection, Error as PeerError};
 
+use super::backend::BackendError;
 use super::handle::DeviceHandle;
+use super::revival::Trial;
 use super::takeover::{Candidate, Misfit, TakeOverError};
 use super::vhost_user::{Kept, OpenError, Order, Survey, VhostUser};
 
@@ -74,25 +77,73 @@ impl Reconnect {
         connection: Connection,
         serve: impl FnOnce(BackendChannel),
     ) -> Result<OwnedFd, ReconnectError> {
+        let unfit =
+            |why: &dyn Error| device.give_up(&format!("another backend came that does not fit: {why}"));
         let survey = Survey::of(connection, &self.order).inspect_err(|error| {
             if let OpenError::Unfit { source, .. } = error {
-                device.give_up(&format!("another backend came that does not fit: {source}"));
+                unfit(source);
             }
         })?;
-        let Survey { session, model, config_size, channel, hang_up } = survey;
-        let peer = format!("vhost-user backend {}", session.peer());
+        let peer = format!("vhost-user backend {}", survey.session.peer());
         let refused = |source: TakeOverError| ReconnectError::TakeOver { peer, source };
+        let (candidate, hang_up) = match self.candidate(survey, serve) {
+            Ok(found) => found,
+            Err(misfit) => {
+                unfit(&misfit);
+                return Err(refused(misfit.into()));
+            }
+        };
+        device.take_over(candidate).map_err(refused)?;
+        Ok(hang_up)
+    }
+
+    /// Lets the backend at the other end of `connection` serve a broken device, on whose behalf `trial` was
+    /// begun. The trial is over when this returns. As [`Reconnect::attempt`] otherwise, and waits for two
+    /// deadlines at most.
+    ///
+    /// # Errors
+    /// When there is no backend, it fails, it does not fit, or it is not wanted any more.
+    pub fn revive(
+        &self,
+        device: &DeviceHandle,
+        trial: Trial,
+        connection: Result<Connection, PeerError>,
+        serve: impl FnOnce(BackendChannel),
+    ) -> Result<OwnedFd, TakeOverError> {
+        let surveyed = connection.map_err(OpenError::from).and_then(|c| Survey::of(c, &self.order));
+        let found = surveyed.map_err(lost).and_then(|survey| {
+            self.candidate(survey, serve).map_err(|misfit| BackendError::Lost(misfit.into()))
+        });
+        let (found, hang_up) = match found {
+            Ok((candidate, hang_up)) => (Ok(candidate), Some(hang_up)),
+            Err(error) => (Err(error), None),
+        };
+        device.revive(trial, found)?;
+        hang_up.ok_or(TakeOverError::NotWanted)
+    }
+
+    /// A candidate of what was surveyed, if it has the configuration that drivers know of.
+    fn candidate(
+        &self,
+        survey: Survey,
+        serve: impl FnOnce(BackendChannel),
+    ) -> Result<(Candidate, OwnedFd), Misfit> {
+        let Survey { session, model, config_size, channel, hang_up } = survey;
         if config_size < self.config_size {
-            let misfit = Misfit::Config { has: config_size, needs: self.config_size };
-            device.give_up(&format!("another backend came that does not fit: {misfit}"));
-            return Err(refused(misfit.into()));
+            return Err(Misfit::Config { has: config_size, needs: self.config_size });
         }
         if let Some(channel) = channel {
             serve(channel);
         }
         let backend = VhostUser::new(session, self.order.device_type, Arc::clone(&self.kept));
-        device.take_over(Candidate { model, backend: Box::new(backend) }).map_err(refused)?;
-        Ok(hang_up)
+        Ok((Candidate { model, backend: Box::new(backend) }, hang_up))
+    }
+}
+
+fn lost(error: OpenError) -> BackendError {
+    match error {
+        OpenError::Peer(error) => BackendError::Lost(error.into()),
+        other => BackendError::Lost(other.into()),
     }
 }
 

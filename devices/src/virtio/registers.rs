@@ -405,6 +405,11 @@ impl Registers {
         self.need_reset();
     }
 
+    /// The device can go on again, with the next driver that comes.
+    pub fn mend(&mut self) {
+        self.broken = false;
+    }
+
     /// As at power-on, with a status of 0. What the device is, its configuration and its generation
     /// stay; so does being broken.
     pub fn reset(&mut self) {

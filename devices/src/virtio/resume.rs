@@ -23,8 +23,8 @@ pub(super) enum Notes {
 /// Both indexes of a ring at one time, the used one a little earlier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Indexes {
-    available: u16,
-    used: u16,
+    pub(super) available: u16,
+    pub(super) used: u16,
 }
 
 /// What is remembered of a ring that a backend serves.
@@ -34,6 +34,8 @@ pub(super) struct Past {
     pub(super) origin: u16,
     /// The ring when the backend was lost.
     pub(super) cut: Option<Indexes>,
+    /// Where a backend took over that has yet to show that it goes on there.
+    pub(super) handed_over: Option<u16>,
 }
 
 /// Why nobody can go on with a ring.

@@ -12,6 +12,7 @@
 
 use std::error::Error;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use transport::memory_map::MemoryMap;
 use transport::vhost_user::features::DriverFeatures;
@@ -89,23 +90,51 @@ enum Progress {
 }
 
 impl Starting {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         Arc::new(Self { outcome: Mutex::new(Progress::Busy), done: Condvar::new() })
     }
 
-    fn complete(&self, result: Result<Candidate, BackendError>) {
-        *lock(&self.outcome) = Progress::Done(Box::new(result));
-        self.done.notify_all();
+    pub(super) fn complete(&self, result: Result<Candidate, BackendError>) {
+        let mut progress = lock(&self.outcome);
+        // The first outcome counts.
+        if progress.is_busy() {
+            *progress = Progress::Done(Box::new(result));
+            self.done.notify_all();
+        }
+    }
+
+    /// Whether there is no outcome yet.
+    pub(super) fn is_busy(&self) -> bool {
+        matches!(*lock(&self.outcome), Progress::Busy)
     }
 
     /// The outcome, unless somebody else has it; waits until there is one.
-    fn claim(&self) -> Option<Result<Candidate, BackendError>> {
-        let busy = |progress: &mut Progress| matches!(progress, Progress::Busy);
-        let waited = self.done.wait_while(lock(&self.outcome), busy);
-        let mut progress = waited.unwrap_or_else(PoisonError::into_inner);
-        match std::mem::replace(&mut *progress, Progress::Claimed) {
-            Progress::Done(result) => Some(*result),
-            Progress::Busy | Progress::Claimed => None,
+    pub(super) fn claim(&self) -> Option<Result<Candidate, BackendError>> {
+        let waited = self.done.wait_while(lock(&self.outcome), Progress::is_busy);
+        waited.unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The same, but waits for `limit` at most; `None` as well when there is no outcome then.
+    pub(super) fn claim_within(&self, limit: Duration) -> Option<Result<Candidate, BackendError>> {
+        let waited = self.done.wait_timeout_while(lock(&self.outcome), limit, Progress::is_busy);
+        waited.unwrap_or_else(PoisonError::into_inner).0.take()
+    }
+}
+
+impl Progress {
+    fn is_busy(&mut self) -> bool {
+        matches!(self, Self::Busy)
+    }
+
+    /// The outcome, once.
+    fn take(&mut self) -> Option<Result<Candidate, BackendError>> {
+        match std::mem::replace(self, Self::Claimed) {
+            Self::Done(result) => Some(*result),
+            Self::Claimed => None,
+            Self::Busy => {
+                *self = Self::Busy;
+                None
+            }
         }
     }
 }
@@ -241,7 +270,7 @@ impl Device {
     }
 
     /// Whether a driver of the present device can go on with another one.
-    fn fits(&self, model: &Model) -> Result<(), Misfit> {
+    pub(super) fn fits(&self, model: &Model) -> Result<(), Misfit> {
         let used = self.registers.accepted().map_or(0, |features| features.bits());
         let missing = used & !model.features.bits();
         let needs = u16::try_from(self.registers.queues().len()).unwrap_or(u16::MAX);
@@ -259,7 +288,7 @@ impl Device {
     }
 
     /// The wait is over: `candidate` is the backend, and runs the queues if there are any.
-    fn install(&mut self, candidate: Candidate) {
+    pub(super) fn install(&mut self, candidate: Candidate) {
         let Phase::Recovering(absence) = std::mem::replace(&mut self.phase, Phase::Idle) else { return };
         let Candidate { model, backend } = candidate;
         self.backend = backend;

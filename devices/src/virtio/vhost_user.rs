@@ -289,7 +289,7 @@ impl Backend for VhostUser {
                     }
                     Err(lost) => {
                         self.failed_since(begun, before);
-                        Err(BackendError::Lost(lost.into()))
+                        Err(BackendError::Lost(Error::from(lost).into()))
                     }
                 }
             }

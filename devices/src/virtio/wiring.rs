@@ -8,6 +8,7 @@ use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
 use super::backend::Begin;
 use super::face::Face;
+use super::probation::{Verdict, judge};
 use super::queue::{QueueError, QueueState};
 use super::registers::Registers;
 use super::resume::{Notes, Orphan, Past, ResumeError};
@@ -29,6 +30,15 @@ pub(super) enum RingsError {
     Resume(#[from] ResumeError),
     #[error("cannot duplicate an eventfd")]
     Fd(#[from] io::Error),
+}
+
+/// What the rings say of a backend that took over.
+#[derive(Debug, Default)]
+pub(super) struct Verdicts {
+    /// There is one that has not moved.
+    pub(super) unmoved: bool,
+    /// The queue that was begun anew, where it should have gone on, and where it is.
+    pub(super) anew: Option<(u16, u16, u16)>,
 }
 
 struct Pair {
@@ -118,7 +128,8 @@ impl Wiring {
                 Begin::Resumed => Orphan::new(index, queue, layout, memory)?.resume(notes, pair.past)?,
             };
             // A packed ring is not resumed: its number is of no interest.
-            pair.past = Past { origin: u16::try_from(base.0).unwrap_or(0), cut: None };
+            let origin = u16::try_from(base.0).unwrap_or(0);
+            pair.past = Past { origin, cut: None, handed_over: (begin == Begin::Resumed).then_some(origin) };
             let QueueState { size, desc, driver, device, .. } = *queue;
             let (kick, call) = (pair.kick.try_clone()?, pair.call.try_clone()?);
             Ok(OwnedRing { index, size, desc, driver, device, base, kick, call })
@@ -134,6 +145,23 @@ impl Wiring {
             let orphan = queue.ready.then(|| Orphan::new(index, queue, layout, memory).ok()).flatten();
             pair.past.cut = orphan.and_then(|orphan| orphan.indexes().ok());
         }
+    }
+
+    /// Whether the backend that took over goes on where the last one stopped.
+    pub(super) fn judge(&mut self, registers: &Registers, memory: &MemoryMap) -> Verdicts {
+        let layout = registers.ring_layout();
+        let mut verdicts = Verdicts::default();
+        for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.0) {
+            let Some(base) = pair.past.handed_over.filter(|_| queue.ready) else { continue };
+            let orphan = Orphan::new(index, queue, layout, memory).ok();
+            let Some(now) = orphan.and_then(|ring| ring.indexes().ok()) else { continue };
+            match judge(base, now) {
+                Verdict::Unmoved => verdicts.unmoved = true,
+                Verdict::GoesOn => pair.past.handed_over = None,
+                Verdict::BeganAnew => verdicts.anew = Some((index, base, now.used)),
+            }
+        }
+        verdicts
     }
 
     /// Passes on a kick that did not end in the kernel.

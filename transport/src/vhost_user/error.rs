@@ -113,6 +113,11 @@ impl Error {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut))
     }
 
+    /// True when the peer did not answer, or read, in time.
+    pub fn is_silence(&self) -> bool {
+        matches!(self.cause, Cause::Silent(_) | Cause::NotReading(_))
+    }
+
     /// What the user may try, for the common cases.
     pub fn hint(&self) -> Option<&'static str> {
         match (&self.cause, self.step) {
