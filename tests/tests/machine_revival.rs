@@ -6,6 +6,7 @@
 
 use outboard_tests::daemon::StorageDaemon;
 use outboard_tests::guest::{Guest, Kernel};
+use outboard_tests::launch::STEP;
 use outboard_tests::{need, place};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -36,7 +37,8 @@ fn a_driver_that_is_bound_again_has_its_disk_back_as_soon_as_there_is_a_backend(
     kill_process(daemon, Signal::STOP).unwrap();
     assert!(guest.run(REBIND).contains("lost"));
     disk.kill();
-    let ended = guest.power_off().with_code(0);
+    guest.last_words("poweroff -f");
+    let ended = guest.into_vm().end(STEP).with_code(0);
     assert_eq!(ended.stats().number("/devices/0/recoveries"), 1, "{ended}");
     assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
 }
