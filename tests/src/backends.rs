@@ -74,6 +74,9 @@ impl Backend {
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let child = Command::new(program)
             .args(arguments)
+            // Drivers that lie beside it are named without their path: DPDK takes none from below a folder that everybody
+            // may write to, as /tmp is.
+            .env("LD_LIBRARY_PATH", program.parent().unwrap_or(Path::new("/")))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

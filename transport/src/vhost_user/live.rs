@@ -141,7 +141,8 @@ impl Session {
         }
         // Some back-ends register a ring's kick only after they took ENABLE off the socket: a kick before that is
         // lost, and so would be what the guest put into the ring meanwhile.
-        channel.ask_u64(Request::GET_FEATURES, &deadline)?;
+        let round_trip = if has_status { Request::GET_STATUS } else { Request::GET_FEATURES };
+        channel.ask_u64(round_trip, &deadline)?;
         for ring in rings {
             ring.kick.ring().map_err(|source| channel.error(Request::SET_VRING_KICK, Cause::Io(source)))?;
         }
