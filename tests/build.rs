@@ -35,7 +35,7 @@ const FLAGS: &[&str] = &[
 ];
 
 const SOURCES: &[&str] =
-    &["start.S", "payload.c", "machine.c", "interrupts.c", "virtio.c", "modes.c", "abuse.c"];
+    &["start.S", "payload.c", "machine.c", "interrupts.c", "virtio.c", "modes.c", "abuse.c", "deep.c"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let source = Path::new("payload");

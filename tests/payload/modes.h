@@ -8,3 +8,5 @@ void loop(void);
 void resize(void);
 void abuse(void);
 void badring(void);
+void deep(void);
+void drive(void);

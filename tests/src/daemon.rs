@@ -1,10 +1,14 @@
-//! Debian's `qemu-storage-daemon`: a vhost-user-blk backend that we did not write.
+//! vhost-user-blk backends that we did not write: Debian's `qemu-storage-daemon`, which serves any number of disks, and
+//! QEMU's example `vhost-user-blk`, which keeps notes of what is in flight.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::backends;
 use crate::capture::{Capture, tail};
 use crate::place::{self, Missing};
 use crate::qmp::Qmp;
@@ -14,11 +18,29 @@ use crate::wait;
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
 
-/// A running daemon that serves one image. Killed when dropped.
+/// Which program it is, and what it serves.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// `qemu-storage-daemon`, without INFLIGHT.
+    Qemu { disks: usize, queues: u16 },
+    /// QEMU's `vhost-user-blk`, with INFLIGHT: one disk, one machine, and it ends with the connection.
+    Example,
+}
+
+impl Kind {
+    fn disks(self) -> usize {
+        match self {
+            Self::Qemu { disks, .. } => disks,
+            Self::Example => 1,
+        }
+    }
+}
+
+/// A running daemon that serves one image, or several. Killed when dropped.
 #[derive(Debug)]
 pub struct StorageDaemon {
     program: PathBuf,
-    queues: u16,
+    kind: Kind,
     child: Child,
     log: Capture,
     scratch: Scratch,
@@ -44,8 +66,7 @@ impl StorageDaemon {
     /// # Panics
     /// When it does not start.
     pub fn with_queues(size: usize, queues: u16) -> Result<Self, Missing> {
-        let image: Vec<u8> = (0..size).map(|byte| pattern(byte / SECTOR)).collect();
-        Self::export(&image, queues)
+        Self::start_kind(place::storage_daemon()?, Kind::Qemu { disks: 1, queues }, &[image(size)])
     }
 
     /// Serves an image with these bytes.
@@ -56,15 +77,36 @@ impl StorageDaemon {
     /// # Panics
     /// When it does not start.
     pub fn serving(contents: &[u8]) -> Result<Self, Missing> {
-        Self::export(contents, 1)
+        Self::serving_all(&[contents.to_vec()])
     }
 
-    fn export(contents: &[u8], queues: u16) -> Result<Self, Missing> {
-        let program = place::storage_daemon()?;
+    /// Serves several images, each on a socket of its own, from one process.
+    ///
+    /// # Errors
+    /// When the program is not installed.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn serving_all(images: &[Vec<u8>]) -> Result<Self, Missing> {
+        Self::start_kind(place::storage_daemon()?, Kind::Qemu { disks: images.len(), queues: 1 }, images)
+    }
+
+    /// As [`StorageDaemon::start`], with QEMU's `vhost-user-blk`, which has INFLIGHT. Says so when it is not there.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn with_notes(size: usize) -> Option<Self> {
+        Self::start_kind(backends::program("vhost-user-blk")?, Kind::Example, &[image(size)]).ok()
+    }
+
+    fn start_kind(program: PathBuf, kind: Kind, images: &[Vec<u8>]) -> Result<Self, Missing> {
         let scratch = Scratch::new();
-        let _image: PathBuf = scratch.file("disk.img", contents);
-        let (child, log) = spawn(&program, &scratch, queues);
-        let mut daemon = Self { program, queues, child, log, scratch };
+        for (n, contents) in images.iter().enumerate() {
+            let _image: PathBuf = scratch.file(&image_name(n), contents);
+        }
+        let (child, log) = spawn(&program, &scratch, kind);
+        let mut daemon = Self { program, kind, child, log, scratch };
         wait::until("qemu-storage-daemon listens", Duration::from_secs(10), || {
             daemon.listens().then_some(())
         });
@@ -73,21 +115,27 @@ impl StorageDaemon {
 
     fn listens(&mut self) -> bool {
         if let Some(status) = self.child.try_wait().unwrap() {
-            panic!("qemu-storage-daemon ended: {status}\n{}", self.log.text());
+            panic!("{} ended: {status}\n{}", self.program.display(), self.log.text());
         }
-        is_listening(&self.socket())
+        (0..self.kind.disks()).all(|n| is_listening(&self.socket_of(n)))
     }
 
     /// Its vhost-user socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.scratch.path("blk")
+        self.socket_of(0)
+    }
+
+    /// The socket of its disk `n`.
+    #[must_use]
+    pub fn socket_of(&self, n: usize) -> PathBuf {
+        self.scratch.path(&socket_name(n))
     }
 
     /// The image that it serves.
     #[must_use]
     pub fn image(&self) -> PathBuf {
-        self.scratch.path("disk.img")
+        self.scratch.path(&image_name(0))
     }
 
     /// The image's bytes now.
@@ -111,6 +159,23 @@ impl StorageDaemon {
         self.child.id()
     }
 
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it has gone.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits until it has ended by itself, as [`StorageDaemon::with_notes`] does when its machine hangs up.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn wait_for_end(&mut self) {
+        let child = &mut self.child;
+        wait::until("the daemon ends", Duration::from_secs(10), || child.try_wait().unwrap());
+    }
+
     /// Kills it on the spot, as a crash would.
     ///
     /// # Panics
@@ -132,33 +197,54 @@ impl StorageDaemon {
     /// # Panics
     /// When it does not start.
     pub fn restart(&mut self) {
-        for stale in ["blk", "qmp"] {
+        for stale in (0..self.kind.disks()).map(socket_name).chain(["qmp".to_owned()]) {
             // The daemon that was killed has left them.
-            fs::remove_file(self.scratch.path(stale)).unwrap_or_default();
+            fs::remove_file(self.scratch.path(&stale)).unwrap_or_default();
         }
-        (self.child, self.log) = spawn(&self.program, &self.scratch, self.queues);
+        (self.child, self.log) = spawn(&self.program, &self.scratch, self.kind);
         wait::until("qemu-storage-daemon listens again", Duration::from_secs(10), || {
             self.listens().then_some(())
         });
     }
 }
 
-fn spawn(program: &Path, scratch: &Scratch, queues: u16) -> (Child, Capture) {
-    let (image, socket, qmp) = (scratch.path("disk.img"), scratch.path("blk"), scratch.path("qmp"));
-    let export = format!(
-        "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
-        socket.display()
-    );
-    let child = Command::new(program)
-        .args(["--blockdev", &format!("driver=file,node-name=disk,filename={}", image.display())])
-        .args(["--export", &export])
-        .args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())])
-        .args(["--monitor", "chardev=qmp"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = child.unwrap_or_else(|error| panic!("cannot start qemu-storage-daemon: {error}"));
+/// The first has no number.
+fn socket_name(n: usize) -> String {
+    if n == 0 { "blk".to_owned() } else { format!("blk{n}") }
+}
+
+fn image_name(n: usize) -> String {
+    if n == 0 { "disk.img".to_owned() } else { format!("disk{n}.img") }
+}
+
+fn image(size: usize) -> Vec<u8> {
+    (0..size).map(|byte| pattern(byte / SECTOR)).collect()
+}
+
+fn spawn(program: &Path, scratch: &Scratch, kind: Kind) -> (Child, Capture) {
+    let mut command = Command::new(program);
+    match kind {
+        Kind::Qemu { disks, queues } => {
+            for n in 0..disks {
+                let (image, socket) = (scratch.path(&image_name(n)), scratch.path(&socket_name(n)));
+                let blockdev = format!("driver=file,node-name=disk{n},discard=unmap,filename={}", image.display());
+                let export = format!(
+                    "type=vhost-user-blk,id=export{n},node-name=disk{n},addr.type=unix,addr.path={},writable=on,\
+                     num-queues={queues}",
+                    socket.display()
+                );
+                command.args(["--blockdev", &blockdev, "--export", &export]);
+            }
+            let qmp = scratch.path("qmp");
+            command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
+            command.args(["--monitor", "chardev=qmp"]);
+        }
+        Kind::Example => {
+            command.arg("-s").arg(scratch.path(&socket_name(0))).arg("-b").arg(scratch.path(&image_name(0)));
+        }
+    }
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let mut child = child.unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
     let log = Capture::new(child.stderr.take().unwrap());
     (child, log)
 }
@@ -166,7 +252,7 @@ fn spawn(program: &Path, scratch: &Scratch, queues: u16) -> (Child, Capture) {
 impl Drop for StorageDaemon {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("--- qemu-storage-daemon\n{}\n---", tail(&self.log.text(), 20));
+            eprintln!("--- {}\n{}\n---", self.program.display(), tail(&self.log.text(), 20));
         }
         // One that a test killed before is gone already.
         self.child.kill().unwrap_or_default();

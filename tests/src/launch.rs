@@ -99,6 +99,12 @@ impl Launch {
         self.arg("--vhost-user").arg(format!("blk,socket={}", socket.display()))
     }
 
+    /// Adds a virtio-blk device with this backend, and these keys.
+    #[must_use]
+    pub fn disk_with(self, socket: &Path, keys: &str) -> Self {
+        self.arg("--vhost-user").arg(format!("blk,socket={},{keys}", socket.display()))
+    }
+
     /// Gives it this as standard input, output included: a terminal.
     #[must_use]
     pub fn on_terminal(mut self, terminal: OwnedFd) -> Self {
@@ -182,6 +188,12 @@ impl Vm {
         if let Err(why) = self.log.find(wanted, 0, STEP) {
             panic!("on standard error {why}");
         }
+    }
+
+    /// What the program said itself so far, on standard error.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.log.text()
     }
 
     /// The serial console, when it is on standard output.
@@ -377,6 +389,17 @@ impl std::fmt::Display for Ended {
 /// Never: every machine has room for one device.
 #[must_use]
 pub fn first_device(mode: &str) -> CommandLine {
-    let place = virtio_mmio_slot(0).unwrap();
-    CommandLine::new(mode).device(place.base.0, place.gsi.0)
+    first_devices(mode, 1)
+}
+
+/// The same for the first `count` devices.
+///
+/// # Panics
+/// When no machine has that many.
+#[must_use]
+pub fn first_devices(mode: &str, count: usize) -> CommandLine {
+    (0..count).fold(CommandLine::new(mode), |line, n| {
+        let place = virtio_mmio_slot(n).expect("a machine has room for that many devices");
+        line.device(place.base.0, place.gsi.0)
+    })
 }
