@@ -227,7 +227,8 @@ fn spawn(program: &Path, scratch: &Scratch, kind: Kind) -> (Child, Capture) {
         Kind::Qemu { disks, queues } => {
             for n in 0..disks {
                 let (image, socket) = (scratch.path(&image_name(n)), scratch.path(&socket_name(n)));
-                let blockdev = format!("driver=file,node-name=disk{n},discard=unmap,filename={}", image.display());
+                let blockdev =
+                    format!("driver=file,node-name=disk{n},discard=unmap,filename={}", image.display());
                 let export = format!(
                     "type=vhost-user-blk,id=export{n},node-name=disk{n},addr.type=unix,addr.path={},writable=on,\
                      num-queues={queues}",
