@@ -1,0 +1,3 @@
+//! PCI functions.
+
+pub mod vfio_user;

@@ -1,0 +1,104 @@
+//! Which pieces of a BAR guests may be shown as memory. Pure; the server may have said anything.
+
+use std::ops::Range;
+
+use super::bars::{BarKind, BarShape};
+use super::contents::{InBar, MsixShape};
+
+/// What mappings are made of, in bytes.
+pub const PAGE: u64 = 4096;
+
+/// More pieces of one BAR than this are not mapped: memory slots are few.
+pub const MOST: usize = 64;
+
+/// Whole pages of `bar` inside `areas` (offset and size in the region), in order, without overlaps, and without
+/// pages of the MSI-X table and its pending bits.
+#[must_use]
+pub fn mappable(bar: &BarShape, areas: &[(u64, u64)], msix: Option<&MsixShape>) -> Vec<Range<u64>> {
+    if bar.kind == BarKind::Io || bar.size < PAGE {
+        return Vec::new();
+    }
+    let mut pieces: Vec<Range<u64>> = Vec::new();
+    for (offset, size) in areas {
+        let end = offset.saturating_add(*size).min(bar.region);
+        let Some(start) = offset.checked_next_multiple_of(PAGE) else { continue };
+        let end = end - end % PAGE;
+        if start < end {
+            pieces.push(start..end);
+        }
+    }
+    pieces.sort_unstable_by_key(|piece| piece.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for piece in pieces {
+        match merged.last_mut() {
+            Some(last) if piece.start <= last.end => last.end = last.end.max(piece.end),
+            _ => merged.push(piece),
+        }
+    }
+    let ours = msix.into_iter().flat_map(|msix| [msix.table, msix.pba]);
+    for InBar { bar: _, offset, size } in ours.filter(|place| place.bar == bar.index) {
+        let start = offset - offset % PAGE;
+        let end = offset.saturating_add(size).checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+        let cut = |piece: Range<u64>| {
+            let before = piece.start..piece.end.min(start);
+            let after = piece.start.max(end)..piece.end;
+            [before, after].into_iter().filter(|piece| !piece.is_empty())
+        };
+        merged = merged.into_iter().flat_map(cut).collect();
+    }
+    merged.truncate(MOST);
+    merged
+}
+
+#[cfg(test)]
+// A range is meant, and not its numbers.
+#[allow(clippy::single_range_in_vec_init, clippy::type_complexity)]
+mod tests {
+    use super::*;
+
+    fn bar(kind: BarKind, region: u64) -> BarShape {
+        let size = region.next_power_of_two();
+        BarShape { index: 2, kind, prefetchable: false, size, region }
+    }
+
+    #[test]
+    fn areas_are_clipped_to_pages_and_to_the_region() {
+        let memory = bar(BarKind::Memory64, 0x5800);
+        let table: [(&[(u64, u64)], &[Range<u64>]); 9] = [
+            (&[(0, 0x5800)], &[0..0x5000]),
+            (&[(0x1000, 0x1000)], &[0x1000..0x2000]),
+            (&[(0x1001, 0x1fff)], &[0x2000..0x3000]),
+            (&[(0x1001, 0x1000), (0x3000, 0)], &[]),
+            (&[(0x4000, u64::MAX)], &[0x4000..0x5000]),
+            (&[(u64::MAX, 1), (u64::MAX - 4095, 4096), (1 << 63, 1 << 63)], &[]),
+            (&[(0x3000, 0x1000), (0x1000, 0x1000)], &[0x1000..0x2000, 0x3000..0x4000]),
+            (&[(0x1000, 0x3000), (0x2000, 0x1000), (0x3000, 0x2000)], &[0x1000..0x5000]),
+            (&[(0x800, 0x800)], &[]),
+        ];
+        for (areas, expected) in table {
+            assert_eq!(mappable(&memory, areas, None), expected, "{areas:x?}");
+        }
+    }
+
+    #[test]
+    fn ports_and_pieces_of_pages_are_never_mapped() {
+        assert!(mappable(&bar(BarKind::Io, 0x100), &[(0, 0x1000)], None).is_empty());
+        assert!(mappable(&bar(BarKind::Memory32, 8), &[(0, 0x1000)], None).is_empty());
+        assert_eq!(mappable(&bar(BarKind::Memory32, 0x3000), &[(0, 0x3000)], None), [0..0x3000]);
+    }
+
+    #[test]
+    fn the_msix_pages_are_left_out_and_ten_thousand_areas_bounded() {
+        let memory = bar(BarKind::Memory32, 0x10_0000);
+        let table = InBar { bar: 2, offset: 0x2ff0, size: 32 };
+        let pba = InBar { bar: 2, offset: 0x8000, size: 8 };
+        let msix = MsixShape { at: 0x40, vectors: 2, table, pba };
+        let all = [(0, 0x10_0000)];
+        let expected = [0..0x2000, 0x4000..0x8000, 0x9000..0x10_0000];
+        assert_eq!(mappable(&memory, &all, Some(&msix)), expected);
+        let elsewhere = MsixShape { table: InBar { bar: 0, ..table }, pba: InBar { bar: 4, ..pba }, ..msix };
+        assert_eq!(mappable(&memory, &all, Some(&elsewhere)), [0..0x10_0000]);
+        let many: Vec<_> = (0..10_000).map(|n| (n * 0x2000, 0x1000)).collect();
+        assert_eq!(mappable(&memory, &many, None).len(), MOST);
+    }
+}

@@ -1,0 +1,161 @@
+//! PCI 3.0 §6.7 and PCI Express 4.0 §7.6: the capability lists of a configuration space that nobody can be
+//! trusted to have filled correctly. Pure; ends after each position was seen once.
+
+/// PCI capability ids.
+pub mod id {
+    /// Message signalled interrupts.
+    pub const MSI: u8 = 0x05;
+    /// PCI Express.
+    pub const EXPRESS: u8 = 0x10;
+    /// MSI-X.
+    pub const MSI_X: u8 = 0x11;
+}
+
+/// PCI Express extended capability ids.
+pub mod extended_id {
+    /// Alternative routing-ID interpretation: the function is on the root complex, which has none.
+    pub const ARI: u16 = 0x0e;
+    /// Virtual functions: nobody could serve them.
+    pub const SR_IOV: u16 = 0x10;
+    /// BARs that change their size: a region's is fixed.
+    pub const RESIZABLE_BAR: u16 = 0x15;
+    /// The same of virtual functions.
+    pub const VF_RESIZABLE_BAR: u16 = 0x24;
+}
+
+/// One capability of the first 256 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capability {
+    /// Where it begins.
+    pub at: u8,
+    /// What it is.
+    pub id: u8,
+}
+
+/// One capability of the extended space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extended {
+    /// Where it begins.
+    pub at: u16,
+    /// What it is.
+    pub id: u16,
+    /// Its version.
+    pub version: u8,
+}
+
+/// A chain, as far as it makes sense.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain<T> {
+    /// Its members, in order.
+    pub members: Vec<T>,
+    /// The pointer at which it was cut, if it did not end by itself.
+    pub cut: Option<u16>,
+}
+
+/// Little-endian bytes of `config` from `at`.
+pub fn u8_at(config: &[u8], at: u16) -> Option<u8> {
+    config.get(usize::from(at)).copied()
+}
+
+/// See [`u8_at`].
+pub fn u16_at(config: &[u8], at: u16) -> Option<u16> {
+    let bytes = config.get(usize::from(at)..)?.first_chunk()?;
+    Some(u16::from_le_bytes(*bytes))
+}
+
+/// See [`u8_at`].
+pub fn u32_at(config: &[u8], at: u16) -> Option<u32> {
+    let bytes = config.get(usize::from(at)..)?.first_chunk()?;
+    Some(u32::from_le_bytes(*bytes))
+}
+
+/// Bytes of the capability at `at`, where its kind says so; what is not known occupies its first dword.
+fn length(config: &[u8], Capability { at, id }: Capability) -> u16 {
+    let control = u16_at(config, u16::from(at) + 2).unwrap_or(0);
+    match id {
+        id::MSI_X => 12,
+        id::MSI => 10 + if control & 0x80 == 0 { 0 } else { 4 } + if control & 0x100 == 0 { 0 } else { 10 },
+        id::EXPRESS if control & 0xf >= 2 => 0x3c,
+        id::EXPRESS => 0x14,
+        // Power management.
+        0x01 => 8,
+        _ => 4,
+    }
+}
+
+/// Which dwords are taken.
+struct Taken(Vec<bool>);
+
+impl Taken {
+    /// Takes `length` bytes from `at`; false when some are taken, or beyond the end.
+    fn take(&mut self, at: u16, length: u16) -> bool {
+        let first = usize::from(at / 4);
+        let Some(dwords) = self.0.get_mut(first..first + usize::from(length.div_ceil(4))) else {
+            return false;
+        };
+        let free = !dwords.iter().any(|taken| *taken);
+        if free {
+            dwords.fill(true);
+        }
+        free
+    }
+}
+
+/// The capability list of the first 256 bytes.
+#[must_use]
+pub fn capabilities(config: &[u8]) -> Chain<Capability> {
+    const STATUS: u16 = 0x06;
+    const HAS_CAPABILITIES: u16 = 1 << 4;
+    const POINTER: u16 = 0x34;
+    let mut chain = Chain { members: Vec::new(), cut: None };
+    if u16_at(config, STATUS).unwrap_or(0) & HAS_CAPABILITIES == 0 {
+        return chain;
+    }
+    let mut taken = Taken(vec![false; 64]);
+    let mut next = u8_at(config, POINTER).unwrap_or(0);
+    while next != 0 {
+        let at = u16::from(next);
+        let member = u8_at(config, at).map(|id| Capability { at: next, id });
+        let good = at >= 0x40 && at.is_multiple_of(4);
+        match member {
+            Some(member) if good && taken.take(at, length(config, member)) => chain.members.push(member),
+            _ => {
+                chain.cut = Some(at);
+                break;
+            }
+        }
+        next = u8_at(config, at + 1).unwrap_or(0);
+    }
+    chain
+}
+
+/// The capability list of the space above 256 bytes, if there is one.
+#[must_use]
+pub fn extended(config: &[u8]) -> Chain<Extended> {
+    let mut chain = Chain { members: Vec::new(), cut: None };
+    let mut taken = Taken(vec![false; 1024]);
+    let mut next = 0x100;
+    while next != 0 {
+        let header = u32_at(config, next);
+        let Some(header) = header.filter(|header| next == 0x100 || (*header != 0 && *header != u32::MAX))
+        else {
+            chain.cut = (next != 0x100).then_some(next);
+            break;
+        };
+        if header == 0 || header == u32::MAX {
+            break;
+        }
+        if next < 0x100 || !next.is_multiple_of(4) || !taken.take(next, 4) {
+            chain.cut = Some(next);
+            break;
+        }
+        let [low, high, version, _] = header.to_le_bytes();
+        chain.members.push(Extended {
+            at: next,
+            id: u16::from_le_bytes([low, high]),
+            version: version & 0xf,
+        });
+        next = u16::try_from(header >> 20).unwrap_or(0);
+    }
+    chain
+}

@@ -1,0 +1,381 @@
+//! What a server's function is, judged from its configuration space, region sizes and interrupt counts, and
+//! which bits of that space guests are shown otherwise. Pure; the server may have said anything.
+
+use std::fmt;
+
+use super::bars::{self, BarError, BarKind, BarShape};
+use super::chain::{self, Capability, extended_id, id, u8_at, u16_at, u32_at};
+use super::overlay::Overlay;
+
+/// Offsets in the header that concern us.
+pub mod register {
+    /// Vendor and device.
+    pub const ID: u16 = 0x00;
+    /// Command.
+    pub const COMMAND: u16 = 0x04;
+    /// Status.
+    pub const STATUS: u16 = 0x06;
+    /// Revision and class.
+    pub const CLASS: u16 = 0x08;
+    /// Header type.
+    pub const HEADER_TYPE: u16 = 0x0e;
+    /// The first BAR.
+    pub const BARS: u16 = 0x10;
+    /// Subsystem vendor and device.
+    pub const SUBSYSTEM: u16 = 0x2c;
+    /// The expansion ROM's BAR.
+    pub const ROM: u16 = 0x30;
+    /// The first capability.
+    pub const CAPABILITIES: u16 = 0x34;
+    /// The interrupt line.
+    pub const LINE: u16 = 0x3c;
+    /// The interrupt pin.
+    pub const PIN: u16 = 0x3d;
+}
+
+/// The bits of the command register that the client acts upon: I/O and memory decode, INTx disable.
+pub const COMMAND_OURS: u16 = 0x0001 | 0x0002 | 0x0004 | 0x0400;
+
+/// What a server says of its function.
+#[derive(Debug, Clone, Copy)]
+pub struct Said<'a> {
+    /// The configuration space: 256 or 4096 bytes, else it is refused.
+    pub config: &'a [u8],
+    /// The sizes of regions 0 to 5.
+    pub bars: &'a [u64; 6],
+    /// The counts of INTx, MSI and MSI-X.
+    pub interrupts: &'a [u32; 3],
+}
+
+/// Who a function says it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Vendor.
+    pub vendor: u16,
+    /// Device.
+    pub device: u16,
+    /// Base class, subclass, programming interface.
+    pub class: u32,
+    /// Revision.
+    pub revision: u8,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{:04x} class {:06x}", self.vendor, self.device, self.class)
+    }
+}
+
+/// A structure in a BAR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InBar {
+    /// Which BAR.
+    pub bar: u8,
+    /// Where in it.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl InBar {
+    /// The first byte behind it.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.size)
+    }
+
+    fn overlaps(&self, other: &InBar) -> bool {
+        self.bar == other.bar && self.offset < other.end() && other.offset < self.end()
+    }
+}
+
+/// MSI-X.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsixShape {
+    /// The capability.
+    pub at: u8,
+    /// Vectors: 1 to 2048.
+    pub vectors: u16,
+    /// The table, inside a memory BAR.
+    pub table: InBar,
+    /// The pending bits, inside a memory BAR and apart from the table.
+    pub pba: InBar,
+}
+
+/// MSI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiShape {
+    /// The capability.
+    pub at: u8,
+    /// Vectors: a power of two, 32 at most.
+    pub vectors: u8,
+    /// Whether addresses have 64 bits.
+    pub wide: bool,
+    /// Whether vectors can be masked.
+    pub maskable: bool,
+}
+
+/// Something that guests are not shown, though the server has it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Oddity {
+    /// A capability list ends early.
+    #[error("the capability list is cut at {0:#x}, where none can be")]
+    ChainCut(u16),
+    /// MSI-X cannot work.
+    #[error("MSI-X is hidden: {0}")]
+    MsixHidden(&'static str),
+    /// There are fewer vectors than entries.
+    #[error("MSI-X has {entries} entries, of which only {vectors} are shown as there are no more interrupts")]
+    FewerVectors {
+        /// What the capability says.
+        entries: u16,
+        /// What guests see.
+        vectors: u16,
+    },
+    /// MSI cannot work.
+    #[error("MSI is hidden: the server has no interrupts for it")]
+    MsiHidden,
+    /// INTx cannot work.
+    #[error("the interrupt pin is hidden: {0}")]
+    PinHidden(&'static str),
+}
+
+/// Why a function cannot be shown to guests.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    /// Its configuration space has a size that no function has.
+    #[error("its configuration space has {0:#x} bytes, and not 0x100 or 0x1000")]
+    ConfigSize(usize),
+    /// There is none.
+    #[error("its configuration space shows no function: the ids read {0:#010x}")]
+    Absent(u32),
+    /// It is a bridge, or something unknown.
+    #[error("it is no endpoint: its header is of type {0:#x}, and not 0")]
+    HeaderType(u8),
+    /// A BAR cannot be shown.
+    #[error(transparent)]
+    Bar(#[from] BarError),
+}
+
+/// A function that can be shown to guests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contents {
+    /// Who it is.
+    pub identity: Identity,
+    /// Its BARs.
+    pub bars: [Option<BarShape>; 6],
+    /// MSI-X, if it works.
+    pub msix: Option<MsixShape>,
+    /// MSI, if it works.
+    pub msi: Option<MsiShape>,
+    /// The interrupt pin, 1 to 4, if it works.
+    pub pin: Option<u8>,
+    /// What is ours and never changes. Command, BARs, interrupt line and what MSI and MSI-X keep come on top.
+    pub overlay: Overlay,
+    /// What guests are not shown.
+    pub oddities: Vec<Oddity>,
+}
+
+impl Contents {
+    /// Judges what a server says.
+    ///
+    /// # Errors
+    /// When guests cannot be shown such a function.
+    pub fn judge(said: &Said<'_>) -> Result<Self, Unfit> {
+        let config = said.config;
+        let size = config.len();
+        let space = match size {
+            0x100 => 0x100,
+            0x1000 => 0x1000,
+            _ => return Err(Unfit::ConfigSize(size)),
+        };
+        let ids = u32_at(config, register::ID).unwrap_or(u32::MAX);
+        if matches!(ids, 0 | 0xffff_0000) || ids & 0xffff == 0xffff {
+            return Err(Unfit::Absent(ids));
+        }
+        let header_type = u8_at(config, register::HEADER_TYPE).unwrap_or(u8::MAX);
+        if header_type & 0x7f != 0 {
+            return Err(Unfit::HeaderType(header_type));
+        }
+        let bars = bars::judge(config, said.bars)?;
+        let [vendor_low, vendor_high, device_low, device_high] = ids.to_le_bytes();
+        let class = u32_at(config, register::CLASS).unwrap_or(0);
+        let identity = Identity {
+            vendor: u16::from_le_bytes([vendor_low, vendor_high]),
+            device: u16::from_le_bytes([device_low, device_high]),
+            class: class >> 8,
+            revision: u8_at(config, register::CLASS).unwrap_or(0),
+        };
+        let mut contents = Contents {
+            identity,
+            bars,
+            msix: None,
+            msi: None,
+            pin: None,
+            overlay: Overlay::new(space),
+            oddities: Vec::new(),
+        };
+        // Who it is does not change, whatever the server says later.
+        for constant in [register::ID, register::CLASS, register::SUBSYSTEM] {
+            contents.overlay.claim(constant, u32::MAX, u32_at(config, constant).unwrap_or(0));
+        }
+        contents.overlay.claim(register::HEADER_TYPE, 0xff, 0);
+        contents.overlay.claim(register::ROM, u32::MAX, 0);
+        contents.show_pin(said);
+        contents.show_capabilities(said);
+        contents.show_extended(config);
+        Ok(contents)
+    }
+
+    fn show_pin(&mut self, said: &Said<'_>) {
+        let [intx, ..] = *said.interrupts;
+        let pin = u8_at(said.config, register::PIN).unwrap_or(0);
+        match (pin, intx) {
+            (0, _) => {}
+            (1..=4, 0) => self.oddities.push(Oddity::PinHidden("the server has no interrupt for it")),
+            (1..=4, _) => self.pin = Some(pin),
+            _ => self.oddities.push(Oddity::PinHidden("there are four pins only")),
+        }
+        self.overlay.claim(register::PIN, 0xff, self.pin.unwrap_or(0).into());
+    }
+
+    fn show_capabilities(&mut self, said: &Said<'_>) {
+        let chain = chain::capabilities(said.config);
+        self.oddities.extend(chain.cut.map(Oddity::ChainCut));
+        let mut shown: Vec<Capability> = Vec::new();
+        let (mut seen_msi, mut seen_msix) = (false, false);
+        for member in chain.members {
+            let keep = match member.id {
+                id::MSI_X => !std::mem::replace(&mut seen_msix, true) && self.show_msix(said, member.at),
+                id::MSI => !std::mem::replace(&mut seen_msi, true) && self.show_msi(said, member.at),
+                id::EXPRESS => {
+                    self.show_express(said.config, member.at);
+                    true
+                }
+                _ => true,
+            };
+            if keep {
+                shown.push(member);
+            }
+        }
+        const HAS_CAPABILITIES: u32 = 1 << 4;
+        let flag = if shown.is_empty() { 0 } else { HAS_CAPABILITIES };
+        self.overlay.claim(register::STATUS, HAS_CAPABILITIES, flag);
+        let mut pointer = register::CAPABILITIES;
+        for member in shown {
+            self.overlay.claim(pointer, 0xff, member.at.into());
+            self.overlay.claim(member.at.into(), 0xff, member.id.into());
+            pointer = u16::from(member.at) + 1;
+        }
+        self.overlay.claim(pointer, 0xff, 0);
+    }
+
+    /// True when it can be shown.
+    fn show_msix(&mut self, said: &Said<'_>, at: u8) -> bool {
+        let [.., count] = *said.interrupts;
+        let from = u16::from(at);
+        let control = u16_at(said.config, from + 2).unwrap_or(0);
+        let entries = (control & 0x7ff) + 1;
+        let vectors = entries.min(u16::try_from(count).unwrap_or(u16::MAX));
+        let mut hide = |why| {
+            self.oddities.push(Oddity::MsixHidden(why));
+            false
+        };
+        if vectors == 0 {
+            return hide("the server has no interrupts for it");
+        }
+        let place = |register: u16, size: u64| {
+            let value = u32_at(said.config, from + register).unwrap_or(u32::MAX);
+            let bar = u8::try_from(value & 7).unwrap_or(u8::MAX);
+            let place = InBar { bar, offset: u64::from(value & !7), size };
+            let shape = self.bars.get(usize::from(bar)).copied().flatten();
+            shape.is_some_and(|bar| bar.kind != BarKind::Io && place.end() <= bar.size).then_some(place)
+        };
+        let bits = u64::from(vectors).div_ceil(64) * 8;
+        let Some(table) = place(4, u64::from(vectors) * 16) else {
+            return hide("its table is in no memory BAR");
+        };
+        let Some(pba) = place(8, bits) else {
+            return hide("its pending bits are in no memory BAR");
+        };
+        if table.overlaps(&pba) {
+            return hide("its table and its pending bits overlap");
+        }
+        if vectors < entries {
+            self.oddities.push(Oddity::FewerVectors { entries, vectors });
+        }
+        self.msix = Some(MsixShape { at, vectors, table, pba });
+        // Table size, and where both are; enable and function mask come on top.
+        self.overlay.claim(from + 2, 0x3fff, u32::from(vectors - 1));
+        for (register, place) in [(4, table), (8, pba)] {
+            let low = u32::try_from(place.offset).unwrap_or(0) | u32::from(place.bar);
+            self.overlay.claim(from + register, u32::MAX, low);
+        }
+        true
+    }
+
+    /// True when it can be shown.
+    fn show_msi(&mut self, said: &Said<'_>, at: u8) -> bool {
+        let [_, count, _] = *said.interrupts;
+        let from = u16::from(at);
+        let control = u16_at(said.config, from + 2).unwrap_or(0);
+        let wanted = 1_u32 << ((control >> 1) & 7).min(5);
+        let vectors = wanted.min(if count == 0 { 0 } else { 1 << count.ilog2() });
+        let Some(vectors) = u8::try_from(vectors).ok().filter(|vectors| *vectors > 0) else {
+            self.oddities.push(Oddity::MsiHidden);
+            return false;
+        };
+        let shape = MsiShape { at, vectors, wide: control & 0x80 != 0, maskable: control & 0x100 != 0 };
+        self.msi = Some(shape);
+        // Everything but the enable bits is constant; those, address, data and masks come on top.
+        let constant = vectors.ilog2() << 1 | u32::from(control & 0x180);
+        self.overlay.claim(from + 2, 0xff8e, constant);
+        true
+    }
+
+    /// The function is part of the root complex: it has no link.
+    fn show_express(&mut self, config: &[u8], at: u8) {
+        const IN_ROOT_COMPLEX: u32 = 9;
+        let from = u16::from(at);
+        self.overlay.claim(from + 2, 0xf0, IN_ROOT_COMPLEX << 4);
+        self.overlay.claim(from + 0x0c, u32::MAX, 0);
+        self.overlay.claim(from + 0x10, u32::MAX, 0);
+        if u16_at(config, from + 2).unwrap_or(0) & 0xf >= 2 {
+            self.overlay.claim(from + 0x2c, u32::MAX, 0);
+            self.overlay.claim(from + 0x30, u32::MAX, 0);
+        }
+    }
+
+    fn show_extended(&mut self, config: &[u8]) {
+        const HIDDEN: [u16; 4] = [
+            extended_id::ARI,
+            extended_id::SR_IOV,
+            extended_id::RESIZABLE_BAR,
+            extended_id::VF_RESIZABLE_BAR,
+        ];
+        if config.len() <= 0x100 {
+            return;
+        }
+        let chain = chain::extended(config);
+        self.oddities.extend(chain.cut.map(Oddity::ChainCut));
+        // The first one's place cannot be left out: a hidden one there is of no kind.
+        let shown = chain.members.iter().filter(|member| member.at == 0x100 || !HIDDEN.contains(&member.id));
+        let shown: Vec<_> = shown.collect();
+        let nexts = shown.iter().skip(1).map(|member| u32::from(member.at)).chain([0]);
+        for (member, next) in shown.iter().zip(nexts) {
+            let header = if HIDDEN.contains(&member.id) {
+                0xffff
+            } else {
+                u32::from(member.id) | u32::from(member.version) << 16
+            };
+            self.overlay.claim(member.at, u32::MAX, header | next << 20);
+        }
+        if shown.is_empty() {
+            self.overlay.claim(0x100, u32::MAX, 0);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "contents_tests.rs"]
+mod tests;

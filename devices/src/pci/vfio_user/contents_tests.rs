@@ -1,0 +1,353 @@
+//! The lines "PCI contents", "Region info" and "Interrupts" of a faulty server.
+
+// Bytes of a header, taken apart.
+#![allow(clippy::cast_possible_truncation)]
+
+use super::*;
+use crate::pci::vfio_user::bars::LARGEST;
+
+/// Extended headers and where they are.
+type Headers<'a> = &'a [(usize, u32)];
+
+/// A configuration space under construction.
+#[derive(Clone)]
+struct Space {
+    config: Vec<u8>,
+    bars: [u64; 6],
+    interrupts: [u32; 3],
+}
+
+impl Space {
+    /// A plain endpoint with one BAR of each kind and MSI-X in BAR 2.
+    fn new() -> Self {
+        let space = Space { config: vec![0; 0x1000], bars: [0; 6], interrupts: [1, 32, 2048] };
+        space
+            .put32(0, 0x5678_1234)
+            .put32(8, 0x0108_0201)
+            .put32(0x2c, 0xbeef_cafe)
+            .bar(0, 0x1, 0x20)
+            .bar(1, 0x0, 0x3000)
+            .bar(2, 0xc, 0x4000)
+            .capability(0x40, id::MSI_X, 0)
+            .put16(0x42, 15)
+            .put32(0x44, 0x2000 | 2)
+            .put32(0x48, 0x3000 | 2)
+    }
+
+    fn put8(mut self, at: usize, value: u8) -> Self {
+        self.config[at] = value;
+        self
+    }
+
+    fn put16(mut self, at: usize, value: u16) -> Self {
+        self.config[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    fn put32(mut self, at: usize, value: u32) -> Self {
+        self.config[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    fn bar(mut self, index: usize, register: u32, size: u64) -> Self {
+        self.bars[index] = size;
+        self.put32(0x10 + index * 4, register)
+    }
+
+    /// The list begins here.
+    fn capability(self, at: u8, id: u8, next: u8) -> Self {
+        let linked = self.put16(6, 0x10).put8(0x34, at);
+        linked.put8(at.into(), id).put8(usize::from(at) + 1, next)
+    }
+
+    fn link(self, at: u8, id: u8, next: u8) -> Self {
+        self.put8(at.into(), id).put8(usize::from(at) + 1, next)
+    }
+
+    fn judge(&self) -> Result<Contents, Unfit> {
+        Contents::judge(&Said { config: &self.config, bars: &self.bars, interrupts: &self.interrupts })
+    }
+
+    /// What the guest reads there.
+    fn shown(&self, at: u16) -> u32 {
+        let contents = self.judge().unwrap();
+        let from = usize::from(at);
+        let mut data = self.config[from..from + 4].to_vec();
+        contents.overlay.cover(at, &mut data);
+        u32_at(&data, 0).unwrap()
+    }
+
+    /// The capabilities as a guest walks them.
+    fn walked(&self) -> Vec<(u8, u8)> {
+        let mut at = self.shown(0x34) as u8;
+        let mut walked = Vec::new();
+        if self.shown(4) & 0x10_0000 == 0 {
+            return walked;
+        }
+        while at != 0 {
+            assert!(walked.len() < 64, "{walked:x?}");
+            let [id, next, ..] = self.shown(at.into()).to_le_bytes();
+            walked.push((at, id));
+            at = next;
+        }
+        walked
+    }
+
+    fn walked_extended(&self) -> Vec<(u16, u16)> {
+        let mut at = 0x100;
+        let mut walked = Vec::new();
+        while at != 0 {
+            assert!(walked.len() < 1024, "{walked:x?}");
+            let header = self.shown(at);
+            if header == 0 {
+                break;
+            }
+            walked.push((at, header as u16));
+            at = (header >> 20) as u16;
+        }
+        walked
+    }
+
+    fn msix_oddity(&self) -> Vec<Oddity> {
+        let contents = self.judge().unwrap();
+        assert_eq!(contents.msix, None);
+        assert!(!self.walked().iter().any(|(_, id)| *id == id::MSI_X));
+        contents.oddities
+    }
+}
+
+#[test]
+fn a_plain_endpoint_is_shown_as_it_is() {
+    let space = Space::new();
+    let contents = space.judge().unwrap();
+    assert_eq!(contents.oddities, []);
+    assert_eq!(contents.identity.to_string(), "1234:5678 class 010802");
+    assert_eq!((space.shown(0), space.shown(8), space.shown(0x2c)), (0x5678_1234, 0x0108_0201, 0xbeef_cafe));
+    let sizes: Vec<_> =
+        contents.bars.iter().flatten().map(|bar| (bar.index, bar.kind, bar.size, bar.prefetchable)).collect();
+    assert_eq!(
+        sizes,
+        [
+            (0, BarKind::Io, 0x20, false),
+            (1, BarKind::Memory32, 0x4000, false),
+            (2, BarKind::Memory64, 0x4000, true)
+        ]
+    );
+    let msix = contents.msix.unwrap();
+    assert_eq!((msix.at, msix.vectors), (0x40, 16));
+    assert_eq!(msix.table, InBar { bar: 2, offset: 0x2000, size: 256 });
+    assert_eq!(msix.pba, InBar { bar: 2, offset: 0x3000, size: 8 });
+    assert_eq!(space.walked(), [(0x40, id::MSI_X)]);
+}
+
+#[test]
+fn sizes_of_the_configuration_space_that_none_has_are_refused() {
+    for size in [0, 4, 0xff, 0x101, 0xfff, 0x2000] {
+        let mut space = Space::new();
+        space.config.resize(size, 0);
+        assert_eq!(space.judge(), Err(Unfit::ConfigSize(size)), "{size:#x}");
+    }
+    let mut small = Space::new();
+    small.config.truncate(0x100);
+    assert_eq!(small.judge().unwrap().overlay.size(), 0x100);
+}
+
+#[test]
+fn functions_that_are_absent_or_bridges_are_refused() {
+    for ids in [0, 0xffff_ffff, 0x0000_ffff, 0xffff_0000, 0x1234_ffff] {
+        assert_eq!(Space::new().put32(0, ids).judge(), Err(Unfit::Absent(ids)));
+    }
+    for header_type in [1, 2, 0x81, 0x82, 0x7f, 0xff] {
+        assert_eq!(Space::new().put8(0xe, header_type).judge(), Err(Unfit::HeaderType(header_type)));
+    }
+    let multifunction = Space::new().put8(0xe, 0x80);
+    assert_eq!(multifunction.shown(0xc) & 0xff_0000, 0);
+}
+
+#[test]
+fn bars_are_as_large_as_their_regions_rounded_up() {
+    for (region, size) in [(1, 16), (8, 16), (0x3000, 0x4000), (0x1000, 0x1000), (LARGEST, LARGEST)] {
+        let contents = Space::new().bar(4, 0x4, region).judge().unwrap();
+        let bar = contents.bars[4].unwrap();
+        assert_eq!((bar.size, bar.region), (size, region));
+    }
+    assert_eq!(Space::new().bar(4, 0x4, 0).judge().unwrap().bars[4], None);
+    for region in [LARGEST + 1, 1 << 52, 1 << 63, u64::MAX] {
+        let refused = Unfit::Bar(BarError::TooLarge { index: 4, size: region, most: LARGEST });
+        assert_eq!(Space::new().bar(4, 0x4, region).judge(), Err(refused));
+    }
+    for (register, region) in [(0, (1 << 31) + 1), (1, 0x101)] {
+        let judged = Space::new().bar(4, register, region).judge();
+        assert!(matches!(judged, Err(Unfit::Bar(BarError::TooLarge { index: 4, .. }))), "{judged:?}");
+    }
+}
+
+#[test]
+fn a_64_bit_bar_needs_two_registers_and_hides_what_is_said_of_the_second() {
+    assert_eq!(Space::new().bar(5, 0x4, 0x1000).judge(), Err(Unfit::Bar(BarError::NoUpperHalf)));
+    assert!(Space::new().bar(5, 0x4, 0).judge().is_ok());
+    assert_eq!(Space::new().bar(3, 0x4, 1 << 63).judge().unwrap().bars[3], None);
+}
+
+#[test]
+fn capability_lists_are_cut_where_they_stop_making_sense() {
+    let first = (0x40, id::MSI_X);
+    // Into the header, unaligned, back to itself, into itself, past what is known to be taken.
+    for next in [0x04, 0x3c, 0x51, 0x52, 0x40, 0x44, 0x48] {
+        let space = Space::new().link(0x40, id::MSI_X, next);
+        assert_eq!(space.walked(), [first], "{next:#x}");
+        assert_eq!(space.judge().unwrap().oddities, [Oddity::ChainCut(next.into())]);
+    }
+    let looping = Space::new().link(0x40, id::MSI_X, 0x60).link(0x60, 9, 0x70).link(0x70, 9, 0x60);
+    assert_eq!(looping.walked(), [first, (0x60, 9), (0x70, 9)]);
+    // MSI-X has 12 bytes, MSI 24 at most.
+    let past_the_end = Space::new().link(0x40, id::MSI_X, 0xf8).link(0xf8, id::MSI, 0).put16(0xfa, 0x180);
+    assert_eq!(past_the_end.walked(), [first]);
+    let full = (0x40..0xfc).step_by(4).fold(Space::new(), |space, at| space.link(at, 9, at + 4));
+    assert_eq!(full.link(0xfc, 9, 0x40).walked().len(), 48);
+    for header in [0, 0x3f, 0x41] {
+        assert_eq!(Space::new().put8(0x34, header).walked(), [], "{header:#x}");
+    }
+    assert_eq!(Space::new().put16(6, 0).walked(), [], "a list that the status register denies");
+}
+
+#[test]
+fn a_second_msix_is_hidden() {
+    let twice = Space::new().link(0x40, id::MSI_X, 0x60).link(0x60, id::MSI_X, 0x70).link(0x70, 9, 0);
+    assert_eq!(twice.walked(), [(0x40, id::MSI_X), (0x70, 9)]);
+}
+
+#[test]
+fn extended_lists_are_cut_where_they_stop_making_sense() {
+    let header = |id: u32, next: u32| id | 1 << 16 | next << 20;
+    let table: [(Headers<'_>, &[(u16, u16)]); 8] = [
+        (&[(0x100, header(1, 0x140)), (0x140, header(3, 0))], &[(0x100, 1), (0x140, 3)]),
+        (&[(0x100, header(1, 0x100))], &[(0x100, 1)]),
+        (&[(0x100, header(1, 0x140)), (0x140, header(3, 0x100))], &[(0x100, 1), (0x140, 3)]),
+        (&[(0x100, header(1, 0x40))], &[(0x100, 1)]),
+        (&[(0x100, header(1, 0x142))], &[(0x100, 1)]),
+        (&[(0x100, header(1, 0xffc)), (0xffc, u32::MAX)], &[(0x100, 1)]),
+        (&[(0x100, u32::MAX)], &[]),
+        (&[(0x100, 0)], &[]),
+    ];
+    for (headers, expected) in table {
+        let space = headers.iter().fold(Space::new(), |space, (at, header)| space.put32(*at, *header));
+        assert_eq!(space.walked_extended(), expected, "{headers:x?}");
+    }
+    let all = (0x100..0xffc)
+        .step_by(4)
+        .fold(Space::new(), |space, at| space.put32(at, header(9, u32::try_from(at).unwrap() + 4)));
+    assert_eq!(all.put32(0xffc, header(9, 0x100)).walked_extended().len(), 960);
+}
+
+#[test]
+fn extended_capabilities_that_nobody_could_serve_are_hidden() {
+    let header = |id: u16, next: u32| u32::from(id) | 1 << 16 | next << 20;
+    let space = Space::new()
+        .put32(0x100, header(extended_id::SR_IOV, 0x140))
+        .put32(0x140, header(extended_id::RESIZABLE_BAR, 0x180))
+        .put32(0x180, header(3, 0));
+    assert_eq!(space.walked_extended(), [(0x100, 0xffff), (0x180, 3)]);
+}
+
+#[test]
+fn msix_that_cannot_work_is_hidden() {
+    let in_bar = |table: u32, pba: u32| Space::new().put32(0x44, table).put32(0x48, pba);
+    let table = "its table is in no memory BAR";
+    let pba = "its pending bits are in no memory BAR";
+    let overlap = "its table and its pending bits overlap";
+    let cases = [
+        // Absent: BAR 4, the upper half of BAR 2, numbers that no BAR has. I/O: BAR 0.
+        (in_bar(4, 0x3002), table),
+        (in_bar(3, 0x3002), table),
+        (in_bar(6, 0x3002), table),
+        (in_bar(7, 0x3002), table),
+        (in_bar(0, 0x3002), table),
+        (in_bar(0x2002, 0), pba),
+        // Too small.
+        (in_bar(0x3f08 | 2, 0x2002), table),
+        (in_bar(0xffff_fff8 | 2, 0x2002), table),
+        (in_bar(0x2002, 0x4000 | 2), pba),
+        (in_bar(0x2002, 0x2002), overlap),
+        (in_bar(0x2002, 0x20f8 | 2), overlap),
+    ];
+    for (space, why) in cases {
+        assert_eq!(space.msix_oddity(), [Oddity::MsixHidden(why)]);
+    }
+    let none = Space { interrupts: [1, 1, 0], ..Space::new() };
+    assert_eq!(none.msix_oddity(), [Oddity::MsixHidden("the server has no interrupts for it")]);
+    // Side by side is fine.
+    assert!(in_bar(0x2002, 0x2100 | 2).judge().unwrap().msix.is_some());
+}
+
+#[test]
+fn no_more_vectors_are_shown_than_there_are_interrupts() {
+    for (count, vectors) in [(1, 1), (15, 15), (16, 16), (2049, 16), (u32::MAX, 16)] {
+        let space = Space { interrupts: [0, 0, count], ..Space::new() };
+        assert_eq!(space.judge().unwrap().msix.unwrap().vectors, vectors);
+        assert_eq!(space.shown(0x40) >> 16, u32::from(vectors - 1));
+    }
+    let all = Space { interrupts: [0, 0, u32::MAX], ..Space::new() }.put16(0x42, 0x7ff).bar(2, 4, 0x1_0000);
+    let msix = all.put32(0x48, 0xa002).judge().unwrap().msix.unwrap();
+    assert_eq!((msix.vectors, msix.table.size, msix.pba.size), (2048, 0x8000, 256));
+}
+
+#[test]
+fn msi_has_as_many_vectors_as_the_server_serves() {
+    let msi = |control: u16, count: u32| {
+        let space = Space { interrupts: [0, count, 0], ..Space::new() };
+        space.capability(0x50, id::MSI, 0).put16(0x52, control)
+    };
+    for (control, count, vectors) in [
+        (0, 1, 1),
+        (5 << 1, 32, 32),
+        (5 << 1, 31, 16),
+        (5 << 1, 1, 1),
+        (7 << 1, u32::MAX, 32),
+        (2 << 1, 100, 4),
+    ] {
+        let shape = msi(control | 0x180, count).judge().unwrap().msi.unwrap();
+        assert_eq!((shape.at, shape.vectors, shape.wide, shape.maskable), (0x50, vectors, true, true));
+        assert_eq!(msi(control, count).shown(0x50) >> 17 & 7, vectors.ilog2());
+    }
+    assert_eq!(msi(0, 0).judge().unwrap().oddities, [Oddity::MsiHidden]);
+    assert_eq!(msi(0, 0).walked(), []);
+}
+
+#[test]
+fn a_pin_without_an_interrupt_is_hidden() {
+    for (pin, count, shown) in [(0, 1, 0), (1, 1, 1), (4, u32::MAX, 4), (1, 0, 0), (5, 1, 0), (255, 1, 0)] {
+        let space = Space { interrupts: [count, 0, 16], ..Space::new() }.put8(0x3d, pin);
+        assert_eq!(space.shown(0x3c) >> 8 & 0xff, shown, "pin {pin}, {count} interrupts");
+        assert_eq!(space.judge().unwrap().oddities.len(), usize::from(u32::from(pin) != shown));
+    }
+}
+
+#[test]
+fn an_express_function_is_shown_as_part_of_the_root_complex() {
+    let express = Space::new().capability(0x50, id::EXPRESS, 0).put16(0x52, 2).put32(0x5c, 0x1234);
+    assert_eq!(express.shown(0x50) >> 16, 0x92);
+    assert_eq!(express.shown(0x5c), 0, "no link");
+}
+
+#[test]
+fn noise_is_judged_without_panic_and_shown_without_loops() {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut byte = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    };
+    for round in 0..2000_u32 {
+        let mut space = Space::new();
+        let from = if round % 2 == 0 { 0x10 } else { 0x34 };
+        space.config[from..].iter_mut().for_each(|at| *at = byte());
+        space.bars.iter_mut().for_each(|bar| *bar = (1 << (byte() % 32)) + u64::from(byte()) % 3);
+        let space = space.put16(6, 0x10).put8(0xe, 0x80);
+        if space.judge().is_ok() {
+            space.walked();
+            space.walked_extended();
+        }
+    }
+}
