@@ -3,8 +3,8 @@
 //! BARs and the enable bits of MSI-X are kept by the client as well; what it writes through arrives here all the same.
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info, vfio_region_sparse_mmap_area,
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info, vfio_region_sparse_mmap_area,
 };
 use vfio_user::{ServerRegion, SparseArea};
 
@@ -13,6 +13,7 @@ use crate::area::Area;
 const SIZE: usize = 4096;
 const COMMAND: usize = 4;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
+const STATUS_INTERRUPT: u8 = 1 << 3;
 const BARS: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
@@ -205,6 +206,18 @@ impl ConfigSpace {
         match high.and_then(|index| data.get(index)) {
             Some(byte) if byte & 0x80 != 0 => Effect::Reset,
             _ => Effect::None,
+        }
+    }
+
+    /// Interrupt Status of the status register: the pin is asserted.
+    pub fn assert_pin(&mut self) {
+        self.put(COMMAND + 2, &[STATUS_INTERRUPT]);
+    }
+
+    /// The pin is released.
+    pub fn release_pin(&mut self) {
+        if let Some(status) = self.bytes.get_mut(COMMAND + 2) {
+            *status &= !STATUS_INTERRUPT;
         }
     }
 

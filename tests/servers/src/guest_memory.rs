@@ -189,7 +189,9 @@ impl GuestMemory {
     }
 
     fn by_messages(&self) -> Result<&Arc<dyn Messages>> {
-        self.messages.as_ref().ok_or_else(|| invalid("memory without a descriptor, and no way to send messages"))
+        self.messages
+            .as_ref()
+            .ok_or_else(|| invalid("memory without a descriptor, and no way to send messages"))
     }
 
     fn pieces(&self, address: u64, length: usize, wanted: DmaMapFlags) -> Result<Vec<Piece<'_>>> {

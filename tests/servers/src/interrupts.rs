@@ -71,7 +71,8 @@ impl Interrupts {
     /// # Errors
     /// Vectors that there are not, and more descriptors than vectors.
     pub fn set(&mut self, index: u32, flags: u32, start: u32, count: u32, fds: Vec<File>) -> Result<()> {
-        let invalid = || Error::new(ErrorKind::InvalidInput, format!("no interrupts {index}/{start}+{count}"));
+        let invalid =
+            || Error::new(ErrorKind::InvalidInput, format!("no interrupts {index}/{start}+{count}"));
         let vectors =
             usize::try_from(index).ok().and_then(|at| self.kinds.get_mut(at)).ok_or_else(invalid)?;
         let [first, number] = [start, count].map(|value| usize::try_from(value).unwrap_or(usize::MAX));

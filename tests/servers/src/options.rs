@@ -35,9 +35,38 @@ pub struct Common {
     /// The crate alone, or with what it does not speak added.
     #[arg(long, value_enum, default_value = "plain")]
     pub wire: Wire,
+    /// What the extended wire offers.
+    #[command(flatten)]
+    pub extended: Extended,
     /// Say more on standard error; thrice for every message.
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
+}
+
+/// What `--wire extended` offers; the client's own limits hold as well.
+#[derive(Args, Clone, Debug)]
+pub struct Extended {
+    /// Descriptors in a message, at most 16.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub max_msg_fds: u32,
+    /// Bytes of data in a message.
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(8..=1 << 20))]
+    pub max_data_xfer_size: u64,
+    /// Send DMA messages over a socket of their own, when the client offers that.
+    #[arg(long)]
+    pub twin_socket: bool,
+    /// How descriptors of doorbells are described: by the specification, or as libvfio-user does.
+    #[arg(long, value_enum, default_value = "spec")]
+    pub io_entries: IoEntries,
+}
+
+/// The two forms of what GET_REGION_IO_FDS answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IoEntries {
+    /// 40 bytes each.
+    Spec,
+    /// 48 bytes each.
+    Libvfio,
 }
 
 struct Stderr;

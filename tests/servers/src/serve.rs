@@ -58,6 +58,27 @@ pub trait Device: Send {
 
     /// Does some work.
     fn poll(&mut self) -> Progress;
+
+    /// Which writes may come as a signal alone (GET_REGION_IO_FDS).
+    fn io_events(&self) -> Vec<IoEvent> {
+        Vec::new()
+    }
+
+    /// The write of this number in [`Device::io_events`] came so often.
+    fn doorbell(&mut self, _number: u64, _times: u64) {}
+}
+
+/// A write that the client's kernel may turn into the signal of an eventfd.
+#[derive(Clone, Copy, Debug)]
+pub struct IoEvent {
+    /// Which region.
+    pub region: u32,
+    /// Where in it.
+    pub offset: u64,
+    /// Bytes written.
+    pub size: u64,
+    /// Only this value; otherwise every one.
+    pub value: Option<u64>,
 }
 
 /// A device between the protocol's thread and the worker's.
@@ -122,6 +143,7 @@ impl<D: Device> Shared<D> {
     fn disconnected(&self) {
         let mut device = self.lock();
         device.reset();
+        device.memory().set_messages(None);
         device.memory().clear();
         device.interrupts().clear();
     }
@@ -181,7 +203,7 @@ pub fn serve<D: Device + 'static>(shared: &Shared<D>, common: &Common) -> std::r
     };
     let server = match common.wire {
         Wire::Plain => Server::new(&common.socket, true, irqs, regions)?,
-        Wire::Extended => front::listen(shared, &common.socket, irqs, regions).map_err(Error::SocketBind)?,
+        Wire::Extended => front::listen(shared, common, irqs, regions).map_err(Error::SocketBind)?,
     };
     let worker = shared.clone();
     thread::spawn(move || worker.work());

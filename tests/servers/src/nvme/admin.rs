@@ -157,9 +157,7 @@ impl Nvme {
                 self.features.insert(feature, command.words[1]);
                 (0, Status::SUCCESS)
             }
-            (_, VOLATILE_WRITE_CACHE) => {
-                (self.features.get(&feature).copied().unwrap_or(1), Status::SUCCESS)
-            }
+            (_, VOLATILE_WRITE_CACHE) => (self.features.get(&feature).copied().unwrap_or(1), Status::SUCCESS),
             _ => (self.features.get(&feature).copied().unwrap_or(0), Status::SUCCESS),
         }
     }
@@ -173,7 +171,7 @@ fn new_queue(command: &Submission) -> Result<(u16, u16), Status> {
     if less_one == 0 || less_one > MAX_ENTRIES {
         return Err(Status::INVALID_QUEUE_SIZE);
     }
-    if command.prp[0] % 4096 != 0 {
+    if !command.prp[0].is_multiple_of(4096) {
         return Err(Status::INVALID_PRP);
     }
     Ok((id, less_one + 1))

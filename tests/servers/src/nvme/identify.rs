@@ -34,7 +34,7 @@ impl Page {
 #[must_use]
 pub fn controller() -> Vec<u8> {
     Page::new()
-        .put(0, &0x1b36_u16.to_le_bytes())
+        .put(0, &super::ID.0.to_le_bytes())
         .put(2, &0x1af4_u16.to_le_bytes())
         .text(4, 20, "outboard0001")
         .text(24, 40, "outboard test NVMe")

@@ -38,6 +38,8 @@ use command::{Completion, Status, Submission};
 use queue::{CompletionQueue, SubmissionQueue};
 use registers::{Change, Registers};
 
+/// Vendor and device; drivers bind by class.
+pub const ID: (u16, u16) = (0x1234, 0x0b0e);
 /// Bytes of a logical block.
 pub const BLOCK: u64 = 512;
 /// MSI-X vectors, and pairs of I/O queues.
@@ -78,9 +80,8 @@ impl Nvme {
         let disk = File::options().read(true).write(true).open(disk)?;
         let blocks = disk.metadata()?.len() / BLOCK;
         let mut config = ConfigSpace::new(&Identity {
-            // QEMU's own, which a stock kernel knows.
-            id: (0x1b36, 0x0010),
-            subsystem: (0x1af4, 0x1100),
+            id: ID,
+            subsystem: (0x1af4, 0x0b0e),
             class: [0x01, 0x08, 0x02],
             pin: 0,
         });
@@ -121,6 +122,12 @@ impl Nvme {
         self.events.clear();
         self.features.clear();
         self.bar.clear();
+    }
+
+    fn configure(&mut self, offset: u64, data: &[u8]) {
+        if self.config.write(offset, data) == Effect::Reset {
+            self.function_reset();
+        }
     }
 
     fn function_reset(&mut self) {
@@ -209,11 +216,7 @@ impl Device for Nvme {
 
     fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<()> {
         match region {
-            VFIO_PCI_CONFIG_REGION_INDEX => {
-                if self.config.write(offset, data) == Effect::Reset {
-                    self.function_reset();
-                }
-            }
+            VFIO_PCI_CONFIG_REGION_INDEX => self.configure(offset, data),
             VFIO_PCI_BAR0_REGION_INDEX if offset < DOORBELLS => match self.registers.write(offset, data) {
                 Change::None => {}
                 Change::Enabled => self.enable(),

@@ -32,14 +32,14 @@ pub fn pieces(memory: &GuestMemory, prp: [u64; 2], length: u64) -> std::result::
         return Ok(found);
     }
     if left <= PAGE {
-        if second % PAGE != 0 {
+        if !second.is_multiple_of(PAGE) {
             return Err(Status::INVALID_PRP);
         }
         found.push((second, left));
         return Ok(found);
     }
     let mut list = second;
-    if list % 8 != 0 {
+    if !list.is_multiple_of(8) {
         return Err(Status::INVALID_PRP);
     }
     while left > 0 {
@@ -48,7 +48,7 @@ pub fn pieces(memory: &GuestMemory, prp: [u64; 2], length: u64) -> std::result::
         let entries = bytes.len() / 8;
         for entry in 0..entries {
             let page = u64_at(&bytes, entry * 8);
-            if page % PAGE != 0 {
+            if !page.is_multiple_of(PAGE) {
                 return Err(Status::INVALID_PRP);
             }
             if entry + 1 == entries && left > PAGE {

@@ -94,8 +94,8 @@ impl Registers {
             data.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes)
         };
         match data.len() {
-            4 if offset % 4 == 0 => self.write_word(offset, word(0)),
-            8 if offset % 8 == 0 => {
+            4 if offset.is_multiple_of(4) => self.write_word(offset, word(0)),
+            8 if offset.is_multiple_of(8) => {
                 self.write_word(offset, word(0));
                 self.write_word(offset + 4, word(4))
             }
