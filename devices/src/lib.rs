@@ -1,5 +1,5 @@
-//! What the guest sees: the bus, the serial port, the reset registers and virtio devices whose
-//! queues are served by other processes. Knows virtio, not KVM: what a device needs of the machine
+//! What the guest sees: the buses, the serial port, the reset registers and virtio devices whose
+//! queues are served by other processes. Knows virtio and PCI, not KVM: what a device needs of the machine
 //! it asks through [`ports`]. Must never touch a queue's contents, nor guest memory, while somebody
 //! serves the queue; afterwards only to find out what was in flight when a backend died.
 

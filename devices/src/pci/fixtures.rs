@@ -1,0 +1,139 @@
+//! What a function has registered with the machine inside one of its BARs: memory of a peer, doorbells. They go
+//! where the BAR goes. Called under the function's lock, on vCPU threads; never waits.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use transport::memory_map::GuestAddr;
+
+use super::bar::{BarIndex, Decoded, Space};
+use crate::ports::{
+    Access, FileRange, Guard, OnVanished, PortError, Ports, WriteAddress, WriteMatch, WriteWidth,
+};
+
+/// Something at a place inside a BAR.
+pub enum Fixture {
+    /// A piece of a peer's file.
+    Memory {
+        /// The piece.
+        piece: FileRange,
+        /// What the guest may do to it.
+        access: Access,
+        /// See [`crate::ports::DeviceMemory::map`].
+        vanished: OnVanished,
+    },
+    /// Writes of the guest that signal an eventfd.
+    Doorbell {
+        /// The eventfd.
+        fd: OwnedFd,
+        /// How wide the writes are.
+        width: WriteWidth,
+        /// What is written; `None` matches every value.
+        value: Option<u64>,
+    },
+}
+
+/// A fixture, for removing it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FixtureId(u64);
+
+struct Fixed {
+    offset: u64,
+    what: Fixture,
+    guard: Option<Guard>,
+}
+
+/// The fixtures of one BAR.
+pub struct Fixtures {
+    bar: BarIndex,
+    ports: Ports,
+    place: Option<(Space, u64)>,
+    next: u64,
+    fixed: BTreeMap<FixtureId, Fixed>,
+}
+
+impl Fixtures {
+    /// None yet, and the BAR is nowhere.
+    #[must_use]
+    pub fn new(bar: BarIndex, ports: Ports) -> Self {
+        Self { bar, ports, place: None, next: 0, fixed: BTreeMap::new() }
+    }
+
+    /// Puts `what` at `offset` in the BAR: now, and wherever the BAR goes.
+    ///
+    /// # Errors
+    /// When the machine refuses it at the present place. It is not added then.
+    pub fn add(&mut self, offset: u64, what: Fixture) -> Result<FixtureId, PortError> {
+        let mut fixed = Fixed { offset, what, guard: None };
+        fixed.register(self.place, &self.ports)?;
+        let id = FixtureId(self.next);
+        self.next += 1;
+        self.fixed.insert(id, fixed);
+        Ok(id)
+    }
+
+    /// Takes a fixture away.
+    pub fn remove(&mut self, id: FixtureId) {
+        self.fixed.remove(&id);
+    }
+
+    /// Takes all fixtures away.
+    pub fn clear(&mut self) {
+        self.fixed.clear();
+    }
+
+    /// The BAR is where `decoded` has it, or nowhere. Does nothing when that is where it was.
+    ///
+    /// # Errors
+    /// The first refusal of the machine, as when the guest puts two BARs on the same addresses. All other fixtures
+    /// are in place then, and accesses to the refused one come to the bus.
+    pub fn place(&mut self, decoded: &[Decoded]) -> Result<(), PortError> {
+        let mine = decoded.iter().find(|decoded| decoded.bar == self.bar);
+        let place = mine.map(|decoded| (decoded.space, decoded.base));
+        if place == self.place {
+            return Ok(());
+        }
+        self.place = place;
+        // All have to be gone from the old place before one is at the new: the two may overlap.
+        for fixed in self.fixed.values_mut() {
+            fixed.guard = None;
+        }
+        let mut result = Ok(());
+        for fixed in self.fixed.values_mut() {
+            result = result.and(fixed.register(place, &self.ports));
+        }
+        result
+    }
+}
+
+impl Fixed {
+    fn register(&mut self, place: Option<(Space, u64)>, ports: &Ports) -> Result<(), PortError> {
+        let Some((space, base)) = place else { return Ok(()) };
+        // A BAR does not wrap, and what lies beyond its end is refused by the machine.
+        let at = base.saturating_add(self.offset);
+        let guard = match (&self.what, space) {
+            (Fixture::Memory { piece, access, vanished }, Space::Memory) => {
+                ports.memory.map(piece, GuestAddr(at), *access, vanished.clone())?
+            }
+            (Fixture::Doorbell { fd, width, value }, _) => {
+                let address = match space {
+                    Space::Memory => WriteAddress::Memory(GuestAddr(at)),
+                    Space::Io => match u16::try_from(at) {
+                        Ok(port) => WriteAddress::Port(port),
+                        Err(_) => return Ok(()),
+                    },
+                };
+                let when = WriteMatch { address, width: *width, value: *value };
+                ports.doorbells.bind(fd.as_fd(), when)?
+            }
+            // There is no memory behind ports.
+            (Fixture::Memory { .. }, Space::Io) => return Ok(()),
+        };
+        self.guard = Some(guard);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "fixtures_tests.rs"]
+mod tests;
