@@ -18,7 +18,7 @@ fn file_name(path: &Path) -> &str {
 }
 
 /// What the guest sends comes back to it, one at a time.
-fn loop_back(role: &str) {
+fn loop_back(role: &str, iommu: &str) {
     need!(place::kvm());
     let (Some(testpmd), Some(vhost), Some(ring)) =
         (program("dpdk-testpmd"), program("dpdk-net-vhost"), program("dpdk-mempool-ring"))
@@ -29,11 +29,12 @@ fn loop_back(role: &str) {
     let client = u8::from(role == "server");
     // Two threads share the lab's one CPU; memory without huge pages; no PCI devices, no files of DPDK's own.
     let text = format!(
-        "--lcores 0@0,1@0 --no-huge -m 128 --no-pci --no-shconf --no-telemetry -d {} -d {} --vdev net_vhost0,iface={},queues=1,client={client} -- \
+        "--lcores 0@0,1@0 --no-huge -m 128 --no-pci --no-shconf --no-telemetry -d {} -d {} --vdev net_vhost0,iface={},queues=1,client={client},iommu-support={} -- \
          --forward-mode=io --port-topology=loop --total-num-mbufs=4096 --no-mlockall --disable-link-check --auto-start",
         file_name(&vhost),
         file_name(&ring),
         scratch.path("net").display(),
+        u8::from(iommu != "off"),
     );
     let arguments: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
     let script = format!(
@@ -42,7 +43,7 @@ fn loop_back(role: &str) {
     );
     let launch = need!(guest("virtio_net", &script));
     let device = format!(
-        "net,socket={},server={}",
+        "net,socket={},server={},iommu={iommu}",
         scratch.path("net").display(),
         if client == 1 { "on" } else { "off" }
     );
@@ -55,6 +56,8 @@ fn loop_back(role: &str) {
         launch.start().end(SCRIPT * 2)
     };
     assert_worked(&ended);
+    let translated = std::fs::read_to_string(ended.files.path("trace")).unwrap().contains("IOTLB_MSG");
+    assert_eq!(translated, iommu != "off", "{ended}");
     assert_eq!(ended.field("frames"), FRAMES, "{ended}");
     assert!(ended.field("sent") >= FRAMES && ended.field("received") >= FRAMES, "{ended}");
     // DRIVER_OK was told to the backend, and the backend says so.
@@ -66,10 +69,15 @@ fn loop_back(role: &str) {
 
 #[test]
 fn dpdk_loops_frames_back_when_we_connect_to_it() {
-    loop_back("client");
+    loop_back("client", "off");
 }
 
 #[test]
 fn dpdk_loops_frames_back_when_it_connects_to_us() {
-    loop_back("server");
+    loop_back("server", "off");
+}
+
+#[test]
+fn dpdk_loops_frames_back_behind_an_iommu() {
+    loop_back("client", "identity");
 }

@@ -9,15 +9,17 @@ use std::sync::Arc;
 use arch::platform::VirtioMmio;
 use devices::bus::Bus;
 use devices::ports::Ports;
+use devices::virtio::answers::OwnChannel;
 use devices::virtio::backend::Backend;
 use devices::virtio::device_type::Model;
+use devices::virtio::iommu::Iommu;
 use devices::virtio::mmio::{self, MmioDevice, Place};
 use devices::virtio::revival::{Seeker, Trial};
 use devices::virtio::vhost_user::{self, Opened};
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport, Trapped};
 use transport::memory_map::{GuestAddr, MemoryMap};
 use transport::socket::Listener;
-use transport::vhost_user::{BackendChannel, Connection, Limits, Trace};
+use transport::vhost_user::{Connection, Limits, Trace};
 
 use crate::config::{Role, Socket, VhostUser};
 use crate::error::{Error, Fault};
@@ -91,7 +93,7 @@ impl Detached {
         config: VhostUser,
         others: &[Detached],
         machine: &Surroundings<'_>,
-    ) -> Result<(Self, Option<BackendChannel>), Error> {
+    ) -> Result<(Self, Option<OwnChannel>), Error> {
         let Surroundings { memory, peers, trace } = *machine;
         let kind = config.order.device_type.name();
         let id = config.id.unwrap_or_else(|| format!("{kind}{index}"));
@@ -125,7 +127,11 @@ impl Detached {
             Err((stream, name)) => (None, Connection::from_stream(stream, name, &limits)),
         };
         let opened = connection.map_err(vhost_user::OpenError::from);
-        let order = if config.reconnect.is_some() { config.order.recoverable() } else { config.order };
+        let mut order = if config.reconnect.is_some() { config.order.recoverable() } else { config.order };
+        // Whoever asks for the feature by its name gets the translations that it takes.
+        if let Some(iommu) = config.iommu.or(order.wants_iommu().then_some(Iommu::Identity)) {
+            order = order.behind(Arc::new(iommu.map(memory)));
+        }
         let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
         let Opened { model, backend, channel, hang_up, reconnect } = opened.map_err(|error| {
             let hint = error.hint();

@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use devices::virtio::answers::{Answers, OwnChannel};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use transport::vhost_user::{BackendChannel, BackendRequests, Served};
+use transport::vhost_user::message::Iotlb;
+use transport::vhost_user::{BackendRequests, Refused, Served};
 
 /// The handle on the thread; ends it when dropped.
 pub(crate) struct Peers {
@@ -41,7 +43,7 @@ struct Shared {
     recovered: Mutex<Vec<(usize, OwnedFd)>>,
     /// Readable when the inbox or `end` is.
     wake: OwnedFd,
-    inbox: Mutex<Vec<(usize, BackendChannel)>>,
+    inbox: Mutex<Vec<(usize, OwnChannel)>>,
     end: AtomicBool,
 }
 
@@ -68,7 +70,7 @@ impl Peers {
     ///
     /// # Errors
     /// When the host refuses another thread.
-    pub(crate) fn add(&self, device: usize, channel: BackendChannel) -> io::Result<()> {
+    pub(crate) fn add(&self, device: usize, channel: OwnChannel) -> io::Result<()> {
         lock(&self.shared.inbox).push((device, channel));
         let mut thread = lock(&self.thread);
         if thread.is_none() {
@@ -134,7 +136,7 @@ impl Shared {
     }
 
     fn serve(&self) {
-        let mut channels: Vec<(usize, BackendChannel)> = Vec::new();
+        let mut channels: Vec<(usize, OwnChannel)> = Vec::new();
         loop {
             drain(&self.wake);
             if self.end.load(Ordering::Acquire) {
@@ -150,10 +152,10 @@ impl Shared {
 
     /// One wait, then every channel that has something. A channel that ends is dropped: its device hears of it
     /// by the hang-up of the main socket, if the backend is gone.
-    fn wait_and_serve(&self, channels: &mut Vec<(usize, BackendChannel)>) -> io::Result<()> {
+    fn wait_and_serve(&self, channels: &mut Vec<(usize, OwnChannel)>) -> io::Result<()> {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         fds.extend(
-            channels.iter().map(|(_, channel)| PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)),
+            channels.iter().map(|(_, own)| PollFd::from_borrowed_fd(own.channel.as_fd(), PollFlags::IN)),
         );
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
@@ -162,11 +164,11 @@ impl Shared {
         let ready: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         let mut ready = ready.into_iter();
-        channels.retain_mut(|(device, channel)| {
+        channels.retain_mut(|(device, OwnChannel { channel, answers })| {
             if !ready.next().unwrap_or(false) {
                 return true;
             }
-            match channel.serve(&Answers { shared: self, device: *device }) {
+            match channel.serve(&Asked { shared: self, device: *device, answers }) {
                 Ok(Served::Requests(_)) => true,
                 Ok(Served::HungUp) => false,
                 Err(error) => {
@@ -180,14 +182,19 @@ impl Shared {
 }
 
 /// What one device's backend may ask for.
-struct Answers<'a> {
+struct Asked<'a> {
     shared: &'a Shared,
     device: usize,
+    answers: &'a Answers,
 }
 
-impl BackendRequests for Answers<'_> {
+impl BackendRequests for Asked<'_> {
     fn config_changed(&self) {
         self.shared.raise(&self.shared.changed, self.device);
+    }
+
+    fn iotlb(&self, message: Iotlb) -> Result<(), Refused> {
+        self.answers.iotlb(&message)
     }
 }
 

@@ -10,13 +10,14 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use devices::virtio::answers::OwnChannel;
 use devices::virtio::probation::Standing;
 use devices::virtio::revival::Trial;
 use devices::virtio::{DeviceHandle, Reconnect};
 use transport::deadline::Deadline;
 use transport::socket::Listener;
 use transport::vhost_user::reconnect::Attempts;
-use transport::vhost_user::{BackendChannel, Connection, Error, Limits};
+use transport::vhost_user::{Connection, Error, Limits};
 
 use crate::peers::Peers;
 
@@ -100,7 +101,7 @@ impl Plan {
         }
     }
 
-    fn serve(&self, channel: BackendChannel) {
+    fn serve(&self, channel: OwnChannel) {
         if let Err(error) = self.peers.add(self.index, channel) {
             log::error!("the backend's own requests are not answered: {error}");
         }

@@ -1,11 +1,15 @@
 //! A device's queues start, stop, and fail: the transitions of [`Phase`]. Called with the device's lock
 //! held. Must never leave a backend on rings that the guest was told are its own again.
 
+use transport::memory_map::MemoryMap;
+use transport::vhost_user::features::bit;
 use transport::vhost_user::vring::Ring;
 
-use super::backend::{BackendError, Begin, Start};
+use super::backend::{Backend, BackendError, Begin, Start};
 use super::device::{Device, chain};
+use super::iommu::Space;
 use super::phase::{Absence, OnLoss, Phase, Waiting};
+use super::registers::Registers;
 use super::resume::Notes;
 use super::wiring::{ConnectError, OwnedRing, RingsError};
 use crate::ports::Guard;
@@ -33,14 +37,24 @@ impl From<RingsError> for StartError {
     }
 }
 
+/// Where the driver's addresses lead.
+pub(super) fn space<'a>(registers: &Registers, memory: &'a MemoryMap, backend: &'a dyn Backend) -> Space<'a> {
+    let translated = registers.accepted().is_some_and(|features| features.has(bit::ACCESS_PLATFORM));
+    Space { memory, translations: backend.translations().filter(|_| translated) }
+}
+
 impl Device {
+    fn space(&self) -> Space<'_> {
+        space(&self.registers, &self.memory, self.backend.as_ref())
+    }
+
     /// The driver is ready: connects the queues and starts the backend, now or when there is one.
     pub(super) fn activate(&mut self) {
         if self.is_broken() {
             // The driver went on with a device that broke under its hands: now it may be told.
             return self.interrupt_config();
         }
-        let connected = self.wiring.connect(&self.registers, self.face.as_ref(), &self.memory);
+        let connected = self.wiring.connect(&self.registers, self.face.as_ref(), self.space());
         match connected.map_err(StartError::from).and_then(|guards| self.start(guards)) {
             Ok(()) => {}
             Err(StartError::Driver(why)) => self.need_reset(why),
@@ -60,7 +74,8 @@ impl Device {
                 "the driver was ready before the features were agreed".to_owned(),
             ));
         };
-        let rings = wiring.rings(registers, Begin::Fresh, memory, Notes::Rings)?;
+        let space = space(registers, memory, backend.as_ref());
+        let rings = wiring.rings(registers, Begin::Fresh, space, Notes::Rings)?;
         let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
         match backend.start(&Start { features, memory, rings: &rings, begin: Begin::Fresh }) {
             Ok(()) => {
@@ -147,7 +162,8 @@ impl Device {
         log::warn!("device {} waits for another backend: {why}", self.name);
         self.backend.disconnect();
         if queues.is_some() {
-            self.wiring.cut(&self.registers, &self.memory);
+            let Self { wiring, registers, memory, backend, .. } = self;
+            wiring.cut(registers, space(registers, memory, backend.as_ref()));
             self.call_all();
         }
         self.phase = Phase::Recovering(Absence::new(why, queues));

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use transport::memory_map::MemoryMap;
+use transport::vhost_user::IovaMap;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
 
@@ -95,6 +96,12 @@ pub trait Backend: Send {
     /// them.
     fn has_notes(&self) -> bool {
         false
+    }
+
+    /// What stands between the driver's addresses and guest memory, for a driver that takes
+    /// ACCESS_PLATFORM. It may be asked for as long as the backend lives, connected or not.
+    fn translations(&self) -> Option<&IovaMap> {
+        None
     }
 
     /// Stops the queues; afterwards the backend touches neither memory nor eventfds. A backend that

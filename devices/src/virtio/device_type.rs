@@ -341,6 +341,12 @@ pub enum ModelError {
         /// The type.
         kind: &'static str,
     },
+    /// The backend cannot be told of translations.
+    #[error(
+        "the backend cannot work behind an IOMMU: it does not offer VIRTIO_F_ACCESS_PLATFORM (bit 33) with the \
+         protocol features BACKEND_REQ and REPLY_ACK"
+    )]
+    NoIommu,
     /// The number of queues is out of range.
     #[error("the number of queues {0} is not between 1 and {MAX_QUEUES}")]
     Queues(u16),

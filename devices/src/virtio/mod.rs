@@ -14,17 +14,21 @@
 //! | [`probation`] | whether that one goes on where the lost one stopped |
 //! | `resume`, `unfinished` | where a ring goes on then, and what was in flight |
 //! | [`handle`], [`report`] | the device shared between threads, and what it reports |
+//! | [`iommu`] | what the driver's addresses mean |
+//! | [`answers`] | what is done for a backend's own requests |
 //! | [`backend`] | what the device asks of whoever serves its queues |
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`reconnect`] | a vhost-user backend that comes back |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
 
 mod activation;
+pub mod answers;
 pub mod backend;
 pub mod device;
 pub mod device_type;
 pub mod face;
 pub mod handle;
+pub mod iommu;
 pub mod mmio;
 pub mod phase;
 pub mod probation;

@@ -2,6 +2,7 @@
 //! their used index at 0 and write over what the driver has yet to read. Reads indexes in guest memory;
 //! must never judge by anything that a backend in order could cause as well.
 
+use super::activation::space;
 use super::device::{Device, chain};
 use super::handle::DeviceHandle;
 use super::phase::Phase;
@@ -53,7 +54,8 @@ impl Device {
         if !matches!(self.phase, Phase::Running(_)) {
             return Standing::Settled;
         }
-        let verdicts = self.wiring.judge(&self.registers, &self.memory);
+        let Self { wiring, registers, memory, backend, .. } = self;
+        let verdicts = wiring.judge(registers, space(registers, memory, backend.as_ref()));
         let Some((queue, base, now)) = verdicts.anew else {
             return if verdicts.unmoved { Standing::Unproven } else { Standing::Settled };
         };

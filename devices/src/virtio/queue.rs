@@ -1,8 +1,10 @@
 //! Virtio 1.2 §2.6 to §2.8: what the driver says of one queue, checked before anyone uses it.
 //! Must never look into the rings: those are the backend's.
 
-use transport::memory_map::{GuestAddr, MemoryMap};
+use transport::memory_map::GuestAddr;
 use transport::vhost_user::vring::RingBase;
+
+use super::iommu::Space;
 
 /// The largest queue that virtio allows.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
@@ -94,7 +96,7 @@ impl QueueState {
     ///
     /// # Errors
     /// When size, alignment or place of an area is not what the layout asks for.
-    pub fn validate(&self, queue: u16, layout: RingLayout, memory: &MemoryMap) -> Result<(), QueueError> {
+    pub fn validate(&self, queue: u16, layout: RingLayout, space: Space<'_>) -> Result<(), QueueError> {
         let size = self.size;
         let fits = match layout {
             RingLayout::Split => size.is_power_of_two(),
@@ -121,7 +123,7 @@ impl QueueState {
             if at % align != 0 {
                 return Err(QueueError::Unaligned { queue, area, at, align });
             }
-            if memory.user_addr(GuestAddr(at), length).is_none() {
+            if space.guest(GuestAddr(at), length).is_none() {
                 return Err(QueueError::OutsideMemory { queue, area, at });
             }
         }
@@ -134,7 +136,7 @@ mod tests {
     use super::*;
     use std::os::fd::OwnedFd;
     use std::sync::Arc;
-    use transport::memory_map::SharedRegion;
+    use transport::memory_map::{MemoryMap, SharedRegion};
 
     const RAM: u64 = 0x10_0000;
 
@@ -154,7 +156,7 @@ mod tests {
     }
 
     fn check(queue: QueueState, layout: RingLayout) -> Result<(), QueueError> {
-        queue.validate(0, layout, &memory())
+        queue.validate(0, layout, Space::from(&memory()))
     }
 
     #[test]

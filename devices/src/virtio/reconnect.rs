@@ -12,8 +12,9 @@ use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
-use transport::vhost_user::{BackendChannel, Connection, Error as PeerError};
+use transport::vhost_user::{Connection, Error as PeerError};
 
+use super::answers::OwnChannel;
 use super::backend::BackendError;
 use super::handle::DeviceHandle;
 use super::revival::Trial;
@@ -75,7 +76,7 @@ impl Reconnect {
         &self,
         device: &DeviceHandle,
         connection: Connection,
-        serve: impl FnOnce(BackendChannel),
+        serve: impl FnOnce(OwnChannel),
     ) -> Result<OwnedFd, ReconnectError> {
         let unfit =
             |why: &dyn Error| device.give_up(&format!("another backend came that does not fit: {why}"));
@@ -108,7 +109,7 @@ impl Reconnect {
         device: &DeviceHandle,
         trial: Trial,
         connection: Result<Connection, PeerError>,
-        serve: impl FnOnce(BackendChannel),
+        serve: impl FnOnce(OwnChannel),
     ) -> Result<OwnedFd, TakeOverError> {
         let surveyed = connection.map_err(OpenError::from).and_then(|c| Survey::of(c, &self.order));
         let found = surveyed.map_err(lost).and_then(|survey| {
@@ -126,7 +127,7 @@ impl Reconnect {
     fn candidate(
         &self,
         survey: Survey,
-        serve: impl FnOnce(BackendChannel),
+        serve: impl FnOnce(OwnChannel),
     ) -> Result<(Candidate, OwnedFd), Misfit> {
         let Survey { session, model, config_size, channel, hang_up } = survey;
         if config_size < self.config_size {
@@ -135,7 +136,7 @@ impl Reconnect {
         if let Some(channel) = channel {
             serve(channel);
         }
-        let backend = VhostUser::new(session, self.order.device_type, Arc::clone(&self.kept));
+        let backend = VhostUser::new(session, &self.order, Arc::clone(&self.kept));
         Ok((Candidate { model, backend: Box::new(backend) }, hang_up))
     }
 }

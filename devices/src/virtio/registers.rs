@@ -161,7 +161,9 @@ pub struct Registers {
 
 /// What of `features` a driver may be offered: all but those that this core cannot carry, whoever asked for them.
 fn carried(features: DeviceFeatures) -> DeviceFeatures {
-    let not_carried = WITHHELD.iter().fold(0, |bits, number| bits | 1_u64 << number);
+    // Whether addresses are translated is between the user and the backend.
+    let not_carried = WITHHELD.iter().filter(|number| **number != bit::ACCESS_PLATFORM);
+    let not_carried = not_carried.fold(0, |bits, number| bits | 1_u64 << number);
     DeviceFeatures::from_bits(features.bits() & !not_carried)
 }
 

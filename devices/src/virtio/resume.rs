@@ -8,6 +8,7 @@ use rustix::io::{pread, pwrite};
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
 use transport::vhost_user::vring::RingBase;
 
+use super::iommu::Space;
 use super::queue::{QueueState, RingLayout};
 use super::unfinished::History;
 
@@ -149,13 +150,19 @@ impl<'a> Orphan<'a> {
         queue: u16,
         state: &'a QueueState,
         layout: RingLayout,
-        memory: &'a MemoryMap,
+        space: Space<'a>,
     ) -> Result<Self, ResumeError> {
         match layout {
             RingLayout::Packed => Err(ResumeError::Packed(queue)),
             RingLayout::Split => {
-                let part = |base| Part { memory, base };
-                Ok(Self { queue, state, available: part(state.driver), used: part(state.device) })
+                let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+                let part = |base, entry: u64| {
+                    let length = entry.saturating_mul(state.size.into()).saturating_add(ENTRIES);
+                    let base = space.guest(base, length).ok_or_else(outside);
+                    let base = base.map_err(|source| ResumeError::Memory { queue, source })?;
+                    Ok(Part { memory: space.memory, base })
+                };
+                Ok(Self { queue, state, available: part(state.driver, 2)?, used: part(state.device, 8)? })
             }
         }
     }
@@ -243,7 +250,7 @@ mod tests {
     }
 
     fn resume(queue: &QueueState, memory: &MemoryMap, notes: Notes) -> Result<RingBase, ResumeError> {
-        Orphan::new(3, queue, RingLayout::Split, memory)?.resume(notes, Past::default())
+        Orphan::new(3, queue, RingLayout::Split, memory.into())?.resume(notes, Past::default())
     }
 
     /// Fills the rings with these heads, from index 0 on.
@@ -310,7 +317,7 @@ mod tests {
 
     #[test]
     fn packed_rings_and_rings_outside_memory_are_refused() {
-        let packed = Orphan::new(1, &queue(), RingLayout::Packed, &memory()).err();
+        let packed = Orphan::new(1, &queue(), RingLayout::Packed, Space::from(&memory())).err();
         assert!(matches!(packed, Some(ResumeError::Packed(1))));
         for device in [RAM - 2, RAM - 3, RAM, u64::MAX - 1, u64::MAX - 2] {
             let queue = QueueState { device: GuestAddr(device), ..queue() };

@@ -18,6 +18,7 @@ use transport::memory_map::MemoryMap;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
 
+use super::activation::space;
 use super::backend::{Backend, BackendError, Begin, Start};
 use super::device::{Device, chain};
 use super::device_type::{ConfigSource, Model};
@@ -217,7 +218,8 @@ impl Device {
             return Ok(None);
         };
         let notes = if candidate.backend.has_notes() { Notes::Backend } else { Notes::Rings };
-        match self.wiring.rings(&self.registers, begin, &self.memory, notes) {
+        let space = space(&self.registers, &self.memory, candidate.backend.as_ref());
+        match self.wiring.rings(&self.registers, begin, space, notes) {
             Ok(rings) => {
                 let starting = Starting::new();
                 absence.starting = Some(Arc::clone(&starting));

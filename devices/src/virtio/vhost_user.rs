@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted};
-use transport::vhost_user::{BackendChannel, Connection, Error, InflightArea, LiveSession, Session, Stats};
+use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
+use transport::vhost_user::{Connection, Error, InflightArea, IovaMap, LiveSession, Session, Stats};
 
+use super::answers::{Answers, OwnChannel};
 use super::backend::{Backend, BackendError, BackendStats, Begin, Start};
 use super::device_type::{DeviceType, Model, ModelError, Offer, Wishes};
 use super::reconnect::Reconnect;
@@ -25,6 +26,8 @@ pub struct Order {
     pub wanted: Wanted,
     /// What the user changed of that.
     changes: String,
+    /// The translations of a device behind an IOMMU.
+    translations: Option<Arc<IovaMap>>,
 }
 
 impl Order {
@@ -34,7 +37,7 @@ impl Order {
     /// When a feature name is not known.
     pub fn new(device_type: DeviceType, wishes: Wishes, features: &str) -> Result<Self, UnknownFeature> {
         let wanted = device_type.wanted(features)?;
-        Ok(Self { device_type, wishes, wanted, changes: features.to_owned() })
+        Ok(Self { device_type, wishes, wanted, changes: features.to_owned(), translations: None })
     }
 
     /// The same for a device that is to outlive its backend: wants notes of what is in flight, too,
@@ -44,7 +47,29 @@ impl Order {
         let defaults = Wanted::default().and(ProtocolFeatures::INFLIGHT_SHMFD);
         // The names of the changes were good once already.
         self.wanted = self.device_type.wanted_of(defaults, &self.changes).unwrap_or(self.wanted);
+        if self.translations.is_some() {
+            self.offer_access_platform();
+        }
         self
+    }
+
+    /// The same for a device behind an IOMMU with these translations: VIRTIO_F_ACCESS_PLATFORM is offered,
+    /// and a backend without it does not fit.
+    #[must_use]
+    pub fn behind(mut self, translations: Arc<IovaMap>) -> Self {
+        self.translations = Some(translations);
+        self.offer_access_platform();
+        self
+    }
+
+    fn offer_access_platform(&mut self) {
+        self.wanted = self.wanted.adjust("+access_platform").unwrap_or(self.wanted);
+    }
+
+    /// Whether the driver is to be offered VIRTIO_F_ACCESS_PLATFORM.
+    #[must_use]
+    pub fn wants_iommu(&self) -> bool {
+        self.wanted.device().has(bit::ACCESS_PLATFORM)
     }
 }
 
@@ -79,6 +104,9 @@ impl OpenError {
             Self::Unfit { source: ModelError::NoConfig { .. } | ModelError::TooFewQueues { .. }, .. } => {
                 Some("is this a backend for another type of device?")
             }
+            Self::Unfit { source: ModelError::NoIommu, .. } => {
+                Some("start it with its IOMMU support, or leave iommu= out")
+            }
             Self::Unfit { .. } => None,
             Self::Fd(_) => Some("raise the limit of open files (ulimit -n)"),
         }
@@ -92,7 +120,7 @@ pub struct Opened {
     /// Serves the queues.
     pub backend: VhostUser,
     /// The backend's own requests, when it may make any: to be served from now on.
-    pub channel: Option<BackendChannel>,
+    pub channel: Option<OwnChannel>,
     /// Readable or hung up as soon as the connection is gone, whoever ended it. Nothing is to be read
     /// from it.
     pub hang_up: OwnedFd,
@@ -107,7 +135,7 @@ pub struct Opened {
 pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
     let Survey { session, model, config_size, channel, hang_up } = Survey::of(connection, order)?;
     let kept = Arc::default();
-    let backend = VhostUser::new(session, order.device_type, Arc::clone(&kept));
+    let backend = VhostUser::new(session, order, Arc::clone(&kept));
     let reconnect = Reconnect::new(order, config_size, kept);
     Ok(Opened { model, backend, channel, hang_up, reconnect })
 }
@@ -118,13 +146,16 @@ pub(super) struct Survey {
     pub(super) model: Model,
     /// Bytes of configuration that it gave.
     pub(super) config_size: usize,
-    pub(super) channel: Option<BackendChannel>,
+    pub(super) channel: Option<OwnChannel>,
     pub(super) hang_up: OwnedFd,
 }
 
 impl Survey {
     pub(super) fn of(connection: Connection, order: &Order) -> Result<Self, OpenError> {
         let mut session = connection.negotiate(&order.wanted)?;
+        if let Some(map) = &order.translations {
+            session = behind(session, map)?;
+        }
         let most = usize::from(order.device_type.config_size());
         let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && most > 0;
         let config = match has_config.then(|| session.read_config(most)).transpose() {
@@ -145,9 +176,20 @@ impl Survey {
             source,
         })?;
         let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
-        let channel = session.take_backend_channel();
+        let answers = Answers { misses: session.miss_answers().map_err(OpenError::Fd)? };
+        let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
         Ok(Self { session, model, config_size, channel, hang_up })
     }
+}
+
+/// The session of a device behind an IOMMU.
+fn behind(session: Session, map: &Arc<IovaMap>) -> Result<Session, OpenError> {
+    let needs = ProtocolFeatures::BACKEND_REQ.with(ProtocolFeatures::REPLY_ACK);
+    if !session.offered().has(bit::ACCESS_PLATFORM) || !session.protocol().contains(needs) {
+        let peer = format!("vhost-user backend {}", session.peer());
+        return Err(OpenError::Unfit { peer, source: ModelError::NoIommu });
+    }
+    Ok(session.with_iova_map(Arc::clone(map)))
 }
 
 /// The connection, by what it can do.
@@ -170,6 +212,7 @@ pub(super) struct Kept {
 pub struct VhostUser {
     link: Link,
     config_size: usize,
+    translations: Option<Arc<IovaMap>>,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -199,9 +242,9 @@ impl Link {
 }
 
 impl VhostUser {
-    pub(super) fn new(session: Session, device_type: DeviceType, kept: Arc<Mutex<Kept>>) -> Self {
-        let config_size = usize::from(device_type.config_size());
-        Self { link: Link::Standing(session), config_size, kept }
+    pub(super) fn new(session: Session, order: &Order, kept: Arc<Mutex<Kept>>) -> Self {
+        let config_size = usize::from(order.device_type.config_size());
+        Self { link: Link::Standing(session), config_size, translations: order.translations.clone(), kept }
     }
 
     /// Takes the link out.
@@ -274,6 +317,10 @@ impl Backend for VhostUser {
     fn has_notes(&self) -> bool {
         let Link::Standing(session) = &self.link else { return false };
         session.protocol().contains(ProtocolFeatures::INFLIGHT_SHMFD) && lock(&self.kept).inflight.is_some()
+    }
+
+    fn translations(&self) -> Option<&IovaMap> {
+        self.translations.as_deref()
     }
 
     fn stop(&mut self) -> Result<(), BackendError> {

@@ -74,7 +74,7 @@ const START: [(Request, usize); 9] = [
 struct Rig {
     guest: Guest,
     backend: ScriptedBackend,
-    channel: Option<BackendChannel>,
+    channel: Option<OwnChannel>,
     hang_up: OwnedFd,
 }
 
@@ -212,7 +212,7 @@ fn configuration_change_of_the_backend_reaches_the_guest() {
     backend.set_config(vec![7; 60]);
     backend.request(BackendRequest(2), &[], &[]).unwrap();
     eventually("CONFIG_CHANGE", || {
-        assert!(matches!(channel.serve(&noted), Ok(Served::Requests(_))));
+        assert!(matches!(channel.channel.serve(&noted), Ok(Served::Requests(_))));
         noted.0.load(Ordering::Relaxed)
     });
     guest.device.handle().config_changed();

@@ -107,6 +107,8 @@ pub(in crate::virtio) struct Guest {
     next: AtomicU16,
     /// Which of the lower 32 features the driver takes.
     pub(in crate::virtio) takes: AtomicU32,
+    /// Which of the upper ones.
+    pub(in crate::virtio) takes_high: AtomicU32,
 }
 
 const DESC: u64 = 0x1000;
@@ -115,14 +117,11 @@ const USED: u64 = 0x3000;
 const HEAD: u64 = 0x8000;
 
 impl Guest {
-    pub(in crate::virtio) fn new(opened: Opened) -> (Self, Option<BackendChannel>, OwnedFd) {
+    pub(in crate::virtio) fn new(opened: Opened) -> (Self, Option<OwnChannel>, OwnedFd) {
         Self::on_loss(opened, OnLoss::Break)
     }
 
-    pub(in crate::virtio) fn on_loss(
-        opened: Opened,
-        on_loss: OnLoss,
-    ) -> (Self, Option<BackendChannel>, OwnedFd) {
+    pub(in crate::virtio) fn on_loss(opened: Opened, on_loss: OnLoss) -> (Self, Option<OwnChannel>, OwnedFd) {
         let Opened { model, backend, channel, hang_up, .. } = opened;
         let (machine, ram) = (Recorder::default(), memory());
         let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone() };
@@ -130,7 +129,14 @@ impl Guest {
         let device = MmioDevice::new(parts, place, &machine.ports()).unwrap();
         device.handle().on_loss(on_loss);
         (
-            Self { device, machine, ram, next: AtomicU16::new(0), takes: AtomicU32::new(0xffff) },
+            Self {
+                device,
+                machine,
+                ram,
+                next: AtomicU16::new(0),
+                takes: AtomicU32::new(0xffff),
+                takes_high: AtomicU32::new(1),
+            },
             channel,
             hang_up,
         )
@@ -171,7 +177,7 @@ impl Guest {
             self.write(0x14, select);
             self.write(0x24, select);
             // Neither event index nor indirect descriptors nor packed rings.
-            let keep = if select == 1 { 1 } else { self.takes.load(Relaxed) };
+            let keep = if select == 1 { &self.takes_high } else { &self.takes }.load(Relaxed);
             self.write(0x20, self.machine.page_u32(0x10) & keep);
         }
         self.write(0x70, 0xb);

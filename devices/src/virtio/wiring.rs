@@ -3,11 +3,12 @@
 
 use std::io;
 
-use transport::memory_map::{GuestAddr, MemoryMap};
+use transport::memory_map::GuestAddr;
 use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
 use super::backend::Begin;
 use super::face::Face;
+use super::iommu::Space;
 use super::probation::{Verdict, judge};
 use super::queue::{QueueError, QueueState};
 use super::registers::Registers;
@@ -102,11 +103,11 @@ impl Wiring {
         &self,
         registers: &Registers,
         face: &dyn Face,
-        memory: &MemoryMap,
+        space: Space<'_>,
     ) -> Result<Vec<Guard>, ConnectError> {
         let layout = registers.ring_layout();
         for (index, queue, _) in self.enabled(registers) {
-            queue.validate(index, layout, memory)?;
+            queue.validate(index, layout, space)?;
         }
         let connect = |(index, _, pair): (u16, _, &Pair)| face.connect(index, &pair.kick, &pair.call);
         Ok(self.enabled(registers).map(connect).collect::<Result<_, _>>()?)
@@ -117,7 +118,7 @@ impl Wiring {
         &mut self,
         registers: &Registers,
         begin: Begin,
-        memory: &MemoryMap,
+        space: Space<'_>,
         notes: Notes,
     ) -> Result<Vec<OwnedRing>, RingsError> {
         let layout = registers.ring_layout();
@@ -125,7 +126,7 @@ impl Wiring {
         let ring = |((index, queue), pair): ((u16, &QueueState), &mut Pair)| {
             let base = match begin {
                 Begin::Fresh => layout.first_base(),
-                Begin::Resumed => Orphan::new(index, queue, layout, memory)?.resume(notes, pair.past)?,
+                Begin::Resumed => Orphan::new(index, queue, layout, space)?.resume(notes, pair.past)?,
             };
             // A packed ring is not resumed: its number is of no interest.
             let origin = u16::try_from(base.0).unwrap_or(0);
@@ -139,21 +140,21 @@ impl Wiring {
 
     /// The backend is lost: remembers how far the queues got, for what the driver does from now on is
     /// certainly not done.
-    pub(super) fn cut(&mut self, registers: &Registers, memory: &MemoryMap) {
+    pub(super) fn cut(&mut self, registers: &Registers, space: Space<'_>) {
         let layout = registers.ring_layout();
         for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.0) {
-            let orphan = queue.ready.then(|| Orphan::new(index, queue, layout, memory).ok()).flatten();
+            let orphan = queue.ready.then(|| Orphan::new(index, queue, layout, space).ok()).flatten();
             pair.past.cut = orphan.and_then(|orphan| orphan.indexes().ok());
         }
     }
 
     /// Whether the backend that took over goes on where the last one stopped.
-    pub(super) fn judge(&mut self, registers: &Registers, memory: &MemoryMap) -> Verdicts {
+    pub(super) fn judge(&mut self, registers: &Registers, space: Space<'_>) -> Verdicts {
         let layout = registers.ring_layout();
         let mut verdicts = Verdicts::default();
         for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.0) {
             let Some(base) = pair.past.handed_over.filter(|_| queue.ready) else { continue };
-            let orphan = Orphan::new(index, queue, layout, memory).ok();
+            let orphan = Orphan::new(index, queue, layout, space).ok();
             let Some(now) = orphan.and_then(|ring| ring.indexes().ok()) else { continue };
             match judge(base, now) {
                 Verdict::Unmoved => verdicts.unmoved = true,

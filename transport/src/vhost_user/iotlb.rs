@@ -5,16 +5,24 @@
 
 use zerocopy::IntoBytes;
 
+use super::backend_req::Refused;
 use super::channel::Channel;
 use super::error::Error;
 use super::live::LiveSession;
-use super::message::Iotlb;
+use super::message::{Header, Iotlb, length};
 use super::request::Request;
 use super::session::Session;
+use super::trace::{Direction, Trace, TraceEvent};
 use crate::deadline::Deadline;
 use crate::memory_map::{GuestAddr, Iova, MemoryMap, UserAddr};
+use crate::scm;
 
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 const MISS: u8 = 1;
 const UPDATE: u8 = 2;
@@ -120,6 +128,20 @@ impl IovaMap {
         range.guest.checked_add(inside)
     }
 
+    /// The ranges, those that touch as one.
+    fn spans(&self) -> Vec<(Iova, u64)> {
+        let mut spans: Vec<(Iova, u64)> = Vec::new();
+        for range in &self.ranges {
+            match spans.last_mut() {
+                Some((at, size)) if at.0.checked_add(*size) == Some(range.iova.0) => {
+                    *size = size.saturating_add(range.size);
+                }
+                _ => spans.push((range.iova, range.size)),
+            }
+        }
+        spans
+    }
+
     fn range(&self, at: Iova) -> Option<&IovaRange> {
         self.ranges
             .iter()
@@ -158,7 +180,75 @@ pub(super) fn announce(channel: &mut Channel, map: &IovaMap, deadline: &Deadline
     Ok(())
 }
 
+/// Takes every translation back. A back-end that forgot them by itself may say no.
+pub(super) fn revoke(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) -> Result<(), Error> {
+    for (at, size) in map.spans() {
+        let message = invalidation(at, size);
+        match channel.exchange(Request::IOTLB_MSG, message.as_bytes(), &[], deadline) {
+            Err(error) if error.is_fatal() => return Err(error),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn invalidation(at: Iova, size: u64) -> Iotlb {
+    Iotlb { iova: at.0, size, user: 0, permission: 0, kind: INVALIDATE, padding: [0; 6] }
+}
+
+/// Answers misses while another thread may be waiting on the main connection, without ever waiting itself.
+///
+/// An answer is one small message in one `sendmsg` and asks for no acknowledgement, so it neither splits nor
+/// confuses what the other thread sends and receives.
+pub struct MissAnswers {
+    socket: UnixStream,
+    peer: Arc<str>,
+    trace: Option<Arc<dyn Trace>>,
+    map: Arc<IovaMap>,
+    translating: Arc<AtomicBool>,
+}
+
+impl MissAnswers {
+    /// Answers `message` on the main connection, if it is a miss that may be answered now.
+    pub fn answer(&self, message: &Iotlb) -> Result<(), Refused> {
+        let update = self.map.answer(message).filter(|_| self.translating.load(Ordering::Acquire));
+        let Some(update) = update else {
+            let Iotlb { iova, permission, kind, .. } = *message;
+            let peer = &self.peer;
+            log::debug!(
+                "vhost-user backend {peer}: no translation of {iova:#x} (access {permission}, kind {kind})"
+            );
+            return Err(Refused);
+        };
+        let header = Header::request(Request::IOTLB_MSG.0, length(size_of::<Iotlb>()));
+        let bytes = [header.as_bytes(), update.as_bytes()].concat();
+        if let Some(trace) = &self.trace {
+            let (payload, took) = (update.as_bytes(), Duration::ZERO);
+            let direction = Direction::ToBackend;
+            trace.message(&TraceEvent { peer: &self.peer, direction, header, payload, fds: 0, took });
+        }
+        match scm::send(self.socket.as_fd(), &bytes, &[]) {
+            Ok(sent) if sent == bytes.len() => Ok(()),
+            // It does not read what it asked for: it will miss this again.
+            Ok(_) | Err(_) => Err(Refused),
+        }
+    }
+}
+
 impl Session {
+    /// What answers the misses of a driver that takes ACCESS_PLATFORM; `None` without
+    /// [`Session::with_iova_map`].
+    pub fn miss_answers(&self) -> io::Result<Option<MissAnswers>> {
+        let Some(map) = self.iova_map.clone() else { return Ok(None) };
+        Ok(Some(MissAnswers {
+            socket: self.channel.as_fd().try_clone_to_owned()?.into(),
+            peer: Arc::clone(self.channel.peer()),
+            trace: self.channel.limits().trace(),
+            map,
+            translating: Arc::clone(&self.translating),
+        }))
+    }
+
     /// Uses `map`, at the next [`Session::go_live`] of a driver that takes ACCESS_PLATFORM.
     #[must_use]
     pub fn with_iova_map(mut self, map: Arc<IovaMap>) -> Self {
@@ -176,8 +266,7 @@ impl LiveSession {
 
     /// Takes translations back; when this returns, the back-end uses them no more.
     pub fn iotlb_invalidate(&mut self, at: Iova, size: u64) -> Result<(), Error> {
-        let message = Iotlb { iova: at.0, size, user: 0, permission: 0, kind: INVALIDATE, padding: [0; 6] };
-        self.send_iotlb(&message)
+        self.send_iotlb(&invalidation(at, size))
     }
 
     fn send_iotlb(&mut self, message: &Iotlb) -> Result<(), Error> {

@@ -9,6 +9,7 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use zerocopy::IntoBytes;
 
@@ -51,8 +52,9 @@ impl Session {
             Ok(plan) => plan,
             Err(error) => return Err(Lost { error, session: Some(Box::new(self)) }),
         };
-        match self.start(features, memory, rings, &plan) {
-            Ok(inflight) => Ok(LiveSession { session: self, features, addresses: plan, inflight }),
+        let iova_map = self.iova_map(features, memory);
+        match self.start(features, memory, rings, (&plan, iova_map.as_deref())) {
+            Ok(inflight) => Ok(LiveSession { session: self, features, addresses: plan, inflight, iova_map }),
             Err(error) => {
                 // Even a mere refusal leaves the device half started.
                 self.channel.abandon();
@@ -107,12 +109,11 @@ impl Session {
         features: DriverFeatures,
         memory: &MemoryMap,
         rings: &[Ring<'_>],
-        plan: &[VringAddr],
+        (plan, iova_map): (&[VringAddr], Option<&IovaMap>),
     ) -> Result<Option<Arc<InflightArea>>, Error> {
         let deadline = self.channel.deadline();
         let has_status = self.channel.negotiated().contains(ProtocolFeatures::STATUS);
         let (log, kept) = (self.log.clone(), self.inflight.take());
-        let iova_map = self.iova_map(features, memory);
         let channel = &mut self.channel;
         if has_status {
             set_status(channel, status::ACKNOWLEDGE_AND_DRIVER, &deadline)?;
@@ -133,7 +134,9 @@ impl Session {
         for (ring, address) in rings.iter().zip(plan) {
             start_ring(channel, ring, address, &deadline)?;
         }
-        if let Some(map) = &iova_map {
+        if let Some(map) = iova_map {
+            // From the first of them on it may miss the others.
+            self.translating.store(true, Ordering::Release);
             iotlb::announce(channel, map, &deadline)?;
         }
         if has_status {
@@ -217,6 +220,8 @@ pub struct LiveSession {
     /// One a started ring, as it was told.
     pub(super) addresses: Vec<VringAddr>,
     inflight: Option<Arc<InflightArea>>,
+    /// The translations of a device behind an IOMMU.
+    iova_map: Option<Arc<IovaMap>>,
 }
 
 impl LiveSession {
@@ -316,6 +321,10 @@ impl LiveSession {
             let answered = channel.exchange(request, state.as_bytes(), &[], deadline)?;
             let base = parse_base(&answered.payload, address.index, self.features);
             bases.push(base.map_err(|fault| channel.malformed(request, fault))?);
+        }
+        if let Some(map) = self.iova_map.take() {
+            self.session.translating.store(false, Ordering::Release);
+            iotlb::revoke(channel, &map, deadline)?;
         }
         if channel.negotiated().contains(ProtocolFeatures::STATUS) {
             set_status(channel, status::RESET, deadline)?;

@@ -48,7 +48,7 @@ pub use dirty_log::DirtyLog;
 pub use error::{Cause, Error, Step};
 pub use features::{DeviceFeatures, DriverFeatures, NotOffered, ProtocolFeatures, UnknownFeature, Wanted};
 pub use inflight::InflightArea;
-pub use iotlb::IovaMap;
+pub use iotlb::{IovaMap, MissAnswers};
 pub use live::{LiveSession, Lost, RingSwitch};
 pub use postcopy::Postcopy;
 pub use session::{Connection, Session};

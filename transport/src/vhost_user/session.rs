@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::backend_req::BackendChannel;
 use super::channel::{Channel, Limits, Stats};
@@ -125,6 +126,7 @@ impl Connection {
             inflight: None,
             log: None,
             iova_map: None,
+            translating: Arc::default(),
         })
     }
 }
@@ -169,6 +171,8 @@ pub struct Session {
     pub(super) log: Option<Arc<DirtyLog>>,
     /// What IOVAs mean, for a driver that takes ACCESS_PLATFORM; every address itself when there is none.
     pub(super) iova_map: Option<Arc<IovaMap>>,
+    /// The translations are in force: misses may be answered.
+    pub(super) translating: Arc<AtomicBool>,
 }
 
 impl Session {

@@ -17,6 +17,7 @@ use std::time::Duration;
 use crate::error::Error;
 
 use devices::virtio::device_type::Wishes;
+use devices::virtio::iommu::Iommu;
 use devices::virtio::vhost_user::Order;
 pub use parse::{parse_memory, parse_serial, parse_vhost_user};
 pub use toml_file::load as load_toml;
@@ -126,6 +127,8 @@ pub struct VhostUser {
     pub reconnect: Option<Duration>,
     /// Who connects to whom.
     pub role: Role,
+    /// What the driver's addresses are, when they are not simply guest addresses.
+    pub iommu: Option<Iommu>,
 }
 
 /// Who connects to whom on a [`Socket::Path`].
@@ -155,6 +158,7 @@ impl VhostUser {
             deadline: DEFAULT_DEADLINE,
             reconnect: None,
             role: Role::Client,
+            iommu: None,
         })
     }
 }

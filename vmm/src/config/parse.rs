@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use arch::ram::Hugepages;
 use devices::virtio::device_type::{DeviceType, Wishes};
+use devices::virtio::iommu::Iommu;
 use devices::virtio::vhost_user::Order;
 
 use super::{DEFAULT_DEADLINE, Memory, Role, Serial, Socket, VhostUser};
@@ -162,6 +163,7 @@ pub(super) const VHOST_USER_KEYS: &[&str] = &[
     "deadline",
     "features",
     "server",
+    "iommu",
 ];
 
 /// `--vhost-user TYPE,socket=PATH[,key=value…]`.
@@ -228,7 +230,16 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         return Err(Error::usage(format!("{option} cannot find a backend again by a descriptor"))
             .hint("server=on and reconnect= need socket=PATH"));
     }
-    let mut device = VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE, reconnect, role };
+    let iommu = match keys.take("iommu") {
+        None | Some("off") => None,
+        Some(word) => Some(word.parse::<Iommu>().map_err(|error| {
+            Error::usage(format!("{option} cannot use iommu={word}"))
+                .because(error)
+                .hint("write iommu=identity, or leave it out")
+        })?),
+    };
+    let mut device =
+        VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE, reconnect, role, iommu };
     if let Some(id) = keys.take("id") {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
@@ -327,6 +338,7 @@ mod tests {
             ("blk,socket=/s,transport=pci", "transport=pci"),
             ("blk,socket=/s,server=maybe", "server=maybe"),
             ("blk,socket=/s,reconnect=soon", "reconnect=soon"),
+            ("blk,socket=/s,iommu=yes", "iommu=yes"),
             ("blk,socket=fd=x", "no inherited descriptor"),
             ("blk,/s", "only its first item"),
             ("blk,socket=/s,features=-nonsense", "features=-nonsense"),
