@@ -13,7 +13,7 @@
 
 mod dma;
 mod doorbells;
-mod wire;
+pub mod wire;
 
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -13,68 +13,91 @@ use serde_json::Value;
 use super::{borrowed, cut_off};
 
 /// Bytes of a header.
-pub(super) const HEADER: usize = 16;
+pub const HEADER: usize = 16;
 /// Most bytes of a message.
 const MAX_MESSAGE: usize = (1 << 20) + 4096;
 const MAX_FDS: usize = 253;
 
 /// Type "reply" of the flags.
-pub(super) const REPLY: u32 = 1;
+pub const REPLY: u32 = 1;
 /// No reply is wanted.
-pub(super) const NO_REPLY: u32 = 1 << 4;
+pub const NO_REPLY: u32 = 1 << 4;
 const ERROR: u32 = 1 << 5;
 
 /// Command numbers.
-pub(super) mod command {
-    pub(in super::super) const VERSION: u16 = 1;
-    pub(in super::super) const GET_REGION_IO_FDS: u16 = 6;
-    pub(in super::super) const REGION_WRITE: u16 = 10;
-    pub(in super::super) const DMA_READ: u16 = 11;
-    pub(in super::super) const DMA_WRITE: u16 = 12;
-    pub(in super::super) const REGION_WRITE_MULTI: u16 = 15;
+pub mod command {
+    /// The first of all.
+    pub const VERSION: u16 = 1;
+    /// Doorbells as eventfds.
+    pub const GET_REGION_IO_FDS: u16 = 6;
+    /// Writes a region.
+    pub const REGION_WRITE: u16 = 10;
+    /// The server reads the client's memory.
+    pub const DMA_READ: u16 = 11;
+    /// The server writes the client's memory.
+    pub const DMA_WRITE: u16 = 12;
+    /// Several writes at once.
+    pub const REGION_WRITE_MULTI: u16 = 15;
     /// What the crate takes as it is.
-    pub(in super::super) const IN_CRATE: [u16; 9] = [2, 3, 4, 5, 7, 8, 9, REGION_WRITE, 13];
+    pub const IN_CRATE: [u16; 9] = [2, 3, 4, 5, 7, 8, 9, REGION_WRITE, 13];
 }
 
 /// A message's first 16 bytes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Header {
-    pub(super) id: u16,
-    pub(super) command: u16,
-    pub(super) flags: u32,
-    pub(super) errno: u32,
+pub struct Header {
+    /// Matches a reply with its request.
+    pub id: u16,
+    /// What it is about.
+    pub command: u16,
+    /// Type, and whether a reply is wanted or an error.
+    pub flags: u32,
+    /// Of an error.
+    pub errno: u32,
 }
 
 impl Header {
-    pub(super) fn is_reply(self) -> bool {
+    /// True of a reply.
+    #[must_use]
+    pub fn is_reply(self) -> bool {
         self.flags & 0xf == REPLY
     }
 
-    pub(super) fn is_error(self) -> bool {
+    /// True of a refusal.
+    #[must_use]
+    pub fn is_error(self) -> bool {
         self.flags & ERROR != 0
     }
 
     /// The answer that says no.
-    pub(super) fn error(self, errno: u32) -> Message {
+    #[must_use]
+    pub fn error(self, errno: u32) -> Message {
         Message { header: Self { flags: REPLY | ERROR, errno, ..self }, body: Vec::new(), fds: Vec::new() }
     }
 }
 
 /// A whole message.
 #[derive(Debug)]
-pub(super) struct Message {
-    pub(super) header: Header,
-    pub(super) body: Vec<u8>,
-    pub(super) fds: Vec<OwnedFd>,
+pub struct Message {
+    /// The first 16 bytes; the size is that of the body.
+    pub header: Header,
+    /// All after the header.
+    pub body: Vec<u8>,
+    /// What came along.
+    pub fds: Vec<OwnedFd>,
 }
 
 impl Message {
-    pub(super) fn new(id: u16, command: u16, flags: u32, body: Vec<u8>) -> Self {
+    /// One without descriptors.
+    #[must_use]
+    pub fn new(id: u16, command: u16, flags: u32, body: Vec<u8>) -> Self {
         Self { header: Header { id, command, flags, errno: 0 }, body, fds: Vec::new() }
     }
 
     /// The next one; none at the end of the stream.
-    pub(super) fn receive(socket: BorrowedFd<'_>) -> Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// What the socket says, and sizes that cannot be.
+    pub fn receive(socket: BorrowedFd<'_>) -> Result<Option<Self>> {
         let mut fds = Vec::new();
         let mut head = [0; HEADER];
         if !fill(socket, &mut head, &mut fds)? {
@@ -101,7 +124,10 @@ impl Message {
     }
 
     /// Sends it with one call, as far as the socket has room.
-    pub(super) fn send(&self, socket: BorrowedFd<'_>) -> Result<()> {
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub fn send(&self, socket: BorrowedFd<'_>) -> Result<()> {
         let Header { id, command, flags, errno } = self.header;
         let size = u32::try_from(HEADER + self.body.len()).unwrap_or(u32::MAX);
         let mut bytes = Vec::with_capacity(HEADER + self.body.len());
@@ -151,7 +177,8 @@ fn fill(socket: BorrowedFd<'_>, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> Res
 }
 
 /// The capabilities in the body of a VERSION message; null when there are none to be understood.
-pub(super) fn capabilities(body: &[u8]) -> Value {
+#[must_use]
+pub fn capabilities(body: &[u8]) -> Value {
     let text = body.get(4..).unwrap_or_default();
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
     let all: Value = serde_json::from_slice(text).unwrap_or_default();
