@@ -6,6 +6,7 @@
 //! | [`config_space`] | a type-0 configuration space with capabilities |
 //! | [`bar`] | base address registers: sized, placed, decoded |
 //! | [`fixtures`] | what a function registers with the machine inside its BARs, moved along with them |
+//! | [`msix`] | MSI-X: table, pending bits, routes |
 //! | [`vfio_user`] | what a vfio-user server's function is |
 //!
 //! # How a function is made
@@ -18,18 +19,23 @@
 //! [`fixtures::Fixtures`] (memory slots, doorbells) inside `config_write`. What is not memory of a slot and not a
 //! doorbell comes as [`Function::bar_read`] and [`Function::bar_write`].
 //!
-//! An interrupt is a `Call` eventfd for its whole life; masks, unmasks and retargets only attach and detach routes.
+//! An interrupt is a `Call` eventfd for its whole life; [`msix::Msix::connect`] puts it behind a vector, and masks,
+//! unmasks and retargets only attach and detach its route.
 
 pub mod bar;
 pub mod config_space;
 pub mod fixtures;
 pub mod host_bridge;
+pub mod msix;
+mod vectors;
 pub mod vfio_user;
 
 pub use bar::{BarIndex, BarKind, BarSpec, Bars, Decoded, Space, Window, Windows};
 pub use config_space::{Change, ConfigSpace, Identity};
 pub use fixtures::{Fixture, FixtureId, Fixtures};
 pub use host_bridge::HostBridge;
+pub use msix::Msix;
+pub use vectors::ConnectionId;
 
 use std::fmt;
 
