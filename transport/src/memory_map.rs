@@ -109,7 +109,7 @@ impl SharedRegion {
         self.guest.checked_add(self.size)
     }
 
-    fn holds(&self, at: GuestAddr, len: u64) -> bool {
+    pub(crate) fn holds(&self, at: GuestAddr, len: u64) -> bool {
         match (at.checked_add(len), self.end()) {
             (Some(last), Some(end)) => at >= self.guest && last <= end,
             _ => false,

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::message::Fault;
 use super::request::Request;
+pub use crate::cause::Cause;
+use crate::cause::unreachable_hint;
+use crate::wire::Fault;
 
 /// What was being done when a peer failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,37 +34,6 @@ impl fmt::Display for Step {
             Self::StateTransfer => f.write_str("the device state transfer"),
         }
     }
-}
-
-/// Why a step failed.
-#[derive(Debug)]
-pub enum Cause {
-    /// The socket cannot be reached.
-    Unreachable(io::Error),
-    /// No answer, or not all of it, before the deadline.
-    Silent(Duration),
-    /// The peer did not read our request before the deadline.
-    NotReading(Duration),
-    /// The peer closed the connection.
-    Closed,
-    /// The peer closed the connection in the middle of a message.
-    ClosedMidMessage,
-    /// The socket failed.
-    Io(io::Error),
-    /// The answer is not one to this request.
-    Malformed(Fault),
-    /// The peer said no, with this code.
-    Refused(u64),
-    /// The feature was not negotiated, so nothing was sent.
-    NotNegotiated,
-    /// An earlier failure ended the connection; nothing was sent.
-    AlreadyLost,
-    /// What we were asked to send makes no sense; nothing was sent.
-    Invalid(&'static str),
-    /// Our own side of a transfer failed; the peer did nothing wrong.
-    Local(io::Error),
-    /// The peer's offer does not fit; the text says how.
-    Incompatible(String),
 }
 
 /// A failure of one vhost-user back-end.
@@ -149,26 +119,6 @@ impl Error {
     }
 }
 
-fn unreachable_hint(source: &io::Error) -> Option<&'static str> {
-    match source.kind() {
-        io::ErrorKind::NotFound => Some("start the backend first, or give reconnect=SECONDS to wait for it"),
-        io::ErrorKind::ConnectionRefused => {
-            Some("the socket file is stale: nobody listens on it; start the backend again")
-        }
-        io::ErrorKind::PermissionDenied => {
-            Some("you may not write to this socket: check its owner, its mode and those of its directory")
-        }
-        io::ErrorKind::TimedOut => Some("the backend does not accept connections: is it busy or stopped?"),
-        io::ErrorKind::AddrInUse => {
-            Some("another program listens on this path; remove the file if it is stale")
-        }
-        io::ErrorKind::InvalidInput | io::ErrorKind::InvalidFilename => {
-            Some("a socket path has at most 107 bytes: use a shorter one")
-        }
-        _ => None,
-    }
-}
-
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { peer, step, cause } = self;
@@ -218,6 +168,7 @@ impl std::error::Error for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     fn error(step: Step, cause: Cause) -> Error {
         Error::new(&Arc::from("/run/blk.sock"), step, cause)

@@ -1,0 +1,285 @@
+//! The client: a handle on the connection that any thread may use, and the commands that have no chapter of their
+//! own.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use zerocopy::IntoBytes;
+
+use super::connection::{Link, Shared, Submitted};
+use super::error::{Cause, Error, Step};
+use super::limits::{Limits, Stats};
+use super::message::{Command, DeviceInfoPayload, Fault, length, parse_front};
+use super::receiver::Receiver;
+use super::table::{Expected, Reply};
+use super::version::{self, Version};
+use crate::deadline::Deadline;
+use crate::socket;
+
+/// Regions, or interrupt indexes, that a device may claim.
+const COUNT_MOST: u32 = 1024;
+
+/// The client's side of one vfio-user connection. Clones share the connection.
+///
+/// Called on any thread; each method blocks for the deadline of its [`Limits`] at most, all its messages together,
+/// unless it says otherwise. Several threads may wait at once: who waits reads the socket on behalf of all, and
+/// serves the server's own commands meanwhile. Where nobody waits, the [`Receiver`] does that; without one, the
+/// server is heard when something is asked.
+#[derive(Clone)]
+pub struct Client {
+    pub(super) shared: Arc<Shared>,
+    version: Version,
+    deadline: Duration,
+}
+
+impl Client {
+    /// Connects to the server at `path` (`@name` for an abstract one) and agrees on version and capabilities.
+    ///
+    /// # Errors
+    /// When it cannot be reached, does not answer, or does not fit.
+    pub fn connect(path: &Path, limits: &Limits) -> Result<Self, Error> {
+        let peer: Arc<str> = Arc::from(path.to_string_lossy());
+        let deadline = Deadline::after(limits.deadline());
+        let stream = socket::connect(path, &deadline)
+            .map_err(|source| Error::new(&peer, Step::Connect, Cause::Unreachable(source)))?;
+        Self::agree(stream, peer, limits)
+    }
+
+    /// The same on a socket that is connected already; `peer` names the server in errors.
+    ///
+    /// # Errors
+    /// When the server does not answer, or does not fit.
+    pub fn from_stream(stream: UnixStream, peer: &str, limits: &Limits) -> Result<Self, Error> {
+        Self::agree(stream, Arc::from(peer), limits)
+    }
+
+    fn agree(stream: UnixStream, peer: Arc<str>, limits: &Limits) -> Result<Self, Error> {
+        let shared = Shared::new(stream, peer, limits)?;
+        let command = Command::VERSION;
+        let deadline = Deadline::after(limits.deadline());
+        let expected = Expected { most: version::REPLY_MOST, fds: version::REPLY_FDS };
+        let submitted = shared.submit(command, &[&version::proposal()], &[], expected, &deadline)?;
+        let Reply { payload, fds } = shared.wait(&submitted, &deadline)?;
+        let lost = |cause| shared.lose(shared.error(command, cause));
+        let (version, twin) = version::parse_reply(&payload).map_err(lost)?;
+        let twin = twin_socket(twin, fds).map_err(|fault| lost(Cause::Malformed(fault)))?;
+        if let Some(twin) = twin {
+            let link = Link::new(twin).map_err(|source| lost(Cause::Local(source)))?;
+            // Nobody else knows this connection yet.
+            let _first = shared.twin.set(link);
+        }
+        let _first = shared.version.set(version);
+        Ok(Self { shared: Arc::new(shared), version, deadline: limits.deadline() })
+    }
+
+    /// The same connection with another deadline: for what is known to take long.
+    #[must_use]
+    pub fn with_deadline(&self, deadline: Duration) -> Self {
+        Self { deadline, ..self.clone() }
+    }
+
+    /// The peer's name: usually the path of its socket.
+    pub fn peer(&self) -> &str {
+        &self.shared.peer
+    }
+
+    /// What was agreed on.
+    pub fn version(&self) -> &Version {
+        &self.version
+    }
+
+    /// What happened on the connection so far.
+    pub fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    /// True when the connection has ended: nothing will be sent any more.
+    pub fn is_lost(&self) -> bool {
+        self.shared.is_lost()
+    }
+
+    /// The half that reads while nobody waits, for a thread that polls. There can be one at a time.
+    ///
+    /// # Errors
+    /// When there is one already, or no descriptor can be had.
+    pub fn receiver(&self) -> Result<Receiver, Error> {
+        Receiver::new(&self.shared)
+    }
+
+    /// A descriptor whose hang-up says that the connection has ended, from either side. Poll it for hang-ups only:
+    /// it is readable whenever a message comes.
+    ///
+    /// # Errors
+    /// When no descriptor can be had.
+    pub fn hang_up(&self) -> Result<OwnedFd, Error> {
+        let socket = self.shared.main.socket.try_clone();
+        socket
+            .map(OwnedFd::from)
+            .map_err(|source| Error::new(&self.shared.peer, Step::Idle, Cause::Local(source)))
+    }
+
+    /// Ends the connection, for all clones: whoever waits is told at once.
+    pub fn shut_down(&self) {
+        self.shared.lose(Error::new(&self.shared.peer, Step::Idle, Cause::AlreadyLost));
+    }
+
+    /// What the device is.
+    ///
+    /// # Errors
+    /// When the server refuses, fails, or claims more than 1024 regions or interrupt indexes.
+    pub fn device_info(&self) -> Result<DeviceInfo, Error> {
+        let command = Command::DEVICE_GET_INFO;
+        let due = length(size_of::<DeviceInfoPayload>());
+        let payload = DeviceInfoPayload { argsz: due, flags: 0, regions: 0, irqs: 0 };
+        let reply = self.ask(command, &[payload.as_bytes()], &[], Expected::bytes(4096))?;
+        parse_device_info(&reply.payload).map_err(|fault| self.malformed(command, fault))
+    }
+
+    /// Resets the device. Maps and interrupts stay.
+    ///
+    /// # Errors
+    /// When the server refuses or fails.
+    pub fn reset(&self) -> Result<(), Error> {
+        self.ask(Command::DEVICE_RESET, &[], &[], Expected::bytes(0)).map(drop)
+    }
+
+    pub(super) fn deadline(&self) -> Deadline {
+        Deadline::after(self.deadline)
+    }
+
+    pub(super) fn error(&self, command: Command, cause: Cause) -> Error {
+        self.shared.error(command, cause)
+    }
+
+    pub(super) fn malformed(&self, command: Command, fault: Fault) -> Error {
+        self.shared.malformed(command, fault)
+    }
+
+    /// Refuses to send what would derail a server of the protocol's first form.
+    pub(super) fn needs_extended(&self, command: Command) -> Result<(), Error> {
+        if self.version.is_extended() { Ok(()) } else { Err(self.error(command, Cause::NotNegotiated)) }
+    }
+
+    /// Sends a command and waits for its reply.
+    pub(super) fn ask(
+        &self,
+        command: Command,
+        payload: &[&[u8]],
+        fds: &[BorrowedFd<'_>],
+        expected: Expected,
+    ) -> Result<Reply, Error> {
+        self.ask_until(command, payload, fds, expected, &self.deadline())
+    }
+
+    /// The same with a deadline that several commands share.
+    pub(super) fn ask_until(
+        &self,
+        command: Command,
+        payload: &[&[u8]],
+        fds: &[BorrowedFd<'_>],
+        expected: Expected,
+        deadline: &Deadline,
+    ) -> Result<Reply, Error> {
+        let submitted = self.shared.submit(command, payload, fds, expected, deadline)?;
+        self.shared.wait(&submitted, deadline)
+    }
+
+    /// Sends a command whose reply is waited for later.
+    pub(super) fn begin(
+        &self,
+        command: Command,
+        payload: &[&[u8]],
+        fds: &[BorrowedFd<'_>],
+        expected: Expected,
+        deadline: Deadline,
+    ) -> Result<Ticket, Error> {
+        let submitted = self.shared.submit(command, payload, fds, expected, &deadline)?;
+        Ok(Ticket { shared: Arc::clone(&self.shared), submitted: Some(submitted), deadline })
+    }
+}
+
+/// Picks the twin socket out of a VERSION reply's fds. An fd that was not announced, or an announcement without
+/// its fd, is a fault: the server's commands would go unheard.
+fn twin_socket(index: Option<usize>, mut fds: Vec<OwnedFd>) -> Result<Option<UnixStream>, Fault> {
+    let got = fds.len();
+    let Some(index) = index else {
+        return if got == 0 { Ok(None) } else { Err(Fault::Fds { got, least: 0, most: 0 }) };
+    };
+    if index >= got {
+        let value = u64::try_from(index).unwrap_or(u64::MAX);
+        return Err(Fault::Value { field: "twin_socket fd_index", value });
+    }
+    let socket = fds.swap_remove(index);
+    let is_stream = rustix::net::sockopt::socket_type(&socket) == Ok(rustix::net::SocketType::STREAM);
+    let is_unix = rustix::net::sockopt::socket_domain(&socket) == Ok(rustix::net::AddressFamily::UNIX);
+    if is_stream && is_unix {
+        Ok(Some(UnixStream::from(socket)))
+    } else {
+        Err(Fault::Text("a twin socket that is none"))
+    }
+}
+
+/// What a device says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Bit 0: it can be reset; bit 1: it is a PCI device.
+    pub flags: u32,
+    /// Regions.
+    pub regions: u32,
+    /// Interrupt indexes.
+    pub irqs: u32,
+}
+
+impl DeviceInfo {
+    /// DEVICE_RESET may be sent.
+    pub fn can_reset(&self) -> bool {
+        self.flags & 1 != 0
+    }
+
+    /// It is a PCI device.
+    pub fn is_pci(&self) -> bool {
+        self.flags & 2 != 0
+    }
+}
+
+/// Reads the payload of a DEVICE_GET_INFO reply. Pure: for fuzzing, too.
+pub fn parse_device_info(payload: &[u8]) -> Result<DeviceInfo, Fault> {
+    let (info, _) = parse_front::<DeviceInfoPayload>(payload)?;
+    for (field, value) in [("region count", info.regions), ("interrupt index count", info.irqs)] {
+        if value > COUNT_MOST {
+            return Err(Fault::Value { field, value: u64::from(value) });
+        }
+    }
+    Ok(DeviceInfo { flags: info.flags, regions: info.regions, irqs: info.irqs })
+}
+
+/// A command on its way. Dropped without being waited for, its reply is discarded when it comes.
+#[must_use]
+pub(super) struct Ticket {
+    shared: Arc<Shared>,
+    submitted: Option<Submitted>,
+    deadline: Deadline,
+}
+
+impl Ticket {
+    /// Waits for the reply, until the deadline that began when the command was sent.
+    pub(super) fn wait(mut self) -> Result<Reply, Error> {
+        match self.submitted.take() {
+            Some(submitted) => self.shared.wait(&submitted, &self.deadline),
+            None => {
+                Err(Error::new(&self.shared.peer, Step::Idle, Cause::Invalid("it was waited for already")))
+            }
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(submitted) = &self.submitted {
+            self.shared.abandon(submitted.id);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! vfio-user DEVICE_GET_REGION_IO_FDS: eventfds that the kernel signals for guest writes, without us.
+//!
+//! Entries have 40 bytes in the specification and 48 in libvfio-user (it adds a shadow), so their size is
+//! computed. An entry that leaves its region, or its fds, is a fault; a kind that we do not know is passed over.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::client::Client;
+use super::error::Error;
+use super::message::{Command, Fault, IoFdEntry, IoFdsHead, length, parse_front};
+use super::region::RegionInfo;
+use super::table::Expected;
+
+/// Entries that are taken, each with fds of its own at worst.
+const ENTRIES_MOST: u32 = 512;
+
+/// The largest entry that is understood.
+const ENTRY_MOST: usize = 256;
+
+/// The largest reply.
+const REPLY_MOST: u32 = 32 << 10;
+
+/// How often the reply may turn out to be larger than the room that was offered.
+const TRIES: usize = 3;
+
+const DATAMATCH: u32 = 1;
+
+/// What a sub-region's writes do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoFdKind {
+    /// The kernel signals the eventfd; what was written is lost.
+    Ioeventfd,
+    /// The kernel passes each access on as a message.
+    Ioregionfd,
+    /// The kernel signals the eventfd, and what was written is stored at this place of a file.
+    Shadow {
+        /// Which of the fds.
+        fd: usize,
+        /// Where in it.
+        offset: u64,
+    },
+}
+
+/// One sub-region of a reply, decoded; fds are numbers still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoFdPlace {
+    /// Where it begins in the region.
+    pub offset: u64,
+    /// Bytes of an access: 1, 2, 4 or 8; 0 for any.
+    pub size: u64,
+    /// Which of the fds.
+    pub fd: usize,
+    /// What its writes do.
+    pub kind: IoFdKind,
+    /// KVM's flags: bit 0 datamatch, bit 1 port I/O.
+    pub flags: u32,
+    /// Only writes of this value count, when bit 0 of the flags says so.
+    pub datamatch: u64,
+}
+
+impl IoFdPlace {
+    /// The value that a write must have.
+    pub fn value(&self) -> Option<u64> {
+        (self.flags & DATAMATCH != 0).then_some(self.datamatch)
+    }
+}
+
+/// One sub-region with its fd.
+#[derive(Clone, Debug)]
+pub struct IoFd {
+    /// Where and what.
+    pub place: IoFdPlace,
+    /// The eventfd; several sub-regions may share it.
+    pub fd: Arc<OwnedFd>,
+    /// The file of a shadow, and where in it.
+    pub shadow: Option<(Arc<OwnedFd>, u64)>,
+}
+
+/// Reads the payload of a DEVICE_GET_REGION_IO_FDS reply that came with `fds` fds, for region `index` of `size`
+/// bytes. Pure: for fuzzing, too. Entries for what others match already are dropped.
+///
+/// # Errors
+/// When it is about another region, or an entry leaves the region, the payload or the fds.
+pub fn parse_io_fds(payload: &[u8], index: u32, size: u64, fds: usize) -> Result<Vec<IoFdPlace>, Fault> {
+    let (head, entries) = parse_front::<IoFdsHead>(payload)?;
+    if head.index != index {
+        return Err(Fault::Value { field: "region", value: u64::from(head.index) });
+    }
+    if head.count == 0 {
+        return Ok(Vec::new());
+    }
+    let bad_count = Fault::Value { field: "entry count", value: u64::from(head.count) };
+    if head.count > ENTRIES_MOST {
+        return Err(bad_count);
+    }
+    let listed = head.argsz.saturating_sub(length(size_of::<IoFdsHead>()));
+    let entry = usize::try_from(listed.checked_div(head.count).unwrap_or(0)).unwrap_or(usize::MAX);
+    if entry < size_of::<IoFdEntry>() + 8 || entry > ENTRY_MOST {
+        return Err(Fault::Value { field: "entry size", value: u64::from(listed) });
+    }
+    let count = usize::try_from(head.count).unwrap_or(usize::MAX);
+    let bytes = count.checked_mul(entry).and_then(|bytes| entries.get(..bytes)).ok_or(bad_count)?;
+    let mut places: Vec<IoFdPlace> = Vec::new();
+    for bytes in bytes.chunks_exact(entry) {
+        let Some(place) = parse_entry(bytes, size, fds)? else { continue };
+        let same = |other: &IoFdPlace| {
+            (other.offset, other.size, other.value()) == (place.offset, place.size, place.value())
+        };
+        if !places.iter().any(same) {
+            places.push(place);
+        }
+    }
+    Ok(places)
+}
+
+fn parse_entry(bytes: &[u8], size: u64, fds: usize) -> Result<Option<IoFdPlace>, Fault> {
+    let (entry, rest) = parse_front::<IoFdEntry>(bytes)?;
+    let (first, rest) = parse_front::<u64>(rest)?;
+    let second = parse_front::<u64>(rest).map(|(second, _)| second).ok();
+    let index = |number: u32| {
+        let fault = Fault::Value { field: "fd index", value: u64::from(number) };
+        usize::try_from(number).ok().filter(|index| *index < fds).ok_or(fault)
+    };
+    let (kind, datamatch) = match (entry.kind, second) {
+        (0, datamatch) => (IoFdKind::Ioeventfd, datamatch.unwrap_or(first)),
+        (1, _) => (IoFdKind::Ioregionfd, first),
+        (2, Some(datamatch)) => {
+            (IoFdKind::Shadow { fd: index(entry.shadow_fd_index)?, offset: first }, datamatch)
+        }
+        _ => return Ok(None),
+    };
+    let fault = Fault::Value { field: "sub-region offset", value: entry.offset };
+    let end = entry.offset.checked_add(entry.size).ok_or(fault)?;
+    if end > size || entry.offset >= size {
+        return Err(fault);
+    }
+    let is_access = matches!(entry.size, 0 | 1 | 2 | 4 | 8) || kind == IoFdKind::Ioregionfd;
+    if !is_access {
+        return Err(Fault::Value { field: "sub-region size", value: entry.size });
+    }
+    let fd = index(entry.fd_index)?;
+    Ok(Some(IoFdPlace { offset: entry.offset, size: entry.size, fd, kind, flags: entry.flags, datamatch }))
+}
+
+impl Client {
+    /// The sub-regions of `region` whose writes the kernel can pass on. Empty when there are none; a server that
+    /// does not know the command refuses it, one that cannot even do that is not asked.
+    ///
+    /// # Errors
+    /// When the server refuses, fails, or says what cannot be.
+    pub fn region_io_fds(&self, region: &RegionInfo) -> Result<Vec<IoFd>, Error> {
+        let command = Command::DEVICE_GET_REGION_IO_FDS;
+        self.needs_extended(command)?;
+        let deadline = self.deadline();
+        let index = region.index.0;
+        let mut argsz = 4096;
+        for _ in 0..TRIES {
+            let ask = IoFdsHead { argsz, flags: 0, index, count: 0 };
+            let expected = Expected { most: REPLY_MOST, fds: self.version().ours.fds() };
+            let reply = self.ask_until(command, &[ask.as_bytes()], &[], expected, &deadline)?;
+            let malformed = |fault| self.malformed(command, fault);
+            let (head, _) = parse_front::<IoFdsHead>(&reply.payload).map_err(malformed)?;
+            let whole = usize::try_from(head.argsz).is_ok_and(|argsz| argsz <= reply.payload.len());
+            if whole || head.argsz <= argsz {
+                let places = parse_io_fds(&reply.payload, index, region.size, reply.fds.len());
+                return attach(&places.map_err(malformed)?, reply.fds).map_err(malformed);
+            }
+            if head.argsz > REPLY_MOST {
+                return Err(malformed(Fault::Value { field: "argsz", value: u64::from(head.argsz) }));
+            }
+            argsz = head.argsz;
+        }
+        Err(self.malformed(command, Fault::Text("a size that grows with each answer")))
+    }
+}
+
+fn attach(places: &[IoFdPlace], fds: Vec<OwnedFd>) -> Result<Vec<IoFd>, Fault> {
+    let fds: Vec<Arc<OwnedFd>> = fds.into_iter().map(Arc::new).collect();
+    let at = |index: usize| fds.get(index).cloned().ok_or(Fault::Text("an fd that is missing"));
+    places
+        .iter()
+        .map(|place| {
+            let shadow = match place.kind {
+                IoFdKind::Shadow { fd, offset } => Some((at(fd)?, offset)),
+                IoFdKind::Ioeventfd | IoFdKind::Ioregionfd => None,
+            };
+            Ok(IoFd { place: *place, fd: at(place.fd)?, shadow })
+        })
+        .collect()
+}

@@ -1,0 +1,399 @@
+//! vfio-user "Header" and "Commands": the header and the payloads, as bytes. Decides nothing.
+//!
+//! All numbers are native endian. Every struct is padding-free and its size is asserted below.
+
+use std::fmt;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+pub(crate) use crate::wire::length;
+use crate::wire::payloads;
+pub use crate::wire::{Fault, parse, parse_front};
+
+const TYPE_MASK: u32 = 0xf;
+const REPLY: u32 = 1;
+const NO_REPLY: u32 = 1 << 4;
+const ERROR: u32 = 1 << 5;
+
+/// Bytes of a message header.
+pub const HEADER_SIZE: usize = size_of::<Header>();
+const HEADER_BYTES: u32 = 16;
+
+/// "Header".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Header {
+    /// Chosen by the sender of the command, echoed in its reply.
+    pub id: u16,
+    /// The command, also in its reply.
+    pub command: u16,
+    /// Bytes of the whole message, this header included.
+    pub size: u32,
+    /// Type, no_reply, error.
+    pub flags: u32,
+    /// An errno, in error replies.
+    pub errno: u32,
+}
+
+const _: () = assert!(HEADER_SIZE == 16);
+
+/// What a well-formed header announces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A command that wants a reply.
+    Command,
+    /// A command that wants none.
+    Posted,
+    /// A reply.
+    Reply,
+    /// A reply that says no.
+    ErrorReply,
+}
+
+impl Header {
+    /// The header of a command with `payload` bytes behind it.
+    pub fn command(id: u16, command: Command, payload: u32) -> Self {
+        Self { id, command: command.0, size: payload.saturating_add(HEADER_BYTES), flags: 0, errno: 0 }
+    }
+
+    /// The header of a command that wants no reply.
+    pub fn posted(id: u16, command: Command, payload: u32) -> Self {
+        Self { flags: NO_REPLY, ..Self::command(id, command, payload) }
+    }
+
+    /// The header of the reply to `asked`.
+    pub fn reply(asked: &Header, payload: u32) -> Self {
+        Self { size: payload.saturating_add(HEADER_BYTES), flags: REPLY, errno: 0, ..*asked }
+    }
+
+    /// An error reply to `asked`: a header alone.
+    pub fn error_reply(asked: &Header, errno: u32) -> Self {
+        Self { size: HEADER_BYTES, flags: REPLY | ERROR, errno, ..*asked }
+    }
+
+    /// Bytes behind the header; `None` when the size is less than the header's own.
+    pub fn payload(&self) -> Option<u32> {
+        self.size.checked_sub(HEADER_BYTES)
+    }
+
+    /// What the flags say.
+    ///
+    /// An error flag without the reply flag is an error reply: real servers have sent them.
+    pub fn kind(&self) -> Result<Kind, Fault> {
+        if self.flags & !(TYPE_MASK | NO_REPLY | ERROR) != 0 {
+            return Err(Fault::Flags(self.flags));
+        }
+        match (self.flags & TYPE_MASK, self.flags & NO_REPLY != 0, self.flags & ERROR != 0) {
+            (0, false, false) => Ok(Kind::Command),
+            (0, true, false) => Ok(Kind::Posted),
+            (REPLY, false, false) => Ok(Kind::Reply),
+            (0 | REPLY, false, true) => Ok(Kind::ErrorReply),
+            _ => Err(Fault::Flags(self.flags)),
+        }
+    }
+
+    /// Judges the size: not below the header's, and `most` bytes of payload at most, which it returns.
+    pub fn judge_size(&self, most: u32) -> Result<u32, Fault> {
+        let payload = self.payload();
+        let fault =
+            Fault::Size { got: self.size, least: HEADER_BYTES, most: most.saturating_add(HEADER_BYTES) };
+        payload.filter(|payload| *payload <= most).ok_or(fault)
+    }
+}
+
+/// A command of either side. Open: an unknown code prints, it never crashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Command(pub u16);
+
+macro_rules! commands {
+    ($($code:literal $name:ident;)*) => {
+        impl Command {
+            $(#[doc = concat!("VFIO_USER_", stringify!($name), ".")] pub const $name: Self = Self($code);)*
+
+            /// All that the specification has.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// Its name in the specification, without the VFIO_USER_ prefix.
+            pub fn name(self) -> Option<&'static str> {
+                match self.0 {
+                    $($code => Some(stringify!($name)),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+commands! {
+    1 VERSION;
+    2 DMA_MAP;
+    3 DMA_UNMAP;
+    4 DEVICE_GET_INFO;
+    5 DEVICE_GET_REGION_INFO;
+    6 DEVICE_GET_REGION_IO_FDS;
+    7 DEVICE_GET_IRQ_INFO;
+    8 DEVICE_SET_IRQS;
+    9 REGION_READ;
+    10 REGION_WRITE;
+    11 DMA_READ;
+    12 DMA_WRITE;
+    13 DEVICE_RESET;
+    15 REGION_WRITE_MULTI;
+    16 DEVICE_FEATURE;
+    17 MIG_DATA_READ;
+    18 MIG_DATA_WRITE;
+}
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "command {}", self.0),
+        }
+    }
+}
+
+payloads! {
+    /// What precedes the JSON of VERSION.
+    VersionHead, 4 {
+        /// Changes when the message format does.
+        major: u16,
+        /// Changes when messages or capabilities are added.
+        minor: u16,
+    }
+    /// DMA_MAP.
+    DmaMap, 32 {
+        /// Bytes of this payload.
+        argsz: u32,
+        /// Bit 0 readable, bit 1 writeable.
+        flags: u32,
+        /// Where the region begins in its fd.
+        offset: u64,
+        /// Its first DMA address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    }
+    /// DMA_UNMAP, and its reply.
+    DmaUnmap, 24 {
+        /// The largest reply payload.
+        argsz: u32,
+        /// Zero.
+        flags: u32,
+        /// The first DMA address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    }
+    /// DEVICE_GET_INFO, and its reply.
+    DeviceInfoPayload, 16 {
+        /// The largest reply payload; the needed one in the reply.
+        argsz: u32,
+        /// Bit 0 reset, bit 1 PCI.
+        flags: u32,
+        /// Regions.
+        regions: u32,
+        /// Interrupt indexes.
+        irqs: u32,
+    }
+    /// DEVICE_GET_REGION_INFO, and its reply.
+    RegionInfoPayload, 32 {
+        /// The largest reply payload; the needed one in the reply.
+        argsz: u32,
+        /// Bit 0 read, 1 write, 2 mmap, 3 capabilities.
+        flags: u32,
+        /// The region.
+        index: u32,
+        /// Where the first capability is, from the start of this struct.
+        cap_offset: u32,
+        /// Bytes.
+        size: u64,
+        /// Where the region begins in its fd.
+        offset: u64,
+    }
+    /// What each region capability begins with.
+    CapabilityHead, 8 {
+        /// What it is.
+        id: u16,
+        /// Its version.
+        version: u16,
+        /// Where the next one is, from the start of the region info; 0 ends the list.
+        next: u32,
+    }
+    /// What precedes the areas of a sparse mmap capability.
+    SparseHead, 8 {
+        /// Areas.
+        count: u32,
+        /// Zero.
+        reserved: u32,
+    }
+    /// One area of a sparse mmap capability.
+    SparseArea, 16 {
+        /// Where it begins in the region.
+        offset: u64,
+        /// Bytes.
+        size: u64,
+    }
+    /// DEVICE_GET_REGION_IO_FDS, and what precedes the entries of its reply.
+    IoFdsHead, 16 {
+        /// The largest reply payload; the needed one in the reply.
+        argsz: u32,
+        /// Zero.
+        flags: u32,
+        /// The region.
+        index: u32,
+        /// Entries.
+        count: u32,
+    }
+    /// What all entries of DEVICE_GET_REGION_IO_FDS begin with.
+    IoFdEntry, 32 {
+        /// Where the sub-region begins in the region.
+        offset: u64,
+        /// Bytes of an access; 0: any.
+        size: u64,
+        /// Which of the fds.
+        fd_index: u32,
+        /// 0 ioeventfd, 1 ioregionfd, 2 shadow ioeventfd.
+        kind: u32,
+        /// KVM's flags for it.
+        flags: u32,
+        /// Which of the fds is the shadow memory, for a shadow ioeventfd.
+        shadow_fd_index: u32,
+    }
+    /// DEVICE_GET_IRQ_INFO, and its reply.
+    IrqInfoPayload, 16 {
+        /// The largest reply payload.
+        argsz: u32,
+        /// Bit 0 eventfd, 1 maskable, 2 automasked, 3 noresize.
+        flags: u32,
+        /// The interrupt index.
+        index: u32,
+        /// Interrupts.
+        count: u32,
+    }
+    /// What precedes the data of DEVICE_SET_IRQS.
+    SetIrqs, 20 {
+        /// Bytes of this payload, data included.
+        argsz: u32,
+        /// Data and action.
+        flags: u32,
+        /// The interrupt index.
+        index: u32,
+        /// The first interrupt.
+        start: u32,
+        /// Interrupts.
+        count: u32,
+    }
+    /// What precedes the data of REGION_READ and REGION_WRITE.
+    RegionAccess, 16 {
+        /// Where in the region.
+        offset: u64,
+        /// The region.
+        region: u32,
+        /// Bytes.
+        count: u32,
+    }
+    /// What precedes the data of DMA_READ and DMA_WRITE.
+    DmaAccess, 16 {
+        /// The DMA address.
+        address: u64,
+        /// Bytes.
+        count: u64,
+    }
+    /// One write of REGION_WRITE_MULTI.
+    MultiWrite, 24 {
+        /// Where in the region.
+        offset: u64,
+        /// The region.
+        region: u32,
+        /// Bytes, 8 at most.
+        count: u32,
+        /// The bytes, from the front.
+        data: [u8; 8],
+    }
+    /// What precedes the data of DEVICE_FEATURE.
+    FeatureHead, 8 {
+        /// The largest reply payload; the needed one in the reply.
+        argsz: u32,
+        /// Bits 0-15 the feature, 16 get, 17 set, 18 probe.
+        flags: u32,
+    }
+    /// The data of DEVICE_FEATURE for the migration state.
+    MigrationStatePayload, 8 {
+        /// The state.
+        state: u32,
+        /// Not used.
+        data_fd: u32,
+    }
+    /// What precedes the ranges of DMA_LOGGING_START.
+    LoggingStart, 16 {
+        /// Bytes that one bit stands for.
+        page_size: u64,
+        /// Ranges; 0 means everything.
+        count: u32,
+        /// Zero.
+        reserved: u32,
+    }
+    /// One range of DMA_LOGGING_START.
+    LoggingRange, 16 {
+        /// The first DMA address.
+        iova: u64,
+        /// Bytes.
+        length: u64,
+    }
+    /// What precedes the bitmap of DMA_LOGGING_REPORT.
+    LoggingReport, 24 {
+        /// The first DMA address.
+        iova: u64,
+        /// Bytes.
+        length: u64,
+        /// Bytes that one bit stands for.
+        page_size: u64,
+    }
+    /// What precedes the data of MIG_DATA_READ and MIG_DATA_WRITE.
+    MigrationData, 8 {
+        /// The largest reply payload; of a reply, its size.
+        argsz: u32,
+        /// Bytes of data.
+        size: u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_encoded_byte_for_byte() {
+        let command = Header::command(0x0102, Command::REGION_READ, 16);
+        assert_eq!(command.as_bytes(), [2, 1, 9, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(Header::posted(1, Command::REGION_WRITE, 0).flags, 0x10);
+        assert_eq!(Header::reply(&command, 4).as_bytes()[4..], [20, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(
+            Header::error_reply(&command, 22).as_bytes()[4..],
+            [16, 0, 0, 0, 0x21, 0, 0, 0, 22, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn kinds_are_told_by_the_flags_and_reserved_ones_are_refused() {
+        let with = |flags| Header { flags, ..Header::command(0, Command::VERSION, 0) }.kind();
+        assert_eq!(with(0), Ok(Kind::Command));
+        assert_eq!(with(0x10), Ok(Kind::Posted));
+        assert_eq!(with(1), Ok(Kind::Reply));
+        assert_eq!(with(0x21), Ok(Kind::ErrorReply));
+        assert_eq!(with(0x20), Ok(Kind::ErrorReply), "as old rust servers send it");
+        for flags in [2, 0xf, 0x11, 0x31, 0x40, 0x8000_0001, u32::MAX] {
+            assert_eq!(with(flags), Err(Fault::Flags(flags)));
+        }
+    }
+
+    #[test]
+    fn sizes_below_the_header_and_above_the_limit_are_refused() {
+        let with = |size| Header { size, ..Header::command(0, Command::VERSION, 0) }.judge_size(8);
+        assert_eq!((with(16), with(24)), (Ok(0), Ok(8)));
+        for size in [0, 1, 15, 25, 0x8000_0000, u32::MAX] {
+            assert_eq!(with(size), Err(Fault::Size { got: size, least: 16, most: 24 }));
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! vfio-user "Command Concurrency": what was asked and is not answered yet, by message id.
+//!
+//! Must never hand a reply to anybody but who asked: an id stays in use until its reply came, also when nobody
+//! waits for it any more. What may be in flight is limited in number and in bytes.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::error::{Cause, Error, Step};
+use super::message::{Command, Fault, Header, Kind};
+
+/// Commands that may be unanswered at once.
+const IN_FLIGHT_MOST: usize = 4096;
+
+/// Bytes of replies that may be outstanding at once, unless there is but one.
+const REPLIES_MOST: u64 = 64 << 20;
+
+/// What a reply may bring.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Expected {
+    /// The largest payload.
+    pub(super) most: u32,
+    /// The most fds.
+    pub(super) fds: usize,
+}
+
+impl Expected {
+    /// No fds, and at most so many bytes.
+    pub(super) fn bytes(most: u32) -> Self {
+        Self { most, fds: 0 }
+    }
+}
+
+/// A reply that says yes.
+#[derive(Debug, Default)]
+pub(super) struct Reply {
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+struct Entry {
+    command: Command,
+    expected: Expected,
+    sent: Instant,
+    state: State,
+}
+
+enum State {
+    Waiting,
+    Answered(Result<Reply, Error>),
+    /// Nobody waits any more.
+    Abandoned,
+}
+
+/// What became of a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Delivered {
+    /// Somebody waits for it.
+    InTime,
+    /// Nobody waits any more: discarded.
+    Late,
+}
+
+/// All commands without a reply.
+pub(super) struct Table {
+    entries: HashMap<u16, Entry>,
+    next: u16,
+    /// Bytes that the outstanding replies may have.
+    charged: u64,
+    /// Entries whose replies may bring fds.
+    with_fds: usize,
+    /// Somebody who waits reads the socket on behalf of all.
+    pub(super) led: bool,
+    /// Others who wait.
+    pub(super) followers: usize,
+    /// Why the connection ended.
+    loss: Option<Error>,
+}
+
+impl Table {
+    pub(super) fn new() -> Self {
+        Self {
+            entries: HashMap::new(),
+            next: 0,
+            charged: 0,
+            with_fds: 0,
+            led: false,
+            followers: 0,
+            loss: None,
+        }
+    }
+
+    /// An id for a command that is about to be sent.
+    pub(super) fn open(&mut self, command: Command, expected: Expected) -> Result<u16, Cause> {
+        if self.loss.is_some() {
+            return Err(Cause::AlreadyLost);
+        }
+        let charge = u64::from(expected.most);
+        let full = self.entries.len() >= IN_FLIGHT_MOST
+            || !self.entries.is_empty() && self.charged.saturating_add(charge) > REPLIES_MOST;
+        if full {
+            return Err(Cause::Invalid("too many commands are unanswered"));
+        }
+        let id = self.unused();
+        self.charged = self.charged.saturating_add(charge);
+        self.with_fds = self.with_fds.saturating_add(usize::from(expected.fds > 0));
+        let entry = Entry { command, expected, sent: Instant::now(), state: State::Waiting };
+        self.entries.insert(id, entry);
+        Ok(id)
+    }
+
+    /// An id for a message that nothing answers.
+    pub(super) fn unused(&mut self) -> u16 {
+        // Far fewer are in use than there are.
+        while self.entries.contains_key(&self.next) {
+            self.next = self.next.wrapping_add(1);
+        }
+        let id = self.next;
+        self.next = self.next.wrapping_add(1);
+        id
+    }
+
+    fn remove(&mut self, id: u16) -> Option<Entry> {
+        let entry = self.entries.remove(&id)?;
+        self.charged = self.charged.saturating_sub(u64::from(entry.expected.most));
+        self.with_fds = self.with_fds.saturating_sub(usize::from(entry.expected.fds > 0));
+        Some(entry)
+    }
+
+    /// The command was not sent after all.
+    pub(super) fn withdraw(&mut self, id: u16) {
+        self.remove(id);
+    }
+
+    /// True when the next reply may bring fds.
+    pub(super) fn fds_are_due(&self) -> bool {
+        self.with_fds > 0
+    }
+
+    /// Judges a reply by its header, before anything is allocated for it: how large its payload is.
+    pub(super) fn judge(&self, header: &Header) -> Result<u32, Fault> {
+        let entry = self.entries.get(&header.id).ok_or(Fault::Unasked(header.id))?;
+        if entry.command.0 != header.command {
+            return Err(Fault::Request(u32::from(header.command)));
+        }
+        if matches!(entry.state, State::Answered(_)) {
+            return Err(Fault::Unasked(header.id));
+        }
+        header.judge_size(entry.expected.most)
+    }
+
+    /// When the command with this id was sent.
+    pub(super) fn sent_at(&self, id: u16) -> Option<Instant> {
+        self.entries.get(&id).map(|entry| entry.sent)
+    }
+
+    /// Hands a whole reply, already judged, to who waits for it.
+    pub(super) fn deliver(
+        &mut self,
+        peer: &Arc<str>,
+        header: &Header,
+        kind: Kind,
+        reply: Reply,
+    ) -> Result<Delivered, Fault> {
+        self.judge(header)?;
+        let entry = self.entries.get_mut(&header.id).ok_or(Fault::Unasked(header.id))?;
+        let most = entry.expected.fds;
+        if reply.fds.len() > most {
+            let most = u8::try_from(most).unwrap_or(u8::MAX);
+            return Err(Fault::Fds { got: reply.fds.len(), least: 0, most });
+        }
+        if matches!(entry.state, State::Abandoned) {
+            self.remove(header.id);
+            return Ok(Delivered::Late);
+        }
+        entry.state = State::Answered(match kind {
+            Kind::ErrorReply => {
+                let step = Step::Command(entry.command);
+                Err(Error::new(peer, step, Cause::Refused(u64::from(header.errno))))
+            }
+            _ => Ok(reply),
+        });
+        Ok(Delivered::InTime)
+    }
+
+    /// True when nothing has to be waited for.
+    pub(super) fn is_answered(&self, id: u16) -> bool {
+        self.entries.get(&id).is_none_or(|entry| matches!(entry.state, State::Answered(_)))
+    }
+
+    /// The outcome of a command, once.
+    pub(super) fn take(&mut self, id: u16) -> Option<Result<Reply, Error>> {
+        if !self.is_answered(id) {
+            return None;
+        }
+        match self.remove(id)?.state {
+            State::Answered(outcome) => Some(outcome),
+            State::Waiting | State::Abandoned => None,
+        }
+    }
+
+    /// Nobody waits any more: the reply is discarded when it comes.
+    pub(super) fn abandon(&mut self, id: u16) {
+        if self.loss.is_some() {
+            self.remove(id);
+            return;
+        }
+        match self.entries.get_mut(&id) {
+            Some(entry) if matches!(entry.state, State::Waiting) => entry.state = State::Abandoned,
+            _ => drop(self.remove(id)),
+        }
+    }
+
+    /// The command that was sent first and is not answered.
+    pub(super) fn oldest(&self) -> Option<Command> {
+        let waiting = self.entries.values().filter(|entry| matches!(entry.state, State::Waiting));
+        waiting.min_by_key(|entry| entry.sent).map(|entry| entry.command)
+    }
+
+    /// The connection has ended: everybody who waits is told why, each at its own step where the peer just went.
+    pub(super) fn lose(&mut self, peer: &Arc<str>, error: &Error) -> Error {
+        if let Some(first) = &self.loss {
+            return first.clone();
+        }
+        for entry in self.entries.values_mut() {
+            if matches!(entry.state, State::Waiting) {
+                let step = Step::Command(entry.command);
+                entry.state = State::Answered(Err(match error.cause() {
+                    Cause::Closed => Error::new(peer, step, Cause::Closed),
+                    _ => error.clone(),
+                }));
+            }
+        }
+        let gone: Vec<u16> = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| matches!(entry.state, State::Abandoned))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in gone {
+            self.remove(id);
+        }
+        self.loss = Some(error.clone());
+        error.clone()
+    }
+
+    /// Why the connection ended, if it did.
+    pub(super) fn loss(&self) -> Option<&Error> {
+        self.loss.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer() -> Arc<str> {
+        Arc::from("peer")
+    }
+
+    fn reply(id: u16, command: Command) -> Header {
+        Header::reply(&Header::command(id, command, 0), 0)
+    }
+
+    #[test]
+    fn an_id_is_not_used_again_before_its_late_reply_came() {
+        let mut table = Table::new();
+        let first = table.open(Command::REGION_READ, Expected::bytes(8)).unwrap();
+        table.abandon(first);
+        for _ in 0..70_000 {
+            let id = table.open(Command::REGION_READ, Expected::bytes(8)).unwrap();
+            assert_ne!(id, first);
+            table.withdraw(id);
+        }
+        let header = reply(first, Command::REGION_READ);
+        let delivered = table.deliver(&peer(), &header, Kind::Reply, Reply::default());
+        assert_eq!(delivered, Ok(Delivered::Late));
+        assert_eq!(table.judge(&header), Err(Fault::Unasked(first)), "a second one is nobody's");
+    }
+
+    #[test]
+    fn replies_go_to_who_asked_whatever_their_order() {
+        let mut table = Table::new();
+        let ids: Vec<u16> =
+            (0..100).map(|_| table.open(Command::REGION_READ, Expected::bytes(8)).unwrap()).collect();
+        for id in ids.iter().rev() {
+            let reply_of = Reply { payload: id.to_ne_bytes().to_vec(), fds: Vec::new() };
+            let header = reply(*id, Command::REGION_READ);
+            table.deliver(&peer(), &header, Kind::Reply, reply_of).unwrap();
+        }
+        for id in ids {
+            assert_eq!(table.take(id).unwrap().unwrap().payload, id.to_ne_bytes());
+        }
+    }
+
+    #[test]
+    fn numbers_and_bytes_in_flight_are_limited() {
+        let mut table = Table::new();
+        for _ in 0..IN_FLIGHT_MOST {
+            table.open(Command::DEVICE_RESET, Expected::bytes(0)).unwrap();
+        }
+        assert!(table.open(Command::DEVICE_RESET, Expected::bytes(0)).is_err());
+        let mut table = Table::new();
+        let opened =
+            (0..1000).take_while(|_| table.open(Command::REGION_READ, Expected::bytes(1 << 20)).is_ok());
+        assert_eq!(opened.count(), 64);
+    }
+
+    #[test]
+    fn the_end_of_the_connection_answers_everything() {
+        let mut table = Table::new();
+        let read = table.open(Command::REGION_READ, Expected::bytes(8)).unwrap();
+        let late = table.open(Command::DEVICE_RESET, Expected::bytes(8)).unwrap();
+        table.abandon(late);
+        let error = Error::new(&peer(), Step::Idle, Cause::Closed);
+        table.lose(&peer(), &error);
+        let told = table.take(read).unwrap().unwrap_err();
+        assert_eq!(told.step(), Step::Command(Command::REGION_READ));
+        assert!(matches!(table.open(Command::REGION_READ, Expected::bytes(8)), Err(Cause::AlreadyLost)));
+        assert!(table.entries.is_empty());
+    }
+}

@@ -1,0 +1,96 @@
+//! What both protocols share of reading bytes: payloads of a fixed size, and what can be wrong with a message.
+//!
+//! All numbers are native endian. Must never allocate: it looks at what was received.
+
+use std::fmt;
+
+use zerocopy::FromBytes;
+
+/// What is wrong with a message of the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// Version, direction or reserved bits are wrong.
+    #[error("with flags {0:#x}")]
+    Flags(u32),
+    /// It belongs to another request.
+    #[error("with a message of request {0}")]
+    Request(u32),
+    /// The payload has a size that this message cannot have.
+    #[error("with {got} bytes where {} are due", Between(*.least, *.most))]
+    Size {
+        /// Bytes that came, or were announced.
+        got: u32,
+        /// The fewest that make sense.
+        least: u32,
+        /// The most that make sense.
+        most: u32,
+    },
+    /// More or fewer fds than the message has.
+    #[error("with {got} file descriptors where {} are due", Between(u32::from(*.least), u32::from(*.most)))]
+    Fds {
+        /// Fds that came.
+        got: usize,
+        /// The fewest that make sense.
+        least: u8,
+        /// The most that make sense.
+        most: u8,
+    },
+    /// The kernel had no room for the fds.
+    #[error("with file descriptors that this process had no room for")]
+    FdsTruncated,
+    /// A field holds what it must not.
+    #[error("with {field} {value:#x}")]
+    Value {
+        /// The field's name.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// It answers nothing that was asked (vfio-user: its id is not in use).
+    #[error("with an answer to nothing (message id {0:#x})")]
+    Unasked(u16),
+    /// A text in it is not what it must be; the words say how.
+    #[error("with {0}")]
+    Text(&'static str),
+}
+
+struct Between(u32, u32);
+
+impl fmt::Display for Between {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == self.1 { write!(f, "{}", self.0) } else { write!(f, "{} to {}", self.0, self.1) }
+    }
+}
+
+/// Reads a payload of exactly `T`'s size.
+pub fn parse<T: FromBytes>(bytes: &[u8]) -> Result<T, Fault> {
+    let due = length(size_of::<T>());
+    T::read_from_bytes(bytes).map_err(|_| Fault::Size { got: length(bytes.len()), least: due, most: due })
+}
+
+/// Reads `T` from the front of `bytes` and returns what follows.
+pub fn parse_front<T: FromBytes>(bytes: &[u8]) -> Result<(T, &[u8]), Fault> {
+    let least = length(size_of::<T>());
+    T::read_from_prefix(bytes).map_err(|_| Fault::Size { got: length(bytes.len()), least, most: u32::MAX })
+}
+
+/// A length as the wire counts it; saturates, so that an absurd one is refused and not wrapped.
+pub(crate) fn length(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+macro_rules! payloads {
+    ($($(#[$doc:meta])* $name:ident, $size:literal { $($(#[$field_doc:meta])* $field:ident: $type:ty),* $(,)? })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+            #[repr(C)]
+            pub struct $name {
+                $($(#[$field_doc])* pub $field: $type,)*
+            }
+            const _: () = assert!(size_of::<$name>() == $size);
+        )*
+    };
+}
+
+pub(crate) use payloads;
