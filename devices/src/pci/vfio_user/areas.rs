@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::bars::{BarKind, BarShape};
+use super::bars::BarShape;
 use super::contents::{InBar, MsixShape};
+use crate::pci::Space;
 
 /// What mappings are made of, in bytes.
 pub const PAGE: u64 = 4096;
@@ -15,7 +16,7 @@ pub const MOST: usize = 64;
 /// pages of the MSI-X table and its pending bits.
 #[must_use]
 pub fn mappable(bar: &BarShape, areas: &[(u64, u64)], msix: Option<&MsixShape>) -> Vec<Range<u64>> {
-    if bar.kind == BarKind::Io || bar.size < PAGE {
+    if bar.kind.space() == Space::Io {
         return Vec::new();
     }
     let mut pieces: Vec<Range<u64>> = Vec::new();
@@ -55,10 +56,11 @@ pub fn mappable(bar: &BarShape, areas: &[(u64, u64)], msix: Option<&MsixShape>) 
 #[allow(clippy::single_range_in_vec_init, clippy::type_complexity)]
 mod tests {
     use super::*;
+    use crate::pci::{BarIndex, BarKind};
 
     fn bar(kind: BarKind, region: u64) -> BarShape {
         let size = region.next_power_of_two();
-        BarShape { index: 2, kind, prefetchable: false, size, region }
+        BarShape { index: BarIndex::ALL[2], kind, size, region }
     }
 
     #[test]
@@ -90,13 +92,17 @@ mod tests {
     #[test]
     fn the_msix_pages_are_left_out_and_ten_thousand_areas_bounded() {
         let memory = bar(BarKind::Memory32, 0x10_0000);
-        let table = InBar { bar: 2, offset: 0x2ff0, size: 32 };
-        let pba = InBar { bar: 2, offset: 0x8000, size: 8 };
+        let table = InBar { bar: BarIndex::ALL[2], offset: 0x2ff0, size: 32 };
+        let pba = InBar { bar: BarIndex::ALL[2], offset: 0x8000, size: 8 };
         let msix = MsixShape { at: 0x40, vectors: 2, table, pba };
         let all = [(0, 0x10_0000)];
         let expected = [0..0x2000, 0x4000..0x8000, 0x9000..0x10_0000];
         assert_eq!(mappable(&memory, &all, Some(&msix)), expected);
-        let elsewhere = MsixShape { table: InBar { bar: 0, ..table }, pba: InBar { bar: 4, ..pba }, ..msix };
+        let elsewhere = MsixShape {
+            table: InBar { bar: BarIndex::ALL[0], ..table },
+            pba: InBar { bar: BarIndex::ALL[4], ..pba },
+            ..msix
+        };
         assert_eq!(mappable(&memory, &all, Some(&elsewhere)), [0..0x10_0000]);
         let many: Vec<_> = (0..10_000).map(|n| (n * 0x2000, 0x1000)).collect();
         assert_eq!(mappable(&memory, &many, None).len(), MOST);

@@ -2,9 +2,7 @@
 //! size, not what BAR probing would give, is the truth. Pure.
 
 use super::chain::u32_at;
-
-/// A function's BARs, regions 0 to 5.
-pub const COUNT: u8 = 6;
+use crate::pci::{BarIndex, BarKind, BarSpec, Space};
 
 /// The largest BAR that a guest is offered: a TiB.
 pub const LARGEST: u64 = 1 << 40;
@@ -15,30 +13,28 @@ const LARGEST_32: u64 = 1 << 31;
 /// The largest of I/O ports.
 const LARGEST_IO: u64 = 1 << 8;
 
-/// What a BAR decodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BarKind {
-    /// I/O ports.
-    Io,
-    /// Memory below 4 GiB.
-    Memory32,
-    /// Memory anywhere; takes two registers.
-    Memory64,
-}
+/// The smallest of memory: a page, so that no two BARs share one.
+const LEAST: u64 = 1 << 12;
 
 /// One BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarShape {
     /// Its first register, and its region.
-    pub index: u8,
+    pub index: BarIndex,
     /// What it decodes.
     pub kind: BarKind,
-    /// Whether reads have no side effects.
-    pub prefetchable: bool,
     /// Bytes that it decodes: a power of two.
     pub size: u64,
     /// Bytes of the region behind it; the rest reads all ones.
     pub region: u64,
+}
+
+impl BarShape {
+    /// The register that the guest sees.
+    #[must_use]
+    pub fn spec(&self) -> BarSpec {
+        BarSpec { index: self.index, kind: self.kind, size: self.size }
+    }
 }
 
 /// Why a function's BARs cannot be shown.
@@ -48,10 +44,10 @@ pub enum BarError {
     #[error("BAR 5 is a 64-bit one, which takes two registers")]
     NoUpperHalf,
     /// It is larger than it may be.
-    #[error("BAR {index} has {size:#x} bytes, more than the {most:#x} that it may have")]
+    #[error("{index} has {size:#x} bytes, more than the {most:#x} that it may have")]
     TooLarge {
         /// Which one.
-        index: u8,
+        index: BarIndex,
         /// Its region's size.
         size: u64,
         /// The limit for its kind.
@@ -66,32 +62,28 @@ pub enum BarError {
 pub fn judge(config: &[u8], regions: &[u64; 6]) -> Result<[Option<BarShape>; 6], BarError> {
     let mut bars = [None; 6];
     let mut upper_half = false;
-    for ((index, bar), region) in (0..COUNT).zip(&mut bars).zip(regions) {
+    for ((index, bar), region) in BarIndex::ALL.into_iter().zip(&mut bars).zip(regions) {
         // What a server says of the upper half of a BAR means nothing.
         if std::mem::take(&mut upper_half) || *region == 0 {
             continue;
         }
-        let register = u32_at(config, 0x10 + u16::from(index) * 4).unwrap_or(0);
-        let kind = match (register & 1, register & 6) {
-            (1, _) => BarKind::Io,
-            (_, 4) => BarKind::Memory64,
-            _ => BarKind::Memory32,
-        };
-        upper_half = kind == BarKind::Memory64;
-        if upper_half && index + 1 == COUNT {
+        let register = u32_at(config, 0x10 + u16::from(index.get()) * 4).unwrap_or(0);
+        // Of the reserved types, the one below 1 MiB was for memory that 32 bits reach.
+        let kind = BarKind::from_register(register).unwrap_or(BarKind::Memory32);
+        upper_half = kind.is_wide();
+        if upper_half && index.get() == 5 {
             return Err(BarError::NoUpperHalf);
         }
-        let (least, most) = match kind {
-            BarKind::Io => (4, LARGEST_IO),
-            BarKind::Memory32 => (16, LARGEST_32),
-            BarKind::Memory64 => (16, LARGEST),
+        let (least, most) = match kind.space() {
+            Space::Io => (4, LARGEST_IO),
+            Space::Memory if kind.is_wide() => (LEAST, LARGEST),
+            Space::Memory => (LEAST, LARGEST_32),
         };
         if *region > most {
             return Err(BarError::TooLarge { index, size: *region, most });
         }
         let size = region.next_power_of_two().max(least);
-        let prefetchable = kind != BarKind::Io && register & 8 != 0;
-        *bar = Some(BarShape { index, kind, prefetchable, size, region: *region });
+        *bar = Some(BarShape { index, kind, size, region: *region });
     }
     Ok(bars)
 }

@@ -3,9 +3,10 @@
 
 use std::fmt;
 
-use super::bars::{self, BarError, BarKind, BarShape};
+use super::bars::{self, BarError, BarShape};
 use super::chain::{self, Capability, extended_id, id, u8_at, u16_at, u32_at};
 use super::overlay::Overlay;
+use crate::pci::{BarIndex, Space};
 
 /// Offsets in the header that concern us.
 pub mod register {
@@ -70,7 +71,7 @@ impl fmt::Display for Identity {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InBar {
     /// Which BAR.
-    pub bar: u8,
+    pub bar: BarIndex,
     /// Where in it.
     pub offset: u64,
     /// Bytes.
@@ -220,6 +221,10 @@ impl Contents {
             contents.overlay.claim(constant, u32::MAX, u32_at(config, constant).unwrap_or(0));
         }
         contents.overlay.claim(register::HEADER_TYPE, 0xff, 0);
+        for index in 0..6 {
+            contents.overlay.claim(register::BARS + 4 * index, u32::MAX, 0);
+        }
+        contents.overlay.claim(register::LINE, 0xff, 0);
         contents.overlay.claim(register::ROM, u32::MAX, 0);
         contents.show_pin(said);
         contents.show_capabilities(said);
@@ -286,10 +291,12 @@ impl Contents {
         }
         let place = |register: u16, size: u64| {
             let value = u32_at(said.config, from + register).unwrap_or(u32::MAX);
-            let bar = u8::try_from(value & 7).unwrap_or(u8::MAX);
+            let bar = u8::try_from(value & 7).ok().and_then(BarIndex::new)?;
             let place = InBar { bar, offset: u64::from(value & !7), size };
-            let shape = self.bars.get(usize::from(bar)).copied().flatten();
-            shape.is_some_and(|bar| bar.kind != BarKind::Io && place.end() <= bar.size).then_some(place)
+            let shape = self.bars.get(usize::from(bar.get())).copied().flatten();
+            shape
+                .is_some_and(|bar| bar.kind.space() == Space::Memory && place.end() <= bar.size)
+                .then_some(place)
         };
         let bits = u64::from(vectors).div_ceil(64) * 8;
         let Some(table) = place(4, u64::from(vectors) * 16) else {
@@ -308,7 +315,7 @@ impl Contents {
         // Table size, and where both are; enable and function mask come on top.
         self.overlay.claim(from + 2, 0x3fff, u32::from(vectors - 1));
         for (register, place) in [(4, table), (8, pba)] {
-            let low = u32::try_from(place.offset).unwrap_or(0) | u32::from(place.bar);
+            let low = u32::try_from(place.offset).unwrap_or(0) | u32::from(place.bar.get());
             self.overlay.claim(from + register, u32::MAX, low);
         }
         true

@@ -7,9 +7,22 @@
 //! | [`bars`] | kinds and sizes of BARs |
 //! | [`areas`] | which pieces of BARs guests may be shown as memory |
 //! | [`overlay`] | the bits of the configuration space that the client answers itself |
+//! | [`server`] | what the device asks of whoever serves the function |
+//! | [`link`] | the server, until it fails |
+//! | [`remote`] | the function between boards |
+//! | [`device`] | the function on a board |
 
 pub mod areas;
 pub mod bars;
 pub mod chain;
 pub mod contents;
+pub mod device;
+pub mod link;
 pub mod overlay;
+pub mod remote;
+pub mod server;
+#[cfg(test)]
+mod testing;
+
+pub use device::Device;
+pub use remote::Remote;

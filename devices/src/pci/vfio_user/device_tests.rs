@@ -1,0 +1,192 @@
+//! A guest at work on a server's function.
+
+use super::super::testing::{Mood, Scripted, remote};
+use super::*;
+use crate::pci::{Space, Window, Windows};
+use crate::testing::{Recorder, Shown};
+use transport::memory_map::GuestAddr;
+
+const WINDOWS: Windows = Windows {
+    memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
+    memory64: Window { base: 0x80_0000_0000, size: 0x80_0000_0000 },
+    io: Window { base: 0x1000, size: 0xf000 },
+};
+/// Where the guest puts BAR 2.
+const PLACE: u64 = 0x90_0000_0000;
+
+struct Guest {
+    server: Scripted,
+    machine: Recorder,
+    device: Arc<Device>,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let (server, machine) = (Scripted::default(), Recorder::default());
+        let bridge = HostBridge::new(WINDOWS);
+        let device = Device::new(remote(&server), &machine.ports(), &bridge).unwrap();
+        Guest { server, machine, device }
+    }
+
+    fn config(&self, at: u16) -> u32 {
+        let mut data = [0; 4];
+        self.device.config_read(at, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn set(&self, at: u16, value: u32) {
+        self.device.config_write(at, &value.to_le_bytes());
+    }
+
+    fn command(&self, value: u16) {
+        self.device.config_write(register::COMMAND, &value.to_le_bytes());
+    }
+
+    fn bar(&self, bar: usize, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.device.bar_read(BarIndex::ALL[bar], offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn set_bar(&self, bar: usize, offset: u64, value: u32) {
+        self.device.bar_write(BarIndex::ALL[bar], offset, &value.to_le_bytes());
+    }
+
+    fn shown(&self) -> Vec<u64> {
+        self.machine.shown().iter().map(|shown| shown.at.0).collect()
+    }
+
+    /// BAR 2 at [`PLACE`], decoded.
+    fn enable(&self) {
+        self.set(0x18, 0);
+        self.set(0x1c, u32::try_from(PLACE >> 32).unwrap());
+        self.command(Command::MEMORY | Command::MASTER);
+        self.server.calls();
+    }
+}
+
+#[test]
+fn what_is_ours_is_answered_without_the_server_and_the_rest_is_asked() {
+    let guest = Guest::new();
+    assert_eq!(guest.config(0), 0x5678_1234);
+    guest.set(0x10, u32::MAX);
+    assert_eq!(guest.config(0x10), 0xffff_f000);
+    assert_eq!(guest.server.calls(), ["write 7+10 [00, f0, ff, ff]"]);
+    guest.set(0x10, 0xc000_0000);
+    let mut byte = [0];
+    guest.device.config_read(0x3d, &mut byte);
+    assert_eq!(byte, [1], "the pin");
+    guest.server.calls();
+    assert_eq!(guest.config(0x60), 0);
+    guest.device.config_write(0x62, &[1, 2]);
+    guest.device.config_write(0x61, &[1, 2, 3]);
+    assert_eq!(
+        guest.server.calls(),
+        ["read 7+60 4", "write 7+62 [01, 02]", "write 7+61 [01]", "write 7+62 [02]", "write 7+63 [03]"]
+    );
+    guest.set(0, 0);
+    guest.set(0x30, u32::MAX);
+    assert_eq!(guest.config(0x30), 0);
+    assert!(guest.server.calls().is_empty(), "what never changes is not forwarded");
+}
+
+#[test]
+fn the_command_register_is_kept_and_forwarded() {
+    let guest = Guest::new();
+    guest.command(0x0547);
+    assert_eq!(guest.server.calls(), ["write 7+4 [47, 05]"]);
+    // The server has the rest; our scripted one forgets it.
+    assert_eq!(guest.config(4), 0x0010_0407);
+    guest.device.config_write(register::LINE, &[11]);
+    assert_eq!(guest.config(0x3c) & 0xffff, 0x010b);
+}
+
+#[test]
+fn memory_of_the_server_goes_where_the_bar_goes() {
+    let guest = Guest::new();
+    assert!(guest.machine.shown().is_empty());
+    guest.enable();
+    let shown = Shown { at: GuestAddr(PLACE + 0x1000), offset: 0x5000, size: 0x2000, read_only: false };
+    assert_eq!(guest.machine.shown(), [shown]);
+    assert!(guest.device.decoded().iter().any(|bar| bar.base == PLACE && bar.space == Space::Memory));
+    guest.set(0x1c, 0xa0);
+    assert_eq!(guest.shown(), [0xa0_0000_1000]);
+    guest.command(0);
+    assert!(guest.shown().is_empty() && guest.device.decoded().is_empty());
+    guest.command(Command::MEMORY);
+    guest.set(0x1c, 0);
+    assert!(guest.shown().is_empty(), "outside the windows");
+}
+
+#[test]
+fn accesses_of_bars_are_the_servers() {
+    let guest = Guest::new();
+    guest.enable();
+    assert_eq!(guest.bar(2, 0x3ffc), 0xa2a2_a2a2);
+    guest.set_bar(0, 8, 5);
+    guest.set_bar(2, 8, 6);
+    assert_eq!(
+        guest.server.calls(),
+        ["read 2+3ffc 4", "post 0+8 [05, 00, 00, 00]", "write 2+8 [06, 00, 00, 00]"]
+    );
+    // The region ends before the BAR does.
+    for (bar, offset) in [(0, 0x20), (0, 0x1d), (1, 0), (6, 0), (0, u64::MAX)] {
+        assert_eq!(guest.bar(bar, offset), u32::MAX, "{bar} {offset:x}");
+        guest.set_bar(bar, offset, 0);
+    }
+    assert!(guest.server.calls().is_empty());
+    let report = guest.device.remote.report();
+    assert_eq!((report.accesses[0], report.accesses[2]), ((3, 4), (1, 1)));
+}
+
+#[test]
+fn a_refusal_reads_all_ones_and_breaks_nothing() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.server.mood(Mood::Refuses);
+    assert_eq!(guest.bar(2, 0), u32::MAX);
+    guest.set_bar(2, 0, 1);
+    assert_eq!(guest.config(0), 0x5678_1234);
+    assert_eq!(guest.config(0x60), u32::MAX);
+    guest.command(Command::MEMORY);
+    assert_eq!(guest.device.remote.report().refused, 4);
+    guest.server.mood(Mood::Works);
+    assert_eq!(guest.bar(2, 0), 0xa2a2_a2a2);
+}
+
+#[test]
+fn a_lost_server_leaves_nothing_but_all_ones() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.server.mood(Mood::Lost);
+    assert_eq!(guest.bar(0, 0), u32::MAX);
+    assert_eq!(guest.server.calls(), ["read 0+0 4", "shut down"]);
+    assert!(guest.shown().is_empty() && guest.device.decoded().is_empty());
+    assert_eq!((guest.bar(0, 0), guest.config(0), guest.config(0x60)), (u32::MAX, u32::MAX, u32::MAX));
+    guest.set_bar(0, 0, 1);
+    guest.command(7);
+    assert!(guest.server.calls().is_empty(), "nobody waits for it again");
+    assert_eq!(guest.device.remote.report().broken.as_deref(), Some("it is silent"));
+}
+
+#[test]
+fn a_file_made_shorter_breaks_the_device() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.machine.vanish_all();
+    assert_eq!(guest.config(0), u32::MAX);
+    assert_eq!(guest.server.calls(), ["shut down"]);
+    assert!(guest.device.remote.report().broken.is_some_and(|why| why.contains("shorter")));
+}
+
+#[test]
+fn off_its_board_the_device_is_as_after_power_on() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.device.retire();
+    assert!(guest.shown().is_empty());
+    assert_eq!(guest.server.calls(), ["write 7+4 [00, 00]", "reset"]);
+    let again =
+        Device::new(Arc::clone(&guest.device.remote), &guest.machine.ports(), &HostBridge::new(WINDOWS));
+    assert!(again.unwrap().decoded().is_empty(), "until the guest enables it");
+}
