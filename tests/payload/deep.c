@@ -334,6 +334,7 @@ void drive(void)
 		case 'k': set(d, REG_QUEUE_NOTIFY, 0); break;
 		case 'r': set(d, REG_STATUS, 0); break;
 		case 's': bring_up(d); break;
+		case 'x': reset_machine(); break;
 		case 'q': break;
 		default: outcome = "unknown";
 		}

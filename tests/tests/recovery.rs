@@ -119,9 +119,14 @@ fn hang_again_and_again(mut disk: StorageDaemon, ends_alone: bool) {
     for hung in 1..=hangs {
         std::thread::sleep(Duration::from_millis(50 + hung * 37 % 100));
         let lost = vm.log().matches("waits for another backend").count();
+        // A hang in the middle of a recovery would go by unnoticed.
+        wait::until("the last hang is over", STEP, || {
+            (vm.log().matches("has its backend again").count() == lost).then_some(())
+        });
         disk.signal(Signal::STOP);
         // The guest's next write to the configuration finds it out.
         wait::until("the hang is noticed", STEP, || {
+            assert!(!vm.log().contains("is broken"), "after {hung} hangs");
             (vm.log().matches("waits for another backend").count() > lost).then_some(())
         });
         disk.signal(Signal::CONT);

@@ -172,7 +172,7 @@ impl Detached {
             let (peers, index) = (Arc::clone(&plan.peers), plan.index);
             handle.seek_with(Seeker {
                 limit: plan.limits.deadline(),
-                ask: Box::new(move || peers.want(index)),
+                ask: Box::new(move |trial| peers.want(index, trial)),
             });
         }
         match state {
@@ -236,8 +236,10 @@ impl Attached {
     }
 
     /// The broken device was reset: a thread looks for its backend, once. Called by the control loop.
-    pub(crate) fn wanted(&self) {
-        let Some((plan, trial)) = self.plan.as_ref().zip(self.handle.wanted_revival()) else { return };
+    ///
+    /// Must not take the device's lock: a vCPU may hold it, and wait for what is started here.
+    pub(crate) fn wanted(&self, trial: Trial) {
+        let Some(plan) = &self.plan else { return };
         match Recovery::revive(self.handle.clone(), trial, Arc::clone(plan)) {
             // An earlier one has ended.
             Ok(recovery) => drop(self.recovery.replace(Some(recovery))),

@@ -165,11 +165,11 @@ impl<'m> Control<'m> {
                     device.handle().config_changed();
                 }
             }
-            News::Wanted(index) => {
+            News::Wanted(index, trial) => {
                 if let Some(device) = self.board.devices().get(index) {
                     // The connection that broke the device must not break it again when its end is noticed.
                     unwatch(ops, Events::empty(&*device.hang_up()));
-                    device.wanted();
+                    device.wanted(trial);
                 }
             }
             News::Recovered(index, hang_up) => {

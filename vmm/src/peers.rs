@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use devices::virtio::answers::{Answers, OwnChannel};
+use devices::virtio::revival::Trial;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use transport::vhost_user::message::Iotlb;
@@ -28,7 +29,7 @@ pub(crate) enum News {
     /// The configuration of this device changed.
     ConfigChanged(usize),
     /// This broken device was reset and wants its backend looked for.
-    Wanted(usize),
+    Wanted(usize, Trial),
     /// This device has a backend again; the descriptor tells when that one is gone.
     Recovered(usize, OwnedFd),
 }
@@ -38,8 +39,8 @@ struct Shared {
     news: OwnedFd,
     /// "The configuration of device N changed."
     changed: Vec<AtomicBool>,
-    /// "Device N wants its backend looked for."
-    wanted: Vec<AtomicBool>,
+    /// "Device N wants its backend looked for." At most one a device: it asks again when that search is over.
+    wanted: Mutex<Vec<(usize, Trial)>>,
     recovered: Mutex<Vec<(usize, OwnedFd)>>,
     /// Readable when the inbox or `end` is.
     wake: OwnedFd,
@@ -57,7 +58,7 @@ impl Peers {
         let shared = Arc::new(Shared {
             news: eventfd(0, flags)?,
             changed: (0..devices).map(|_| AtomicBool::new(false)).collect(),
-            wanted: (0..devices).map(|_| AtomicBool::new(false)).collect(),
+            wanted: Mutex::new(Vec::new()),
             recovered: Mutex::new(Vec::new()),
             wake: eventfd(0, flags)?,
             inbox: Mutex::new(Vec::new()),
@@ -89,8 +90,9 @@ impl Peers {
     }
 
     /// Asks the control loop to look for the backend of device number `device`. Never waits.
-    pub(crate) fn want(&self, device: usize) {
-        self.shared.raise(&self.shared.wanted, device);
+    pub(crate) fn want(&self, device: usize, trial: Trial) {
+        lock(&self.shared.wanted).push((device, trial));
+        ring(&self.shared.news);
     }
 
     /// Readable when [`Peers::take_news`] has something.
@@ -105,7 +107,8 @@ impl Peers {
         let mut news: Vec<News> =
             recovered.into_iter().map(|(index, fd)| News::Recovered(index, fd)).collect();
         news.extend(lowered(&self.shared.changed).map(News::ConfigChanged));
-        news.extend(lowered(&self.shared.wanted).map(News::Wanted));
+        let wanted = std::mem::take(&mut *lock(&self.shared.wanted));
+        news.extend(wanted.into_iter().map(|(index, trial)| News::Wanted(index, trial)));
         news
     }
 }

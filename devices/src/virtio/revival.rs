@@ -12,6 +12,7 @@
 //!   is not waited for, and FEATURES_OK is refused
 //! ```
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,8 +28,9 @@ pub struct Seeker {
     /// How long a driver's FEATURES_OK may wait for what a search brings.
     pub limit: Duration,
     /// Has somebody call [`DeviceHandle::revive`] soon, on a thread that may wait. Called with the
-    /// device's lock held; must not wait.
-    pub ask: Box<dyn Fn() + Send>,
+    /// device's lock held; must not wait. Nor need whoever is asked take that lock before the outcome is
+    /// there: a driver that waits for it holds the lock.
+    pub ask: Box<dyn Fn(Trial) + Send>,
 }
 
 /// What a broken device knows of its second chance.
@@ -43,6 +45,12 @@ pub(super) struct Revival {
 /// A search that somebody promised to carry out; it counts as failed when this is dropped.
 #[must_use = "a driver may wait for the outcome"]
 pub struct Trial(Arc<Starting>);
+
+impl fmt::Debug for Trial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trial").field("busy", &self.0.is_busy()).finish()
+    }
+}
 
 impl Trial {
     fn complete(&self, result: Result<Candidate, BackendError>) {
@@ -69,12 +77,6 @@ impl DeviceHandle {
         self.with(Device::begin_trial).map(Trial)
     }
 
-    /// The search that the device asked for, if it still wants one.
-    #[must_use]
-    pub fn wanted_revival(&self) -> Option<Trial> {
-        self.with(|device| device.revival.trial.clone().filter(|trial| trial.is_busy()).map(Trial))
-    }
-
     /// Ends a search: `found` becomes the backend of the broken device, or the device stays broken.
     /// Called on the thread that searched.
     ///
@@ -91,12 +93,11 @@ impl Device {
     /// The driver has reset the device: a broken one asks for another backend, unless it is looked for
     /// already.
     pub(super) fn seek(&mut self) {
-        // Whoever is asked takes the trial from here.
         if self.revival.seeker.is_some()
-            && self.begin_trial().is_some()
+            && let Some(trial) = self.begin_trial()
             && let Some(seeker) = &self.revival.seeker
         {
-            (seeker.ask)();
+            (seeker.ask)(Trial(trial));
         }
     }
 

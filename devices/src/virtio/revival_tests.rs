@@ -1,4 +1,5 @@
 use super::*;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ struct Rig {
     handle: DeviceHandle,
     machine: Recorder,
     asked: Arc<AtomicU32>,
+    wanted: Arc<Mutex<Option<Trial>>>,
 }
 
 fn rig() -> Rig {
@@ -34,12 +36,14 @@ fn rig() -> Rig {
     let handle = device.handle();
     handle.on_loss(OnLoss::Break);
     let asked = Arc::new(AtomicU32::new(0));
-    let counter = Arc::clone(&asked);
-    let ask = Box::new(move || {
+    let wanted = Arc::new(Mutex::new(None));
+    let (counter, inbox) = (Arc::clone(&asked), Arc::clone(&wanted));
+    let ask = Box::new(move |trial| {
         counter.fetch_add(1, Ordering::Relaxed);
+        *inbox.lock().unwrap() = Some(trial);
     });
     handle.seek_with(Seeker { limit: LIMIT, ask });
-    Rig { device, handle, machine, asked }
+    Rig { device, handle, machine, asked, wanted }
 }
 
 fn candidate(queues: u16) -> (Scripted, Candidate) {
@@ -54,6 +58,11 @@ impl Rig {
 
     fn asked(&self) -> u32 {
         self.asked.load(Ordering::Relaxed)
+    }
+
+    /// The search that the device asked for.
+    fn wanted(&self) -> Option<Trial> {
+        self.wanted.lock().unwrap().take()
     }
 
     /// A driver up to FEATURES_OK, if the device agrees.
@@ -90,7 +99,7 @@ fn device_that_broke_is_whole_again_after_a_reset_that_brings_a_backend() {
     rig.write(0x70, 0);
     assert_eq!(rig.asked(), 1);
     let (second, candidate) = candidate(2);
-    rig.handle.revive(rig.handle.wanted_revival().unwrap(), Ok(candidate)).unwrap();
+    rig.handle.revive(rig.wanted().unwrap(), Ok(candidate)).unwrap();
     assert_eq!(rig.handle.phase(), PhaseReport::Idle);
     assert!(rig.agree());
     for (offset, value) in [(0x30, 0), (0x38, 16), (0x80, 0x1000), (0x90, 0x2000), (0xa0, 0x3000), (0x44, 1)]
@@ -109,7 +118,7 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     let rig = rig();
     rig.handle.peer_lost("it crashed");
     rig.write(0x70, 0);
-    let trial = rig.handle.wanted_revival().unwrap();
+    let trial = rig.wanted().unwrap();
     let handle = rig.handle.clone();
     let (second, candidate) = candidate(2);
     let searcher = std::thread::spawn(move || {
@@ -124,7 +133,7 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     rig.handle.peer_lost("it crashed again");
     assert_eq!(second.calls(), ["disconnect"]);
     rig.write(0x70, 0);
-    let trial = rig.handle.wanted_revival().unwrap();
+    let trial = rig.wanted().unwrap();
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() >= LIMIT && begun.elapsed() < LIMIT * 4, "{:?}", begun.elapsed());
     rig.write(0x70, 0);
@@ -140,7 +149,7 @@ fn peer_that_fell_silent_is_not_waited_for_but_may_come_back() {
     let rig = rig();
     rig.handle.with(|device| device.lose_by(&silence()));
     rig.write(0x70, 0);
-    let trial = rig.handle.wanted_revival().unwrap();
+    let trial = rig.wanted().unwrap();
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() < LIMIT / 2, "{:?}", begun.elapsed());
     // The backend answers at last: the next driver finds the device whole.
@@ -158,7 +167,7 @@ fn search_that_fails_leaves_the_device_broken_and_the_next_reset_asks_again() {
         rig.write(0x70, 0);
         rig.write(0x70, 0);
         assert_eq!(rig.asked(), round, "one search at a time");
-        let trial = rig.handle.wanted_revival().unwrap();
+        let trial = rig.wanted().unwrap();
         let found = match round {
             1 => Err(BackendError::gone()),
             2 => Err(silence()),
@@ -166,7 +175,7 @@ fn search_that_fails_leaves_the_device_broken_and_the_next_reset_asks_again() {
         };
         let result = rig.handle.revive(trial, found);
         assert!(matches!(result, Err(TakeOverError::Failed(_) | TakeOverError::Unfit(_))), "{result:?}");
-        assert!(rig.is_broken() && rig.handle.wanted_revival().is_none() && !rig.agree());
+        assert!(rig.is_broken() && rig.wanted().is_none() && !rig.agree());
     }
 }
 
@@ -175,7 +184,7 @@ fn machine_that_ends_or_restarts_wants_no_backend_any_more() {
     let rig = rig();
     rig.handle.peer_lost("it crashed");
     rig.write(0x70, 0);
-    let trial = rig.handle.wanted_revival().unwrap();
+    let trial = rig.wanted().unwrap();
     rig.handle.shutdown();
     let (second, candidate) = candidate(2);
     let result = rig.handle.revive(trial, Ok(candidate));
