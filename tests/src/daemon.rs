@@ -256,8 +256,10 @@ impl Drop for StorageDaemon {
             eprintln!("--- {}\n{}", self.program.display(), tail(&self.log.text(), 20));
             // A daemon that hangs, and one that was never asked, are told apart by this.
             let listening = (0..self.kind.disks()).filter(|n| is_listening(&self.socket_of(*n))).count();
-            let state = |file: &str| fs::read_to_string(format!("/proc/{}/{file}", self.pid())).unwrap_or_default();
-            let line = state("status").lines().find(|line| line.starts_with("State:")).unwrap_or("gone").to_owned();
+            let state =
+                |file: &str| fs::read_to_string(format!("/proc/{}/{file}", self.pid())).unwrap_or_default();
+            let line =
+                state("status").lines().find(|line| line.starts_with("State:")).unwrap_or("gone").to_owned();
             eprintln!("--- {line}, in {}, listens on {listening}\n---", state("wchan"));
         }
         // One that a test killed before is gone already.
