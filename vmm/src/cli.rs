@@ -13,7 +13,7 @@ use transport::vhost_user::Limits;
 
 use crate::config::{
     Config, DEFAULT_CMDLINE, Image, Memory, OnReset, Serial, load_toml, parse_memory, parse_serial,
-    parse_vhost_user,
+    parse_vfio_user, parse_vhost_user,
 };
 use crate::error::{Error, Fault};
 use crate::machine::{End, Machine, Outcome};
@@ -91,6 +91,11 @@ struct Run {
     /// reconnect=SECONDS; socket=fd=N takes an inherited descriptor
     #[arg(long, value_name = "TYPE,socket=PATH[,KEY=VALUE]")]
     vhost_user: Vec<String>,
+    /// A PCI device served by a vfio-user server (may be given again). Keys: id=NAME, deadline=MS,
+    /// posted-writes=on|off (whether a write to a BAR waits for the server; by default it does where
+    /// memory of the BAR is mapped into the guest); socket=fd=N takes an inherited descriptor
+    #[arg(long, value_name = "socket=PATH[,KEY=VALUE]")]
+    vfio_user: Vec<String>,
     /// Where the serial console goes: stdio, null, file=PATH or socket=PATH (we listen) [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
@@ -233,6 +238,9 @@ impl Run {
         }
         for text in file.vhost_user.iter().chain(&self.vhost_user) {
             config.vhost_user.push(parse_vhost_user(text)?);
+        }
+        for text in file.vfio_user.iter().chain(&self.vfio_user) {
+            config.vfio_user.push(parse_vfio_user(text)?);
         }
         config.serial = match self.serial.or(file.serial) {
             Some(text) => parse_serial(&text)?,

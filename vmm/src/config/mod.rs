@@ -5,6 +5,7 @@
 
 mod parse;
 mod toml_file;
+mod vfio_user;
 
 use std::fmt;
 use std::fs::File;
@@ -22,6 +23,7 @@ use devices::virtio::vhost_user::Order;
 pub use parse::{parse_memory, parse_serial, parse_vhost_user};
 pub use toml_file::load as load_toml;
 use transport::vhost_user::Trace;
+pub use vfio_user::{VfioUser, parse_vfio_user};
 
 /// How long a peer may take over one request, unless `deadline=` says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(2000);
@@ -48,6 +50,8 @@ pub struct Config {
     pub cpus: u8,
     /// virtio devices served by vhost-user backends, in the order of their guest addresses.
     pub vhost_user: Vec<VhostUser>,
+    /// PCI devices served by vfio-user servers, in the order of their device numbers.
+    pub vfio_user: Vec<VfioUser>,
     /// Where the serial console goes.
     pub serial: Serial,
     /// What a guest's reset does.
@@ -68,6 +72,7 @@ impl Config {
             memory: Memory::default(),
             cpus: 1,
             vhost_user: Vec::new(),
+            vfio_user: Vec::new(),
             serial: Serial::Null,
             on_reset: OnReset::Exit,
             discovery: arch::platform::Discovery::Acpi,

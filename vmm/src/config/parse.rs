@@ -240,18 +240,22 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
     };
     let mut device =
         VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE, reconnect, role, iommu };
-    if let Some(id) = keys.take("id") {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
-            return Err(Error::usage(format!("{option} cannot use id={id}"))
-                .hint("an id has 1 to 64 letters, digits, '-', '_' or '.'"));
-        }
-        device.id = Some(id.to_owned());
-    }
+    device.id = id(option, &mut keys)?;
     if let Some(deadline) = keys.take_number("deadline", 1..=3_600_000)? {
         device.deadline = Duration::from_millis(deadline);
     }
     Ok(device)
+}
+
+/// A device's name.
+pub(super) fn id(option: &str, keys: &mut KeyValues<'_>) -> Result<Option<String>, Error> {
+    let Some(id) = keys.take("id") else { return Ok(None) };
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
+        return Err(Error::usage(format!("{option} cannot use id={id}"))
+            .hint("an id has 1 to 64 letters, digits, '-', '_' or '.'"));
+    }
+    Ok(Some(id.to_owned()))
 }
 
 /// `blk`, `net`, … or `generic:DEVICE_ID`.
@@ -268,7 +272,7 @@ pub(super) fn device_type(name: &str) -> Result<DeviceType, Error> {
 
 impl Socket {
     /// `PATH`, or `fd=N` for an inherited descriptor.
-    fn parse(text: &str) -> Result<Self, Error> {
+    pub(super) fn parse(text: &str) -> Result<Self, Error> {
         match text.strip_prefix("fd=") {
             None => Ok(Socket::Path(PathBuf::from(text))),
             Some(number) => match number.parse::<i32>() {

@@ -30,6 +30,9 @@ pub struct File {
     /// `--vhost-user`, once an item
     #[serde(default)]
     pub vhost_user: Vec<String>,
+    /// `--vfio-user`, once an item
+    #[serde(default)]
+    pub vfio_user: Vec<String>,
     /// `--serial`
     pub serial: Option<String>,
     /// `--stats`

@@ -9,12 +9,14 @@
 //! | [`overlay`] | the bits of the configuration space that the client answers itself |
 //! | [`server`] | what the device asks of whoever serves the function |
 //! | [`link`] | the server, until it fails |
+//! | [`client`] | that, over vfio-user |
 //! | [`remote`] | the function between boards |
 //! | [`device`] | the function on a board |
 
 pub mod areas;
 pub mod bars;
 pub mod chain;
+pub mod client;
 pub mod contents;
 pub mod device;
 pub mod link;
@@ -24,5 +26,6 @@ pub mod server;
 #[cfg(test)]
 mod testing;
 
+pub use client::{OpenError, Opened, Wishes, open};
 pub use device::Device;
 pub use remote::Remote;

@@ -1,0 +1,287 @@
+//! A server over vfio-user: asked what its function is, then for whatever the device wants of it.
+
+use std::sync::Arc;
+
+use transport::memory_map::MemoryMap;
+use transport::vfio_user::{
+    Client, Error, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing,
+};
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use super::areas;
+use super::bars::BarShape;
+use super::chain;
+use super::contents::{Contents, MsixShape, Said, Unfit};
+use super::link::Writes;
+use super::remote::{Doorbell, Piece, Region, Remote, Reset};
+use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
+use crate::ports::WriteWidth;
+
+/// What the user may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wishes {
+    /// How BARs are written; by default posted where nothing of the BAR is memory of the guest.
+    pub writes: Option<Writes>,
+}
+
+/// Why there is no device.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The server failed.
+    #[error(transparent)]
+    Server(#[from] Error),
+    /// It serves something else.
+    #[error("vfio-user server {0} serves no PCI device")]
+    NotPci(String),
+    /// Its function cannot be shown to guests.
+    #[error("the function that vfio-user server {0} serves cannot be shown to a guest")]
+    Unfit(String, #[source] Unfit),
+    /// A doorbell's descriptor cannot be kept.
+    #[error("a descriptor of vfio-user server {0} cannot be duplicated")]
+    Duplicate(String, #[source] std::io::Error),
+}
+
+impl OpenError {
+    /// What the user may try.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Server(error) => error.hint(),
+            Self::NotPci(_) | Self::Unfit(..) => {
+                Some("`outboard probe vfio-user SOCKET` shows what the server says of its device")
+            }
+            Self::Duplicate(..) => Some("raise the limit of open files (ulimit -n)"),
+        }
+    }
+}
+
+/// A server that was asked all, with guest memory shared.
+pub struct Opened {
+    /// Its function.
+    pub remote: Arc<Remote>,
+    /// What reads while nobody waits; to be served from now on.
+    pub receiver: Receiver,
+    /// Hangs up when the connection is gone.
+    pub hang_up: OwnedFd,
+}
+
+/// Asks a server what its function is, and gives it guest memory. Waits for the server.
+///
+/// # Errors
+/// When it fails, refuses, or serves what guests cannot be shown. Nothing stays mapped then: the connection ends.
+pub fn open(client: Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Result<Opened, OpenError> {
+    let opened = ask(&client, name, wishes, memory);
+    if opened.is_err() {
+        client.shut_down();
+    }
+    opened
+}
+
+fn ask(client: &Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Result<Opened, OpenError> {
+    let peer = || client.peer().to_owned();
+    let info = client.device_info()?;
+    if !info.is_pci() || info.regions <= u32::from(CONFIG_REGION) {
+        return Err(OpenError::NotPci(peer()));
+    }
+    let mut infos = Vec::new();
+    for index in 0..6 {
+        infos.push(client.region_info(RegionIndex(index))?);
+    }
+    let config = client.region_info(RegionIndex::CONFIG)?;
+    let bytes = config_bytes(client, config.size)?;
+    let mut interrupts = [0; 3];
+    for (kind, count) in [IrqIndex::INTX, IrqIndex::MSI, IrqIndex::MSIX].into_iter().zip(&mut interrupts) {
+        if kind.0 < info.irqs {
+            *count = client.irq_info(kind)?.count;
+        }
+    }
+    let mut bars = [0; 6];
+    bars.iter_mut().zip(&infos).for_each(|(size, info)| *size = info.size);
+    let said = Said { config: &bytes, bars: &bars, interrupts: &interrupts };
+    let contents = Contents::judge(&said).map_err(|unfit| OpenError::Unfit(peer(), unfit))?;
+    for oddity in &contents.oddities {
+        log::warn!("device {name}: {oddity}");
+    }
+    let sharing = if client.version().agreed.fds() == 0 { Sharing::Messages } else { Sharing::Descriptor };
+    client.dma_map_all(memory, sharing)?;
+    let mut regions = Vec::new();
+    for (info, bar) in infos.into_iter().zip(&contents.bars) {
+        regions.push(region(client, info, bar.as_ref(), contents.msix.as_ref(), wishes)?);
+    }
+    let regions = <[Region; 6]>::try_from(regions).unwrap_or_else(|_| std::array::from_fn(|_| absent()));
+    let reset = if info.can_reset() { Reset::Offered } else { Reset::NotOffered };
+    let receiver = client.receiver()?;
+    let hang_up = client.hang_up()?;
+    let remote = Remote::new(name, Arc::new(Session(client.clone())), contents, regions, reset);
+    Ok(Opened { remote: Arc::new(remote), receiver, hang_up })
+}
+
+/// The configuration space: the first 256 bytes, and of the rest what capability lists are made of. By naturally
+/// aligned dwords, as some servers abort on anything else.
+fn config_bytes(client: &Client, size: u64) -> Result<Vec<u8>, OpenError> {
+    let size = match size {
+        0x1000.. => 0x1000,
+        0x100.. => 0x100,
+        _ => {
+            let size = usize::try_from(size).unwrap_or(usize::MAX);
+            return Err(OpenError::Unfit(client.peer().to_owned(), Unfit::ConfigSize(size)));
+        }
+    };
+    let mut bytes = vec![0; size];
+    let (header, _) = bytes.split_at_mut(0x100);
+    let mut pending = Vec::new();
+    for (at, dword) in (0..).step_by(4).zip(header.chunks_mut(4)) {
+        pending.push((client.begin_read(RegionIndex::CONFIG, at, 4)?, dword));
+    }
+    for (read, dword) in pending {
+        read.wait(dword)?;
+    }
+    let mut next: u16 = if size > 0x100 { 0x100 } else { 0 };
+    let mut seen = 0;
+    // No list has more members than that; what lies about it is judged afterwards.
+    while (0x100..0x1000).contains(&next) && next.is_multiple_of(4) && seen < 960 {
+        let at = usize::from(next);
+        let Some(dword) = bytes.get_mut(at..at + 4) else { break };
+        match client.read(RegionIndex::CONFIG, next.into(), dword) {
+            Ok(()) => {}
+            Err(error) if error.is_fatal() => return Err(error.into()),
+            Err(error) => {
+                log::debug!("no extended configuration space: {error}");
+                break;
+            }
+        }
+        let header = chain::u32_at(&bytes, next).filter(|header| *header != u32::MAX).unwrap_or(0);
+        next = u16::try_from(header >> 20).unwrap_or(0);
+        seen += 1;
+    }
+    Ok(bytes)
+}
+
+fn absent() -> Region {
+    Region {
+        readable: false,
+        writable: false,
+        file: None,
+        pieces: Vec::new(),
+        doorbells: Vec::new(),
+        writes: Writes::Answered,
+    }
+}
+
+fn region(
+    client: &Client,
+    info: RegionInfo,
+    bar: Option<&BarShape>,
+    msix: Option<&MsixShape>,
+    wishes: Wishes,
+) -> Result<Region, OpenError> {
+    let Some(bar) = bar else { return Ok(absent()) };
+    let listed: Vec<_> = info.areas.iter().map(|area| (area.offset, area.size)).collect();
+    let pieces: Vec<_> = areas::mappable(bar, &listed, msix)
+        .into_iter()
+        .map(|piece| Piece {
+            offset: piece.start,
+            size: piece.end - piece.start,
+            file_offset: info.offset.saturating_add(piece.start),
+        })
+        .collect();
+    let fds = match client.region_io_fds(&info) {
+        Ok(fds) => fds,
+        Err(error) if error.is_fatal() => return Err(error.into()),
+        Err(error) => {
+            log::debug!("{}: {error}", bar.index);
+            Vec::new()
+        }
+    };
+    let mut doorbells = Vec::new();
+    for fd in &fds {
+        let kept = doorbell(fd).transpose();
+        doorbells.extend(kept.map_err(|error| OpenError::Duplicate(client.peer().to_owned(), error))?);
+    }
+    let default = if pieces.is_empty() { Writes::Posted } else { Writes::Answered };
+    Ok(Region {
+        readable: info.is_readable(),
+        writable: info.is_writable(),
+        file: info.fd.map(Arc::new),
+        pieces,
+        doorbells,
+        writes: wishes.writes.unwrap_or(default),
+    })
+}
+
+/// A doorbell that the kernel can ring without us: one whose value is not wanted.
+fn doorbell(fd: &IoFd) -> Option<std::io::Result<Doorbell>> {
+    if fd.place.kind != IoFdKind::Ioeventfd {
+        return None;
+    }
+    let value = fd.place.value();
+    let width = match fd.place.size {
+        0 if value.is_none() => WriteWidth::Any,
+        1 => WriteWidth::One,
+        2 => WriteWidth::Two,
+        4 => WriteWidth::Four,
+        8 => WriteWidth::Eight,
+        _ => return None,
+    };
+    let bell = |fd_| Doorbell { offset: fd.place.offset, width, value, fd: fd_ };
+    Some(fd.fd.try_clone().map(bell))
+}
+
+/// One connection.
+struct Session(Client);
+
+fn sort(error: Error) -> ServerError {
+    if error.is_fatal() { ServerError::Lost(error.into()) } else { ServerError::Refused(error.into()) }
+}
+
+fn index(kind: Irq) -> IrqIndex {
+    match kind {
+        Irq::Intx => IrqIndex::INTX,
+        Irq::Msi => IrqIndex::MSI,
+        Irq::MsiX => IrqIndex::MSIX,
+    }
+}
+
+impl Server for Session {
+    fn read(&self, region: u8, offset: u64, data: &mut [u8]) -> Result<(), ServerError> {
+        self.0.read(RegionIndex(region.into()), offset, data).map_err(sort)
+    }
+
+    fn write(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
+        self.0.write(RegionIndex(region.into()), offset, data).map_err(sort)
+    }
+
+    fn post(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
+        self.0.post_write(RegionIndex(region.into()), offset, data).map_err(sort)
+    }
+
+    fn arm(&self, kind: Irq, calls: &[BorrowedFd<'_>]) -> Result<(), ServerError> {
+        self.0.arm_irqs(index(kind), calls).map_err(sort)
+    }
+
+    fn disarm(&self, kind: Irq) -> Result<(), ServerError> {
+        self.0.disable_irqs(index(kind)).map_err(sort)
+    }
+
+    fn unmask_pin(&self) -> Result<(), ServerError> {
+        self.0.unmask_irqs(IrqIndex::INTX, 0, 1).map_err(sort)
+    }
+
+    fn reset(&self) -> Result<(), ServerError> {
+        self.0.reset().map_err(sort)
+    }
+
+    fn shut_down(&self) {
+        self.0.shut_down();
+    }
+
+    fn stats(&self) -> ServerStats {
+        let stats = self.0.stats();
+        ServerStats {
+            messages: stats.sent.saturating_add(stats.posted),
+            waits: stats.answers.saturating_add(stats.failures),
+            worst_wait: stats.worst_wait,
+        }
+    }
+}
