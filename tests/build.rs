@@ -60,18 +60,18 @@ fn main() -> Result<(), Box<dyn Error>> {
             format!("{} could not build the tiny kernel: {status}", compiler.to_string_lossy()).into()
         );
     }
-    guest_program(&compiler)
+    guest_program(&compiler, "backends/guest.c", "guest-program")?;
+    guest_program(&compiler, "servers/guest.c", "engine-program")
 }
 
-/// What stock guests run to try their devices, as `OUT_DIR/guest-program`.
-fn guest_program(compiler: &OsStr) -> Result<(), Box<dyn Error>> {
-    const SOURCE: &str = "backends/guest.c";
-    println!("cargo::rerun-if-changed={SOURCE}");
-    let output = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?).join("guest-program");
+/// What stock guests run to try their devices, in `OUT_DIR`.
+fn guest_program(compiler: &OsStr, source: &str, name: &str) -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed={source}");
+    let output = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?).join(name);
     let flags = ["-static", "-Os", "-s", "-std=gnu11", "-Wall", "-Wextra"];
-    let status = Command::new(compiler).args(flags).arg(SOURCE).arg("-o").arg(&output).status()?;
+    let status = Command::new(compiler).args(flags).arg(source).arg("-o").arg(&output).status()?;
     if !status.success() {
-        return Err(format!("{} could not build {SOURCE}: {status}", compiler.to_string_lossy()).into());
+        return Err(format!("{} could not build {source}: {status}", compiler.to_string_lossy()).into());
     }
     Ok(())
 }

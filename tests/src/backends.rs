@@ -142,11 +142,8 @@ pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
         found.ok_or_else(|| Missing::new(format!("{name} is not set: run by tests/lab/runner")))
     };
     let kernel = variable("OUTBOARD_KERNEL_6_12_ELF")?;
-    let mut image = Vec::new();
-    for archive in ["OUTBOARD_GUEST_INITRAMFS_6_12", "OUTBOARD_GUEST_DRIVERS_6_12"] {
-        image.extend(fs::read(variable(archive)?).unwrap());
-        image.resize(image.len().next_multiple_of(4), 0);
-    }
+    let mut image =
+        archive(&[variable("OUTBOARD_GUEST_INITRAMFS_6_12")?, variable("OUTBOARD_GUEST_DRIVERS_6_12")?]);
     const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-program"));
     cpio_entry(&mut image, "bin/guest", 0o100_755, PROGRAM);
     cpio_entry(&mut image, "guest.sh", 0o100_644, script.as_bytes());
@@ -157,8 +154,18 @@ pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
     Ok(launch.arg("--initramfs").arg(initramfs))
 }
 
+/// Archives one after another, which a kernel takes as one.
+pub(crate) fn archive(parts: &[PathBuf]) -> Vec<u8> {
+    let mut image = Vec::new();
+    for part in parts {
+        image.extend(fs::read(part).unwrap());
+        image.resize(image.len().next_multiple_of(4), 0);
+    }
+    image
+}
+
 /// One file of the newc format, as the kernel's `driver-api/early-userspace/buffer-format` has it.
-fn cpio_entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
+pub(crate) fn cpio_entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
     let (size, name_size) = (contents.len(), name.len() + 1);
     // ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
     let header = format!(

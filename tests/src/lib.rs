@@ -11,6 +11,7 @@
 //! | [`daemon`], [`qmp`] | Debian's `qemu-storage-daemon` as the backend |
 //! | [`disk`] | an independent backend in this process, on the crate `vhost-user-backend` |
 //! | [`backends`] | backends that others wrote, and guests with the drivers for them |
+//! | [`vfio`] | our vfio-user servers on the crate `vfio_user`, and guests that drive them |
 //! | [`peer`], [`proxy`] | backends that do not what they should; one that listens in |
 //! | [`library`] | a `vmm::Machine` in this process |
 //! | [`payload`] | the tiny kernel |
@@ -36,4 +37,5 @@ pub mod pty;
 pub mod qmp;
 pub mod scratch;
 pub mod stats;
+pub mod vfio;
 pub mod wait;

@@ -80,26 +80,44 @@ pub fn kvm() -> Result<(), Missing> {
 /// When there is none, or it does not build.
 pub fn outboard() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        if let Some(path) = env::var_os("OUTBOARD_BIN") {
-            let path = PathBuf::from(path);
-            assert!(path.exists(), "OUTBOARD_BIN: there is no {}", path.display());
-            return path;
-        }
-        let test = env::current_exe().expect("this test has a path");
-        let folder = test.ancestors().nth(2).expect("a test lies in target/PROFILE/deps");
-        // cargo builds what a test links, not the programs that it starts; a stale one would be tested in silence.
-        let Some(cargo) = env::var_os("CARGO") else { return folder.join("outboard") };
-        let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--package", "vmm", "--bin", "outboard"]);
-        build.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-        if folder.ends_with("release") {
-            build.arg("--release");
-        }
-        let status = build.status().expect("cargo starts");
-        assert!(status.success(), "outboard does not build");
-        folder.join("outboard")
-    })
+    PATH.get_or_init(|| program("OUTBOARD_BIN", "vmm", "outboard"))
+}
+
+/// A vfio-user server of `tests/servers`, `nvme` or `engine`: `OUTBOARD_SERVER_NAME`, else the one that this cargo builds.
+///
+/// # Panics
+/// When there is none, or it does not build.
+#[must_use]
+pub fn server(name: &str) -> &'static Path {
+    static NVME: OnceLock<PathBuf> = OnceLock::new();
+    static ENGINE: OnceLock<PathBuf> = OnceLock::new();
+    let (place, variable) = match name {
+        "nvme" => (&NVME, "OUTBOARD_SERVER_NVME"),
+        "engine" => (&ENGINE, "OUTBOARD_SERVER_ENGINE"),
+        _ => panic!("no server {name}"),
+    };
+    place.get_or_init(|| program(variable, "outboard-servers", &format!("vfio-user-{name}")))
+}
+
+fn program(variable: &str, package: &str, name: &str) -> PathBuf {
+    if let Some(path) = env::var_os(variable) {
+        let path = PathBuf::from(path);
+        assert!(path.exists(), "{variable}: there is no {}", path.display());
+        return path;
+    }
+    let test = env::current_exe().expect("this test has a path");
+    let folder = test.ancestors().nth(2).expect("a test lies in target/PROFILE/deps");
+    // cargo builds what a test links, not the programs that it starts; a stale one would be tested in silence.
+    let Some(cargo) = env::var_os("CARGO") else { return folder.join(name) };
+    let mut build = Command::new(cargo);
+    build.args(["build", "--quiet", "--package", package, "--bin", name]);
+    build.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    if folder.ends_with("release") {
+        build.arg("--release");
+    }
+    let status = build.status().expect("cargo starts");
+    assert!(status.success(), "{name} does not build");
+    folder.join(name)
 }
 
 /// Debian's storage daemon.

@@ -209,6 +209,12 @@ impl ConfigSpace {
         }
     }
 
+    /// True when the guest does not want the pin (Interrupt Disable of the command register).
+    #[must_use]
+    pub fn pin_disabled(&self) -> bool {
+        self.bytes.get(COMMAND + 1).is_some_and(|command| command & 4 != 0)
+    }
+
     /// Interrupt Status of the status register: the pin is asserted.
     pub fn assert_pin(&mut self) {
         self.put(COMMAND + 2, &[STATUS_INTERRUPT]);

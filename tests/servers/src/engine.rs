@@ -230,7 +230,9 @@ impl Engine {
         }
         self.registers.pin = 1;
         self.config.assert_pin();
-        self.interrupts.raise(Kind::Intx, 0);
+        if !self.config.pin_disabled() {
+            self.interrupts.raise(Kind::Intx, 0);
+        }
     }
 
     fn execute(&mut self, command: u32) {
@@ -287,8 +289,12 @@ impl Engine {
     }
 
     fn configure(&mut self, offset: u64, data: &[u8]) {
+        let disabled = self.config.pin_disabled();
         if self.config.write(offset, data) == Effect::Reset {
             self.function_reset();
+        }
+        if disabled && !self.config.pin_disabled() && self.registers.pin != 0 {
+            self.interrupts.raise(Kind::Intx, 0);
         }
     }
 
