@@ -7,6 +7,7 @@
 //! | [`bar`] | base address registers: sized, placed, decoded |
 //! | [`fixtures`] | what a function registers with the machine inside its BARs, moved along with them |
 //! | [`msix`] | MSI-X: table, pending bits, routes |
+//! | [`msi`] | MSI: registers, routes |
 //! | [`vfio_user`] | what a vfio-user server's function is |
 //!
 //! # How a function is made
@@ -26,6 +27,7 @@ pub mod bar;
 pub mod config_space;
 pub mod fixtures;
 pub mod host_bridge;
+pub mod msi;
 pub mod msix;
 mod vectors;
 pub mod vfio_user;
@@ -34,6 +36,7 @@ pub use bar::{BarIndex, BarKind, BarSpec, Bars, Decoded, Space, Window, Windows}
 pub use config_space::{Change, ConfigSpace, Identity};
 pub use fixtures::{Fixture, FixtureId, Fixtures};
 pub use host_bridge::HostBridge;
+pub use msi::{Msi, MsiSpec};
 pub use msix::Msix;
 pub use vectors::ConnectionId;
 

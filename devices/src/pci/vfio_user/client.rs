@@ -37,8 +37,8 @@ pub enum OpenError {
     /// Its function cannot be shown to guests.
     #[error("the function that vfio-user server {0} serves cannot be shown to a guest")]
     Unfit(String, #[source] Unfit),
-    /// A doorbell's descriptor cannot be kept.
-    #[error("a descriptor of vfio-user server {0} cannot be duplicated")]
+    /// There are no more descriptors.
+    #[error("no descriptor can be had for vfio-user server {0}")]
     Duplicate(String, #[source] std::io::Error),
 }
 
@@ -113,7 +113,9 @@ fn ask(client: &Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Res
     let reset = if info.can_reset() { Reset::Offered } else { Reset::NotOffered };
     let receiver = client.receiver()?;
     let hang_up = client.hang_up()?;
-    let remote = Remote::new(name, Arc::new(Session(client.clone())), contents, regions, reset);
+    let session = Arc::new(Session(client.clone()));
+    let remote = Remote::new(name, session, contents, regions, reset)
+        .map_err(|error| OpenError::Duplicate(peer(), error))?;
     Ok(Opened { remote: Arc::new(remote), receiver, hang_up })
 }
 

@@ -6,7 +6,7 @@ use std::fmt;
 use super::bars::{self, BarError, BarShape};
 use super::chain::{self, Capability, extended_id, id, u8_at, u16_at, u32_at};
 use super::overlay::Overlay;
-use crate::pci::{BarIndex, Space};
+use crate::pci::{BarIndex, Msi, MsiSpec, Space};
 
 /// Offsets in the header that concern us.
 pub mod register {
@@ -337,6 +337,10 @@ impl Contents {
         // Everything but the enable bits is constant; those, address, data and masks come on top.
         let constant = vectors.ilog2() << 1 | u32::from(control & 0x180);
         self.overlay.claim(from + 2, 0xff8e, constant);
+        let spec = MsiSpec { vectors, wide: shape.wide, maskable: shape.maskable };
+        for offset in (4..u16::from(Msi::length(spec))).step_by(4) {
+            self.overlay.claim(from + offset, u32::MAX, 0);
+        }
         true
     }
 

@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use super::contents::{COMMAND_OURS, register};
+use super::delivery::{self, Delivery, Place};
 use super::link::{Done, Link, Writes};
 use super::remote::{Region, Remote};
-use super::server::CONFIG_REGION;
+use super::server::{CONFIG_REGION, Irq};
 use crate::lock;
 use crate::pci::bar::{BarError, Command};
 use crate::pci::{BarIndex, Bars, Decoded, Fixture, Fixtures, Function, HostBridge};
@@ -36,6 +37,7 @@ struct State {
     line: u8,
     bars: Bars,
     fixtures: Vec<Fixtures>,
+    delivery: Delivery,
 }
 
 /// A server's function on a board.
@@ -47,15 +49,23 @@ pub struct Device {
 }
 
 impl Device {
-    /// Puts what `remote` serves on a board; the bridge gives its BARs their places.
+    /// Puts what `remote` serves on a board; the bridge gives its BARs their places. `pin` is the GSI that its pin
+    /// leads to.
     ///
     /// # Errors
     /// When the machine refuses something of it.
-    pub fn new(remote: Arc<Remote>, ports: &Ports, bridge: &HostBridge) -> Result<Arc<Self>, AttachError> {
+    pub fn new(
+        remote: Arc<Remote>,
+        ports: &Ports,
+        bridge: &HostBridge,
+        pin: Option<u32>,
+    ) -> Result<Arc<Self>, AttachError> {
         let specs: Vec<_> = remote.contents.bars.iter().flatten().map(|bar| bar.spec()).collect();
         let mut bars = Bars::new(&specs, bridge.windows())?;
         bridge.assign(&mut bars);
-        let state = State { command: 0, line: 0, bars, fixtures: Vec::new() };
+        let calls = Arc::clone(&remote.calls);
+        let delivery = Delivery::new(&remote.contents, calls, Arc::clone(&ports.interrupts), pin);
+        let state = State { command: 0, line: 0, bars, fixtures: Vec::new(), delivery };
         let device = Arc::new(Self {
             remote: Arc::clone(&remote),
             state: Mutex::new(state),
@@ -89,8 +99,9 @@ impl Device {
     }
 
     fn dismantle(&self) {
-        let gone = std::mem::take(&mut lock(&self.state).fixtures);
-        drop(gone);
+        let mut state = lock(&self.state);
+        state.fixtures.clear();
+        state.delivery.cut();
     }
 
     /// Takes the function off its board: nothing of it is registered with the machine afterwards, and the device is
@@ -127,6 +138,7 @@ impl Device {
                 if let Some(number) = bar_number(at) {
                     dword = state.bars.read(number).to_le_bytes();
                 }
+                state.delivery.cover(at, &mut dword);
             }
         }
         dword
@@ -144,6 +156,15 @@ impl Device {
             state.bars.write(number, u32::from_le_bytes(dword));
             return Some((at, state.bars.read(number).to_le_bytes().to_vec()));
         }
+        let whole = (offset, data.to_vec());
+        if state.delivery.has(at) {
+            let mut dword = [0; 4];
+            state.delivery.cover(at, &mut dword);
+            if let Err(error) = state.delivery.write(at, u32::from_le_bytes(merged(dword))) {
+                log::warn!("device {}: {error}", self.link().name());
+            }
+            return Some(whole);
+        }
         match at {
             register::COMMAND => {
                 let [low, high] = state.command.to_le_bytes();
@@ -153,8 +174,21 @@ impl Device {
             register::LINE => [state.line, ..] = merged([state.line, 0, 0, 0]),
             _ => {}
         }
-        let overlay = &self.remote.contents.overlay;
-        overlay.needs_server(offset, data.len()).then(|| (offset, data.to_vec()))
+        self.remote.contents.overlay.needs_server(offset, data.len()).then_some(whole)
+    }
+
+    /// The server signals what the guest has switched on. Waits for the server.
+    fn rearm(&self, wanted: Option<(Irq, u16)>) {
+        let calls = self.remote.arm(wanted);
+        let mut state = lock(&self.state);
+        if wanted.is_none_or(|(kind, _)| kind != Irq::Intx) {
+            state.delivery.disconnect(Irq::Intx);
+        }
+        if let Some((kind, _)) = wanted
+            && let Err(error) = state.delivery.connect(kind, &calls)
+        {
+            log::warn!("device {}: {error}", self.link().name());
+        }
     }
 
     /// Forwards a configuration write in naturally aligned pieces.
@@ -176,6 +210,23 @@ impl Device {
                     self.link().name()
                 );
             }
+        }
+    }
+
+    fn read_msix(&self, place: Place, data: &mut [u8]) {
+        data.fill(0xff);
+        let mut state = lock(&self.state);
+        match (place, state.delivery.msix()) {
+            (Place::Table(at), Some(msix)) => msix.read_table(at, data),
+            (Place::Pending(at), Some(msix)) => msix.read_pba(at, data),
+            _ => {}
+        }
+    }
+
+    fn write_msix(&self, at: u64, data: &[u8]) {
+        let mut state = lock(&self.state);
+        if let Some(Err(error)) = state.delivery.msix().map(|msix| msix.write_table(at, data)) {
+            log::warn!("device {}: {error}", self.link().name());
         }
     }
 
@@ -243,7 +294,10 @@ impl Function for Device {
         // What goes is gone before the server hears of it, what comes is there afterwards.
         let stays: Vec<_> = before.iter().filter(|decoded| after.contains(decoded)).copied().collect();
         self.place(&mut state, &stays);
+        let wanted = state.delivery.on(state.command);
         drop(state);
+        // The old kind goes first, then the new one comes, then the server hears that it is on.
+        self.rearm(wanted);
         if let Some((offset, data)) = told {
             self.forward(offset, &data);
         }
@@ -265,9 +319,13 @@ impl Function for Device {
         if let Some(counter) = self.link().counter(bar.get()) {
             counter.reads.fetch_add(1, Ordering::Relaxed);
         }
-        match self.region(bar, offset, data.len()) {
-            Some(region) if region.readable => self.link().read(bar.get(), offset, data),
-            _ => data.fill(0xff),
+        match delivery::place(&self.remote.contents, bar, offset, data.len()) {
+            Place::Server => match self.region(bar, offset, data.len()) {
+                Some(region) if region.readable => self.link().read(bar.get(), offset, data),
+                _ => data.fill(0xff),
+            },
+            _ if self.link().is_broken() => data.fill(0xff),
+            place => self.read_msix(place, data),
         }
         self.tidy();
     }
@@ -276,7 +334,11 @@ impl Function for Device {
         if let Some(counter) = self.link().counter(bar.get()) {
             counter.writes.fetch_add(1, Ordering::Relaxed);
         }
-        if let Some(region) = self.region(bar, offset, data.len())
+        let place = delivery::place(&self.remote.contents, bar, offset, data.len());
+        if let Place::Table(at) = place {
+            self.write_msix(at, data);
+        } else if place == Place::Server
+            && let Some(region) = self.region(bar, offset, data.len())
             && region.writable
             && self.link().write(bar.get(), offset, data, region.writes) == Done::No
         {

@@ -3,6 +3,7 @@
 use super::super::testing::{Mood, Scripted, remote};
 use super::*;
 use crate::pci::{Space, Window, Windows};
+use crate::ports::Route;
 use crate::testing::{Recorder, Shown};
 use transport::memory_map::GuestAddr;
 
@@ -11,6 +12,8 @@ const WINDOWS: Windows = Windows {
     memory64: Window { base: 0x80_0000_0000, size: 0x80_0000_0000 },
     io: Window { base: 0x1000, size: 0xf000 },
 };
+/// Where the pin leads.
+const PIN: u32 = 20;
 /// Where the guest puts BAR 2.
 const PLACE: u64 = 0x90_0000_0000;
 
@@ -24,7 +27,7 @@ impl Guest {
     fn new() -> Self {
         let (server, machine) = (Scripted::default(), Recorder::default());
         let bridge = HostBridge::new(WINDOWS);
-        let device = Device::new(remote(&server), &machine.ports(), &bridge).unwrap();
+        let device = Device::new(remote(&server), &machine.ports(), &bridge, Some(PIN)).unwrap();
         Guest { server, machine, device }
     }
 
@@ -185,8 +188,135 @@ fn off_its_board_the_device_is_as_after_power_on() {
     guest.enable();
     guest.device.retire();
     assert!(guest.shown().is_empty());
-    assert_eq!(guest.server.calls(), ["write 7+4 [00, 00]", "reset"]);
-    let again =
-        Device::new(Arc::clone(&guest.device.remote), &guest.machine.ports(), &HostBridge::new(WINDOWS));
+    assert_eq!(guest.server.calls(), ["write 7+4 [00, 00]", "disarm Intx", "reset"]);
+    let again = Device::new(
+        Arc::clone(&guest.device.remote),
+        &guest.machine.ports(),
+        &HostBridge::new(WINDOWS),
+        None,
+    );
     assert!(again.unwrap().decoded().is_empty(), "until the guest enables it");
+}
+
+/// Offsets of the capabilities, and the bits that switch them on.
+const MSIX: u16 = 0x40;
+const MSI: u16 = 0x50;
+const MSIX_ON: u32 = 0x8000_0000;
+const MSIX_MASKED: u32 = 0x4000_0000;
+
+fn message(vector: u32) -> Route {
+    Route::Message { address: 0xfee0_0000, data: 0x4000 + vector }
+}
+
+impl Guest {
+    /// Writes an entry of the MSI-X table.
+    fn entry(&self, vector: u32, control: u32) {
+        for (register, value) in (0_u64..).zip([0xfee0_0000, 0, 0x4000 + vector, control]) {
+            self.set_bar(4, u64::from(vector) * 16 + register * 4, value);
+        }
+    }
+}
+
+#[test]
+fn msix_is_armed_before_the_server_hears_that_it_is_on() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.entry(1, 0);
+    assert!(guest.server.calls().is_empty(), "the table is ours");
+    guest.set(MSIX, MSIX_ON | MSIX_MASKED);
+    assert_eq!(guest.server.calls(), ["disarm Intx", "arm MsiX 4", "write 7+40 [00, 00, 00, c0]"]);
+    assert_eq!(guest.config(MSIX) & 0xffff_ff00, 0xc003_5000);
+    guest.server.signal(1);
+    assert!(guest.machine.routes().is_empty(), "the function is masked");
+    assert_eq!(guest.bar(4, 0x800), 1 << 1, "pending");
+    guest.set(MSIX, MSIX_ON);
+    assert_eq!(guest.machine.routes(), [message(1)]);
+    assert_eq!((guest.machine.take_interrupts(), guest.bar(4, 0x800)), (1, 0));
+    guest.entry(1, 1);
+    guest.server.signal(1);
+    assert!(guest.machine.routes().is_empty(), "the vector is masked");
+    guest.set_bar(4, 16 + 8, 0x4777);
+    guest.set_bar(4, 16 + 12, 0);
+    assert_eq!(guest.machine.routes(), [Route::Message { address: 0xfee0_0000, data: 0x4777 }]);
+    assert_eq!(guest.machine.take_interrupts(), 1);
+    guest.server.calls();
+    guest.set(MSIX, 0);
+    assert_eq!(guest.server.calls(), ["disarm MsiX", "arm Intx 1", "write 7+40 [00, 00, 00, 00]"]);
+    assert!(guest.machine.routes().is_empty());
+}
+
+#[test]
+fn msi_is_armed_with_all_its_vectors() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.set(MSI + 4, 0xfee0_0000);
+    guest.set(MSI + 12, 0x4000);
+    guest.server.calls();
+    guest.device.config_write(MSI + 2, &[0x91, 0]);
+    assert_eq!(guest.server.calls(), ["disarm Intx", "arm Msi 2", "write 7+52 [91, 00]"]);
+    assert_eq!(guest.machine.routes(), [message(0), message(1)]);
+    assert_eq!(guest.config(MSI), 0x0093_0005);
+    guest.server.signal(1);
+    assert_eq!(guest.machine.take_interrupts(), 1);
+}
+
+#[test]
+fn the_pin_is_a_level_that_the_server_raises_again() {
+    let guest = Guest::new();
+    guest.set(0x18, 0);
+    guest.command(Command::MEMORY);
+    assert_eq!(guest.server.calls()[1..], ["arm Intx 1", "write 7+4 [02, 00]"]);
+    guest.server.signal(0);
+    assert_eq!(guest.machine.take_raised(), [(PIN, 1)]);
+    guest.machine.end_of_interrupt(PIN);
+    guest.device.remote.pin_served();
+    guest.device.remote.pin_served();
+    assert_eq!(guest.server.calls(), ["unmask"]);
+    guest.command(Command::MEMORY | Command::INTX_DISABLE);
+    assert_eq!(guest.server.calls(), ["disarm Intx", "write 7+4 [02, 04]"]);
+    assert!(guest.machine.take_raised().is_empty());
+}
+
+#[test]
+fn a_server_that_refuses_its_eventfds_is_given_up_unless_it_is_the_pin() {
+    let guest = Guest::new();
+    guest.server.mood(Mood::Refuses);
+    guest.command(Command::MEMORY);
+    assert_eq!(guest.server.calls(), ["arm Intx 1", "write 7+4 [02, 00]"]);
+    guest.set(MSIX, MSIX_ON);
+    assert_eq!(guest.server.calls(), ["arm MsiX 4", "shut down"]);
+    assert_eq!(guest.config(0), u32::MAX);
+}
+
+#[test]
+fn what_is_signalled_while_it_is_off_is_forgotten() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.entry(0, 0);
+    guest.set(MSIX, MSIX_ON | MSIX_MASKED);
+    guest.server.signal(0);
+    guest.device.retire();
+    let device = Device::new(
+        Arc::clone(&guest.device.remote),
+        &guest.machine.ports(),
+        &HostBridge::new(WINDOWS),
+        Some(PIN),
+    );
+    let guest = Guest { device: device.unwrap(), ..guest };
+    assert!(guest.server.calls().ends_with(&["disarm MsiX".to_owned(), "reset".to_owned()]));
+    guest.entry(0, 0);
+    guest.set(MSIX, MSIX_ON);
+    assert_eq!((guest.machine.routes(), guest.machine.take_interrupts()), (vec![message(0)], 0));
+}
+
+#[test]
+fn accesses_across_the_edge_of_the_table_are_nobodys() {
+    let guest = Guest::new();
+    guest.enable();
+    let mut eight = [0; 8];
+    guest.device.bar_read(BarIndex::ALL[4], 0x3c, &mut eight);
+    assert_eq!(eight, [0xff; 8]);
+    guest.device.bar_write(BarIndex::ALL[4], 0x3c, &eight);
+    assert_eq!(guest.bar(4, 0x3c), 1, "masked as it was");
+    assert_eq!(guest.bar(4, 0x40), 0xa4a4_a4a4, "behind it is the server");
 }

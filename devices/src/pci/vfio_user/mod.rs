@@ -11,6 +11,7 @@
 //! | [`link`] | the server, until it fails |
 //! | [`client`] | that, over vfio-user |
 //! | [`remote`] | the function between boards |
+//! | [`delivery`] | how interrupts reach the guest |
 //! | [`device`] | the function on a board |
 
 pub mod areas;
@@ -18,6 +19,7 @@ pub mod bars;
 pub mod chain;
 pub mod client;
 pub mod contents;
+pub mod delivery;
 pub mod device;
 pub mod link;
 pub mod overlay;

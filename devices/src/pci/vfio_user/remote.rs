@@ -1,12 +1,17 @@
 //! A server's function between boards: the connection, what is known of the function, and what outlives a reboot.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::contents::Contents;
+use super::delivery::Calls;
 use super::link::{Done, Link, Writes};
-use super::server::{CONFIG_REGION, Server, ServerStats};
+use super::server::{CONFIG_REGION, Irq, Server, ServerStats};
+use crate::lock;
 use crate::ports::WriteWidth;
+use transport::vhost_user::vring::Call;
 
 /// A piece of a region that guests may be shown as memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +74,12 @@ pub struct Remote {
     pub regions: [Region; 6],
     /// Whether the device can be reset.
     pub reset: Reset,
+    /// What the server signals.
+    pub calls: Arc<Calls>,
+    /// The kind of interrupts that the server was given eventfds for.
+    armed: Mutex<Option<Irq>>,
+    /// The server refused the pin's eventfd, and is not asked again.
+    pinless: AtomicBool,
 }
 
 /// What a device did, over its whole life.
@@ -88,15 +99,76 @@ pub struct Report {
 
 impl Remote {
     /// Another server does not take over: the link is for life.
-    #[must_use]
+    ///
+    /// # Errors
+    /// When no eventfd can be had.
     pub fn new(
         name: String,
         server: Arc<dyn Server>,
         contents: Contents,
         regions: [Region; 6],
         reset: Reset,
-    ) -> Self {
-        Self { link: Link::new(name, server), contents, regions, reset }
+    ) -> io::Result<Self> {
+        let calls = Arc::new(Calls::new()?);
+        Ok(Self {
+            link: Link::new(name, server),
+            contents,
+            regions,
+            reset,
+            calls,
+            armed: Mutex::new(None),
+            pinless: AtomicBool::new(false),
+        })
+    }
+
+    /// Has the server signal so many interrupts of this kind, and none of another. What was armed goes first: some
+    /// servers have one list for all kinds. Waits for the server; the eventfds that it has now.
+    pub fn arm(&self, wanted: Option<(Irq, u16)>) -> Vec<Arc<Call>> {
+        // Only configuration accesses come here, and those come one by one.
+        let armed = *lock(&self.armed);
+        if armed == wanted.map(|(kind, _)| kind) {
+            return Vec::new();
+        }
+        if let Some(kind) = armed {
+            *lock(&self.armed) = None;
+            if self.link.disarm(kind) == Done::No {
+                log::debug!("device {}: {kind:?} was not taken back", self.link.name());
+            }
+            self.calls.drain(kind);
+        }
+        let pinless = self.pinless.load(Ordering::Relaxed);
+        let wanted = wanted.filter(|(kind, _)| *kind != Irq::Intx || !pinless);
+        let Some((kind, count)) = wanted else { return Vec::new() };
+        let calls = match self.calls.of(kind, count) {
+            Ok(calls) => calls,
+            Err(error) => {
+                self.link.give_up(&format!("no eventfds can be had for its {count} interrupts: {error}"));
+                return Vec::new();
+            }
+        };
+        let fds: Vec<_> = calls.iter().map(|call| call.as_fd()).collect();
+        if self.link.arm(kind, &fds) == Done::Yes {
+            *lock(&self.armed) = Some(kind);
+            return calls;
+        }
+        if kind == Irq::Intx {
+            self.pinless.store(true, Ordering::Relaxed);
+        } else {
+            self.link.give_up("the server refused the eventfds of its interrupts");
+        }
+        Vec::new()
+    }
+
+    /// The guest has served the pin's interrupt: the server may raise it again. Called when [`Calls::served`] is
+    /// readable, on any thread; does not wait.
+    pub fn pin_served(&self) {
+        if let Err(error) = rustix::io::read(self.calls.served(), &mut [0; 8]) {
+            log::debug!("nothing was served: {error}");
+            return;
+        }
+        if *lock(&self.armed) == Some(Irq::Intx) && self.link.unmask_pin() == Done::No {
+            log::debug!("device {}: the pin was not unmasked", self.link.name());
+        }
     }
 
     /// The device as it is after power-on: it accesses no memory, interrupts nobody, and is reset if it can be.
@@ -106,6 +178,7 @@ impl Remote {
         if self.link.write(CONFIG_REGION, COMMAND, &[0, 0], Writes::Answered) == Done::No {
             log::debug!("device {}: the command register could not be cleared", self.link.name());
         }
+        self.arm(None);
         if self.reset == Reset::Offered && self.link.reset() == Done::No {
             log::warn!("device {} was not reset", self.link.name());
         }

@@ -40,7 +40,6 @@ impl Scripted {
     }
 
     /// The device interrupts.
-    #[allow(dead_code)]
     pub(crate) fn signal(&self, vector: usize) {
         let script = lock(&self.0);
         let (_, calls) = script.armed.as_ref().unwrap();
@@ -137,5 +136,6 @@ pub(crate) fn remote(server: &Scripted) -> Arc<Remote> {
             writes: if mapped { Writes::Answered } else { Writes::Posted },
         }
     });
-    Arc::new(Remote::new("engine".into(), Arc::new(server.clone()), contents, regions, Reset::Offered))
+    let server = Arc::new(server.clone());
+    Arc::new(Remote::new("engine".into(), server, contents, regions, Reset::Offered).unwrap())
 }

@@ -1,0 +1,241 @@
+//! How the function's interrupts reach the guest: the kinds that it has, which of them is on, and the eventfds that
+//! the server was given for it. Called under the device's lock; must never ask the server.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use rustix::event::{EventfdFlags, eventfd};
+use transport::vhost_user::vring::Call;
+
+use super::contents::{COMMAND_OURS, Contents, InBar};
+use super::server::Irq;
+use crate::lock;
+use crate::pci::bar::Command;
+use crate::pci::{BarIndex, Msi, MsiSpec, Msix};
+use crate::ports::{Guard, Interrupts, PortError};
+
+/// The eventfds of one function. The server is given those of a kind when it comes on; each is the same one for the
+/// function's whole life.
+#[derive(Debug)]
+pub struct Calls {
+    pin: Mutex<Vec<Arc<Call>>>,
+    msi: Mutex<Vec<Arc<Call>>>,
+    msix: Mutex<Vec<Arc<Call>>>,
+    /// Signalled by the guest's end of the pin's interrupt.
+    served: OwnedFd,
+}
+
+impl Calls {
+    /// None yet.
+    ///
+    /// # Errors
+    /// When no eventfd can be had.
+    pub fn new() -> io::Result<Self> {
+        let served = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { pin: Mutex::default(), msi: Mutex::default(), msix: Mutex::default(), served })
+    }
+
+    fn list(&self, kind: Irq) -> &Mutex<Vec<Arc<Call>>> {
+        match kind {
+            Irq::Intx => &self.pin,
+            Irq::Msi => &self.msi,
+            Irq::MsiX => &self.msix,
+        }
+    }
+
+    /// `count` of them, made when they are needed first.
+    ///
+    /// # Errors
+    /// When no more descriptors can be had.
+    pub fn of(&self, kind: Irq, count: u16) -> io::Result<Vec<Arc<Call>>> {
+        let mut calls = lock(self.list(kind));
+        while calls.len() < usize::from(count) {
+            calls.push(Arc::new(Call::new()?));
+        }
+        Ok(calls.clone())
+    }
+
+    /// Forgets what was signalled: of a kind that is off, nobody wants to hear it.
+    pub fn drain(&self, kind: Irq) {
+        for call in lock(self.list(kind)).iter() {
+            if let Err(error) = call.take() {
+                log::debug!("nothing was signalled: {error}");
+            }
+        }
+    }
+
+    /// Signalled when the guest has served the pin's interrupt.
+    #[must_use]
+    pub fn served(&self) -> &OwnedFd {
+        &self.served
+    }
+}
+
+/// Where an access inside a BAR goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Into the MSI-X table, at this offset.
+    Table(u64),
+    /// Into the pending bits, at this offset.
+    Pending(u64),
+    /// Partly into one of them.
+    Across,
+    /// Elsewhere.
+    Server,
+}
+
+/// What leads interrupts to the guest.
+pub struct Delivery {
+    interrupts: Arc<dyn Interrupts>,
+    calls: Arc<Calls>,
+    msix: Option<(u16, Msix)>,
+    msi: Option<(u16, MsiSpec, Msi)>,
+    /// The pin's GSI.
+    pin: Option<u32>,
+    line: Option<Guard>,
+    connected_msix: bool,
+    connected_msi: bool,
+}
+
+impl Delivery {
+    /// Everything off. `pin` is the GSI that the function's pin leads to.
+    #[must_use]
+    pub fn new(
+        contents: &Contents,
+        calls: Arc<Calls>,
+        interrupts: Arc<dyn Interrupts>,
+        pin: Option<u32>,
+    ) -> Self {
+        let msix = contents
+            .msix
+            .map(|shape| (u16::from(shape.at), Msix::new(shape.vectors, Arc::clone(&interrupts))));
+        let msi = contents.msi.map(|shape| {
+            let spec = MsiSpec { vectors: shape.vectors, wide: shape.wide, maskable: shape.maskable };
+            (u16::from(shape.at), spec, Msi::new(spec, Arc::clone(&interrupts)))
+        });
+        let pin = pin.filter(|_| contents.pin.is_some());
+        Self { interrupts, calls, msix, msi, pin, line: None, connected_msix: false, connected_msi: false }
+    }
+
+    /// The kind that is on, with so many interrupts.
+    #[must_use]
+    pub fn on(&self, command: u16) -> Option<(Irq, u16)> {
+        let decodes = command & COMMAND_OURS & (Command::IO | Command::MEMORY | Command::MASTER) != 0;
+        if let Some((_, msix)) = self.msix.as_ref().filter(|(_, msix)| msix.is_enabled()) {
+            return Some((Irq::MsiX, msix.count()));
+        }
+        if let Some((_, spec, _)) = self.msi.as_ref().filter(|(.., msi)| msi.is_enabled()) {
+            return Some((Irq::Msi, spec.vectors.into()));
+        }
+        let pin = self.pin.is_some() && decodes && command & Command::INTX_DISABLE == 0;
+        pin.then_some((Irq::Intx, 1))
+    }
+
+    /// What the guest reads of the dword at `at` of the configuration space, over what is constant there.
+    pub fn cover(&self, at: u16, dword: &mut [u8; 4]) {
+        let value = u32::from_le_bytes(*dword);
+        if let Some((_, msix)) = self.msix.as_ref().filter(|(cap, _)| *cap == at) {
+            let control = u32::from(msix.control() & 0xc000) << 16;
+            *dword = ((value & 0x3fff_ffff) | control).to_le_bytes();
+        }
+        if let Some((offset, msi)) = self.in_msi(at) {
+            let ours = if offset == 0 { 0x0071_0000 } else { u32::MAX };
+            *dword = ((value & !ours) | msi.read(offset)).to_le_bytes();
+        }
+    }
+
+    fn in_msi(&self, at: u16) -> Option<(u8, &Msi)> {
+        let (cap, spec, msi) = self.msi.as_ref()?;
+        let offset = u8::try_from(at.checked_sub(*cap)?).ok()?;
+        (offset < Msi::length(*spec)).then_some((offset, msi))
+    }
+
+    /// Whether the dword at `at` of the configuration space controls interrupts.
+    #[must_use]
+    pub fn has(&self, at: u16) -> bool {
+        self.msix.as_ref().is_some_and(|(cap, _)| *cap == at) || self.in_msi(at).is_some()
+    }
+
+    /// The guest writes the dword at `at`, which now reads `value`.
+    ///
+    /// # Errors
+    /// When the machine refuses a route.
+    pub fn write(&mut self, at: u16, value: u32) -> Result<(), PortError> {
+        if let Some((_, msix)) = self.msix.as_mut().filter(|(cap, _)| *cap == at) {
+            let [.., low, high] = value.to_le_bytes();
+            return msix.set_control(u16::from_le_bytes([low, high]));
+        }
+        if let Some((cap, _, msi)) = &mut self.msi {
+            let offset = at.checked_sub(*cap).and_then(|offset| u8::try_from(offset).ok());
+            return offset.map_or(Ok(()), |offset| msi.write(offset, value));
+        }
+        Ok(())
+    }
+
+    /// Puts the eventfds that the server was given behind their vectors, or the pin.
+    ///
+    /// # Errors
+    /// When the machine refuses a route.
+    pub fn connect(&mut self, kind: Irq, calls: &[Arc<Call>]) -> Result<(), PortError> {
+        match (kind, &mut self.msix, &mut self.msi, self.pin) {
+            // One refusal does not keep the others from their vectors.
+            (Irq::MsiX, Some((_, msix)), ..) if !self.connected_msix => {
+                self.connected_msix = true;
+                let mut done = Ok(());
+                for (vector, call) in (0..).zip(calls) {
+                    done = done.and(msix.connect(Some(vector), Arc::clone(call)).map(drop));
+                }
+                done
+            }
+            (Irq::Msi, _, Some((.., msi)), _) if !self.connected_msi => {
+                self.connected_msi = true;
+                let mut done = Ok(());
+                for (vector, call) in (0..).zip(calls) {
+                    done = done.and(msi.connect(vector, Arc::clone(call)));
+                }
+                done
+            }
+            (Irq::Intx, _, _, Some(gsi)) if self.line.is_none() => {
+                let Some(call) = calls.first() else { return Ok(()) };
+                let line = self.interrupts.attach_level(call.as_fd(), gsi, self.calls.served().as_fd())?;
+                self.line = Some(line);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The kind is off: the pin's line goes. Vectors lead nowhere by themselves.
+    pub fn disconnect(&mut self, kind: Irq) {
+        if kind == Irq::Intx {
+            self.line = None;
+        }
+    }
+
+    /// Nothing leads to the guest any more, for good.
+    pub fn cut(&mut self) {
+        (self.msix, self.msi, self.pin, self.line) = (None, None, None, None);
+    }
+
+    /// The MSI-X of the function.
+    pub fn msix(&mut self) -> Option<&mut Msix> {
+        self.msix.as_mut().map(|(_, msix)| msix)
+    }
+}
+
+/// Where an access of `length` bytes at `offset` of `bar` goes.
+#[must_use]
+pub fn place(contents: &Contents, bar: BarIndex, offset: u64, length: usize) -> Place {
+    let Some(shape) = &contents.msix else { return Place::Server };
+    let end = offset.saturating_add(u64::try_from(length).unwrap_or(u64::MAX));
+    let place = |inside: &InBar, what: fn(u64) -> Place| {
+        if inside.bar != bar || end <= inside.offset || inside.end() <= offset {
+            return None;
+        }
+        let whole = inside.offset <= offset && end <= inside.end();
+        Some(if whole { what(offset - inside.offset) } else { Place::Across })
+    };
+    let found = place(&shape.table, Place::Table).or_else(|| place(&shape.pba, Place::Pending));
+    found.unwrap_or(Place::Server)
+}
