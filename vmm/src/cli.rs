@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use transport::vhost_user::Limits;
+use transport::{vfio_user, vhost_user};
 
 use crate::config::{
     Config, DEFAULT_CMDLINE, Image, Memory, OnReset, Serial, load_toml, parse_memory, parse_serial,
@@ -123,6 +123,8 @@ struct Run {
 enum Protocol {
     /// A vhost-user backend
     VhostUser,
+    /// A vfio-user server
+    VfioUser,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -154,8 +156,8 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(options) => run(*options),
         Command::Check { json } => check::command(json),
-        Command::Probe { protocol: Protocol::VhostUser, socket, json, deadline, trace } => {
-            probe(&socket, json, Duration::from_millis(deadline), trace.as_deref())
+        Command::Probe { protocol, socket, json, deadline, trace } => {
+            probe(protocol, &socket, json, Duration::from_millis(deadline), trace.as_deref())
         }
         Command::Completions { shell } => completions(shell),
     };
@@ -184,12 +186,26 @@ fn completions(shell: clap_complete::Shell) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn probe(socket: &Path, json: bool, deadline: Duration, trace: Option<&str>) -> Result<ExitCode, Error> {
-    let mut limits = Limits::new(deadline);
-    if let Some(target) = trace {
-        limits = limits.traced(Tracer::open(target)?);
+fn probe(
+    protocol: Protocol,
+    socket: &Path,
+    json: bool,
+    deadline: Duration,
+    trace: Option<&str>,
+) -> Result<ExitCode, Error> {
+    let tracer = trace.map(Tracer::open).transpose()?;
+    match protocol {
+        Protocol::VhostUser => {
+            let limits = vhost_user::Limits::new(deadline);
+            let limits = tracer.into_iter().fold(limits, |limits, tracer| limits.traced(tracer));
+            probe::vhost_user::command(socket, &limits, json)
+        }
+        Protocol::VfioUser => {
+            let limits = vfio_user::Limits::new(deadline);
+            let limits = tracer.into_iter().fold(limits, |limits, tracer| limits.traced(tracer));
+            probe::vfio_user::command(socket, &limits, json)
+        }
     }
-    probe::command(socket, &limits, json)
 }
 
 fn run(options: Run) -> Result<ExitCode, Error> {

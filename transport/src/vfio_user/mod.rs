@@ -4,6 +4,7 @@
 //!   Client::connect ──VERSION──▶ Client ──▶ device_info, region_info, irq_info      what is it?
 //!                                  │   ──▶ dma_map_all, arm_irqs                     it may reach memory and interrupt
 //!                                  │   ──▶ read, write, post_write                   trapped guest accesses
+//!                                  │   ──▶ set_migration_state, start_dma_logging    it moves to another host
 //!                                  └─▶ receiver() ──▶ Receiver::serve                the server asks: DMA_READ, DMA_WRITE
 //! ```
 //!
@@ -17,13 +18,17 @@
 
 mod client;
 mod connection;
+mod describe;
 mod dma;
+mod dma_logging;
 mod error;
+mod feature;
 mod incoming;
 mod io_fds;
 mod irq;
 mod limits;
 pub mod message;
+mod migration;
 mod outgoing;
 mod receiver;
 mod region;
@@ -33,10 +38,13 @@ mod version;
 
 pub use client::{Client, DeviceInfo, parse_device_info};
 pub use dma::{DmaMemory, DmaRights, Sharing};
+pub use dma_logging::{DirtyPages, DmaRange, parse_logging_start, parse_report};
 pub use error::{Cause, Error, Step};
+pub use feature::{Feature, FeatureUse, parse_feature};
 pub use io_fds::{IoFd, IoFdKind, IoFdPlace, parse_io_fds};
 pub use irq::{IrqEvent, IrqIndex, IrqInfo, parse_irq_info};
 pub use limits::{Limits, Stats};
+pub use migration::{MigrationState, MigrationSupport, parse_migration_data, parse_migration_state};
 pub use receiver::{Receiver, Served};
 pub use region::{
     Area, PendingRead, PendingWrite, RegionIndex, RegionInfo, RegionReply, SmallWrite, mappable,

@@ -7,13 +7,14 @@
 //! `>` is ours, `<` the answer; `<<` a request of the backend on its own channel, `>>` our answer to it. Off, it
 //! costs one comparison a message; on, it writes without a buffer, so that a crash loses nothing.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use transport::vhost_user::{Trace, TraceEvent};
+use transport::{vfio_user, vhost_user};
 
 use crate::error::Error;
 
@@ -43,8 +44,8 @@ impl Tracer {
     }
 }
 
-impl Trace for Tracer {
-    fn message(&self, event: &TraceEvent<'_>) {
+impl Tracer {
+    fn line(&self, event: &dyn Display) {
         let time = self.begun.elapsed();
         let (millis, micros) = (time.as_millis(), time.subsec_micros() % 1000);
         let line = format!("{millis:>6}.{micros:03} ms  {event}\n");
@@ -52,6 +53,18 @@ impl Trace for Tracer {
         if let Err(error) = out.write_all(line.as_bytes()) {
             log::debug!("a line of the trace is lost: {error}");
         }
+    }
+}
+
+impl vhost_user::Trace for Tracer {
+    fn message(&self, event: &vhost_user::TraceEvent<'_>) {
+        self.line(event);
+    }
+}
+
+impl vfio_user::Trace for Tracer {
+    fn message(&self, event: &vfio_user::TraceEvent<'_>) {
+        self.line(event);
     }
 }
 

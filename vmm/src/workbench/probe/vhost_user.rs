@@ -1,4 +1,4 @@
-//! `outboard probe`: what does a peer offer? Connects, asks what may be asked without a guest, and leaves.
+//! `outboard probe vhost-user`: what does a backend offer?
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -145,7 +145,7 @@ fn notice(device: DeviceFeatures, protocol: ProtocolFeatures, quirks: &mut Vec<S
 /// As [`vhost_user`]; also when standard output is closed.
 pub fn command(socket: &Path, limits: &Limits, json: bool) -> Result<ExitCode, Error> {
     let report = vhost_user(socket, limits)?;
-    super::print(&report, if json { None } else { Some(describe(&report)) })?;
+    crate::workbench::print(&report, if json { None } else { Some(describe(&report)) })?;
     Ok(ExitCode::SUCCESS)
 }
 

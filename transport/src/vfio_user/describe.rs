@@ -1,0 +1,197 @@
+//! A traced message as one line for people: direction, name, decoded payload, fds, time.
+//!
+//! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
+
+use std::fmt;
+
+use zerocopy::FromBytes;
+
+use super::feature::Feature;
+use super::message::{
+    Command, DeviceInfoPayload, DmaAccess, DmaMap, DmaUnmap, FeatureHead, IoFdsHead, IrqInfoPayload, Kind,
+    MigrationData, RegionAccess, RegionInfoPayload, SetIrqs, VersionHead,
+};
+use super::trace::{Direction, TraceEvent};
+
+/// Bytes of a payload that are printed.
+const BYTES_MOST: usize = 32;
+
+/// Characters of the capabilities that are printed.
+const TEXT_MOST: usize = 512;
+
+impl fmt::Display for TraceEvent<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sign = match self.direction {
+            Direction::ToServer => ">",
+            Direction::FromServer => "<",
+            Direction::ServerCommand => "<<",
+            Direction::OurReply => ">>",
+        };
+        let command = Command(self.header.command);
+        write!(f, "{} {sign} {command} id={}", self.peer, self.header.id)?;
+        match self.header.kind() {
+            Ok(Kind::ErrorReply) => write!(f, " error {}", self.header.errno)?,
+            Ok(Kind::Posted) => {
+                payload(f, command, self.payload)?;
+                f.write_str(" no_reply")?;
+            }
+            _ => payload(f, command, self.payload)?,
+        }
+        if self.fds > 0 {
+            write!(f, " fds={}", self.fds)?;
+        }
+        if self.direction == Direction::FromServer {
+            write!(f, " ({} us)", self.took.as_micros())?;
+        }
+        Ok(())
+    }
+}
+
+fn payload(f: &mut fmt::Formatter<'_>, command: Command, payload: &[u8]) -> fmt::Result {
+    match command {
+        Command::VERSION => decode(f, payload, |f, head: VersionHead, text| {
+            let text = text.strip_suffix(&[0]).unwrap_or(text);
+            let text = String::from_utf8_lossy(text.get(..TEXT_MOST).unwrap_or(text));
+            // One line, whatever the peer wrote.
+            let text: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+            write!(f, " {}.{} {text}", head.major, head.minor)
+        }),
+        Command::DMA_MAP => decode(f, payload, |f, map: DmaMap, _| {
+            let DmaMap { flags, offset, address, size, .. } = map;
+            write!(f, " address={address:#x} size={size:#x} offset={offset:#x} flags={flags:#x}")
+        }),
+        Command::DMA_UNMAP => decode(f, payload, |f, unmap: DmaUnmap, _| {
+            write!(f, " address={:#x} size={:#x}", unmap.address, unmap.size)
+        }),
+        Command::DEVICE_GET_INFO => decode(f, payload, |f, info: DeviceInfoPayload, _| {
+            write!(f, " flags={:#x} regions={} irqs={}", info.flags, info.regions, info.irqs)
+        }),
+        Command::DEVICE_GET_REGION_INFO => decode(f, payload, |f, info: RegionInfoPayload, rest| {
+            let RegionInfoPayload { argsz, flags, index, size, offset, .. } = info;
+            write!(f, " region={index} argsz={argsz} flags={flags:#x} size={size:#x} offset={offset:#x}")?;
+            bytes(f, rest)
+        }),
+        Command::DEVICE_GET_REGION_IO_FDS => decode(f, payload, |f, head: IoFdsHead, rest| {
+            write!(f, " region={} argsz={} count={}", head.index, head.argsz, head.count)?;
+            bytes(f, rest)
+        }),
+        Command::DEVICE_GET_IRQ_INFO => decode(f, payload, |f, info: IrqInfoPayload, _| {
+            write!(f, " index={} flags={:#x} count={}", info.index, info.flags, info.count)
+        }),
+        Command::DEVICE_SET_IRQS => decode(f, payload, |f, set: SetIrqs, _| {
+            write!(f, " index={} flags={:#x} start={} count={}", set.index, set.flags, set.start, set.count)
+        }),
+        Command::REGION_READ | Command::REGION_WRITE => {
+            decode(f, payload, |f, access: RegionAccess, data| {
+                write!(f, " region={} offset={:#x} count={}", access.region, access.offset, access.count)?;
+                bytes(f, data)
+            })
+        }
+        Command::DMA_READ | Command::DMA_WRITE => decode(f, payload, |f, access: DmaAccess, data| {
+            write!(f, " address={:#x} count={}", access.address, access.count)?;
+            bytes(f, data)
+        }),
+        Command::REGION_WRITE_MULTI => decode(f, payload, |f, count: u64, rest| {
+            write!(f, " count={count}")?;
+            bytes(f, rest)
+        }),
+        Command::DEVICE_FEATURE => decode(f, payload, |f, head: FeatureHead, data| {
+            let index = u16::try_from(head.flags & 0xffff).unwrap_or_default();
+            match Feature(index).name() {
+                Some(name) => write!(f, " {name}")?,
+                None => write!(f, " feature={index}")?,
+            }
+            for (bit, name) in [(16, "get"), (17, "set"), (18, "probe")] {
+                if head.flags & 1 << bit != 0 {
+                    write!(f, " {name}")?;
+                }
+            }
+            bytes(f, data)
+        }),
+        // A device's state may hold secrets of the guest.
+        Command::MIG_DATA_READ | Command::MIG_DATA_WRITE => {
+            decode(f, payload, |f, data: MigrationData, _| write!(f, " size={}", data.size))
+        }
+        _ => bytes(f, payload),
+    }
+}
+
+/// Prints the front of `payload` as a `T` and what follows it, or all as bytes when it is none.
+fn decode<T: FromBytes>(
+    f: &mut fmt::Formatter<'_>,
+    payload: &[u8],
+    print: impl FnOnce(&mut fmt::Formatter<'_>, T, &[u8]) -> fmt::Result,
+) -> fmt::Result {
+    match T::read_from_prefix(payload) {
+        Ok((value, rest)) => print(f, value, rest),
+        Err(_) => bytes(f, payload),
+    }
+}
+
+fn bytes(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    if payload.is_empty() {
+        return Ok(());
+    }
+    f.write_str(" [")?;
+    for byte in payload.iter().take(BYTES_MOST) {
+        write!(f, "{byte:02x}")?;
+    }
+    if payload.len() > BYTES_MOST {
+        write!(f, "… {} bytes", payload.len())?;
+    }
+    f.write_str("]")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::Header;
+    use super::*;
+    use std::time::Duration;
+    use zerocopy::IntoBytes;
+
+    fn line(direction: Direction, header: Header, payload: &[u8], fds: usize) -> String {
+        let took = Duration::from_micros(17);
+        TraceEvent { peer: "/run/s", direction, header, payload, fds, took }.to_string()
+    }
+
+    #[test]
+    fn messages_read_as_names_and_fields() {
+        let access = RegionAccess { offset: 0x10, region: 0, count: 4 };
+        let read = Header::command(7, Command::REGION_READ, 16);
+        assert_eq!(
+            line(Direction::ToServer, read, access.as_bytes(), 0),
+            "/run/s > REGION_READ id=7 region=0 offset=0x10 count=4"
+        );
+        let data = [access.as_bytes(), &[1, 2, 3, 0xff]].concat();
+        assert_eq!(
+            line(Direction::FromServer, Header::reply(&read, 20), &data, 0),
+            "/run/s < REGION_READ id=7 region=0 offset=0x10 count=4 [010203ff] (17 us)"
+        );
+        assert_eq!(
+            line(Direction::FromServer, Header::error_reply(&read, 22), &[], 0),
+            "/run/s < REGION_READ id=7 error 22 (17 us)"
+        );
+        let version = [&[0, 0, 1, 0][..], b"{\"a\":1}\0"].concat();
+        assert_eq!(
+            line(Direction::ToServer, Header::command(0, Command::VERSION, 12), &version, 0),
+            "/run/s > VERSION id=0 0.1 {\"a\":1}"
+        );
+        let posted = Header::posted(1, Command::REGION_WRITE, 20);
+        assert!(line(Direction::ToServer, posted, &data, 0).ends_with("[010203ff] no_reply"));
+    }
+
+    #[test]
+    fn nonsense_of_any_length_is_printed_and_nothing_fails() {
+        let all = [Direction::ToServer, Direction::FromServer, Direction::ServerCommand, Direction::OurReply];
+        for code in 0..30 {
+            for len in 0..100 {
+                for direction in all {
+                    for flags in [0, 1, 0x10, 0x21, u32::MAX] {
+                        let header = Header { flags, ..Header::command(0, Command(code), 0) };
+                        assert!(!line(direction, header, &vec![0xa5; len], 2).is_empty());
+                    }
+                }
+            }
+        }
+    }
+}
