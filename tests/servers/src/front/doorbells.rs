@@ -78,10 +78,11 @@ impl Doorbells {
             body.extend([event.offset, event.size].into_iter().flat_map(u64::to_ne_bytes));
             let flags = if event.value.is_some() { DATAMATCH } else { 0 };
             body.extend([number, IOEVENTFD, flags, 0].into_iter().flat_map(u32::to_ne_bytes));
-            body.extend(event.value.unwrap_or(0).to_ne_bytes());
+            // Its entries have the place of a shadow before the value.
             if self.form == IoEntries::Libvfio {
                 body.extend([0; 8]);
             }
+            body.extend(event.value.unwrap_or(0).to_ne_bytes());
             fds.push(file.try_clone().ok()?.into());
         }
         let mut answer = Message::new(message.header.id, message.header.command, REPLY, body);
