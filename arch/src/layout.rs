@@ -5,13 +5,14 @@
 //! 0009_fc00        EBDA: MP table when the guest is discovered without ACPI   (reserved)
 //! 000e_0000        RSDP and the other ACPI tables                             (reserved)
 //! 0010_0000        kernel from here up; initramfs at the end of low RAM
-//! c000_0000  HOLE  32-bit PCI BARs (later)
+//! c000_0000  HOLE  PCI: memory BARs below 4 GiB
 //! d000_0000        virtio-mmio register pages, one 4 KiB page a device
-//! e000_0000        PCI ECAM (later)
+//! e000_0000        PCI: ECAM of the root bus
 //! fec0_0000        IOAPIC
 //! fee0_0000        local APICs, MSI
 //! fffb_c000        KVM's identity map page and TSS (Intel real mode)
 //! 1_0000_0000 RAM  the rest
+//! half of all      PCI: memory BARs above 4 GiB ([`pci_memory64`])
 //! ```
 //!
 //! Must never depend on a configuration: what varies from machine to machine is in [`crate::platform`].
@@ -74,6 +75,14 @@ pub const VIRTIO_MMIO_BASE: Gpa = Gpa(0xd000_0000);
 pub const VIRTIO_MMIO_SIZE: u64 = PAGE_SIZE;
 /// How many virtio-mmio devices a machine may have.
 pub const VIRTIO_MMIO_MAX: usize = 64;
+/// First of the addresses of 32-bit memory BARs.
+pub const PCI_MEMORY32: Gpa = HOLE_START;
+/// How many there are.
+pub const PCI_MEMORY32_SIZE: u64 = VIRTIO_MMIO_BASE.0 - HOLE_START.0;
+/// Configuration space of the root bus: 4 KiB a function.
+pub const PCI_ECAM: Gpa = Gpa(0xe000_0000);
+/// Its size: one bus.
+pub const PCI_ECAM_SIZE: u64 = 1 << 20;
 /// IOAPIC registers.
 pub const IOAPIC: Gpa = Gpa(0xfec0_0000);
 /// Local APIC registers.
@@ -87,6 +96,14 @@ pub const KVM_TSS: Gpa = Gpa(0xfffb_d000);
 pub const COM1: u16 = 0x3f8;
 /// Ports of a 16550.
 pub const SERIAL_PORTS: u16 = 8;
+/// First of the configuration ports of PCI.
+pub const PCI_CONFIG_PORTS: u16 = 0xcf8;
+/// How many there are.
+pub const PCI_CONFIG_PORTS_SIZE: u16 = 8;
+/// First of the ports of I/O BARs.
+pub const PCI_IO: u16 = 0xc000;
+/// How many there are.
+pub const PCI_IO_SIZE: u16 = 0x4000;
 /// ACPI sleep control register, one byte. See [`SLEEP_POWER_OFF`].
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register, one byte; the guest writes 0x80 to it, reads may give 0.
@@ -111,10 +128,35 @@ pub const IOAPIC_PINS: u32 = 24;
 /// Interrupt line of COM1.
 pub const COM1_GSI: Gsi = Gsi(4);
 
-/// Pins for virtio-mmio devices, in the order of use. Left out: 0 and 2 (timer and cascade of kernels without
+/// Pins for virtio-mmio devices, in the order of use; the last four are those of INTx. Left out: 0 and 2 (timer and cascade of kernels without
 /// ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel without ACPI would look for; 9 waits for
 /// the ACPI event device).
 const VIRTIO_MMIO_PINS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
+/// Lines of INTx, which are level-triggered: no virtio-mmio device has one of them on a machine with PCI.
+const INTX_PINS: [u32; 4] = [20, 21, 22, 23];
+
+/// The line that a device's interrupt pin (1 is INTA, 4 INTD) leads to, spread over four.
+pub fn intx_gsi(device: u8, pin: u8) -> Option<Gsi> {
+    let turn = usize::from(device).checked_add(usize::from(pin.checked_sub(1).filter(|pin| *pin < 4)?))?;
+    INTX_PINS.get(turn % INTX_PINS.len()).copied().map(Gsi)
+}
+
+/// The addresses of 64-bit memory BARs, first and size, on a processor with that many bits of physical address: the
+/// third quarter of what it can address, or of what 46 bits can, which all guests manage; `None` when there is no room above
+/// RAM.
+pub fn pci_memory64(address_bits: u8, ram_end: Gpa) -> Option<(Gpa, u64)> {
+    let bits = u32::from(address_bits.min(46));
+    let base = 1_u64.checked_shl(bits.checked_sub(1)?)?;
+    (base >= HOLE_END.0 && ram_end.0 <= base).then_some((Gpa(base), base / 2))
+}
+
+/// Where the `n`th virtio-mmio device is (from 0) on a machine with PCI: 12 have a pin of their own.
+pub fn virtio_mmio_slot_beside_pci(n: usize) -> Option<VirtioMmio> {
+    let own = VIRTIO_MMIO_PINS.len() - INTX_PINS.len();
+    let pin = VIRTIO_MMIO_PINS.get(n % own)?;
+    virtio_mmio_slot(n).map(|slot| VirtioMmio { gsi: Gsi(*pin), ..slot })
+}
 
 /// Where the `n`th virtio-mmio device is (from 0). The first 16 have a pin of their own; further ones share,
 /// which edge-triggered pins survive because Linux requests them shared and our InterruptStatus always reads 1.
@@ -151,6 +193,29 @@ mod tests {
             }
         }
         assert_eq!(virtio_mmio_slot(VIRTIO_MMIO_MAX), None);
+    }
+
+    #[test]
+    fn beside_pci_no_virtio_mmio_device_has_a_line_of_intx() {
+        for n in 0..VIRTIO_MMIO_MAX {
+            let slot = virtio_mmio_slot_beside_pci(n).unwrap();
+            assert!(!INTX_PINS.contains(&slot.gsi.0));
+            assert_eq!(slot.base, virtio_mmio_slot(n).unwrap().base);
+        }
+        for device in 1..32 {
+            assert!(INTX_PINS.contains(&intx_gsi(device, 1).unwrap().0));
+            assert_ne!(intx_gsi(device, 1), intx_gsi(device + 1, 1));
+        }
+        assert_eq!((intx_gsi(1, 0), intx_gsi(1, 5)), (None, None));
+    }
+
+    #[test]
+    fn the_window_above_four_gib_lies_above_ram_and_inside_what_is_addressed() {
+        assert_eq!(pci_memory64(40, Gpa(6 << 30)), Some((Gpa(1 << 39), 1 << 38)));
+        assert_eq!(pci_memory64(52, HOLE_END), Some((Gpa(1 << 45), 1 << 44)));
+        assert_eq!(pci_memory64(36, Gpa(32 << 30)), Some((Gpa(32 << 30), 16 << 30)));
+        assert_eq!(pci_memory64(36, Gpa((32 << 30) + 1)), None);
+        assert_eq!((pci_memory64(32, Gpa(0)), pci_memory64(0, Gpa(0))), (None, None));
     }
 
     #[test]

@@ -2,7 +2,10 @@
 //! [`crate::acpi`], [`crate::cpu`] and [`crate::irq`]. Holds no resource and does nothing.
 
 use crate::irq::Gsi;
-use crate::layout::{COM1, COM1_GSI, Gpa};
+use crate::layout::{
+    COM1, COM1_GSI, Gpa, PCI_ECAM, PCI_ECAM_SIZE, PCI_IO, PCI_IO_SIZE, PCI_MEMORY32, PCI_MEMORY32_SIZE,
+    pci_memory64,
+};
 
 /// A machine's parts, as far as its guest is told of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,6 +14,8 @@ pub struct Platform {
     pub cpus: u8,
     /// virtio-mmio devices, from [`crate::layout::virtio_mmio_slot`].
     pub virtio_mmio: Vec<VirtioMmio>,
+    /// The PCI root, if there is one.
+    pub pci: Option<PciRoot>,
     /// The serial port, if there is one.
     pub serial: Option<SerialPort>,
     /// How the guest learns of all this.
@@ -26,6 +31,44 @@ pub struct VirtioMmio {
     pub size: u64,
     /// Its edge-triggered interrupt.
     pub gsi: Gsi,
+}
+
+/// A range of guest-physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressRange {
+    /// The first address.
+    pub base: Gpa,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// A PCI root with one bus, 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciRoot {
+    /// Its configuration space.
+    pub ecam: AddressRange,
+    /// Where memory BARs go.
+    pub memory32: AddressRange,
+    /// The same, above 4 GiB.
+    pub memory64: Option<AddressRange>,
+    /// The first port of I/O BARs.
+    pub io: u16,
+    /// How many ports there are.
+    pub io_size: u16,
+}
+
+impl PciRoot {
+    /// The root of a machine whose processors have that many bits of physical address, and whose RAM ends there.
+    pub fn new(address_bits: u8, ram_end: Gpa) -> Self {
+        let memory64 = pci_memory64(address_bits, ram_end);
+        Self {
+            ecam: AddressRange { base: PCI_ECAM, size: PCI_ECAM_SIZE },
+            memory32: AddressRange { base: PCI_MEMORY32, size: PCI_MEMORY32_SIZE },
+            memory64: memory64.map(|(base, size)| AddressRange { base, size }),
+            io: PCI_IO,
+            io_size: PCI_IO_SIZE,
+        }
+    }
 }
 
 /// A 16550.
@@ -77,6 +120,7 @@ mod tests {
         let mut platform = Platform {
             cpus: 1,
             virtio_mmio: (0..2).map(|n| virtio_mmio_slot(n).unwrap()).collect(),
+            pci: None,
             serial: None,
             discovery: Discovery::Acpi,
         };

@@ -19,8 +19,13 @@ fn file_of(bytes: &[u8]) -> File {
 }
 
 fn load(ram: &Ram, kernel: &[u8], initramfs: Option<&[u8]>, cmdline: &str) -> Result<Entry, boot::Error> {
-    let platform =
-        Platform { cpus: 1, virtio_mmio: Vec::new(), serial: None, discovery: Discovery::default() };
+    let platform = Platform {
+        cpus: 1,
+        virtio_mmio: Vec::new(),
+        pci: None,
+        serial: None,
+        discovery: Discovery::default(),
+    };
     let (kernel, initramfs) = (file_of(kernel), initramfs.map(file_of));
     boot::load(ram, &BootImage { kernel: &kernel, initramfs: initramfs.as_ref(), cmdline }, &platform)
 }
@@ -219,7 +224,8 @@ fn initramfs_and_command_line_have_limits() {
     );
     assert!(load(&ram(), &kernel, None, &"x".repeat(2047)).is_ok());
     let directory = File::open("/").unwrap();
-    let platform = Platform { cpus: 1, virtio_mmio: Vec::new(), serial: None, discovery: Discovery::Acpi };
+    let platform =
+        Platform { cpus: 1, virtio_mmio: Vec::new(), pci: None, serial: None, discovery: Discovery::Acpi };
     let image = BootImage { kernel: &directory, initramfs: None, cmdline: "" };
     let error = boot::load(&ram(), &image, &platform).unwrap_err();
     assert_eq!(error.to_string(), "the kernel is not a regular file");

@@ -120,8 +120,13 @@ impl Machine {
         }
         let vcpu = vm.create_vcpu(0).unwrap();
         let host = HostCpu::probe(&kvm).unwrap();
-        let platform =
-            Platform { cpus: 1, virtio_mmio: Vec::new(), serial: Some(SerialPort::COM1), discovery };
+        let platform = Platform {
+            cpus: 1,
+            virtio_mmio: Vec::new(),
+            pci: None,
+            serial: Some(SerialPort::COM1),
+            discovery,
+        };
         Some(Self { vcpu, _vm: vm, ram, host, platform, _mappings: mappings })
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use arch::platform::VirtioMmio;
 use devices::bus::Bus;
+use devices::pci::HostBridge;
 use devices::ports::Ports;
 use devices::virtio::answers::OwnChannel;
 use devices::virtio::backend::Backend;
@@ -16,12 +17,12 @@ use devices::virtio::iommu::Iommu;
 use devices::virtio::mmio::{self, MmioDevice, Place};
 use devices::virtio::revival::{Seeker, Trial};
 use devices::virtio::vhost_user::{self, Opened};
-use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport, Trapped};
+use devices::virtio::{DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
 use transport::memory_map::{GuestAddr, MemoryMap};
 use transport::socket::Listener;
 use transport::vhost_user::{Connection, Limits, Trace};
 
-use crate::config::{Role, Socket, VhostUser};
+use crate::config::{Role, Socket, Transport, VhostUser};
 use crate::error::{Error, Fault};
 use crate::peers::Peers;
 use crate::recovery::{Meeting, Plan, Recovery};
@@ -52,6 +53,7 @@ pub(crate) struct Surroundings<'m> {
 /// A device that is on no board.
 pub(crate) struct Detached {
     id: String,
+    transport: Transport,
     model: Model,
     backend: Box<dyn Backend>,
     memory: MemoryMap,
@@ -72,9 +74,18 @@ enum Lost {
     Broken(String),
 }
 
+/// Where on a board a device goes.
+pub(crate) enum Site<'b> {
+    /// A register page, and the bus for what misses it.
+    Mmio(&'b VirtioMmio, &'b mut Bus),
+    /// The PCI bus.
+    Pci(&'b HostBridge),
+}
+
 /// A device on a board.
 pub(crate) struct Attached {
     id: String,
+    transport: Transport,
     model: Model,
     memory: MemoryMap,
     /// Becomes ready when the connection is gone; another one with another backend.
@@ -147,6 +158,7 @@ impl Detached {
             meeting.map(|meeting| Arc::new(Plan { meeting, patience, limits, reconnect, index, peers }));
         let device = Detached {
             id,
+            transport: config.transport,
             model,
             backend: Box::new(backend),
             memory: memory.clone(),
@@ -158,15 +170,37 @@ impl Detached {
         Ok((device, channel))
     }
 
-    /// Puts the device on a board: its register page into memory, its other accesses on the bus.
-    pub(crate) fn attach(self, ports: &Ports, place: &VirtioMmio, bus: &mut Bus) -> Result<Attached, Error> {
-        let Detached { id, model, backend, memory, hang_up, plan, state, counted } = self;
+    /// How the guest sees it.
+    pub(crate) fn transport(&self) -> Transport {
+        self.transport
+    }
+
+    /// Puts the device on a board: its register page into memory and its other accesses on the bus, or its
+    /// function on the PCI bus.
+    pub(crate) fn attach(self, ports: &Ports, site: Site<'_>) -> Result<Attached, Error> {
+        let Detached { id, transport, model, backend, memory, hang_up, plan, state, counted } = self;
         let cannot = || format!("cannot wire device {id}");
-        let place = Place { base: GuestAddr(place.base.0), gsi: place.gsi.0 };
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
-        let device =
-            MmioDevice::new(parts, place, ports).map_err(|error| Error::host(cannot()).because(error))?;
-        let handle = device.handle();
+        let failed = |error| Error::host(cannot()).because(error);
+        let handle = match site {
+            Site::Mmio(place, bus) => {
+                let place = Place { base: GuestAddr(place.base.0), gsi: place.gsi.0 };
+                let device = MmioDevice::new(parts, place, ports).map_err(failed)?;
+                let handle = device.handle();
+                bus.insert(place.base.0, mmio::LENGTH, id.clone(), Arc::new(device))
+                    .map_err(|error| Error::internal(cannot()).because(error))?;
+                handle
+            }
+            Site::Pci(bridge) => {
+                let device = PciDevice::new(parts, bridge, ports).map_err(failed)?;
+                let handle = device.handle();
+                let place = bridge.insert(None, Arc::new(device)).map_err(|error| {
+                    Error::usage(cannot()).because(error).hint("a machine takes 31 devices on its PCI bus")
+                })?;
+                log::info!("device {id} is PCI device {place}");
+                handle
+            }
+        };
         if let Some(plan) = &plan {
             handle.on_loss(if plan.patience.is_some() { OnLoss::Recover } else { OnLoss::Break });
             let (peers, index) = (Arc::clone(&plan.peers), plan.index);
@@ -180,10 +214,8 @@ impl Detached {
             Err(Lost::Recovering(why)) => handle.peer_lost(&why),
             Err(Lost::Broken(why)) => handle.give_up(&why),
         }
-        bus.insert(place.base.0, mmio::LENGTH, id.clone(), Arc::new(device))
-            .map_err(|error| Error::internal(cannot()).because(error))?;
         let (hang_up, recovery) = (RefCell::new(hang_up), RefCell::new(None));
-        Ok(Attached { id, model, memory, hang_up, plan, recovery, counted, handle })
+        Ok(Attached { id, transport, model, memory, hang_up, plan, recovery, counted, handle })
     }
 
     /// The end: the backend sees us go. What was counted over the device's whole life.
@@ -267,7 +299,8 @@ impl Attached {
     /// Takes the device off its board: queues stopped, backend kept. The board's bus must be gone, or it
     /// keeps the register page alive.
     pub(crate) fn detach(self) -> Detached {
-        let Attached { id, mut model, memory, hang_up, plan, recovery, mut counted, handle } = self;
+        let Attached { id, transport, mut model, memory, hang_up, plan, recovery, mut counted, handle } =
+            self;
         // Waits for the thread, for one exchange with a backend at most.
         drop(recovery);
         let hang_up = hang_up.into_inner();
@@ -284,7 +317,7 @@ impl Attached {
                 PhaseReport::Recovering(why) => Err(Lost::Recovering(why)),
                 PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => Ok(()),
             };
-            Detached { id, model, backend, memory, hang_up, plan, state, counted }
+            Detached { id, transport, model, backend, memory, hang_up, plan, state, counted }
         })
     }
 }

@@ -13,16 +13,19 @@ use arch::boot::Entry;
 use arch::cpu::HostCpu;
 use arch::irq::RoutingTable;
 use arch::layout;
-use arch::platform::{Discovery, Platform};
+use arch::platform::{AddressRange, Discovery, PciRoot, Platform};
 use arch::ram::Ram;
 use devices::bus::{Bus, BusCounters};
+use devices::pci::host_bridge::{CONFIG_PORTS, CONFIG_PORTS_LENGTH};
+use devices::pci::{HostBridge, Window, Windows};
 use devices::ports::{Guard, Route};
 use devices::reset::{I8042, ResetKind, ResetPort};
 use devices::serial::Serial;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
-use crate::attach::{Attached, Detached};
+use crate::attach::{Attached, Detached, Site};
+use crate::config::Transport;
 use crate::console::Console;
 use crate::error::Error;
 use crate::kvm::{self, KvmPorts};
@@ -52,6 +55,7 @@ pub(crate) struct Board {
     devices: Vec<Attached>,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
+    bridge: Option<Arc<HostBridge>>,
     peer_memory: Arc<PeerMemory>,
     // Dropped after the devices: what a device registered goes before what it registered with.
     _interrupt: Guard,
@@ -86,11 +90,21 @@ impl Board {
             .attach(serial.interrupt(), Route::Pin(layout::COM1_GSI.0))
             .map_err(|error| Error::host("cannot wire the serial port").because(error))?;
 
-        // 4. The virtio devices, in the order of the command line.
+        // 4. The PCI root, if a device wants one, then the virtio devices, in the order of the command line.
         let mut mmio = Bus::new();
+        let bridge = match &parts.platform.pci {
+            Some(root) => Some(pci_root(root, &mut mmio, &mut pio)?),
+            None => None,
+        };
+        let mut pages = parts.platform.virtio_mmio.iter();
         let mut attached = Vec::new();
-        for (device, place) in devices.into_iter().zip(&parts.platform.virtio_mmio) {
-            attached.push(device.attach(&ports, place, &mut mmio)?);
+        for device in devices {
+            let no_place = || Error::internal("a device has no place on the board");
+            let site = match device.transport() {
+                Transport::Mmio => Site::Mmio(pages.next().ok_or_else(no_place)?, &mut mmio),
+                Transport::Pci => Site::Pci(bridge.as_ref().ok_or_else(no_place)?),
+            };
+            attached.push(device.attach(&ports, site)?);
         }
 
         // 5. The vCPUs, last: their threads share the finished buses.
@@ -102,6 +116,7 @@ impl Board {
             devices: attached,
             pio,
             mmio,
+            bridge,
             peer_memory,
             _interrupt: interrupt,
             _ram: ram,
@@ -179,6 +194,9 @@ impl Board {
         self.end_vcpus();
         // The buses hold the devices' other references.
         (self.pio, self.mmio) = Default::default();
+        if let Some(bridge) = self.bridge.take() {
+            bridge.clear();
+        }
         std::mem::take(&mut self.devices).into_iter().map(|device| device.detach()).collect()
     }
 }
@@ -215,6 +233,28 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<(VmFd, RoutingTable), Err
             .map_err(|error| Error::host(cannot("the timer")).because(error))?;
     }
     Ok((vm, routes))
+}
+
+/// The root, at its addresses.
+fn pci_root(root: &PciRoot, mmio: &mut Bus, pio: &mut Bus) -> Result<Arc<HostBridge>, Error> {
+    let window = |range: AddressRange| Window { base: range.base.0, size: range.size };
+    let memory64 = root.memory64.map(window);
+    let windows = Windows {
+        memory32: window(root.memory32),
+        memory64: memory64.unwrap_or_default(),
+        io: Window { base: u64::from(root.io), size: u64::from(root.io_size) },
+    };
+    let bridge = HostBridge::new(windows);
+    let cannot = |error| Error::internal("cannot place the PCI root").because(error);
+    mmio.insert(root.ecam.base.0, root.ecam.size, "pci-ecam", bridge.ecam()).map_err(cannot)?;
+    for (window, name) in [(Some(windows.memory32), "pci-memory32"), (memory64, "pci-memory64")] {
+        if let Some(window) = window {
+            mmio.insert(window.base, window.size, name, bridge.memory(window)).map_err(cannot)?;
+        }
+    }
+    pio.insert(CONFIG_PORTS, CONFIG_PORTS_LENGTH, "pci-config", bridge.config_ports()).map_err(cannot)?;
+    pio.insert(windows.io.base, windows.io.size, "pci-io", bridge.io()).map_err(cannot)?;
+    Ok(bridge)
 }
 
 fn legacy_devices(

@@ -12,8 +12,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use transport::{vfio_user, vhost_user};
 
 use crate::config::{
-    Config, DEFAULT_CMDLINE, Image, Memory, OnReset, Serial, load_toml, parse_memory, parse_serial,
-    parse_vfio_user, parse_vhost_user,
+    Config, Image, Memory, OnReset, Serial, load_toml, parse_memory, parse_serial, parse_vfio_user,
+    parse_vhost_user,
 };
 use crate::error::{Error, Fault};
 use crate::machine::{End, Machine, Outcome};
@@ -85,8 +85,8 @@ struct Run {
     /// Number of vCPUs, 1 to 255 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     cpus: Option<u8>,
-    /// A virtio device served by a vhost-user backend (may be given again). Keys: id=NAME, queues=N,
-    /// queue-size=N, config-size=BYTES, tag=NAME (fs), deadline=MS, features=-NAME+NAME, server=on,
+    /// A virtio device served by a vhost-user backend (may be given again). Keys: id=NAME,
+    /// transport=mmio|pci, queues=N, queue-size=N, config-size=BYTES, tag=NAME (fs), deadline=MS, features=-NAME+NAME, server=on,
     /// iommu=identity (the backend is told what the driver's addresses mean),
     /// reconnect=SECONDS; socket=fd=N takes an inherited descriptor
     #[arg(long, value_name = "TYPE,socket=PATH[,KEY=VALUE]")]
@@ -243,7 +243,7 @@ impl Run {
         })?;
         let mut config = Config::new(Image::Path(kernel));
         config.initramfs = self.initramfs.or(file.initramfs).map(Image::Path);
-        config.cmdline = self.cmdline.or(file.cmdline).or_else(|| Some(DEFAULT_CMDLINE.to_owned()));
+        config.cmdline = self.cmdline.or(file.cmdline);
         config.memory = match self.memory.or(file.memory) {
             Some(text) => parse_memory(&text)?,
             None => Memory::default(),

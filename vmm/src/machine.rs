@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use arch::boot::{BootImage, Entry};
 use arch::cpu::HostCpu;
-use arch::layout;
-use arch::platform::{Platform, SerialPort};
+use arch::layout::{self, Gpa};
+use arch::platform::{PciRoot, Platform, SerialPort};
 use arch::ram::Ram;
 use devices::virtio::DeviceHandle;
 use devices::virtio::revival::Trial;
@@ -20,7 +20,7 @@ use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
 
 use crate::attach::{Attached, Detached, Surroundings};
 use crate::board::{Board, Parts};
-use crate::config::{Config, DEFAULT_CMDLINE, Image, OnReset};
+use crate::config::{Config, Image, OnReset, Transport};
 use crate::console::Console;
 use crate::control::Control;
 use crate::error::Error;
@@ -118,7 +118,7 @@ impl Machine {
         let kvm = kvm::open()?;
         let host_cpu =
             HostCpu::probe(&kvm).map_err(|error| Error::host("cannot use KVM's CPUs").because(error))?;
-        let platform = describe(&config)?;
+        let platform = describe(&config, &host_cpu)?;
         log::info!(
             "{} vCPU(s), {} MiB, {} virtio device(s)",
             config.cpus,
@@ -333,7 +333,7 @@ impl Files {
         Ok(Files {
             kernel: open("kernel", &config.kernel)?,
             initramfs: config.initramfs.as_ref().map(|image| open("initramfs", image)).transpose()?,
-            cmdline: config.cmdline.clone().unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
+            cmdline: config.cmdline.clone().unwrap_or_else(|| config.default_cmdline().to_owned()),
         })
     }
 
@@ -380,21 +380,22 @@ fn fits(config: &Config, host: &HostCpu) -> Result<(), Error> {
 }
 
 /// What the guest will be told of.
-fn describe(config: &Config) -> Result<Platform, Error> {
+fn describe(config: &Config, host: &HostCpu) -> Result<Platform, Error> {
     if config.cpus == 0 {
         return Err(Error::usage("a machine needs at least one vCPU"));
     }
-    let mut virtio_mmio = Vec::new();
-    for index in 0..config.vhost_user.len() {
-        let place = layout::virtio_mmio_slot(index).ok_or_else(|| {
-            Error::usage(format!("{} virtio-mmio devices are too many", config.vhost_user.len()))
-                .hint(format!("a machine takes {}", layout::VIRTIO_MMIO_MAX))
-        })?;
-        virtio_mmio.push(place);
-    }
+    let ram_end = config.memory.size.saturating_add(layout::HOLE_END.0 - layout::HOLE_START.0);
+    let pci = config.has_pci().then(|| PciRoot::new(host.physical_address_bits(), Gpa(ram_end)));
+    let slot = if pci.is_some() { layout::virtio_mmio_slot_beside_pci } else { layout::virtio_mmio_slot };
+    let count = config.vhost_user.iter().filter(|device| device.transport == Transport::Mmio).count();
+    let virtio_mmio = (0..count).map(slot).collect::<Option<Vec<_>>>().ok_or_else(|| {
+        Error::usage(format!("{count} virtio-mmio devices are too many"))
+            .hint(format!("a machine takes {}, and 31 on its PCI bus", layout::VIRTIO_MMIO_MAX))
+    })?;
     Ok(Platform {
         cpus: config.cpus,
         virtio_mmio,
+        pci,
         serial: Some(SerialPort::COM1),
         discovery: config.discovery,
     })

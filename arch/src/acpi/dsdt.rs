@@ -23,6 +23,9 @@ pub(super) fn table(platform: &Platform) -> Result<Sdt, Error> {
         let others = platform.virtio_mmio.iter().filter(|other| other.gsi == device.gsi).count();
         virtio_mmio(n, device, others > 1, &mut devices)?;
     }
+    if let Some(root) = &platform.pci {
+        super::pci::root(root, &mut devices)?;
+    }
 
     let mut table = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Scope::raw(Path::new("\\_SB_"), devices);

@@ -1,9 +1,10 @@
 //! ACPI 6.5 tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, DSDT. They describe what there is and,
 //! as loudly, what there is not (no 8259, PIT, 8042, CMOS clock, VGA), so that a guest probes nothing in vain.
 //!
-//! Pure but for [`load`]. MCFG and the PCI root will be two more tables of [`tables`].
+//! Pure but for [`load`].
 
 mod dsdt;
+mod pci;
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -70,7 +71,8 @@ pub fn tables(platform: &Platform) -> Result<Vec<u8>, Error> {
     let fadt = area.place(&fadt(dsdt));
     let madt = area.place(&madt(platform.cpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [fadt, madt] {
+    let mcfg = platform.pci.as_ref().map(|root| area.place(&pci::mcfg(root)));
+    for table in [fadt, madt].into_iter().chain(mcfg) {
         xsdt.add_entry(table);
     }
     let xsdt = area.place(&xsdt);
@@ -147,12 +149,13 @@ fn madt(cpus: u8) -> impl Aml {
 mod tests {
     use super::*;
     use crate::layout::virtio_mmio_slot;
-    use crate::platform::{Discovery, SerialPort};
+    use crate::platform::{Discovery, PciRoot, SerialPort};
 
     fn platform(cpus: u8, devices: usize) -> Platform {
         Platform {
             cpus,
             virtio_mmio: (0..devices).map(|n| virtio_mmio_slot(n).unwrap()).collect(),
+            pci: None,
             serial: Some(SerialPort::COM1),
             discovery: Discovery::Acpi,
         }
@@ -193,6 +196,16 @@ mod tests {
     }
 
     #[test]
+    fn a_pci_root_adds_a_table_with_its_configuration_space() {
+        let bytes = tables(&Platform { pci: Some(PciRoot::new(40, HIGH_MEMORY)), ..platform(1, 0) }).unwrap();
+        let xsdt = table_at(&bytes, u64_at(&bytes, 24));
+        assert_eq!(xsdt.len(), 36 + 24);
+        let mcfg = table_at(&bytes, u64_at(xsdt, 52));
+        assert_eq!((&mcfg[..4], mcfg.len()), (b"MCFG".as_slice(), 44 + 16));
+        assert_eq!((u64_at(mcfg, 44), &mcfg[52..56]), (0xe000_0000, [0; 4].as_slice()));
+    }
+
+    #[test]
     fn the_fadt_names_reset_and_sleep_ports_and_denies_legacy_devices() {
         let mut fadt_bytes = Vec::new();
         fadt(0xe_0100).to_aml_bytes(&mut fadt_bytes);
@@ -208,7 +221,8 @@ mod tests {
 
     #[test]
     fn the_largest_machine_still_fits_its_area() {
-        let bytes = tables(&platform(255, crate::layout::VIRTIO_MMIO_MAX)).unwrap();
+        let pci = Some(PciRoot::new(46, HIGH_MEMORY));
+        let bytes = tables(&Platform { pci, ..platform(255, crate::layout::VIRTIO_MMIO_MAX) }).unwrap();
         assert!(bytes.len() <= usize::try_from(HIGH_MEMORY.0 - ACPI_TABLES.0).unwrap());
     }
 }

@@ -8,6 +8,8 @@ use std::fmt;
 pub struct BarIndex(u8);
 
 impl BarIndex {
+    /// The first register.
+    pub const FIRST: Self = Self(0);
     /// The expansion ROM's register.
     pub const ROM: Self = Self(6);
     /// All of them.

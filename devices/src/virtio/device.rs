@@ -36,6 +36,9 @@ pub enum NewError {
     /// The machine refused.
     #[error("cannot connect the device to the machine")]
     Port(#[from] PortError),
+    /// The transport has no room for it.
+    #[error("cannot describe the device to the guest")]
+    Describe(#[source] Box<dyn Error + Send + Sync>),
 }
 
 /// A device: see the module's page.

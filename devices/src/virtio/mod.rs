@@ -20,6 +20,7 @@
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`reconnect`] | a vhost-user backend that comes back |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
+//! | [`pci`] | the virtio-pci transport: a function, its BAR, its capabilities |
 
 mod activation;
 pub mod answers;
@@ -30,6 +31,7 @@ pub mod face;
 pub mod handle;
 pub mod iommu;
 pub mod mmio;
+pub mod pci;
 pub mod phase;
 pub mod probation;
 pub mod queue;
@@ -48,6 +50,7 @@ pub use device::Parts;
 pub use device_type::{DeviceType, Wishes};
 pub use handle::DeviceHandle;
 pub use mmio::MmioDevice;
+pub use pci::PciDevice;
 pub use phase::OnLoss;
 pub use reconnect::Reconnect;
 pub use report::{DeviceStats, PhaseReport, Trapped};

@@ -301,13 +301,14 @@ impl Registers {
             Reg::QueueDesc(half) => half_of(queue.map_or(0, |q| q.desc.0), half),
             Reg::QueueDriver(half) => half_of(queue.map_or(0, |q| q.driver.0), half),
             Reg::QueueDevice(half) => half_of(queue.map_or(0, |q| q.device.0), half),
-            Reg::DeviceFeaturesSel
-            | Reg::DriverFeatures
-            | Reg::DriverFeaturesSel
-            | Reg::QueueSel
-            | Reg::QueueNotify
-            | Reg::InterruptAck
-            | Reg::ShmSel => 0,
+            Reg::DeviceFeaturesSel => self.device_features_sel,
+            Reg::DriverFeaturesSel => self.driver_features_sel,
+            Reg::DriverFeatures => {
+                selected(self.driver_features_sel).map_or(0, |half| half_of(self.driver_features, half))
+            }
+            Reg::QueueSel => self.queue_sel,
+            Reg::ShmSel => self.shm_sel,
+            Reg::QueueNotify | Reg::InterruptAck => 0,
         }
     }
 

@@ -3,7 +3,7 @@
 
 use arch::irq::Gsi;
 use arch::layout::{ACPI_TABLES, Gpa, virtio_mmio_slot};
-use arch::platform::{Discovery, Platform, SerialPort, VirtioMmio};
+use arch::platform::{Discovery, PciRoot, Platform, SerialPort, VirtioMmio};
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
 
@@ -23,13 +23,14 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(&bytes[..8], b"RSD PTR ");
     assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
     let xsdt = table(&bytes, u64_at(&bytes, 24), b"XSDT");
-    assert_eq!(xsdt.len(), 36 + 16);
+    let more = usize::from(platform.pci.is_some());
+    assert_eq!(xsdt.len(), 36 + 16 + 8 * more);
     let fadt = table(&bytes, u64_at(xsdt, 36), b"FACP");
     let madt = table(&bytes, u64_at(xsdt, 44), b"APIC");
     assert_eq!(madt.len(), 44 + 8 * usize::from(platform.cpus) + 12);
     let dsdt = table(&bytes, u64_at(fadt, 140), b"DSDT");
     let nodes = aml(&dsdt[36..]);
-    assert_eq!(nodes, platform.virtio_mmio.len() + usize::from(platform.serial.is_some()));
+    assert_eq!(nodes, platform.virtio_mmio.len() + usize::from(platform.serial.is_some()) + 2 * more);
 });
 
 fn platform(input: &mut Input) -> Platform {
@@ -42,7 +43,8 @@ fn platform(input: &mut Input) -> Platform {
         _ => VirtioMmio { base: Gpa(input.number()), size: input.number(), gsi: Gsi(input.number() as u32) },
     };
     let virtio_mmio = (0..count).map(&mut device).collect();
-    Platform { cpus, virtio_mmio, serial, discovery }
+    let pci = input.rarely(2).then(|| PciRoot::new(input.byte(), Gpa(input.number())));
+    Platform { cpus, virtio_mmio, pci, serial, discovery }
 }
 
 fn sum(bytes: &[u8]) -> u8 {

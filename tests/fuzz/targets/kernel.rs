@@ -65,6 +65,7 @@ fn boot(ram: &Ram, data: &[u8]) {
     let platform = Platform {
         cpus: 2,
         virtio_mmio: Vec::new(),
+        pci: None,
         serial: Some(SerialPort::COM1),
         discovery: Discovery::Acpi,
     };

@@ -34,7 +34,13 @@ pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(2000);
 /// * `panic=-1` – a panic reboots at once: a machine that hangs helps nobody.
 /// * `pci=off`, `8250.nr_uarts=1` – there is no PCI bus and one serial port: nothing is searched in vain.
 /// * `cryptomgr.notests` – the self-tests of the kernel's ciphers take a third of a stock kernel's start.
+///
+/// With PCI devices it is [`DEFAULT_CMDLINE_WITH_PCI`].
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off 8250.nr_uarts=1 cryptomgr.notests";
+
+/// The same for a machine with PCI devices. `pci=noearly`: there are none of the chipsets that need early care.
+pub const DEFAULT_CMDLINE_WITH_PCI: &str =
+    "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 cryptomgr.notests";
 
 /// One machine.
 pub struct Config {
@@ -42,7 +48,7 @@ pub struct Config {
     pub kernel: Image,
     /// The initial RAM file system.
     pub initramfs: Option<Image>,
-    /// The kernel command line; [`DEFAULT_CMDLINE`] when absent.
+    /// The kernel command line; [`Config::default_cmdline`] when absent.
     pub cmdline: Option<String>,
     /// Guest RAM.
     pub memory: Memory,
@@ -78,6 +84,18 @@ impl Config {
             discovery: arch::platform::Discovery::Acpi,
             trace: None,
         }
+    }
+
+    /// Whether the machine has a PCI bus: only when a device is on it.
+    #[must_use]
+    pub fn has_pci(&self) -> bool {
+        !self.vfio_user.is_empty() || self.vhost_user.iter().any(|device| device.transport == Transport::Pci)
+    }
+
+    /// The kernel command line for who gave none.
+    #[must_use]
+    pub fn default_cmdline(&self) -> &'static str {
+        if self.has_pci() { DEFAULT_CMDLINE_WITH_PCI } else { DEFAULT_CMDLINE }
     }
 }
 
@@ -122,6 +140,8 @@ impl Default for Memory {
 pub struct VhostUser {
     /// Which device, how many queues, which features.
     pub order: Order,
+    /// How the guest sees it.
+    pub transport: Transport,
     /// Where the backend is.
     pub socket: Socket,
     /// Its name in messages and statistics; the type and a number when absent.
@@ -134,6 +154,16 @@ pub struct VhostUser {
     pub role: Role,
     /// What the driver's addresses are, when they are not simply guest addresses.
     pub iommu: Option<Iommu>,
+}
+
+/// How the guest sees a virtio device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// A page of registers and an interrupt line.
+    #[default]
+    Mmio,
+    /// A PCI function with MSI-X.
+    Pci,
 }
 
 /// Who connects to whom on a [`Socket::Path`].
@@ -158,6 +188,7 @@ impl VhostUser {
             .map_err(|error| Error::internal("cannot use the default features").because(error))?;
         Ok(VhostUser {
             order,
+            transport: Transport::default(),
             socket,
             id: None,
             deadline: DEFAULT_DEADLINE,

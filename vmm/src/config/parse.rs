@@ -8,7 +8,7 @@ use devices::virtio::device_type::{DeviceType, Wishes};
 use devices::virtio::iommu::Iommu;
 use devices::virtio::vhost_user::Order;
 
-use super::{DEFAULT_DEADLINE, Memory, Role, Serial, Socket, VhostUser};
+use super::{DEFAULT_DEADLINE, Memory, Role, Serial, Socket, Transport, VhostUser};
 use crate::descriptors;
 use crate::error::Error;
 
@@ -189,12 +189,14 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
             .map_err(|error| Error::usage(format!("{option} cannot use tag={tag}")).because(error))?;
     }
 
-    for (key, is_default) in [("transport", "mmio")] {
-        if let Some(value) = keys.take(key).filter(|value| *value != is_default) {
-            return Err(Error::usage(format!("{option} cannot do {key}={value} yet"))
-                .hint(format!("this version of outboard has no {key}={value}; leave it out")));
+    let transport = match keys.take("transport") {
+        None | Some("mmio") => Transport::Mmio,
+        Some("pci") => Transport::Pci,
+        Some(other) => {
+            return Err(Error::usage(format!("{option} cannot use transport={other}"))
+                .hint("write transport=mmio or transport=pci"));
         }
-    }
+    };
 
     let socket = match keys.take("socket") {
         Some(path) if !path.is_empty() => Socket::parse(path)?,
@@ -239,7 +241,7 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         })?),
     };
     let mut device =
-        VhostUser { order, socket, id: None, deadline: DEFAULT_DEADLINE, reconnect, role, iommu };
+        VhostUser { order, transport, socket, id: None, deadline: DEFAULT_DEADLINE, reconnect, role, iommu };
     device.id = id(option, &mut keys)?;
     if let Some(deadline) = keys.take_number("deadline", 1..=3_600_000)? {
         device.deadline = Duration::from_millis(deadline);
@@ -320,13 +322,14 @@ mod tests {
     #[test]
     fn vhost_user_takes_every_key() {
         let device = parse_vhost_user(
-            "blk,socket=/s,id=disk0,transport=mmio,queues=2,queue-size=128,deadline=500,features=-event_idx",
+            "blk,socket=/s,id=disk0,transport=pci,queues=2,queue-size=128,deadline=500,features=-event_idx",
         )
         .unwrap();
         assert_eq!(device.id.as_deref(), Some("disk0"));
         let wishes = device.order.wishes;
         assert_eq!((wishes.queues, wishes.queue_size), (Some(2), Some(128)));
         assert_eq!(device.deadline, Duration::from_millis(500));
+        assert_eq!(device.transport, Transport::Pci);
     }
 
     #[test]
@@ -339,7 +342,7 @@ mod tests {
             ("blk,socket=/s,id=a,id=b", "got `id` twice"),
             ("blk,socket=/s,queue-size=100", "cannot make this blk device"),
             ("blk,socket=/s,queues=0", "queues=0"),
-            ("blk,socket=/s,transport=pci", "transport=pci"),
+            ("blk,socket=/s,transport=isa", "transport=isa"),
             ("blk,socket=/s,server=maybe", "server=maybe"),
             ("blk,socket=/s,reconnect=soon", "reconnect=soon"),
             ("blk,socket=/s,iommu=yes", "iommu=yes"),

@@ -1,0 +1,116 @@
+//! The PCI root in ACPI (PCI Firmware 3.3 §4): its configuration space in the MCFG and as a reserved resource, its
+//! windows and interrupt lines in the DSDT.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, ONE, Package, Path,
+    ResourceTemplate, ZERO,
+};
+use acpi_tables::mcfg::MCFG;
+
+use super::{Error, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout::{PCI_CONFIG_PORTS, PCI_CONFIG_PORTS_SIZE, intx_gsi};
+use crate::platform::{AddressRange, PciRoot};
+
+/// Devices on a bus.
+const DEVICES: u8 = 32;
+
+/// Where the configuration space is.
+pub(super) fn mcfg(root: &PciRoot) -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(root.ecam.base.0, 0, 0, 0);
+    mcfg
+}
+
+/// The root, and the reservation without which Linux does not trust the MCFG.
+pub(super) fn root(root: &PciRoot, aml: &mut Vec<u8>) -> Result<(), Error> {
+    let low = |value: u64| u32::try_from(value).map_err(|_| Error::Unreachable { at: root.ecam.base });
+    let last = |range: AddressRange| range.base.0.saturating_add(range.size.saturating_sub(1));
+    let ports = u8::try_from(PCI_CONFIG_PORTS_SIZE).unwrap_or(u8::MAX);
+
+    let buses = AddressSpace::new_bus_number(0_u16, 0);
+    let config = IO::new(PCI_CONFIG_PORTS, PCI_CONFIG_PORTS, 1, ports);
+    let io = AddressSpace::new_io(root.io, root.io.saturating_add(root.io_size.saturating_sub(1)), None);
+    let cacheable = AddressSpaceCacheable::NotCacheable;
+    let (first, end) = (low(root.memory32.base.0)?, low(last(root.memory32))?);
+    let memory32 = AddressSpace::new_memory(cacheable, true, first, end, None);
+    let memory64 = root.memory64.map(|range| {
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, range.base.0, last(range), None)
+    });
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &config, &io, &memory32];
+    if let Some(memory64) = &memory64 {
+        resources.push(memory64);
+    }
+
+    let lines = routes();
+    let lines: Vec<Package<'_>> =
+        lines.iter().map(|(address, pin, gsi)| Package::new(vec![address, pin, &ZERO, gsi])).collect();
+    Device::new(
+        Path::new("PCI0"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_SEG"), &ZERO),
+            &Name::new(Path::new("_BBN"), &ZERO),
+            &Name::new(Path::new("_CCA"), &ONE),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
+            &Name::new(Path::new("_PRT"), &Package::new(lines.iter().map(|line| line as &dyn Aml).collect())),
+        ],
+    )
+    .to_aml_bytes(aml);
+
+    Device::new(
+        Path::new("ECAM"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                    true,
+                    low(root.ecam.base.0)?,
+                    low(root.ecam.size)?,
+                )]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+    Ok(())
+}
+
+/// Address of all functions of a device, pin (0 is INTA here), GSI.
+fn routes() -> Vec<(u32, u8, u32)> {
+    let all = (1..DEVICES).flat_map(|device| (0..4_u8).map(move |pin| (device, pin)));
+    all.filter_map(|(device, pin)| {
+        let gsi = intx_gsi(device, pin + 1)?;
+        Some((u32::from(device) << 16 | 0xffff, pin, gsi.0))
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Gpa;
+
+    #[test]
+    fn every_device_but_the_bridge_has_four_pins_with_a_line_each() {
+        let routes = routes();
+        assert_eq!(routes.len(), 31 * 4);
+        assert_eq!(routes[0], (0x1_ffff, 0, 21));
+        assert_eq!(routes[123], (0x1f_ffff, 3, 22));
+    }
+
+    #[test]
+    fn windows_above_four_gib_are_left_out_where_there_are_none() {
+        let aml = |bits| {
+            let mut aml = Vec::new();
+            root(&PciRoot::new(bits, Gpa(1 << 32)), &mut aml).unwrap();
+            aml
+        };
+        let wide = [0x8a, 0x2b, 0, 0, 0x0c, 1];
+        let has = |aml: &[u8]| aml.windows(wide.len()).any(|window| window == wide);
+        assert!(has(&aml(40)) && !has(&aml(32)));
+    }
+}
