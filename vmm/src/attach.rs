@@ -296,6 +296,11 @@ impl Attached {
         &self.handle
     }
 
+    /// Ends the search for a backend, without waiting for that.
+    pub(crate) fn stop_looking(&self) {
+        self.recovery.borrow().iter().for_each(Recovery::stop);
+    }
+
     /// Takes the device off its board: queues stopped, backend kept. The board's bus must be gone, or it
     /// keeps the register page alive.
     pub(crate) fn detach(self) -> Detached {

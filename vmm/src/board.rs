@@ -197,8 +197,28 @@ impl Board {
         if let Some(bridge) = self.bridge.take() {
             bridge.clear();
         }
-        std::mem::take(&mut self.devices).into_iter().map(|device| device.detach()).collect()
+        let devices = std::mem::take(&mut self.devices);
+        stop_all(&devices);
+        devices.into_iter().map(|device| device.detach()).collect()
     }
+}
+
+/// Stops the queues of all devices at the same time: of several hung backends the deadline is waited for once.
+fn stop_all(devices: &[Attached]) {
+    devices.iter().for_each(Attached::stop_looking);
+    std::thread::scope(|scope| {
+        // One is as well stopped here, when it is detached; so is a device for which there is no thread.
+        for device in devices.iter().skip(1) {
+            let handle = device.handle().clone();
+            let thread = std::thread::Builder::new().name("stop".to_owned());
+            if let Err(error) = thread.spawn_scoped(scope, move || handle.machine_reset()) {
+                log::debug!("a device is stopped after the others: {error}");
+            }
+        }
+        if let Some(first) = devices.first() {
+            first.handle().machine_reset();
+        }
+    });
 }
 
 impl Drop for Board {

@@ -165,9 +165,16 @@ impl Recovery {
     }
 }
 
+impl Recovery {
+    /// Asks the thread to end, and does not wait for it.
+    pub(crate) fn stop(&self) {
+        self.stop.ask();
+    }
+}
+
 impl Drop for Recovery {
     fn drop(&mut self) {
-        self.stop.ask();
+        self.stop();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("a recovery thread panicked");
         }
