@@ -54,9 +54,8 @@ fn the_loss_of_one_of_sixteen_disks_stalls_none_of_the_others() {
     // One connection goes by a proxy, so that it can be cut while the process lives on.
     let proxy = Proxy::new(&daemon.socket_of(LOST));
     let launch = Launch::payload(&line(2_000_000));
-    let launch = (0..DISKS).fold(launch, |launch, n| {
-        launch.disk(&if n == LOST { proxy.socket() } else { daemon.socket_of(n) })
-    });
+    let launch = (0..DISKS)
+        .fold(launch, |launch, n| launch.disk(&if n == LOST { proxy.socket() } else { daemon.socket_of(n) }));
     let mut vm = launch.start();
     vm.expect("running");
     drop(proxy);
