@@ -35,6 +35,7 @@ pub(crate) fn disk(queues: u16) -> Model {
         queue_size: 256,
         config: (1..=60).collect(),
         config_source: ConfigSource::Backend,
+        shared_memory: vec![],
     }
 }
 

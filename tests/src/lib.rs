@@ -10,6 +10,7 @@
 //! | [`pty`] | a terminal to run it on |
 //! | [`daemon`], [`qmp`] | Debian's `qemu-storage-daemon` as the backend |
 //! | [`disk`] | an independent backend in this process, on the crate `vhost-user-backend` |
+//! | [`gadget`] | the same with what few backends do: shared memory, shared objects
 //! | [`backends`] | backends that others wrote, and guests with the drivers for them |
 //! | [`vfio`] | our vfio-user servers on the crate `vfio_user`, and guests that drive them |
 //! | [`peer`], [`proxy`] | backends that do not what they should; one that listens in |
@@ -25,6 +26,7 @@ pub mod backends;
 pub mod capture;
 pub mod daemon;
 pub mod disk;
+pub mod gadget;
 pub mod guest;
 pub mod launch;
 pub mod library;

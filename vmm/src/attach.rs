@@ -16,6 +16,7 @@ use devices::virtio::device_type::Model;
 use devices::virtio::iommu::Iommu;
 use devices::virtio::mmio::{self, MmioDevice, Place};
 use devices::virtio::revival::{Seeker, Trial};
+use devices::virtio::shared_memory::SharedRegions;
 use devices::virtio::vhost_user::{self, Opened};
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
 use transport::memory_map::{GuestAddr, MemoryMap};
@@ -27,6 +28,7 @@ use crate::error::{Error, Fault};
 use crate::peers::Peers;
 use crate::recovery::{Meeting, Plan, Recovery};
 use crate::stats::{DeviceStats, PeerStats};
+use crate::windows::Windows;
 
 /// Accesses that came to userspace while the queues ran, on all boards so far.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,6 +59,7 @@ pub(crate) struct Detached {
     model: Model,
     backend: Box<dyn Backend>,
     memory: MemoryMap,
+    shared: SharedRegions,
     hang_up: Arc<OwnedFd>,
     /// How its backend is found again, if it is to be.
     plan: Option<Arc<Plan>>,
@@ -88,6 +91,7 @@ pub(crate) struct Attached {
     transport: Transport,
     model: Model,
     memory: MemoryMap,
+    shared: SharedRegions,
     /// Becomes ready when the connection is gone; another one with another backend.
     hang_up: RefCell<Arc<OwnedFd>>,
     plan: Option<Arc<Plan>>,
@@ -144,7 +148,7 @@ impl Detached {
             order = order.behind(Arc::new(iommu.map(memory)));
         }
         let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
-        let Opened { model, backend, channel, hang_up, reconnect } = opened.map_err(|error| {
+        let Opened { model, backend, channel, hang_up, reconnect, shared } = opened.map_err(|error| {
             let hint = error.hint();
             let failed = Error::new(Fault::Peer, cannot()).because(error);
             match hint {
@@ -162,12 +166,30 @@ impl Detached {
             model,
             backend: Box::new(backend),
             memory: memory.clone(),
+            shared,
             hang_up: Arc::new(hang_up),
             plan,
             state: Ok(()),
             counted: Counted::default(),
         };
         Ok((device, channel))
+    }
+
+    /// Finds places for the device's shared memory.
+    pub(crate) fn place_shared_memory(&mut self, windows: &mut Windows) -> Result<(), Error> {
+        if self.transport != Transport::Mmio {
+            return Ok(());
+        }
+        for region in self.model.shared_memory.iter_mut().flatten() {
+            let place = windows.take(region.length).ok_or_else(|| {
+                Error::host(format!("cannot start device {}", self.id))
+                    .because(format!("there is no room for {:#x} bytes of its shared memory", region.length))
+                    .hint("features=-shmem does without")
+            })?;
+            region.base = GuestAddr(place);
+            log::info!("device {}: {:#x} bytes of shared memory at {place:#x}", self.id, region.length);
+        }
+        Ok(())
     }
 
     /// How the guest sees it.
@@ -178,7 +200,7 @@ impl Detached {
     /// Puts the device on a board: its register page into memory and its other accesses on the bus, or its
     /// function on the PCI bus.
     pub(crate) fn attach(self, ports: &Ports, site: Site<'_>) -> Result<Attached, Error> {
-        let Detached { id, transport, model, backend, memory, hang_up, plan, state, counted } = self;
+        let Detached { id, transport, model, backend, memory, shared, hang_up, plan, state, counted } = self;
         let cannot = || format!("cannot wire device {id}");
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
         let failed = |error| Error::host(cannot()).because(error);
@@ -201,6 +223,9 @@ impl Detached {
                 handle
             }
         };
+        // Windows are told by virtio-mmio's registers; a PCI function shows none yet.
+        let places = if transport == Transport::Mmio { model.shared_memory.clone() } else { Vec::new() };
+        shared.put(Arc::clone(&ports.memory), places);
         if let Some(plan) = &plan {
             handle.on_loss(if plan.patience.is_some() { OnLoss::Recover } else { OnLoss::Break });
             let (peers, index) = (Arc::clone(&plan.peers), plan.index);
@@ -215,7 +240,7 @@ impl Detached {
             Err(Lost::Broken(why)) => handle.give_up(&why),
         }
         let (hang_up, recovery) = (RefCell::new(hang_up), RefCell::new(None));
-        Ok(Attached { id, transport, model, memory, hang_up, plan, recovery, counted, handle })
+        Ok(Attached { id, transport, model, memory, shared, hang_up, plan, recovery, counted, handle })
     }
 
     /// The end: the backend sees us go. What was counted over the device's whole life.
@@ -304,8 +329,18 @@ impl Attached {
     /// Takes the device off its board: queues stopped, backend kept. The board's bus must be gone, or it
     /// keeps the register page alive.
     pub(crate) fn detach(self) -> Detached {
-        let Attached { id, transport, mut model, memory, hang_up, plan, recovery, mut counted, handle } =
-            self;
+        let Attached {
+            id,
+            transport,
+            mut model,
+            memory,
+            shared,
+            hang_up,
+            plan,
+            recovery,
+            mut counted,
+            handle,
+        } = self;
         // Waits for the thread, for one exchange with a backend at most.
         drop(recovery);
         let hang_up = hang_up.into_inner();
@@ -322,7 +357,8 @@ impl Attached {
                 PhaseReport::Recovering(why) => Err(Lost::Recovering(why)),
                 PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => Ok(()),
             };
-            Detached { id, transport, model, backend, memory, hang_up, plan, state, counted }
+            shared.remove();
+            Detached { id, transport, model, backend, memory, shared, hang_up, plan, state, counted }
         })
     }
 }

@@ -51,6 +51,7 @@ mod recovery;
 pub mod stats;
 mod terminal;
 pub mod vcpu;
+mod windows;
 pub mod workbench;
 
 pub use error::Error;

@@ -31,6 +31,7 @@ use crate::peers::Peers;
 use crate::recovery::Plan;
 use crate::stats::{Startup, Stats};
 use crate::vcpu::VcpuCounters;
+use crate::windows::Windows;
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,6 +157,8 @@ impl Machine {
             }
             devices.push(device);
         }
+        let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits());
+        devices.iter_mut().try_for_each(|device| device.place_shared_memory(&mut windows))?;
         startup.peers = elapsed(begun);
 
         // 4. The guest's image.

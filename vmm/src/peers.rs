@@ -14,7 +14,7 @@ use devices::virtio::answers::{Answers, OwnChannel};
 use devices::virtio::revival::Trial;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use transport::vhost_user::message::Iotlb;
+use transport::vhost_user::message::{Iotlb, ShmemArea};
 use transport::vhost_user::{BackendRequests, Refused, Served};
 
 /// The handle on the thread; ends it when dropped.
@@ -198,6 +198,14 @@ impl BackendRequests for Asked<'_> {
 
     fn iotlb(&self, message: Iotlb) -> Result<(), Refused> {
         self.answers.iotlb(&message)
+    }
+
+    fn shmem_map(&self, area: ShmemArea, fd: OwnedFd) -> Result<(), Refused> {
+        self.answers.shmem_map(&area, fd)
+    }
+
+    fn shmem_unmap(&self, area: ShmemArea) -> Result<(), Refused> {
+        self.answers.shmem_unmap(&area)
     }
 }
 

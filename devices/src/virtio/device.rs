@@ -97,7 +97,7 @@ impl Device {
     /// When eventfds run out, or the machine refuses the interrupt.
     pub fn new(parts: Parts, face: Box<dyn Face>) -> Result<Self, NewError> {
         let Parts { name, model, backend, memory } = parts;
-        let Model { device_type, features, queues, queue_size, config, config_source } = model;
+        let Model { device_type, features, queues, queue_size, config, config_source, shared_memory } = model;
         let wiring = Wiring::new(queues).map_err(NewError::Eventfd)?;
         let config_call = Call::new().map_err(NewError::Eventfd)?;
         let config_route = face.connect_config(&config_call)?;
@@ -108,7 +108,7 @@ impl Device {
             queues,
             queue_size,
             config,
-            shared_memory: Vec::new(),
+            shared_memory,
         });
         face.show_registers(&registers);
         face.show_config(registers.config());

@@ -3,9 +3,10 @@
 
 use std::str::FromStr;
 
-use transport::vhost_user::features::{DeviceFeatures, UnknownFeature, Wanted, bit};
+use transport::vhost_user::features::{DeviceFeatures, ProtocolFeatures, UnknownFeature, Wanted, bit};
 
 use super::queue::MAX_QUEUE_SIZE;
+use super::registers::SharedMemory;
 
 /// The most queues that a vhost-user message can name.
 pub const MAX_QUEUES: u16 = 256;
@@ -308,6 +309,8 @@ pub struct Model {
     pub config: Vec<u8>,
     /// Where the configuration comes from.
     pub config_source: ConfigSource,
+    /// Shared memory regions by id; where the guest finds them is the machine's to say.
+    pub shared_memory: Vec<Option<SharedMemory>>,
 }
 
 /// Where the configuration of a device comes from.
@@ -347,6 +350,9 @@ pub enum ModelError {
          protocol features BACKEND_REQ and REPLY_ACK"
     )]
     NoIommu,
+    /// No machine has room for it.
+    #[error("the backend wants more than 1 TiB of shared memory")]
+    SharedMemory,
     /// The number of queues is out of range.
     #[error("the number of queues {0} is not between 1 and {MAX_QUEUES}")]
     Queues(u16),
@@ -485,7 +491,13 @@ impl DeviceType {
     /// # Errors
     /// When a name is not known.
     pub fn wanted(&self, changes: &str) -> Result<Wanted, UnknownFeature> {
-        self.wanted_of(Wanted::default(), changes)
+        self.wanted_of(Self::defaults(), changes)
+    }
+
+    /// What is negotiated with any backend that offers it: what the transport needs no help for, and what
+    /// every device does for its backend.
+    pub(super) fn defaults() -> Wanted {
+        Wanted::default().and(ProtocolFeatures::BACKEND_SEND_FD.with(ProtocolFeatures::SHMEM))
     }
 
     /// The same, from other defaults.
@@ -547,7 +559,8 @@ impl DeviceType {
         let queues = queues.min(served);
         self.patch(&mut config, features, queues);
         let queue_size = wishes.queue_size.unwrap_or(self.queue_size);
-        Ok(Model { device_type: self, features, queues, queue_size, config, config_source })
+        let shared_memory = Vec::new();
+        Ok(Model { device_type: self, features, queues, queue_size, config, config_source, shared_memory })
     }
 
     /// The queues that the driver looks for when there are ports.

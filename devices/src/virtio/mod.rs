@@ -16,6 +16,7 @@
 //! | [`handle`], [`report`] | the device shared between threads, and what it reports |
 //! | [`iommu`] | what the driver's addresses mean |
 //! | [`answers`] | what is done for a backend's own requests |
+//! | [`shared_memory`] | what a backend shows the guest of its own memory |
 //! | [`backend`] | what the device asks of whoever serves its queues |
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`reconnect`] | a vhost-user backend that comes back |
@@ -40,6 +41,7 @@ pub mod registers;
 pub mod report;
 mod resume;
 pub mod revival;
+pub mod shared_memory;
 pub mod status;
 pub mod takeover;
 mod unfinished;

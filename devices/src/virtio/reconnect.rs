@@ -9,17 +9,18 @@
 //! 3. the thread ends before the device leaves its board.
 
 use std::error::Error;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::{Connection, Error as PeerError};
 
-use super::answers::OwnChannel;
+use super::answers::{Answers, OwnChannel};
 use super::backend::BackendError;
 use super::handle::DeviceHandle;
 use super::revival::Trial;
+use super::shared_memory::SharedRegions;
 use super::takeover::{Candidate, Misfit, TakeOverError};
-use super::vhost_user::{Kept, OpenError, Order, Survey, VhostUser};
+use super::vhost_user::{Attended, Kept, OpenError, Order, Survey, VhostUser};
 
 /// Why a backend that was connected to does not serve the device.
 #[derive(Debug, thiserror::Error)]
@@ -50,17 +51,30 @@ impl ReconnectError {
 
 /// What is needed to replace the backend of one device, for the whole life of that device. Shared
 /// between threads; one of them at a time does something.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Reconnect {
     order: Order,
     /// Bytes of configuration that the first backend had.
     config_size: usize,
+    shared: SharedRegions,
     kept: Arc<Mutex<Kept>>,
 }
 
 impl Reconnect {
-    pub(super) fn new(order: &Order, config_size: usize, kept: Arc<Mutex<Kept>>) -> Self {
-        Self { order: order.clone(), config_size, kept }
+    pub(super) fn new(order: &Order, first: &Survey, shared: SharedRegions) -> Self {
+        Self { order: order.clone(), config_size: first.config_size, shared, kept: Arc::default() }
+    }
+
+    /// Takes a backend as it was surveyed, with what is kept for it, and has its channel answered.
+    pub(super) fn attend(&self, survey: Survey) -> Result<(Attended, Option<OwnChannel>), OpenError> {
+        let Survey { mut session, model, shared, .. } = survey;
+        let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
+        let misses = session.miss_answers().map_err(OpenError::Fd)?;
+        let tenancy = (!shared.is_empty()).then(|| self.shared.tenancy());
+        let answers = Answers { misses, shared: tenancy.clone() };
+        let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
+        let backend = VhostUser::new(session, &self.order, Arc::clone(&self.kept), tenancy);
+        Ok((Attended { model, backend, hang_up }, channel))
     }
 
     /// Lets the backend at the other end of `connection` serve `device`, which waits for one. Whoever
@@ -89,10 +103,11 @@ impl Reconnect {
         let refused = |source: TakeOverError| ReconnectError::TakeOver { peer, source };
         let (candidate, hang_up) = match self.candidate(survey, serve) {
             Ok(found) => found,
-            Err(misfit) => {
+            Err(CandidateError::Misfit(misfit)) => {
                 unfit(&misfit);
                 return Err(refused(misfit.into()));
             }
+            Err(CandidateError::Open(error)) => return Err(error.into()),
         };
         device.take_over(candidate).map_err(refused)?;
         Ok(hang_up)
@@ -113,7 +128,10 @@ impl Reconnect {
     ) -> Result<OwnedFd, TakeOverError> {
         let surveyed = connection.map_err(OpenError::from).and_then(|c| Survey::of(c, &self.order));
         let found = surveyed.map_err(lost).and_then(|survey| {
-            self.candidate(survey, serve).map_err(|misfit| BackendError::Lost(misfit.into()))
+            self.candidate(survey, serve).map_err(|error| match error {
+                CandidateError::Misfit(misfit) => BackendError::Lost(misfit.into()),
+                CandidateError::Open(error) => lost(error),
+            })
         });
         let (found, hang_up) = match found {
             Ok((candidate, hang_up)) => (Ok(candidate), Some(hang_up)),
@@ -123,21 +141,41 @@ impl Reconnect {
         hang_up.ok_or(TakeOverError::NotWanted)
     }
 
-    /// A candidate of what was surveyed, if it has the configuration that drivers know of.
+    /// A candidate of what was surveyed, if it has what drivers know of.
     fn candidate(
         &self,
         survey: Survey,
         serve: impl FnOnce(OwnChannel),
-    ) -> Result<(Candidate, OwnedFd), Misfit> {
-        let Survey { session, model, config_size, channel, hang_up } = survey;
-        if config_size < self.config_size {
-            return Err(Misfit::Config { has: config_size, needs: self.config_size });
+    ) -> Result<(Candidate, OwnedFd), CandidateError> {
+        if survey.config_size < self.config_size {
+            return Err(Misfit::Config { has: survey.config_size, needs: self.config_size }.into());
         }
+        if survey.shared != self.shared.sizes() {
+            return Err(Misfit::SharedMemory.into());
+        }
+        let (Attended { model, backend, hang_up }, channel) = self.attend(survey)?;
         if let Some(channel) = channel {
             serve(channel);
         }
-        let backend = VhostUser::new(session, &self.order, Arc::clone(&self.kept));
         Ok((Candidate { model, backend: Box::new(backend) }, hang_up))
+    }
+}
+
+/// Why a surveyed backend makes no candidate.
+enum CandidateError {
+    Misfit(Misfit),
+    Open(OpenError),
+}
+
+impl From<Misfit> for CandidateError {
+    fn from(misfit: Misfit) -> Self {
+        Self::Misfit(misfit)
+    }
+}
+
+impl From<OpenError> for CandidateError {
+    fn from(error: OpenError) -> Self {
+        Self::Open(error)
     }
 }
 

@@ -50,6 +50,9 @@ pub enum Misfit {
         /// What the device has.
         needs: u16,
     },
+    /// The driver knows of other ones.
+    #[error("its shared memory regions are not those that there were")]
+    SharedMemory,
     /// The driver knows of more configuration.
     #[error("it has {has} bytes of configuration, there were {needs}")]
     Config {

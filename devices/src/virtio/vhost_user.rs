@@ -2,18 +2,24 @@
 //! they run. Must never send a message of its own making: that is the transport's.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use transport::memory_map::GuestAddr;
 use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
 use transport::vhost_user::{Connection, Error, InflightArea, IovaMap, LiveSession, Session, Stats};
 
-use super::answers::{Answers, OwnChannel};
+use super::answers::OwnChannel;
 use super::backend::{Backend, BackendError, BackendStats, Begin, Start};
 use super::device_type::{DeviceType, Model, ModelError, Offer, Wishes};
 use super::reconnect::Reconnect;
+use super::registers::SharedMemory;
+use super::shared_memory::{SharedRegions, Tenancy};
 use crate::lock;
+
+/// Bytes of shared memory that a device may have: more, no guest could map.
+const SHARED_MEMORY_MAX: u64 = 1 << 40;
 
 /// What a user wants of a vhost-user device.
 #[derive(Debug, Clone)]
@@ -44,7 +50,7 @@ impl Order {
     /// unless the user does not.
     #[must_use]
     pub fn recoverable(mut self) -> Self {
-        let defaults = Wanted::default().and(ProtocolFeatures::INFLIGHT_SHMFD);
+        let defaults = DeviceType::defaults().and(ProtocolFeatures::INFLIGHT_SHMFD);
         // The names of the changes were good once already.
         self.wanted = self.device_type.wanted_of(defaults, &self.changes).unwrap_or(self.wanted);
         if self.translations.is_some() {
@@ -126,6 +132,8 @@ pub struct Opened {
     pub hang_up: OwnedFd,
     /// For when it is lost.
     pub reconnect: Reconnect,
+    /// What it shows the guest of its own memory, if it may.
+    pub shared: SharedRegions,
 }
 
 /// Asks the backend what it offers and makes a device of that. Waits for two deadlines at most.
@@ -133,11 +141,11 @@ pub struct Opened {
 /// # Errors
 /// When the backend fails, or does not fit the order.
 pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
-    let Survey { session, model, config_size, channel, hang_up } = Survey::of(connection, order)?;
-    let kept = Arc::default();
-    let backend = VhostUser::new(session, order, Arc::clone(&kept));
-    let reconnect = Reconnect::new(order, config_size, kept);
-    Ok(Opened { model, backend, channel, hang_up, reconnect })
+    let survey = Survey::of(connection, order)?;
+    let shared = SharedRegions::new(survey.shared.clone());
+    let reconnect = Reconnect::new(order, &survey, shared.clone());
+    let (Attended { model, backend, hang_up }, channel) = reconnect.attend(survey)?;
+    Ok(Opened { model, backend, channel, hang_up, reconnect, shared })
 }
 
 /// What a backend says of itself.
@@ -146,7 +154,14 @@ pub(super) struct Survey {
     pub(super) model: Model,
     /// Bytes of configuration that it gave.
     pub(super) config_size: usize,
-    pub(super) channel: Option<OwnChannel>,
+    /// The sizes of its shared memory regions, by id.
+    pub(super) shared: Vec<u64>,
+}
+
+/// A backend that stands ready, and the device that could be made of it.
+pub(super) struct Attended {
+    pub(super) model: Model,
+    pub(super) backend: VhostUser,
     pub(super) hang_up: OwnedFd,
 }
 
@@ -171,15 +186,25 @@ impl Survey {
         let has_count = session.protocol().contains(ProtocolFeatures::MQ);
         let queue_num = has_count.then(|| session.queue_num());
         let offer = Offer { features: session.offered(), queue_num, config };
-        let model = order.device_type.model(offer, &order.wishes).map_err(|source| OpenError::Unfit {
-            peer: format!("vhost-user backend {}", session.peer()),
-            source,
-        })?;
-        let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
-        let answers = Answers { misses: session.miss_answers().map_err(OpenError::Fd)? };
-        let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
-        Ok(Self { session, model, config_size, channel, hang_up })
+        let unfit =
+            |peer: &str, source| OpenError::Unfit { peer: format!("vhost-user backend {peer}"), source };
+        let model = order.device_type.model(offer, &order.wishes);
+        let mut model = model.map_err(|source| unfit(session.peer(), source))?;
+        let has_shared = session.protocol().contains(ProtocolFeatures::SHMEM);
+        let shared = has_shared.then(|| session.shmem_config()).transpose()?.unwrap_or_default();
+        model.shared_memory = shared_memory(&shared).map_err(|source| unfit(session.peer(), source))?;
+        Ok(Self { session, model, config_size, shared })
     }
+}
+
+/// Regions of these sizes, whose places are yet to be found.
+fn shared_memory(sizes: &[u64]) -> Result<Vec<Option<SharedMemory>>, ModelError> {
+    let total = sizes.iter().try_fold(0_u64, |sum, size| sum.checked_add(*size));
+    if total.is_none_or(|total| total > SHARED_MEMORY_MAX) {
+        return Err(ModelError::SharedMemory);
+    }
+    let region = |size: &u64| (*size > 0).then_some(SharedMemory { base: GuestAddr(0), length: *size });
+    Ok(sizes.iter().map(region).collect())
 }
 
 /// The session of a device behind an IOMMU.
@@ -213,6 +238,7 @@ pub struct VhostUser {
     link: Link,
     config_size: usize,
     translations: Option<Arc<IovaMap>>,
+    shared: Option<Tenancy>,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -242,9 +268,15 @@ impl Link {
 }
 
 impl VhostUser {
-    pub(super) fn new(session: Session, order: &Order, kept: Arc<Mutex<Kept>>) -> Self {
+    pub(super) fn new(
+        session: Session,
+        order: &Order,
+        kept: Arc<Mutex<Kept>>,
+        shared: Option<Tenancy>,
+    ) -> Self {
         let config_size = usize::from(order.device_type.config_size());
-        Self { link: Link::Standing(session), config_size, translations: order.translations.clone(), kept }
+        let translations = order.translations.clone();
+        Self { link: Link::Standing(session), config_size, translations, shared, kept }
     }
 
     /// Takes the link out.
@@ -288,6 +320,7 @@ impl Backend for VhostUser {
             session = session.with_inflight(area);
         }
         let (begun, before) = (Instant::now(), session.stats());
+        self.shared.iter().for_each(Tenancy::begin);
         match session.go_live(start.features, start.memory, start.rings) {
             Ok(live) => {
                 lock(&self.kept).inflight = live.inflight().cloned();
@@ -327,7 +360,9 @@ impl Backend for VhostUser {
         match self.take() {
             Link::Live(live) => {
                 let (begun, before) = (Instant::now(), live.stats());
-                match live.stop() {
+                let stopped = live.stop();
+                self.shared.iter().for_each(Tenancy::end);
+                match stopped {
                     Ok((session, _bases)) => {
                         // It finished what it had in flight.
                         lock(&self.kept).inflight = None;
@@ -366,6 +401,7 @@ impl Backend for VhostUser {
     }
 
     fn disconnect(&mut self) {
+        self.shared.iter().for_each(Tenancy::end);
         let link = self.take();
         self.ended(link.stats());
     }
