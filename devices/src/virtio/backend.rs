@@ -1,11 +1,13 @@
 //! What the device core asks of whoever serves the queues. Knows no protocol.
 
 use std::error::Error;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use transport::memory_map::MemoryMap;
 use transport::vhost_user::IovaMap;
 use transport::vhost_user::features::DriverFeatures;
+use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::Ring;
 
 /// Whether a backend is the first to have the queues.
@@ -122,6 +124,14 @@ pub trait Backend: Send {
     /// # Errors
     /// When the backend did not take it.
     fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError>;
+
+    /// The fd of an object that the backend offered to other devices.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn shared_object(&mut self, _uuid: Uuid) -> Result<OwnedFd, BackendError> {
+        Err(BackendError::Refused("the backend shares no objects".into()))
+    }
 
     /// Gives the backend up: nothing is asked of it any more.
     fn disconnect(&mut self);

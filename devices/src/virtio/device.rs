@@ -7,9 +7,12 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use transport::memory_map::MemoryMap;
+use transport::vhost_user::Refused;
 use transport::vhost_user::features::DeviceFeatures;
+use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::Call;
 
 use super::backend::{Backend, BackendError, Gone};
@@ -207,6 +210,23 @@ impl Device {
         if asked && self.reload_config() {
             self.interrupt_config();
         }
+    }
+
+    /// The fd of an object that the device's backend shares with other devices. Waits for the backend,
+    /// within its deadline.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn shared_object(&mut self, uuid: Uuid) -> Result<OwnedFd, Refused> {
+        if !self.phase.has_backend() {
+            return Err(Refused);
+        }
+        self.backend.shared_object(uuid).map_err(|error| {
+            if let BackendError::Lost(_) = error {
+                self.lose_by(&error);
+            }
+            Refused
+        })
     }
 
     /// What is to become of the device when its peer is lost, from now on.

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use transport::memory_map::GuestAddr;
 use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
+use transport::vhost_user::message::Uuid;
 use transport::vhost_user::{Connection, Error, InflightArea, IovaMap, LiveSession, Session, Stats};
 
 use super::answers::OwnChannel;
@@ -396,6 +397,14 @@ impl Backend for VhostUser {
         match &mut self.link {
             Link::Standing(session) => session.write_config(offset, bytes).map_err(failed),
             Link::Live(live) => live.write_config(offset, bytes).map_err(failed),
+            Link::Gone => Err(BackendError::gone()),
+        }
+    }
+
+    fn shared_object(&mut self, uuid: Uuid) -> Result<OwnedFd, BackendError> {
+        match &mut self.link {
+            Link::Live(live) => live.shared_object(uuid).map_err(failed),
+            Link::Standing(_) => Err(BackendError::Refused("the queues do not run".into())),
             Link::Gone => Err(BackendError::gone()),
         }
     }

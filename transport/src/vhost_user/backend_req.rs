@@ -222,6 +222,12 @@ pub trait BackendRequests {
         Err(Refused)
     }
 
+    /// Whether the fd of an object is only to be had later: then the channel waits, served no further, for
+    /// [`BackendChannel::answer_lookup`], and [`BackendRequests::shared_object_lookup`] is not called.
+    fn defers_lookup(&self, _uuid: Uuid) -> bool {
+        false
+    }
+
     /// Maps a file into a shared memory region of the device.
     fn shmem_map(&self, _area: ShmemArea, _fd: OwnedFd) -> Result<(), Refused> {
         Err(Refused)
@@ -238,6 +244,9 @@ pub trait BackendRequests {
 pub enum Served {
     /// So many requests; more may be waiting when it is a whole batch.
     Requests(usize),
+    /// The back-end waits for the fd of an object: poll the channel again after
+    /// [`BackendChannel::answer_lookup`].
+    Deferred,
     /// The back-end closed the channel: stop polling it.
     HungUp,
 }
@@ -282,8 +291,10 @@ impl BackendChannel {
             match self.read_message() {
                 Ok(Read::Message(header, payload)) => {
                     let request = BackendRequest(header.request);
-                    if let Err(cause) = self.handle(request, &header, &payload, handler) {
-                        return Err(self.lose(request, cause));
+                    match self.handle(request, &header, &payload, handler) {
+                        Ok(Handled::Answered) => {}
+                        Ok(Handled::Deferred) => return Ok(Served::Deferred),
+                        Err(cause) => return Err(self.lose(request, cause)),
                     }
                 }
                 Ok(Read::Nothing) => return Ok(Served::Requests(served)),
@@ -292,6 +303,12 @@ impl BackendChannel {
             }
         }
         Ok(Served::Requests(BATCH))
+    }
+
+    /// Answers the lookup that was [deferred](Served::Deferred).
+    pub fn answer_lookup(&mut self, found: Result<OwnedFd, Refused>) -> Result<(), Error> {
+        let request = BackendRequest::SHARED_OBJECT_LOOKUP;
+        self.answer(request, found.map(Some)).map_err(|cause| self.lose(request, cause))
     }
 
     fn read_message(&mut self) -> Result<Read, (BackendRequest, Cause)> {
@@ -342,12 +359,15 @@ impl BackendChannel {
         header: &Header,
         payload: &[u8],
         handler: &dyn BackendRequests,
-    ) -> Result<(), Cause> {
+    ) -> Result<Handled, Cause> {
         let fds = std::mem::take(&mut self.fds);
         self.trace(Direction::BackendRequest, header, payload, fds.len());
         let negotiated = request.needs().is_some_and(|needs| self.negotiated.contains(needs));
         let outcome = if negotiated {
             match parse_request(request, payload, fds) {
+                Ok(BackendMessage::SharedObjectLookup(uuid)) if handler.defers_lookup(uuid) => {
+                    return Ok(Handled::Deferred);
+                }
                 Ok(message) => dispatch(message, handler),
                 Err(fault) => {
                     log::warn!("vhost-user backend {} sent {request} {fault}", self.peer);
@@ -359,9 +379,9 @@ impl BackendChannel {
             Err(Refused)
         };
         if header.wants_reply() || request == BackendRequest::SHARED_OBJECT_LOOKUP {
-            return self.answer(request, outcome);
+            self.answer(request, outcome)?;
         }
-        Ok(())
+        Ok(Handled::Answered)
     }
 
     fn answer(
@@ -410,6 +430,11 @@ impl AsFd for BackendChannel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+enum Handled {
+    Answered,
+    Deferred,
 }
 
 enum Read {
