@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
+use transport::vhost_user::Refused;
+
 use crate::attach::Attached;
 use crate::board::Board;
 use crate::console::{Console, Input, Readable};
@@ -164,6 +166,12 @@ impl<'m> Control<'m> {
                 if let Some(device) = self.board.devices().get(index) {
                     device.handle().config_changed();
                 }
+            }
+            News::Lookup(lookup) => {
+                let exporter = self.board.devices().get(lookup.exporter);
+                let found =
+                    exporter.map(|device| device.handle().with(|device| device.shared_object(lookup.uuid)));
+                self.peers.found(lookup, found.unwrap_or(Err(Refused)));
             }
             News::Wanted(index, trial) => {
                 if let Some(device) = self.board.devices().get(index) {

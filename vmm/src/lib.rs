@@ -48,6 +48,7 @@ pub mod memory;
 pub mod peer_memory;
 mod peers;
 mod recovery;
+mod shared_objects;
 pub mod stats;
 mod terminal;
 pub mod vcpu;

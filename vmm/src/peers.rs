@@ -4,9 +4,10 @@
 //! vCPU holds the device and waits for that same backend. What needs the device is left as news for the
 //! control loop.
 
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -14,8 +15,10 @@ use devices::virtio::answers::{Answers, OwnChannel};
 use devices::virtio::revival::Trial;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use transport::vhost_user::message::{Iotlb, ShmemArea};
+use transport::vhost_user::message::{Iotlb, ShmemArea, Uuid};
 use transport::vhost_user::{BackendRequests, Refused, Served};
+
+use crate::shared_objects::{Owner, SharedObjects};
 
 /// The handle on the thread; ends it when dropped.
 pub(crate) struct Peers {
@@ -32,6 +35,32 @@ pub(crate) enum News {
     Wanted(usize, Trial),
     /// This device has a backend again; the descriptor tells when that one is gone.
     Recovered(usize, OwnedFd),
+    /// A backend wants the descriptor of another one's object.
+    Lookup(Lookup),
+}
+
+/// A backend's channel, as long as it lives.
+struct Line {
+    owner: Owner,
+    own: OwnChannel,
+}
+
+/// A lookup of a shared object; its backend waits for [`Peers::found`]. Its channel closes when it is dropped.
+pub(crate) struct Lookup {
+    line: Line,
+    /// The number of the device whose backend has the object.
+    pub(crate) exporter: usize,
+    /// The object.
+    pub(crate) uuid: Uuid,
+}
+
+impl std::fmt::Debug for Lookup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lookup")
+            .field("exporter", &self.exporter)
+            .field("uuid", &self.uuid)
+            .finish_non_exhaustive()
+    }
 }
 
 struct Shared {
@@ -42,9 +71,14 @@ struct Shared {
     /// "Device N wants its backend looked for." At most one a device: it asks again when that search is over.
     wanted: Mutex<Vec<(usize, Trial)>>,
     recovered: Mutex<Vec<(usize, OwnedFd)>>,
+    lookups: Mutex<Vec<Lookup>>,
+    /// The devices of lookups that are not answered yet.
+    waiting: Mutex<Vec<usize>>,
+    /// Connections so far.
+    connections: AtomicU64,
     /// Readable when the inbox or `end` is.
     wake: OwnedFd,
-    inbox: Mutex<Vec<(usize, OwnChannel)>>,
+    inbox: Mutex<Vec<Line>>,
     end: AtomicBool,
 }
 
@@ -60,6 +94,9 @@ impl Peers {
             changed: (0..devices).map(|_| AtomicBool::new(false)).collect(),
             wanted: Mutex::new(Vec::new()),
             recovered: Mutex::new(Vec::new()),
+            lookups: Mutex::new(Vec::new()),
+            waiting: Mutex::new(Vec::new()),
+            connections: AtomicU64::new(0),
             wake: eventfd(0, flags)?,
             inbox: Mutex::new(Vec::new()),
             end: AtomicBool::new(false),
@@ -72,7 +109,8 @@ impl Peers {
     /// # Errors
     /// When the host refuses another thread.
     pub(crate) fn add(&self, device: usize, channel: OwnChannel) -> io::Result<()> {
-        lock(&self.shared.inbox).push((device, channel));
+        let connection = self.shared.connections.fetch_add(1, Ordering::Relaxed);
+        lock(&self.shared.inbox).push(Line { owner: Owner { device, connection }, own: channel });
         let mut thread = lock(&self.thread);
         if thread.is_none() {
             let shared = Arc::clone(&self.shared);
@@ -95,6 +133,18 @@ impl Peers {
         ring(&self.shared.news);
     }
 
+    /// Answers a lookup, and has its channel served again. Called by the control loop.
+    pub(crate) fn found(&self, lookup: Lookup, found: Result<OwnedFd, Refused>) {
+        let Lookup { mut line, .. } = lookup;
+        lock(&self.shared.waiting).retain(|device| *device != line.owner.device);
+        if let Err(error) = line.own.channel.answer_lookup(found) {
+            log::warn!("the backend's own channel is closed: {error}");
+        }
+        // Also a closed one, whose objects have to go.
+        lock(&self.shared.inbox).push(line);
+        ring(&self.shared.wake);
+    }
+
     /// Readable when [`Peers::take_news`] has something.
     pub(crate) fn news(&self) -> &OwnedFd {
         &self.shared.news
@@ -106,6 +156,7 @@ impl Peers {
         let recovered = std::mem::take(&mut *lock(&self.shared.recovered));
         let mut news: Vec<News> =
             recovered.into_iter().map(|(index, fd)| News::Recovered(index, fd)).collect();
+        news.extend(lock(&self.shared.lookups).drain(..).map(News::Lookup));
         news.extend(lowered(&self.shared.changed).map(News::ConfigChanged));
         let wanted = std::mem::take(&mut *lock(&self.shared.wanted));
         news.extend(wanted.into_iter().map(|(index, trial)| News::Wanted(index, trial)));
@@ -138,15 +189,22 @@ impl Shared {
         }
     }
 
+    /// Whether a device's backend waits for an object itself, and so cannot be asked for one. It stays in the
+    /// list until its lookup is answered.
+    fn is_waiting(&self, device: usize) -> bool {
+        lock(&self.waiting).contains(&device)
+    }
+
     fn serve(&self) {
-        let mut channels: Vec<(usize, OwnChannel)> = Vec::new();
+        let mut lines: Vec<Line> = Vec::new();
+        let objects = RefCell::default();
         loop {
             drain(&self.wake);
             if self.end.load(Ordering::Acquire) {
                 return;
             }
-            channels.append(&mut lock(&self.inbox));
-            if let Err(error) = self.wait_and_serve(&mut channels) {
+            lines.append(&mut lock(&self.inbox));
+            if let Err(error) = self.wait_and_serve(&mut lines, &objects) {
                 log::error!("backends' requests are not answered any more: {error}");
                 return;
             }
@@ -155,10 +213,10 @@ impl Shared {
 
     /// One wait, then every channel that has something. A channel that ends is dropped: its device hears of it
     /// by the hang-up of the main socket, if the backend is gone.
-    fn wait_and_serve(&self, channels: &mut Vec<(usize, OwnChannel)>) -> io::Result<()> {
+    fn wait_and_serve(&self, lines: &mut Vec<Line>, objects: &RefCell<SharedObjects>) -> io::Result<()> {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         fds.extend(
-            channels.iter().map(|(_, own)| PollFd::from_borrowed_fd(own.channel.as_fd(), PollFlags::IN)),
+            lines.iter().map(|line| PollFd::from_borrowed_fd(line.own.channel.as_fd(), PollFlags::IN)),
         );
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
@@ -166,34 +224,51 @@ impl Shared {
         }
         let ready: Vec<bool> = fds.iter().skip(1).map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
-        let mut ready = ready.into_iter();
-        channels.retain_mut(|(device, OwnChannel { channel, answers })| {
-            if !ready.next().unwrap_or(false) {
-                return true;
+        for (line, ready) in std::mem::take(lines).into_iter().zip(ready) {
+            if ready {
+                lines.extend(self.serve_line(line, objects));
+            } else {
+                lines.push(line);
             }
-            match channel.serve(&Asked { shared: self, device: *device, answers }) {
-                Ok(Served::Requests(_)) => true,
-                Ok(Served::HungUp) => false,
-                Err(error) => {
-                    log::warn!("the backend's own channel is closed: {error}");
-                    false
-                }
-            }
-        });
+        }
         Ok(())
+    }
+
+    /// Serves a channel; gives it back if it is to be served again.
+    fn serve_line(&self, mut line: Line, objects: &RefCell<SharedObjects>) -> Option<Line> {
+        let (owner, wanted) = (line.owner, Cell::new(None));
+        let OwnChannel { channel, answers } = &mut line.own;
+        let served = channel.serve(&Asked { shared: self, owner, answers, objects, wanted: &wanted });
+        match served {
+            Ok(Served::Requests(_)) => return Some(line),
+            Ok(Served::Deferred) => {
+                let (uuid, exporter) = wanted.into_inner()?;
+                lock(&self.waiting).push(owner.device);
+                lock(&self.lookups).push(Lookup { line, exporter, uuid });
+                ring(&self.news);
+                return None;
+            }
+            Ok(Served::HungUp) => {}
+            Err(error) => log::warn!("the backend's own channel is closed: {error}"),
+        }
+        objects.borrow_mut().forget(owner);
+        None
     }
 }
 
 /// What one device's backend may ask for.
 struct Asked<'a> {
     shared: &'a Shared,
-    device: usize,
+    owner: Owner,
     answers: &'a Answers,
+    objects: &'a RefCell<SharedObjects>,
+    /// The object that it waits for, and the device that has it.
+    wanted: &'a Cell<Option<(Uuid, usize)>>,
 }
 
 impl BackendRequests for Asked<'_> {
     fn config_changed(&self) {
-        self.shared.raise(&self.shared.changed, self.device);
+        self.shared.raise(&self.shared.changed, self.owner.device);
     }
 
     fn iotlb(&self, message: Iotlb) -> Result<(), Refused> {
@@ -206,6 +281,24 @@ impl BackendRequests for Asked<'_> {
 
     fn shmem_unmap(&self, area: ShmemArea) -> Result<(), Refused> {
         self.answers.shmem_unmap(&area)
+    }
+
+    fn shared_object_add(&self, uuid: Uuid) -> Result<(), Refused> {
+        self.objects.borrow_mut().add(uuid, self.owner).then_some(()).ok_or(Refused)
+    }
+
+    fn shared_object_remove(&self, uuid: Uuid) -> Result<(), Refused> {
+        self.objects.borrow_mut().remove(uuid, self.owner).then_some(()).ok_or(Refused)
+    }
+
+    /// What another device's backend has is asked for by the control loop. A backend that asks for its own
+    /// would have to answer while it waits, and is refused.
+    fn defers_lookup(&self, uuid: Uuid) -> bool {
+        let exporter = self.objects.borrow().owner(uuid).map(|owner| owner.device);
+        let exporter =
+            exporter.filter(|device| *device != self.owner.device && !self.shared.is_waiting(*device));
+        self.wanted.set(exporter.map(|device| (uuid, device)));
+        exporter.is_some()
     }
 }
 
@@ -230,3 +323,7 @@ fn drain(fd: &OwnedFd) {
         log::error!("cannot read an eventfd: {error}");
     }
 }
+
+#[cfg(test)]
+#[path = "peers_tests.rs"]
+mod tests;

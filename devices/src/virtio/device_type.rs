@@ -497,7 +497,11 @@ impl DeviceType {
     /// What is negotiated with any backend that offers it: what the transport needs no help for, and what
     /// every device does for its backend.
     pub(super) fn defaults() -> Wanted {
-        Wanted::default().and(ProtocolFeatures::BACKEND_SEND_FD.with(ProtocolFeatures::SHMEM).with(ProtocolFeatures::SHARED_OBJECT))
+        Wanted::default().and(
+            ProtocolFeatures::BACKEND_SEND_FD
+                .with(ProtocolFeatures::SHMEM)
+                .with(ProtocolFeatures::SHARED_OBJECT),
+        )
     }
 
     /// The same, from other defaults.
