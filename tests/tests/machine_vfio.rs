@@ -1,0 +1,363 @@
+//! PCI devices in vfio-user servers, on the crate `vfio_user`: an NVMe controller under a stock driver, and a DMA engine under a
+//! program of ours. Needs a KVM that runs stock kernels: this host's, or the lab's.
+
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::fs::File;
+use std::io::Read;
+use std::time::Duration;
+
+use outboard_tests::guest::{COMPLAINTS, Done, Guest};
+use outboard_tests::launch::{Ended, Launch};
+use outboard_tests::place::Missing;
+use outboard_tests::vfio::{self, Server};
+use outboard_tests::{need, place};
+
+const MIB: usize = 1 << 20;
+/// From the start to the end of a machine with a script, on a quiet host.
+const SCRIPT: Duration = Duration::from_secs(60);
+/// The driver's own patience, in place of 30 s.
+const IMPATIENT: &str = "nvme_core.io_timeout=3 nvme_core.admin_timeout=3";
+
+fn ready() -> Result<(), Missing> {
+    place::kvm()?;
+    vfio::guest("", "", None).map(|_| ())
+}
+
+fn guest(drivers: &str, words: &str, script: Option<&str>) -> Launch {
+    vfio::guest(drivers, words, script).unwrap()
+}
+
+fn random(size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    File::open("/dev/urandom").unwrap().read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+fn with(launch: Launch, server: &Server, more: &str) -> Launch {
+    launch.arg("--vfio-user").arg(server.device(more))
+}
+
+fn finish(launch: Launch) -> Ended {
+    let ended = launch.start().end(SCRIPT).with_code(0);
+    assert!(ended.console.replace('\r', "").contains("@exit 0\n"), "the script failed\n{ended}");
+    assert!(!ended.log.contains("warn: ") && !ended.log.contains("error: "), "the VMM complains\n{ended}");
+    println!("{:?}, {} exits", ended.took, ended.stats().exits());
+    ended
+}
+
+#[test]
+fn a_stock_driver_finds_an_nvme_controller_as_it_is() {
+    need!(ready());
+    let server = Server::nvme(&random(8 * MIB), &[]);
+    let script = format!(
+        r#"f=$(function_of 0x0b0e); d=/sys/bus/pci/devices/$f
+[ $(cat $d/vendor) = 0x1234 ] && [ $(cat $d/class) = 0x010802 ] || exit 1
+[ $(cat $d/subsystem_vendor) = 0x1af4 ] && [ $(cat $d/subsystem_device) = 0x0b0e ] || exit 2
+[ "$(readlink $d/driver)" = ../../../bus/pci/drivers/nvme ] || exit 3
+set -- $(head -n 1 $d/resource)
+echo bar_size=$(($2 - $1 + 1)) bar_flags=$(($3 & 0x20000f)) vectors=$(ls $d/msi_irqs | wc -l)
+wait_for [ -b /dev/nvme0n1 ]
+echo sectors=$(cat /sys/block/nvme0n1/size) flr=$(grep -c flr $d/reset_method)
+[ "$(cat /sys/block/nvme0n1/device/model | tr -d ' ')" = outboardtestNVMe ] || exit 4
+count() {{ grep "$1\$" /proc/interrupts | awk '{{ n += $2 + $3 }} END {{ print n }}'; }}
+before=$(($(count nvme0q1) + $(count nvme0q2)))
+for cpu in 0 1; do taskset $((1 << cpu)) dd if=/dev/nvme0n1 of=/dev/null bs=4k count=100 iflag=direct 2>/dev/null || exit 5; done
+echo interrupts=$(($(count nvme0q1) + $(count nvme0q2) - before)) admin=$(count nvme0q0)
+{COMPLAINTS} && exit 6; true"#
+    );
+    let launch = guest("", "", Some(&script)).args(["--cpus", "2"]);
+    let ended = finish(with(launch, &server, ""));
+    assert_eq!(ended.field("bar_size"), 0x4000, "{ended}");
+    assert_eq!(ended.field("bar_flags"), 0xc, "memory, 64 bits, prefetchable\n{ended}");
+    assert_eq!(ended.field("vectors"), 3, "two queues and the administrator's\n{ended}");
+    assert_eq!((ended.field("sectors"), ended.field("flr")), (16384, 1), "{ended}");
+    assert!(ended.field("admin") > 0, "{ended}");
+    assert!((200..=300).contains(&ended.field("interrupts")), "{ended}");
+}
+
+/// The first half of the disk is copied to the second, past the guest's page cache, and summed.
+fn copies(doorbells: &str, wire: &str, more: &str) -> Ended {
+    let bytes = random(64 * MIB);
+    let server =
+        Server::nvme(&[&bytes[..], &vec![0; 64 * MIB]].concat(), &["--doorbells", doorbells, "--wire", wire]);
+    let script = format!(
+        r#"wait_for [ -b /dev/nvme0n1 ]
+dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M count=64 seek=64 iflag=direct oflag=direct 2>/dev/null || exit 1
+a=$(dd if=/dev/nvme0n1 bs=256k count=256 iflag=direct 2>/dev/null | md5sum)
+b=$(dd if=/dev/nvme0n1 bs=1M count=64 skip=64 2>/dev/null | md5sum)
+[ "$a" = "$b" ] || exit 2
+sync; {COMPLAINTS} && exit 3; true"#
+    );
+    let ended = finish(with(guest("", "", Some(&script)), &server, more));
+    let disk = server.disk();
+    assert!(disk[..64 * MIB] == bytes, "the guest's reads have written\n{ended}");
+    assert!(disk[64 * MIB..] == bytes, "the disk differs from what the guest wrote\n{ended}");
+    ended
+}
+
+#[test]
+fn sixty_four_mib_go_both_ways_with_mapped_doorbells() {
+    need!(ready());
+    copies("mapped", "plain", "");
+}
+
+#[test]
+fn sixty_four_mib_go_both_ways_with_trapped_doorbells() {
+    need!(ready());
+    copies("trapped", "plain", "");
+}
+
+#[test]
+fn posted_doorbells_work_as_well_and_so_does_a_server_of_more_words() {
+    need!(ready());
+    copies("trapped", "extended", ",posted-writes=on");
+}
+
+#[test]
+fn two_thousand_requests_with_mapped_doorbells_cause_no_exit() {
+    need!(ready());
+    let server = Server::nvme(&random(16 * MIB), &[]);
+    // Both runs print the same number of characters.
+    let run = |requests: u32| {
+        let script = format!(
+            "wait_for [ -b /dev/nvme0n1 ]\n\
+             dd if=/dev/nvme0n1 of=/dev/null bs=4k count={requests:04} iflag=direct 2>/dev/null && \
+             dd if=/dev/zero of=/dev/nvme0n1 bs=4k count={requests:04} oflag=direct 2>/dev/null"
+        );
+        finish(with(guest("", "", Some(&script)), &server, ""))
+    };
+    let (few, many) = (run(1), run(2000));
+    let more = many.stats().exits().saturating_sub(few.stats().exits());
+    println!("{more} more exits for 4000 requests");
+    assert!(more < 200, "{more} more exits for 4000 requests\n{many}");
+}
+
+#[test]
+fn a_driver_is_unbound_and_bound_and_the_function_reset() {
+    need!(ready());
+    let server = Server::nvme(&vec![0x5a; 8 * MIB], &[]);
+    let rounds = if place::soak() { 100 } else { 10 };
+    let script = format!(
+        r#"f=$(function_of 0x0b0e); cd /sys/bus/pci/drivers/nvme
+wait_for [ -b /dev/nvme0n1 ]
+want=$(dd if=/dev/nvme0n1 bs=64k count=4 iflag=direct 2>/dev/null | md5sum)
+for round in $(seq {rounds}); do
+    echo $f >unbind && [ ! -e /dev/nvme0 ] && echo $f >bind || exit 1
+    wait_for [ -b /dev/nvme0n1 ]
+    [ "$(dd if=/dev/nvme0n1 bs=64k count=4 iflag=direct 2>/dev/null | md5sum)" = "$want" ] || exit 2
+    echo 1 >/sys/bus/pci/devices/$f/reset || exit 3
+    [ "$(dd if=/dev/nvme0n1 bs=64k count=4 iflag=direct 2>/dev/null | md5sum)" = "$want" ] || exit 4
+done
+echo 1 >/sys/bus/pci/devices/$f/remove; [ ! -e /sys/bus/pci/devices/$f ] || exit 5
+echo 1 >/sys/bus/pci/rescan; wait_for [ -b /dev/nvme0n1 ]
+[ "$(dd if=/dev/nvme0n1 bs=64k count=4 iflag=direct 2>/dev/null | md5sum)" = "$want" ] || exit 6
+{COMPLAINTS} && exit 7; true"#
+    );
+    finish(with(guest("", "", Some(&script)), &server, ""));
+}
+
+#[test]
+fn a_disk_is_there_after_every_reboot() {
+    need!(ready());
+    let reboots = if place::soak() { 50 } else { 5 };
+    let server = Server::nvme(&vec![0; 4 * MIB], &[]);
+    // The disk counts the boots.
+    let script = format!(
+        r#"wait_for [ -b /dev/nvme0n1 ]
+n=$(dd if=/dev/nvme0n1 bs=512 count=1 iflag=direct 2>/dev/null | tr -d '\0')
+n=$((${{n:-0}} + 1))
+echo $n | dd of=/dev/nvme0n1 bs=512 count=1 conv=sync oflag=direct 2>/dev/null || exit 1
+dd if=/dev/urandom of=/dev/nvme0n1 bs=64k seek=1 count=10 oflag=direct 2>/dev/null || exit 2
+{COMPLAINTS} && exit 3
+[ $n -gt {reboots} ] || reboot -f
+echo boots=$n"#
+    );
+    let launch = with(guest("", "", Some(&script)), &server, "");
+    let before = server.descriptors();
+    let ended = launch.start().end(SCRIPT + Duration::from_secs(10) * reboots).with_code(0);
+    assert_eq!(ended.field("boots"), u64::from(reboots) + 1, "{ended}");
+    assert!(ended.console.replace('\r', "").contains("@exit 0\n"), "{ended}");
+    assert!(server.descriptors() <= before, "descriptors are left behind: {}", server.descriptors());
+}
+
+/// A guest that waits for commands, with a disk under load, and what it takes the server for afterwards.
+#[test]
+fn a_server_killed_under_load_leaves_a_machine_that_lives_and_reads_all_ones() {
+    need!(ready());
+    let mut server = Server::nvme(&vec![0; 64 * MIB], &[]);
+    let mut engine = Server::engine(&[]);
+    let launch = guest("", IMPATIENT, None).args(["--cpus", "2"]);
+    let launch = with(with(launch, &server, ""), &engine, "");
+    let mut guest = Guest::boot(launch);
+    guest.run(". /functions; wait_for [ -b /dev/nvme0n1 ]; echo 1 >/sys/bus/pci/devices/$(function_of 0x0b0f)/enable");
+    guest.run(
+        "(while dd if=/dev/nvme0n1 of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done) >/dev/null 2>&1 </dev/null &",
+    );
+    guest.run("sleep 1");
+    server.kill();
+    // The other device goes on, and so does the machine.
+    let other = guest.run(". /functions; engine $(function_of 0x0b0f) dma");
+    assert!(other.contains("dma=ok"), "{other}");
+    let gone = guest.exec(
+        ". /functions; f=$(function_of 0x0b0e); \
+         [ -z \"$f\" ] || od -An -tx4 -N4 /sys/bus/pci/devices/$f/config; \
+         for n in $(seq 400); do dd if=/dev/nvme0n1 of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null || exit 0; usleep 50000; done; exit 9",
+        SCRIPT,
+    );
+    assert_eq!(gone.status, 0, "the disk still answers: {}", gone.text);
+    assert!(gone.text.trim().is_empty() || gone.text.contains("ffffffff"), "{}", gone.text);
+    engine.kill();
+    let read = guest.exec(". /functions; f=$(function_of 0x0b0f); [ -z \"$f\" ] || engine $f read 8", SCRIPT);
+    assert!(read.text.trim().is_empty() || read.text.contains("0xffffffff"), "{}", read.text);
+    guest.last_words("poweroff -f");
+    let ended = guest.into_vm().end(SCRIPT).with_code(0);
+    assert_eq!(ended.stats().text("/end"), "power-off");
+    for device in [0, 1] {
+        assert_eq!(ended.stats().text(&format!("/devices/{device}/state")), "broken", "{ended}");
+    }
+}
+
+/// The engine's programs, one after another.
+fn drives(server: &Server, more: &str, programs: &[&str]) -> Ended {
+    let mut script = String::from("f=$(function_of 0x0b0f); d=/sys/bus/pci/devices/$f; echo 1 >$d/enable\n");
+    for program in programs {
+        script += &format!("engine $f {program} || {{ dmesg | tail -n 5; exit 1; }}\n");
+    }
+    script += &format!("{COMPLAINTS} && exit 7; true");
+    finish(with(guest("", "", Some(&script)), server, more))
+}
+
+#[test]
+fn an_engine_reaches_memory_and_its_memory_is_reached() {
+    need!(ready());
+    for (wire, more) in [("plain", ""), ("extended", ",posted-writes=on")] {
+        let server = Server::engine(&["--wire", wire]);
+        drives(&server, more, &["dma", "areas", "posted 500", "reads 100", "doorbells 20", "store 1000"]);
+    }
+}
+
+#[test]
+fn an_engine_reaches_memory_by_messages_in_the_middle_of_a_request() {
+    need!(ready());
+    for options in [&["--wire", "extended"][..], &["--wire", "extended", "--twin-socket"]] {
+        let server = Server::engine(options);
+        let script =
+            "f=$(function_of 0x0b0f); echo 1 >/sys/bus/pci/devices/$f/enable; MESSAGES=1 engine $f dma";
+        finish(with(guest("", "", Some(script)), &server, ""));
+    }
+}
+
+#[test]
+fn mapped_areas_and_doorbells_with_descriptors_cause_no_exit() {
+    need!(ready());
+    let run = |stores: u32, doorbells: u32| {
+        let server = Server::engine(&["--wire", "extended"]);
+        let programs = [format!("store {stores:06}"), format!("doorbells {doorbells:04}")];
+        drives(&server, "", &programs.each_ref().map(String::as_str))
+    };
+    let (few, many) = (run(1, 1), run(100_000, 500));
+    let more = many.stats().exits().saturating_sub(few.stats().exits());
+    println!("{more} more exits for 400 000 accesses and 8 000 doorbells");
+    // The program looks at a register until the doorbells have been counted.
+    assert!(more < 2500, "{more} more exits\n{many}");
+}
+
+#[test]
+fn every_vector_comes_is_masked_pends_and_moves() {
+    need!(ready());
+    for wire in ["plain", "extended"] {
+        let server = Server::engine(&["--wire", wire]);
+        let ended = drives(&server, "", &["irq msix 300", "irq msi 300", "irq msix 10"]);
+        assert!(ended.field("interrupts") > 0, "{ended}");
+    }
+}
+
+#[test]
+fn the_pin_is_level_triggered_and_can_be_disabled() {
+    need!(ready());
+    let server = Server::engine(&[]);
+    let script = format!(
+        r#"f=$(function_of 0x0b0f); d=/sys/bus/pci/devices/$f
+echo uio_pci_generic >$d/driver_override; echo $f >/sys/bus/pci/drivers_probe; wait_for [ -e /dev/uio0 ]
+engine $f irq intx 100 || exit 1
+{COMPLAINTS} && exit 7; true"#
+    );
+    finish(with(guest("uio_pci_generic", "", Some(&script)), &server, ""));
+}
+
+#[test]
+fn a_function_level_reset_brings_back_what_was() {
+    need!(ready());
+    let server = Server::engine(&[]);
+    let script = format!(
+        r#"f=$(function_of 0x0b0f); d=/sys/bus/pci/devices/$f; echo 1 >$d/enable
+engine $f write 8 0x1234; [ $(engine $f read 8) = 0x1234 ] || exit 1
+for n in $(seq 5); do
+    before=$(cat $d/resource)
+    echo 1 >$d/reset || exit 2
+    [ "$before" = "$(cat $d/resource)" ] || exit 3
+    [ $(engine $f read 8) = 0 ] && [ $(engine $f read 0x48) = $n ] || {{ engine $f read 0x48; exit 4; }}
+    engine $f dma && engine $f areas && engine $f irq msix 10 || exit 5
+done
+{COMPLAINTS} && exit 7; true"#
+    );
+    finish(with(guest("", "", Some(&script)), &server, ""));
+}
+
+fn engine_says(guest: &mut Guest, what: &str) -> Done {
+    guest.exec(&format!(". /functions; engine $(function_of 0x0b0f) {what}"), SCRIPT)
+}
+
+#[test]
+fn a_server_that_stalls_beyond_its_deadline_is_broken_and_the_machine_is_not() {
+    need!(ready());
+    let server = Server::engine(&[]);
+    let launch = with(guest("", "", None), &server, ",deadline=1000");
+    let mut guest = Guest::boot(launch);
+    guest.run(". /functions; echo 1 >/sys/bus/pci/devices/$(function_of 0x0b0f)/enable");
+    assert_eq!(engine_says(&mut guest, "read 0").text.trim(), "0x4e474e45");
+    // Within the deadline, then beyond it.
+    assert_eq!(engine_says(&mut guest, "write 0xf8 100").status, 0);
+    assert_eq!(engine_says(&mut guest, "read 0").text.trim(), "0x4e474e45");
+    engine_says(&mut guest, "write 0xf8 15000");
+    let read = engine_says(&mut guest, "read 0");
+    assert!(!read.text.contains("0x4e474e45"), "{}", read.text);
+    guest.last_words("poweroff -f");
+    let ended = guest.into_vm().end(SCRIPT).with_code(0);
+    assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+}
+
+#[test]
+fn an_error_for_a_read_is_all_ones_and_nothing_more() {
+    need!(ready());
+    for wire in ["plain", "extended"] {
+        let server = Server::engine(&["--wire", wire]);
+        let launch = with(guest("", "", None), &server, "");
+        let mut guest = Guest::boot(launch);
+        guest.run(". /functions; echo 1 >/sys/bus/pci/devices/$(function_of 0x0b0f)/enable");
+        assert_eq!(engine_says(&mut guest, "read 0xf0").text.trim(), "0xffffffff");
+        assert_eq!(engine_says(&mut guest, "write 0xf0 1").status, 0);
+        assert_eq!(engine_says(&mut guest, "read 0").text.trim(), "0x4e474e45");
+        guest.last_words("poweroff -f");
+        guest.into_vm().end(SCRIPT).with_code(0);
+    }
+}
+
+#[test]
+fn two_devices_and_their_interrupts_do_not_mix() {
+    need!(ready());
+    let (disk, engine) = (Server::nvme(&random(16 * MIB), &[]), Server::engine(&[]));
+    let script = format!(
+        r#"wait_for [ -b /dev/nvme0n1 ]; f=$(function_of 0x0b0f); echo 1 >/sys/bus/pci/devices/$f/enable
+want=$(dd if=/dev/nvme0n1 bs=1M iflag=direct 2>/dev/null | md5sum)
+(for n in 1 2 3; do dd if=/dev/nvme0n1 bs=64k iflag=direct 2>/dev/null | md5sum; done >/tmp/sums) &
+for n in 1 2 3; do engine $f dma && engine $f irq msix 50 || exit 1; done
+wait
+[ $(grep -c "$want" /tmp/sums) = 3 ] || exit 2
+{COMPLAINTS} && exit 3; true"#
+    );
+    let launch = guest("", "", Some(&script)).args(["--cpus", "2"]);
+    finish(with(with(launch, &disk, ""), &engine, ""));
+}
