@@ -6,6 +6,7 @@
 use outboard_tests::daemon::{StorageDaemon, is_listening};
 use outboard_tests::launch::{Launch, STEP};
 use outboard_tests::peer::Peer;
+use outboard_tests::vfio::Server;
 use outboard_tests::{need, place, wait};
 use serde_json::Value;
 
@@ -70,4 +71,34 @@ fn probe_of_a_silent_peer_ends_in_time() {
     let ended = Launch::new(["probe", "vhost-user", socket.to_str().unwrap()]).run().with_code(4);
     assert!(ended.log.contains("did not answer GET_FEATURES within"), "{ended}");
     assert!(ended.log.contains("  hint: "), "{ended}");
+}
+
+#[test]
+fn probe_says_what_a_vfio_user_server_offers_and_what_not() {
+    let probe = |server: &Server| {
+        let socket = server.socket();
+        let json = Launch::new(["probe", "vfio-user", socket.to_str().unwrap(), "--json"]).run().with_code(0);
+        serde_json::from_str::<Value>(&json.console).unwrap()
+    };
+    let nvme = probe(&Server::nvme(&[0; 1 << 20], &[]));
+    assert_eq!(
+        (&nvme["identity"]["id"], &nvme["identity"]["class"]),
+        (&"1234:0b0e".into(), &"010802".into())
+    );
+    assert_eq!(nvme["regions"][0]["areas"], serde_json::json!([[4096, 4096]]), "{nvme:#}");
+    assert_eq!(nvme["capabilities"]["max_msg_fds"], 1);
+    let extended =
+        ["--wire", "extended", "--twin-socket", "--max-msg-fds", "16", "--max-data-xfer-size", "65536"];
+    let engine = Server::engine(&extended);
+    // Twice: the first has left nothing behind.
+    for _ in 0..2 {
+        let engine = probe(&engine);
+        let offered = &engine["capabilities"];
+        assert_eq!((&offered["max_msg_fds"], &offered["max_data_xfer_size"]), (&16.into(), &65536.into()));
+        assert_eq!((&offered["twin_socket"], &offered["write_multiple"]), (&true.into(), &true.into()));
+        let doorbells = engine["regions"][0]["doorbells"].as_array().unwrap();
+        assert_eq!((doorbells.len(), &doorbells[15]["value"]), (16, &7.into()), "{engine:#}");
+    }
+    let words = Launch::new(["probe", "vfio-user", engine.socket().to_str().unwrap()]).run().with_code(0);
+    assert!(words.console.contains("1234:0b0f") && words.console.contains("16 doorbells"), "{words}");
 }

@@ -80,7 +80,8 @@ struct Link {
     crate_side: UnixStream,
     options: Extended,
     dma: Arc<Dma>,
-    capabilities: Mutex<Value>,
+    /// The client's minor version and capabilities.
+    proposed: Mutex<(u16, Value)>,
     multis: Mutex<Vec<Multi>>,
 }
 
@@ -97,7 +98,7 @@ impl Link {
             dma: Arc::new(Dma::new(Arc::clone(&client), Arc::clone(&sending))),
             client,
             sending,
-            capabilities: Mutex::default(),
+            proposed: Mutex::default(),
             multis: Mutex::default(),
         }))
     }
@@ -142,7 +143,7 @@ impl Link {
             }
             match header.command {
                 command::VERSION => {
-                    *lock(&self.capabilities) = wire::capabilities(&message.body);
+                    *lock(&self.proposed) = (wire::minor(&message.body), wire::capabilities(&message.body));
                     message.send(self.crate_side.as_fd())?;
                 }
                 command::REGION_WRITE_MULTI => self.write_multi(&message)?,
@@ -212,7 +213,7 @@ impl Link {
 
     /// The crate's answer with other capabilities, none above what the client proposed.
     fn version(&self, mut message: Message) -> Result<Message> {
-        let proposed = lock(&self.capabilities).clone();
+        let (minor, proposed) = lock(&self.proposed).clone();
         let number = |name: &str, default: u64| proposed.get(name).and_then(Value::as_u64).unwrap_or(default);
         let most = number("max_data_xfer_size", 1 << 20).min(self.options.max_data_xfer_size);
         self.dma.limit(most);
@@ -231,8 +232,8 @@ impl Link {
             message.fds = vec![OwnedFd::from(theirs)];
         }
         log::info!("front: offered {capabilities}");
-        // Major and minor stay the crate's.
-        message.body.truncate(4);
+        // Minor 1 knows of all that the front adds; the crate says 0.
+        message.body = [0_u16, minor.min(1)].into_iter().flat_map(u16::to_ne_bytes).collect();
         message.body.extend(json!({ "capabilities": capabilities }).to_string().into_bytes());
         message.body.push(0);
         Ok(message)

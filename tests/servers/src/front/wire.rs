@@ -176,6 +176,12 @@ fn fill(socket: BorrowedFd<'_>, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> Res
     Ok(true)
 }
 
+/// The minor version in the body of a VERSION message.
+#[must_use]
+pub fn minor(body: &[u8]) -> u16 {
+    body.get(2..4).and_then(|minor| minor.try_into().ok()).map_or(0, u16::from_ne_bytes)
+}
+
 /// The capabilities in the body of a VERSION message; null when there are none to be understood.
 #[must_use]
 pub fn capabilities(body: &[u8]) -> Value {
