@@ -48,6 +48,7 @@ fn finish(launch: Launch) -> Ended {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_stock_driver_finds_an_nvme_controller_as_it_is() {
     need!(ready());
     let server = Server::nvme(&random(8 * MIB), &[]);
@@ -98,24 +99,28 @@ sync; {COMPLAINTS} && exit 3; true"#
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn sixty_four_mib_go_both_ways_with_mapped_doorbells() {
     need!(ready());
     copies("mapped", "plain", "");
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn sixty_four_mib_go_both_ways_with_trapped_doorbells() {
     need!(ready());
     copies("trapped", "plain", "");
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn posted_doorbells_work_as_well_and_so_does_a_server_of_more_words() {
     need!(ready());
     copies("trapped", "extended", ",posted-writes=on");
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn two_thousand_requests_with_mapped_doorbells_cause_no_exit() {
     need!(ready());
     let server = Server::nvme(&random(16 * MIB), &[]);
@@ -135,6 +140,7 @@ fn two_thousand_requests_with_mapped_doorbells_cause_no_exit() {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_driver_is_unbound_and_bound_and_the_function_reset() {
     need!(ready());
     let server = Server::nvme(&vec![0x5a; 8 * MIB], &[]);
@@ -159,6 +165,7 @@ echo 1 >/sys/bus/pci/rescan; wait_for [ -b /dev/nvme0n1 ]
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_disk_is_there_after_every_reboot() {
     need!(ready());
     let reboots = if place::soak() { 50 } else { 5 };
@@ -184,6 +191,7 @@ echo boots=$n"#
 
 /// A guest that waits for commands, with a disk under load, and what it takes the server for afterwards.
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_server_killed_under_load_leaves_a_machine_that_lives_and_reads_all_ones() {
     need!(ready());
     let mut server = Server::nvme(&vec![0; 64 * MIB], &[]);
@@ -230,6 +238,7 @@ fn drives(server: &Server, more: &str, programs: &[&str]) -> Ended {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn an_engine_reaches_memory_and_its_memory_is_reached() {
     need!(ready());
     for (wire, more) in [("plain", ""), ("extended", ",posted-writes=on")] {
@@ -239,6 +248,7 @@ fn an_engine_reaches_memory_and_its_memory_is_reached() {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn an_engine_reaches_memory_by_messages_in_the_middle_of_a_request() {
     need!(ready());
     for options in [&["--wire", "extended"][..], &["--wire", "extended", "--twin-socket"]] {
@@ -250,6 +260,7 @@ fn an_engine_reaches_memory_by_messages_in_the_middle_of_a_request() {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn mapped_areas_and_doorbells_with_descriptors_cause_no_exit() {
     need!(ready());
     let run = |stores: u32, doorbells: u32| {
@@ -265,6 +276,7 @@ fn mapped_areas_and_doorbells_with_descriptors_cause_no_exit() {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn every_vector_comes_is_masked_pends_and_moves() {
     need!(ready());
     for wire in ["plain", "extended"] {
@@ -275,6 +287,7 @@ fn every_vector_comes_is_masked_pends_and_moves() {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn the_pin_is_level_triggered_and_can_be_disabled() {
     need!(ready());
     let server = Server::engine(&[]);
@@ -288,6 +301,7 @@ engine $f irq intx 100 || exit 1
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_function_level_reset_brings_back_what_was() {
     need!(ready());
     let server = Server::engine(&[]);
@@ -312,6 +326,7 @@ fn engine_says(guest: &mut Guest, what: &str) -> Done {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_server_that_stalls_beyond_its_deadline_is_broken_and_the_machine_is_not() {
     need!(ready());
     let server = Server::engine(&[]);
@@ -331,6 +346,7 @@ fn a_server_that_stalls_beyond_its_deadline_is_broken_and_the_machine_is_not() {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn an_error_for_a_read_is_all_ones_and_nothing_more() {
     need!(ready());
     for wire in ["plain", "extended"] {
@@ -347,6 +363,7 @@ fn an_error_for_a_read_is_all_ones_and_nothing_more() {
 }
 
 #[test]
+#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn two_devices_and_their_interrupts_do_not_mix() {
     need!(ready());
     let (disk, engine) = (Server::nvme(&random(16 * MIB), &[]), Server::engine(&[]));
