@@ -192,6 +192,11 @@ impl Detached {
         Ok(())
     }
 
+    /// Its name.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
     /// How the guest sees it.
     pub(crate) fn transport(&self) -> Transport {
         self.transport
@@ -265,6 +270,7 @@ impl Detached {
                 waits: peer.waits,
                 worst_wait_us: u64::try_from(peer.worst_wait.as_micros()).unwrap_or(u64::MAX),
             },
+            pci: None,
         }
     }
 }

@@ -33,6 +33,7 @@ use crate::lifecycle::{Lifecycle, Request};
 use crate::memory::{Access, Mapping, Slot, Slots};
 use crate::peer_memory::PeerMemory;
 use crate::vcpu::{Vcpu, VcpuCounters};
+use crate::vfio_user::{Placed, Spare};
 
 /// What a board is built from; all of it outlives the board.
 pub(crate) struct Parts<'m> {
@@ -53,6 +54,7 @@ pub(crate) struct Board {
     threads: Vec<JoinHandle<()>>,
     serial: Arc<Serial>,
     devices: Vec<Attached>,
+    functions: Vec<Placed>,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     bridge: Option<Arc<HostBridge>>,
@@ -65,7 +67,11 @@ pub(crate) struct Board {
 
 impl Board {
     /// The wiring, from top to bottom. Each step needs the ones before it.
-    pub(crate) fn build(parts: &Parts<'_>, devices: Vec<Detached>) -> Result<Self, Error> {
+    pub(crate) fn build(
+        parts: &Parts<'_>,
+        devices: Vec<Detached>,
+        functions: Vec<Spare>,
+    ) -> Result<Self, Error> {
         // 1. The VM, with the interrupt controller before any vCPU, which KVM insists on.
         let (vm, routes) = create_vm(parts.kvm, parts.platform)?;
         let vm = Arc::new(vm);
@@ -90,7 +96,8 @@ impl Board {
             .attach(serial.interrupt(), Route::Pin(layout::COM1_GSI.0))
             .map_err(|error| Error::host("cannot wire the serial port").because(error))?;
 
-        // 4. The PCI root, if a device wants one, then the virtio devices, in the order of the command line.
+        // 4. The PCI root, if a device wants one, then the virtio devices, then the others on the
+        // PCI bus, in the order of the command line.
         let mut mmio = Bus::new();
         let bridge = match &parts.platform.pci {
             Some(root) => Some(pci_root(root, &mut mmio, &mut pio)?),
@@ -106,6 +113,11 @@ impl Board {
             };
             attached.push(device.attach(&ports, site)?);
         }
+        let mut placed = Vec::new();
+        for function in functions {
+            let bridge = bridge.as_ref().ok_or_else(|| Error::internal("there is no PCI root"))?;
+            placed.push(function.place(&ports, bridge)?);
+        }
 
         // 5. The vCPUs, last: their threads share the finished buses.
         let (pio, mmio) = (Arc::new(pio), Arc::new(mmio));
@@ -114,6 +126,7 @@ impl Board {
             threads: Vec::new(),
             serial,
             devices: attached,
+            functions: placed,
             pio,
             mmio,
             bridge,
@@ -166,6 +179,11 @@ impl Board {
         &self.devices
     }
 
+    /// The PCI devices of vfio-user servers, in the order of the configuration.
+    pub(crate) fn functions(&self) -> &[Placed] {
+        &self.functions
+    }
+
     /// Exits to userspace by range so far: ports, then memory.
     pub(crate) fn bus_counters(&self) -> [(&'static str, BusCounters); 2] {
         [("pio", self.pio.counters()), ("mmio", self.mmio.counters())]
@@ -190,7 +208,7 @@ impl Board {
     }
 
     /// Takes the board apart and keeps the devices, their queues stopped.
-    pub(crate) fn dismantle(mut self) -> Vec<Detached> {
+    pub(crate) fn dismantle(mut self) -> (Vec<Detached>, Vec<Spare>) {
         self.end_vcpus();
         // The buses hold the devices' other references.
         (self.pio, self.mmio) = Default::default();
@@ -199,7 +217,9 @@ impl Board {
         }
         let devices = std::mem::take(&mut self.devices);
         stop_all(&devices);
-        devices.into_iter().map(|device| device.detach()).collect()
+        let devices = devices.into_iter().map(Attached::detach).collect();
+        let functions = std::mem::take(&mut self.functions).into_iter().map(Placed::remove).collect();
+        (devices, functions)
     }
 }
 

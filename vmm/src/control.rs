@@ -27,6 +27,7 @@ mod token {
     pub(super) const NEWS: u32 = 4;
     pub(super) const SIGNAL: u32 = 0x100;
     pub(super) const HANG_UP: u32 = 0x1000;
+    pub(super) const FUNCTION: u32 = 0x2000;
 }
 
 /// The parts of a machine that the loop serves during one boot.
@@ -218,6 +219,10 @@ impl MutEventSubscriber for Control<'_> {
         for (index, device) in (0..).zip(self.board.devices()) {
             watch_hang_up(ops, index, device);
         }
+        for (index, function) in (0..).zip(self.board.functions()) {
+            let hang_up = function.hang_up();
+            watch(ops, Events::with_data(&*hang_up, token::FUNCTION + index, EventSet::READ_HANG_UP));
+        }
         match self.console.readable() {
             Readable::Nothing => {}
             Readable::Clients(_) => self.watch_clients(ops),
@@ -242,6 +247,13 @@ impl MutEventSubscriber for Control<'_> {
             }
             signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
                 self.signal(signal - token::SIGNAL);
+            }
+            function if function >= token::FUNCTION => {
+                unwatch(ops, event);
+                let index = usize::try_from(function - token::FUNCTION).unwrap_or(usize::MAX);
+                if let Some(function) = self.board.functions().get(index) {
+                    function.hung_up();
+                }
             }
             peer => {
                 unwatch(ops, event);

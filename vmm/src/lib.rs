@@ -52,6 +52,7 @@ mod shared_objects;
 pub mod stats;
 mod terminal;
 pub mod vcpu;
+mod vfio_user;
 mod windows;
 pub mod workbench;
 

@@ -27,10 +27,11 @@ use crate::error::Error;
 use crate::kvm;
 use crate::lifecycle::Request;
 use crate::memory::Mapping;
-use crate::peers::Peers;
+use crate::peers::{Heard, Peers};
 use crate::recovery::Plan;
 use crate::stats::{Startup, Stats};
 use crate::vcpu::VcpuCounters;
+use crate::vfio_user::Spare;
 use crate::windows::Windows;
 
 /// How a machine ended.
@@ -121,10 +122,11 @@ impl Machine {
             HostCpu::probe(&kvm).map_err(|error| Error::host("cannot use KVM's CPUs").because(error))?;
         let platform = describe(&config, &host_cpu)?;
         log::info!(
-            "{} vCPU(s), {} MiB, {} virtio device(s)",
+            "{} vCPU(s), {} MiB, {} virtio device(s), {} PCI device(s) of servers",
             config.cpus,
             config.memory.size >> 20,
-            config.vhost_user.len()
+            config.vhost_user.len(),
+            config.vfio_user.len()
         );
 
         fits(&config, &host_cpu)?;
@@ -151,14 +153,28 @@ impl Machine {
         for (index, device) in config.vhost_user.into_iter().enumerate() {
             let (device, channel) = Detached::connect(index, device, &devices, &machine)?;
             if let Some(channel) = channel {
-                peers
-                    .add(index, channel)
-                    .map_err(|error| Error::internal("cannot start the thread `peers`").because(error))?;
+                peers.add(index, channel).map_err(no_thread)?;
             }
             devices.push(device);
         }
         let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits());
         devices.iter_mut().try_for_each(|device| device.place_shared_memory(&mut windows))?;
+        let mut functions: Vec<Spare> = Vec::new();
+        for (index, device) in config.vfio_user.into_iter().enumerate() {
+            let id = device.id.clone().unwrap_or_else(|| format!("vfio-user{index}"));
+            let taken = devices.iter().map(Detached::id).chain(functions.iter().map(Spare::id));
+            if taken.into_iter().any(|other| other == id) {
+                return Err(
+                    Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
+                );
+            }
+            let (function, receiver) = Spare::connect(device, id, &memory)?;
+            peers.listen(Heard::Server(receiver, Arc::clone(function.remote()))).map_err(no_thread)?;
+            if function.remote().contents.pin.is_some() {
+                peers.listen(Heard::Pin(Arc::clone(function.remote()))).map_err(no_thread)?;
+            }
+            functions.push(function);
+        }
         startup.peers = elapsed(begun);
 
         // 4. The guest's image.
@@ -179,7 +195,7 @@ impl Machine {
             counters: &counters,
             begun,
         };
-        let board = Board::build(&parts, devices)?;
+        let board = Board::build(&parts, devices, functions)?;
         startup.board = elapsed(begun);
 
         let (quit, asked) = UnixStream::pair()
@@ -254,7 +270,7 @@ impl Machine {
     /// Another board around the same RAM, console and backends.
     fn reboot(self) -> Result<Self, Error> {
         log::info!("the guest reset the machine: starting it again");
-        let devices = self.board.dismantle();
+        let (devices, functions) = self.board.dismantle();
         let entry = self.files.load(&self.ram, &self.platform)?;
         let parts = Parts {
             kvm: &self.kvm,
@@ -267,7 +283,7 @@ impl Machine {
             counters: &self.counters,
             begun: self.begun,
         };
-        let board = Board::build(&parts, devices)?;
+        let board = Board::build(&parts, devices, functions)?;
         revive(board.devices());
         Ok(Machine { board, ..self })
     }
@@ -279,7 +295,9 @@ impl Machine {
         stats.vcpus = self.counters.iter().map(|counters| counters.stats()).collect();
         stats.exits = stats.vcpus.iter().map(|vcpu| vcpu.exits).sum();
         stats.startup_us.first_entry = self.counters.first().map_or(0, |first| first.first_entry_us());
-        stats.devices = self.board.dismantle().into_iter().map(Detached::finish).collect();
+        let (devices, functions) = self.board.dismantle();
+        stats.devices = devices.into_iter().map(Detached::finish).collect();
+        stats.devices.extend(functions.into_iter().map(Spare::finish));
         Outcome { end, stats }
     }
 }
@@ -367,6 +385,10 @@ fn in_memory(bytes: &[u8]) -> std::io::Result<File> {
     let mut file = File::from(memfd_create("outboard-image", MemfdFlags::CLOEXEC)?);
     file.write_all(bytes)?;
     Ok(file)
+}
+
+fn no_thread(error: std::io::Error) -> Error {
+    Error::internal("cannot start the thread `peers`").because(error)
 }
 
 /// Sees that the guest's processor can address its memory.

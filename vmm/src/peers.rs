@@ -1,4 +1,4 @@
-//! The thread `peers`: answers what backends ask on their own channels.
+//! The thread `peers`: answers what backends and servers ask on their own.
 //!
 //! It never blocks on any of them and never takes a device's lock, so a backend gets its answer even while a
 //! vCPU holds the device and waits for that same backend. What needs the device is left as news for the
@@ -6,15 +6,17 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use devices::pci::vfio_user::Remote;
 use devices::virtio::answers::{Answers, OwnChannel};
 use devices::virtio::revival::Trial;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+use transport::vfio_user::{self, Receiver};
 use transport::vhost_user::message::{Iotlb, ShmemArea, Uuid};
 use transport::vhost_user::{BackendRequests, Refused, Served};
 
@@ -40,9 +42,29 @@ pub(crate) enum News {
 }
 
 /// A backend's channel, as long as it lives.
-struct Line {
+pub(crate) struct Line {
     owner: Owner,
     own: OwnChannel,
+}
+
+/// What the thread listens to.
+pub(crate) enum Heard {
+    /// A backend's own channel.
+    Backend(Line),
+    /// A vfio-user server, while nobody waits for its reply.
+    Server(Receiver, Arc<Remote>),
+    /// The guest's end of the interrupts of a server's pin.
+    Pin(Arc<Remote>),
+}
+
+impl Heard {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Heard::Backend(line) => line.own.channel.as_fd(),
+            Heard::Server(receiver, _) => receiver.as_fd(),
+            Heard::Pin(remote) => remote.calls.served().as_fd(),
+        }
+    }
 }
 
 /// A lookup of a shared object; its backend waits for [`Peers::found`]. Its channel closes when it is dropped.
@@ -78,7 +100,7 @@ struct Shared {
     connections: AtomicU64,
     /// Readable when the inbox or `end` is.
     wake: OwnedFd,
-    inbox: Mutex<Vec<Line>>,
+    inbox: Mutex<Vec<Heard>>,
     end: AtomicBool,
 }
 
@@ -110,7 +132,15 @@ impl Peers {
     /// When the host refuses another thread.
     pub(crate) fn add(&self, device: usize, channel: OwnChannel) -> io::Result<()> {
         let connection = self.shared.connections.fetch_add(1, Ordering::Relaxed);
-        lock(&self.shared.inbox).push(Line { owner: Owner { device, connection }, own: channel });
+        self.listen(Heard::Backend(Line { owner: Owner { device, connection }, own: channel }))
+    }
+
+    /// Listens to `heard` until it ends.
+    ///
+    /// # Errors
+    /// When the host refuses another thread.
+    pub(crate) fn listen(&self, heard: Heard) -> io::Result<()> {
+        lock(&self.shared.inbox).push(heard);
         let mut thread = lock(&self.thread);
         if thread.is_none() {
             let shared = Arc::clone(&self.shared);
@@ -141,7 +171,7 @@ impl Peers {
             log::warn!("the backend's own channel is closed: {error}");
         }
         // Also a closed one, whose objects have to go.
-        lock(&self.shared.inbox).push(line);
+        lock(&self.shared.inbox).push(Heard::Backend(line));
         ring(&self.shared.wake);
     }
 
@@ -196,7 +226,7 @@ impl Shared {
     }
 
     fn serve(&self) {
-        let mut lines: Vec<Line> = Vec::new();
+        let mut lines: Vec<Heard> = Vec::new();
         let objects = RefCell::default();
         loop {
             drain(&self.wake);
@@ -213,11 +243,9 @@ impl Shared {
 
     /// One wait, then every channel that has something. A channel that ends is dropped: its device hears of it
     /// by the hang-up of the main socket, if the backend is gone.
-    fn wait_and_serve(&self, lines: &mut Vec<Line>, objects: &RefCell<SharedObjects>) -> io::Result<()> {
+    fn wait_and_serve(&self, lines: &mut Vec<Heard>, objects: &RefCell<SharedObjects>) -> io::Result<()> {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        fds.extend(
-            lines.iter().map(|line| PollFd::from_borrowed_fd(line.own.channel.as_fd(), PollFlags::IN)),
-        );
+        fds.extend(lines.iter().map(|line| PollFd::from_borrowed_fd(line.as_fd(), PollFlags::IN)));
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -226,12 +254,32 @@ impl Shared {
         drop(fds);
         for (line, ready) in std::mem::take(lines).into_iter().zip(ready) {
             if ready {
-                lines.extend(self.serve_line(line, objects));
+                lines.extend(self.hear(line, objects));
             } else {
                 lines.push(line);
             }
         }
         Ok(())
+    }
+
+    /// Serves what there is; gives it back if it is to be listened to again.
+    fn hear(&self, heard: Heard, objects: &RefCell<SharedObjects>) -> Option<Heard> {
+        match heard {
+            Heard::Backend(line) => self.serve_line(line, objects).map(Heard::Backend),
+            Heard::Server(mut receiver, remote) => match receiver.serve() {
+                Ok(vfio_user::Served::Messages(_)) => Some(Heard::Server(receiver, remote)),
+                Ok(vfio_user::Served::HungUp) => None,
+                // The control loop sees the connection hung up, and tidies up.
+                Err(error) => {
+                    remote.link.give_up(&error.to_string());
+                    None
+                }
+            },
+            Heard::Pin(remote) => {
+                remote.pin_served();
+                (!remote.link.is_broken()).then_some(Heard::Pin(remote))
+            }
+        }
     }
 
     /// Serves a channel; gives it back if it is to be served again.

@@ -24,7 +24,7 @@ pub struct Stats {
     pub ranges: Vec<RangeStats>,
     /// Accesses that no device claimed.
     pub unclaimed: Unclaimed,
-    /// The virtio devices.
+    /// The virtio devices, then those of vfio-user servers, in the order of the configuration.
     pub devices: Vec<DeviceStats>,
 }
 
@@ -67,7 +67,7 @@ pub struct Unclaimed {
     pub writes: u64,
 }
 
-/// One virtio device.
+/// One device.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct DeviceStats {
     /// Its name.
@@ -78,7 +78,8 @@ pub struct DeviceStats {
     pub state: &'static str,
     /// Why it is broken.
     pub broken: Option<String>,
-    /// Kicks and interrupt acknowledgements that passed through the VMM while the device ran: 0.
+    /// Kicks and interrupt acknowledgements that passed through the VMM while the device ran: 0. Of a vfio-user
+    /// server: accesses of its BARs that were trapped.
     pub requests_through_vmm: u64,
     /// How often another backend took over.
     pub recoveries: u64,
@@ -86,6 +87,27 @@ pub struct DeviceStats {
     pub register_writes: u64,
     /// What was said to its peer.
     pub peer: PeerStats,
+    /// Of a PCI device of a vfio-user server: who it is, and what was trapped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pci: Option<PciStats>,
+}
+
+/// A PCI device of a vfio-user server. What its guest does to mapped memory and to doorbells is not counted: it never
+/// leaves the guest.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct PciStats {
+    /// Vendor, device and class.
+    pub identity: String,
+    /// Reads of BARs 0 to 5 that came to userspace.
+    pub bar_reads: Vec<u64>,
+    /// Writes of them.
+    pub bar_writes: Vec<u64>,
+    /// Reads of the configuration space.
+    pub config_reads: u64,
+    /// Writes of it.
+    pub config_writes: u64,
+    /// Requests that the server refused.
+    pub refused: u64,
 }
 
 /// Messages to one peer.

@@ -129,6 +129,17 @@ impl HostBridge {
         Ok(number)
     }
 
+    /// The lowest number that is free.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn next_free(&self) -> Result<DeviceNumber, InsertError> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let free =
+            |number: &DeviceNumber| entries.get(usize::from(number.get())).is_some_and(Option::is_none);
+        DeviceNumber::ALL.filter_map(DeviceNumber::new).find(free).ok_or(InsertError::Full)
+    }
+
     /// Takes a function off the bus. A call of it that has begun on another vCPU may still be under way.
     pub fn remove(&self, number: DeviceNumber) -> Option<Arc<dyn Function>> {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);

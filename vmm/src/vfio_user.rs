@@ -1,0 +1,134 @@
+//! A PCI device of a vfio-user server between boots and on a board.
+//!
+//! `Spare → Placed` puts it on a board, `Placed → Spare` takes it off again, reset. Its connection lives as long as
+//! the machine: a server that is lost leaves a broken device.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use arch::layout;
+use devices::pci::vfio_user::{self, Device, Opened, Remote};
+use devices::pci::{Function, HostBridge};
+use devices::ports::Ports;
+use transport::memory_map::MemoryMap;
+use transport::vfio_user::{Client, Limits, Receiver};
+
+use crate::config::{Socket, VfioUser};
+use crate::error::{Error, Fault};
+use crate::stats::{DeviceStats, PciStats, PeerStats};
+
+/// A device that is on no board.
+pub(crate) struct Spare {
+    id: String,
+    remote: Arc<Remote>,
+    hang_up: Arc<OwnedFd>,
+}
+
+/// A device on a board.
+pub(crate) struct Placed {
+    spare: Spare,
+    device: Arc<Device>,
+}
+
+impl Spare {
+    /// Connects to the server, asks what its function is, and gives it guest memory. The receiver wants to be served
+    /// from now on.
+    pub(crate) fn connect(
+        config: VfioUser,
+        id: String,
+        memory: &MemoryMap,
+    ) -> Result<(Self, Receiver), Error> {
+        let cannot = || format!("cannot start device {id}");
+        let limits = Limits::new(config.deadline);
+        let client = match config.socket {
+            Socket::Path(path) => Client::connect(&path, &limits),
+            Socket::Inherited(stream, fd) => Client::from_stream(stream, &format!("fd {fd}"), &limits),
+            Socket::Stream(stream) => Client::from_stream(stream, "on a connected socket", &limits),
+        };
+        let opened = client
+            .map_err(vfio_user::OpenError::from)
+            .and_then(|client| vfio_user::open(client, id.clone(), config.wishes, memory));
+        let Opened { remote, receiver, hang_up } = opened.map_err(|error| {
+            let hint = error.hint();
+            let failed = Error::new(Fault::Peer, cannot()).because(error);
+            match hint {
+                Some(hint) => failed.hint(hint),
+                None => failed,
+            }
+        })?;
+        log::info!("device {id}: {}", remote.contents.identity);
+        Ok((Spare { id, remote, hang_up: Arc::new(hang_up) }, receiver))
+    }
+
+    /// Its name.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What outlives its boards.
+    pub(crate) fn remote(&self) -> &Arc<Remote> {
+        &self.remote
+    }
+
+    /// Puts the device on a board.
+    pub(crate) fn place(self, ports: &Ports, bridge: &HostBridge) -> Result<Placed, Error> {
+        let cannot = || format!("cannot wire device {}", self.id);
+        let full =
+            |error| Error::usage(cannot()).because(error).hint("a machine takes 31 devices on its PCI bus");
+        let number = bridge.next_free().map_err(full)?;
+        let pin = self.remote.contents.pin.and_then(|pin| layout::intx_gsi(number.get(), pin));
+        let device = Device::new(Arc::clone(&self.remote), ports, bridge, pin.map(|gsi| gsi.0))
+            .map_err(|error| Error::host(cannot()).because(error))?;
+        let function: Arc<dyn Function> = device.clone();
+        bridge.insert(Some(number), function).map_err(full)?;
+        log::info!("device {} is PCI device {number}", self.id);
+        Ok(Placed { spare: self, device })
+    }
+
+    /// The end: the server sees us go. What was counted over the device's whole life.
+    pub(crate) fn finish(self) -> DeviceStats {
+        let report = self.remote.report();
+        let bars: Vec<_> = report.accesses.iter().take(6).copied().collect();
+        let (config_reads, config_writes) = report.accesses.last().copied().unwrap_or_default();
+        DeviceStats {
+            id: self.id,
+            kind: "vfio-user".to_owned(),
+            state: if report.broken.is_some() { "broken" } else { "idle" },
+            broken: report.broken,
+            requests_through_vmm: bars.iter().map(|(reads, writes)| reads + writes).sum(),
+            recoveries: 0,
+            register_writes: config_writes,
+            peer: PeerStats {
+                messages: report.server.messages,
+                waits: report.server.waits,
+                worst_wait_us: u64::try_from(report.server.worst_wait.as_micros()).unwrap_or(u64::MAX),
+            },
+            pci: Some(PciStats {
+                identity: report.identity,
+                bar_reads: bars.iter().map(|(reads, _)| *reads).collect(),
+                bar_writes: bars.iter().map(|(_, writes)| *writes).collect(),
+                config_reads,
+                config_writes,
+                refused: report.refused,
+            }),
+        }
+    }
+}
+
+impl Placed {
+    /// Hung up when the connection is gone.
+    pub(crate) fn hang_up(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.spare.hang_up)
+    }
+
+    /// The connection is gone: the guest sees the device gone. Called by the control loop.
+    pub(crate) fn hung_up(&self) {
+        self.device.give_up("the server closed the connection");
+    }
+
+    /// Takes the device off its board. Waits for the server.
+    pub(crate) fn remove(self) -> Spare {
+        self.device.retire();
+        self.spare
+    }
+}
