@@ -34,8 +34,17 @@ const FLAGS: &[&str] = &[
     "-Wl,-m,elf_x86_64,-n,--build-id=none,--no-warn-rwx-segments",
 ];
 
-const SOURCES: &[&str] =
-    &["start.S", "payload.c", "machine.c", "interrupts.c", "virtio.c", "modes.c", "abuse.c", "deep.c"];
+const SOURCES: &[&str] = &[
+    "start.S",
+    "payload.c",
+    "machine.c",
+    "interrupts.c",
+    "virtio.c",
+    "modes.c",
+    "abuse.c",
+    "deep.c",
+    "pci.c",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let source = Path::new("payload");

@@ -100,6 +100,13 @@ void ioapic_route(uint32_t pin, uint8_t vector)
 	ioapic_write(IOAPIC_REDIRECTION + 2 * pin, vector);
 }
 
+void ioapic_route_level(uint32_t pin, uint8_t vector)
+{
+	lapic_init();
+	ioapic_write(IOAPIC_REDIRECTION + 2 * pin + 1, load32(LAPIC + LAPIC_ID) & 0xff000000);
+	ioapic_write(IOAPIC_REDIRECTION + 2 * pin, 1 << 15 | 1 << 13 | vector);
+}
+
 /* ---------------------------------------------------------------- watchdog */
 
 /* KVM's and QEMU's LAPIC timers count nanoseconds; divided by 16 this is about a second. */

@@ -77,6 +77,8 @@ struct frame {
 void interrupts_init(void);
 /* Routes an edge-triggered, active-high IOAPIC pin to a vector of this CPU. */
 void ioapic_route(uint32_t pin, uint8_t vector);
+/* The same for a level-triggered, active-low one, as PCI has them. */
+void ioapic_route_level(uint32_t pin, uint8_t vector);
 /* Starts every other CPU in real mode at a page below 1 MiB. */
 void wake_other_cpus(uint32_t page);
 /* Handlers, called with interrupts off, before the end-of-interrupt. */

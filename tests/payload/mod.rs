@@ -39,7 +39,7 @@ pub struct CommandLine(String);
 
 impl CommandLine {
     /// Begins with a mode: `hello`, `info`, `show`, `blk`, `rng`, `loop`, `resize`, `poke`, `echo`, `cpus`,
-    /// `abuse`, `badring`, `deep`, `drive`.
+    /// `abuse`, `badring`, `deep`, `drive`, `pci`.
     #[must_use]
     pub fn new(mode: &str) -> Self {
         Self(format!("mode={mode}"))

@@ -10,3 +10,5 @@ void abuse(void);
 void badring(void);
 void deep(void);
 void drive(void);
+/* Drives a PCI function. */
+void pci(void);

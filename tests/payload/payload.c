@@ -168,7 +168,7 @@ void payload_main(const struct start_info *from)
 		{ "hello", hello }, { "info", info }, { "poke", poke }, { "echo", echo }, { "cpus", cpus },
 		{ "show", show }, { "blk", blk }, { "rng", rng }, { "loop", loop },
 		{ "resize", resize }, { "abuse", abuse }, { "badring", badring },
-		{ "deep", deep }, { "drive", drive },
+		{ "deep", deep }, { "drive", drive }, { "pci", pci },
 	};
 
 	const char *cursor, *mode;
