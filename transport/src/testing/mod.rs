@@ -4,6 +4,8 @@
 
 mod role;
 mod script;
+mod stream;
+pub mod vfio_user;
 mod vhost_user;
 
 pub use role::{RingView, Seen};

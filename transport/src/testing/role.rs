@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use zerocopy::IntoBytes;
 
 use super::script::Offer;
+use super::stream::spare_fds;
 use crate::vhost_user::ProtocolFeatures;
 use crate::vhost_user::message::{
     ConfigHead, Header, Inflight, ShmemHead, VringState, length, parse, parse_front,
@@ -106,10 +107,6 @@ impl Reply {
     pub(super) fn borrowed(&self) -> Vec<BorrowedFd<'_>> {
         self.fds.iter().map(AsFd::as_fd).collect()
     }
-}
-
-pub(super) fn spare_fds(count: usize) -> io::Result<Vec<OwnedFd>> {
-    (0..count).map(|_| Ok(std::fs::File::open("/dev/null")?.into())).collect()
 }
 
 /// The table with each user address moved up, as a back-end in postcopy returns it.

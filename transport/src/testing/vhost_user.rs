@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,17 +13,14 @@ use std::time::Duration;
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::role::{Frame, Reply, RingView, Seen, State, spare_fds};
+use super::role::{Frame, Reply, RingView, Seen, State};
 use super::script::{Act, Offer, Script};
-use crate::deadline::{Deadline, Waited, wait_readable, wait_writable};
-use crate::scm;
+use super::stream::{FOREVER, fill, park_until_closed, send_all, spare_fds};
+use crate::deadline::Deadline;
 use crate::vhost_user::ProtocolFeatures;
 use crate::vhost_user::backend_req::BackendRequest;
 use crate::vhost_user::message::{Header, length, parse};
 use crate::vhost_user::request::Request;
-
-/// No test waits this long.
-const FOREVER: Duration = Duration::from_secs(120);
 
 /// The largest payload that is read.
 const PAYLOAD_MOST: u32 = 65536;
@@ -212,54 +209,6 @@ fn read_frame(stream: &UnixStream, limit: Duration) -> io::Result<Option<Frame>>
         return Ok(None);
     }
     Ok(Some(Frame { header, payload, fds }))
-}
-
-fn fill(
-    stream: &UnixStream,
-    bytes: &mut [u8],
-    fds: &mut Vec<OwnedFd>,
-    deadline: &Deadline,
-) -> io::Result<bool> {
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        match scm::receive(stream.as_fd(), rest, fds) {
-            Ok(received) if received.bytes == 0 => return Ok(false),
-            Ok(received) => rest = rest.get_mut(received.bytes..).unwrap_or_default(),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if wait_readable(stream.as_fd(), deadline)? == Waited::TimedOut {
-                    return Err(io::ErrorKind::TimedOut.into());
-                }
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(true)
-}
-
-fn send_all(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let deadline = Deadline::after(FOREVER);
-    let mut rest = bytes;
-    let mut fds = fds;
-    while !rest.is_empty() {
-        match scm::send(stream.as_fd(), rest, fds) {
-            Ok(sent) => {
-                rest = rest.get(sent..).unwrap_or_default();
-                fds = &[];
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait_writable(stream.as_fd(), &deadline)?;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-fn park_until_closed(stream: &UnixStream) -> io::Result<()> {
-    // Wakes up on hang-up only: nothing is asked for.
-    let mut fds = [rustix::event::PollFd::new(stream, rustix::event::PollFlags::empty())];
-    rustix::event::poll(&mut fds, None)?;
-    Err(io::ErrorKind::UnexpectedEof.into())
 }
 
 fn play(stream: &UnixStream, request: Request, mut reply: Reply, act: Option<&Act>) -> io::Result<()> {

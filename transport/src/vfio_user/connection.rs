@@ -139,7 +139,11 @@ impl Shared {
         deadline: &Deadline,
     ) -> Result<Submitted, Error> {
         self.make_room(command, deadline)?;
-        let id = lock(&self.table).open(command, expected).map_err(|cause| self.error(command, cause))?;
+        let id = {
+            let mut table = lock(&self.table);
+            table.refuse(&self.peer, command)?;
+            table.open(command, expected).map_err(|cause| self.error(command, cause))?
+        };
         let payload = payload.concat();
         let header = Header::command(id, command, length(payload.len()));
         self.trace(Direction::ToServer, &header, &payload, fds.len(), Duration::ZERO);
@@ -153,7 +157,7 @@ impl Shared {
             }
             Err(source) => {
                 lock(&self.table).withdraw(id);
-                Err(self.lose(self.error(command, ended(source))))
+                Err(self.lost_on_the_way(command, source))
             }
         }
     }
@@ -194,15 +198,20 @@ impl Shared {
 
     fn unused_id(&self, command: Command) -> Result<u16, Error> {
         let mut table = lock(&self.table);
-        if table.loss().is_some() {
-            return Err(self.error(command, Cause::AlreadyLost));
-        }
+        table.refuse(&self.peer, command)?;
         Ok(table.unused())
+    }
+
+    /// The end of the connection, met while sending.
+    fn lost_on_the_way(&self, command: Command, source: io::Error) -> Error {
+        let error = self.lose(self.error(command, ended(source)));
+        lock(&self.table).told();
+        error
     }
 
     /// What a posted message leaves to do: without a [`super::Receiver`] nobody else would send its rest.
     fn posted(&self, command: Command, pushed: io::Result<u64>, deadline: &Deadline) -> Result<(), Error> {
-        let number = pushed.map_err(|source| self.lose(self.error(command, ended(source))))?;
+        let number = pushed.map_err(|source| self.lost_on_the_way(command, source))?;
         self.count(|stats| stats.posted = stats.posted.saturating_add(1));
         if self.update_watch() {
             return Ok(());
@@ -294,7 +303,9 @@ impl Shared {
             {
                 let mut table = lock(&self.table);
                 if let Some(loss) = table.loss() {
-                    return Err(loss.clone());
+                    let loss = loss.clone();
+                    table.told();
+                    return Err(loss);
                 }
                 if deadline.remaining().is_none() {
                     return Err(self.error(command, Cause::NotReading(deadline.limit())));
@@ -363,9 +374,9 @@ impl Shared {
         if lock(&self.table).led {
             return Ok(0);
         }
-        self.flush(Side::Main)?;
-        self.flush(Side::Twin)?;
-        self.pump(&mut streams, &mut || false)
+        let flushed = self.flush(Side::Main).and_then(|()| self.flush(Side::Twin));
+        let served = flushed.and_then(|()| self.pump(&mut streams, &mut || false));
+        served.inspect_err(|_| lock(&self.table).told())
     }
 
     /// Reads what is there, a batch of each socket, and deals with it. Ends the connection when it must.
@@ -556,7 +567,9 @@ impl Shared {
 
     /// Ends the connection because a reply held what it must not.
     pub(super) fn malformed(&self, command: Command, fault: Fault) -> Error {
-        self.lose(self.error(command, Cause::Malformed(fault)))
+        let error = self.lose(self.error(command, Cause::Malformed(fault)));
+        lock(&self.table).told();
+        error
     }
 
     pub(super) fn trace(

@@ -77,6 +77,8 @@ pub(super) struct Table {
     pub(super) followers: usize,
     /// Why the connection ended.
     loss: Option<Error>,
+    /// Nobody was told so far.
+    untold: bool,
 }
 
 impl Table {
@@ -89,6 +91,7 @@ impl Table {
             led: false,
             followers: 0,
             loss: None,
+            untold: false,
         }
     }
 
@@ -224,8 +227,10 @@ impl Table {
         if let Some(first) = &self.loss {
             return first.clone();
         }
+        self.untold = true;
         for entry in self.entries.values_mut() {
             if matches!(entry.state, State::Waiting) {
+                self.untold = false;
                 let step = Step::Command(entry.command);
                 entry.state = State::Answered(Err(match error.cause() {
                     Cause::Closed => Error::new(peer, step, Cause::Closed),
@@ -244,6 +249,23 @@ impl Table {
         }
         self.loss = Some(error.clone());
         error.clone()
+    }
+
+    /// Why nothing can be sent, if that is so: whoever comes first after the end is told its reason.
+    pub(super) fn refuse(&mut self, peer: &Arc<str>, command: Command) -> Result<(), Error> {
+        match &self.loss {
+            None => Ok(()),
+            Some(loss) if self.untold => {
+                self.untold = false;
+                Err(loss.clone())
+            }
+            Some(_) => Err(Error::new(peer, Step::Command(command), Cause::AlreadyLost)),
+        }
+    }
+
+    /// Somebody was told why the connection ended.
+    pub(super) fn told(&mut self) {
+        self.untold = false;
     }
 
     /// Why the connection ended, if it did.

@@ -1,6 +1,8 @@
 //! What several tests of this crate need: guest memory in a memfd, fds counted, a directory that goes away.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
+pub mod vfio_user;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;

@@ -1,0 +1,577 @@
+//! A vfio-user server whose device does wrong: regions, doorbells, accesses, interrupts, DMA, migration. As in
+//! `vfio_user_hostile.rs`.
+
+#![cfg(test)]
+
+mod support;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use support::vfio_user::End::{Fails, Lost, LostAnywhere, Works};
+use support::vfio_user::{ALONE, BRIEF, PATIENT, eventfds, row};
+use support::{GuestMemory, open_fds};
+use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::testing::vfio_user::{Act, Ask, Offer, RegionOffer, Script, ScriptedServer};
+use transport::vfio_user::message::{Command, Header};
+use transport::vfio_user::{
+    Client, DmaRange, DmaRights, IrqIndex, Limits, MigrationState, RegionIndex, Served, Sharing,
+};
+use zerocopy::IntoBytes;
+
+type C = Command;
+
+fn bar(change: impl FnOnce(&mut RegionOffer)) -> Offer {
+    let mut offer = Offer::default();
+    change(&mut offer.regions[0]);
+    offer
+}
+
+fn file(size: u64) -> Option<Arc<OwnedFd>> {
+    let fd = rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, size).unwrap();
+    Some(Arc::new(fd))
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// The payload of a region info reply: argsz, flags, cap_offset, then what follows the struct.
+fn info(argsz: u32, flags: u32, cap_offset: u32, rest: &[u8]) -> Act {
+    let mut payload = words(&[argsz, flags, 0, cap_offset]);
+    payload.extend(0x4000u64.to_ne_bytes());
+    payload.extend(0u64.to_ne_bytes());
+    payload.extend(rest);
+    Act::Payload(payload)
+}
+
+fn on_info(act: Act) -> Script {
+    Script::normal().on_nth(C::DEVICE_GET_REGION_INFO, 0, act)
+}
+
+#[test]
+fn region_sizes_and_offsets_of_any_kind_are_taken_for_what_they_are() {
+    for size in [1, 8, 0x3000, 1 << 52, 1 << 63, u64::MAX] {
+        let offer = || bar(|bar| (bar.size, bar.areas) = (size, None));
+        row(
+            &format!("size {size:#x}"),
+            offer,
+            Script::normal(),
+            PATIENT,
+            &match size {
+                // The scripted doorbell is at 8.
+                1 | 8 => Lost(C::DEVICE_GET_REGION_IO_FDS, "sub-region offset"),
+                _ => Works,
+            },
+        );
+    }
+    let no_config = || {
+        let mut offer = Offer::default();
+        offer.regions[7] = RegionOffer::absent();
+        offer
+    };
+    row("no configuration space", no_config, Script::normal(), PATIENT, &Works);
+    let far = || bar(|bar| bar.offset = u64::MAX - 0xfff);
+    let end = Lost(C::DEVICE_GET_REGION_INFO, "region offset");
+    row("an offset that wraps with an area", far, Script::normal(), PATIENT, &end);
+    let odd = || bar(|bar| bar.offset = 0x10);
+    row("an offset inside a page", odd, Script::normal(), PATIENT, &Works);
+}
+
+#[test]
+fn areas_are_clipped_to_what_can_be_mapped() {
+    let wrap = u64::MAX - 0xfff;
+    let many: Vec<(u64, u64)> = (0..1000).map(|_| (0, 0x1000)).collect();
+    for areas in [
+        vec![],
+        vec![(0, 0)],
+        vec![(0x800, 0x100)],
+        vec![(0x800, 0x2000)],
+        vec![(0x3000, 0x10_0000)],
+        vec![(0x10_0000, 0x1000)],
+        vec![(0, 0x3000), (0x1000, 0x1000), (0x2000, 0x2000)],
+        vec![(0x3000, 0x1000), (0, 0x1000)],
+        many,
+    ] {
+        let what = format!("areas {:x?}", &areas[..areas.len().min(4)]);
+        row(&what, || bar(|bar| bar.areas = Some(areas)), Script::normal(), PATIENT, &Works);
+    }
+    let end = Lost(C::DEVICE_GET_REGION_INFO, "region offset");
+    row(
+        "an area that wraps",
+        || bar(|bar| bar.areas = Some(vec![(wrap, 0x2000)])),
+        Script::normal(),
+        PATIENT,
+        &end,
+    );
+    let scattered: Vec<(u64, u64)> = (0..1000).map(|n| (n * 0x2000, 0x1000)).collect();
+    let offer = || bar(|bar| (bar.size, bar.file, bar.areas) = (1 << 24, file(1 << 24), Some(scattered)));
+    row("a thousand areas", offer, Script::normal(), PATIENT, &Lost(C::DEVICE_GET_REGION_INFO, "area count"));
+    let huge: Vec<(u64, u64)> = (0..10_000).map(|_| (0, 0x1000)).collect();
+    let offer = || bar(|bar| bar.areas = Some(huge));
+    row("ten thousand areas", offer, Script::normal(), PATIENT, &Lost(C::DEVICE_GET_REGION_INFO, "argsz"));
+}
+
+#[test]
+fn files_of_the_wrong_kind_or_size_are_not_mapped() {
+    for size in [0, 1, 0x1000, 0x2fff] {
+        let offer = || bar(|bar| bar.file = file(size));
+        row(&format!("a file of {size:#x} bytes"), offer, Script::normal(), PATIENT, &Works);
+    }
+    let of = |fd: OwnedFd| move || bar(|bar| bar.file = Some(Arc::new(fd)));
+    let end = || Lost(C::DEVICE_GET_REGION_INFO, "a file that cannot be mapped");
+    // Each row makes its file inside, where it is counted.
+    row("a directory", || of(std::fs::File::open("/").unwrap().into())(), Script::normal(), PATIENT, &end());
+    row("a pipe", || of(rustix::pipe::pipe().unwrap().0)(), Script::normal(), PATIENT, &end());
+    row(
+        "a socket",
+        || of(std::os::unix::net::UnixStream::pair().unwrap().0.into())(),
+        Script::normal(),
+        PATIENT,
+        &end(),
+    );
+    row("no file", || bar(|bar| bar.file = None), Script::normal(), PATIENT, &Works);
+    let two = Script::normal().on_nth(C::DEVICE_GET_REGION_INFO, 1, Act::Fds(1));
+    row("two files", Offer::default, two, PATIENT, &Lost(C::DEVICE_GET_REGION_INFO, "file descriptors"));
+}
+
+#[test]
+fn capability_chains_end_or_are_refused() {
+    let lost = |words| Lost(C::DEVICE_GET_REGION_INFO, words);
+    let head = |id: u16, next: u32| {
+        [id.to_ne_bytes(), 1u16.to_ne_bytes()]
+            .concat()
+            .into_iter()
+            .chain(next.to_ne_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let offset = "capability offset";
+    for (what, act, end) in [
+        ("another region", Act::Patch(8, vec![3]), lost("region 0x3")),
+        ("argsz 0", info(0, 3, 0, &[]), lost("argsz")),
+        ("argsz 31", info(31, 3, 0, &[]), lost("argsz")),
+        ("argsz of 4 GiB", info(u32::MAX, 15, 32, &[]), lost("argsz")),
+        ("an offset into the struct", info(40, 15, 16, &head(1, 0)), lost(offset)),
+        ("an unaligned offset", info(48, 15, 33, &[0; 16]), lost(offset)),
+        ("an offset at the end", info(40, 15, 40, &head(9, 0)), lost(offset)),
+        ("an offset past the end", info(40, 15, 4096, &head(9, 0)), lost(offset)),
+        ("a chain to itself", info(40, 15, 32, &head(9, 32)), lost(offset)),
+        ("a chain that goes back", info(48, 15, 40, &[head(9, 0), head(9, 32)].concat()), lost(offset)),
+        (
+            "an area count that wraps",
+            info(48, 15, 32, &[head(1, 0), words(&[0x1000_0000, 0])].concat()),
+            lost("area count"),
+        ),
+        (
+            "an area count past the end",
+            info(48, 15, 32, &[head(1, 0), words(&[1, 0])].concat()),
+            lost("area count"),
+        ),
+        ("an unknown capability", info(40, 15, 32, &head(9, 0)), Works),
+    ] {
+        row(what, Offer::default, on_info(act), PATIENT, &end);
+    }
+    let long: Vec<u8> = (1..4000u32).flat_map(|n| head(9, 32 + 8 * n)).chain(head(9, 0)).collect();
+    let argsz = 32 + u32::try_from(long.len()).unwrap();
+    let script = on_info(info(argsz, 15, 32, &long));
+    row("a chain of 4000", Offer::default, script, PATIENT, &lost("does not end"));
+    let growing = Script::normal()
+        .on_nth(C::DEVICE_GET_REGION_INFO, 0, info(100, 15, 0, &[]))
+        .on_nth(C::DEVICE_GET_REGION_INFO, 1, info(200, 15, 0, &[]))
+        .on_nth(C::DEVICE_GET_REGION_INFO, 2, info(300, 15, 0, &[]));
+    row("a size that grows", Offer::default, growing, PATIENT, &lost("grows with each answer"));
+    let differing = Script::normal().on_nth(C::DEVICE_GET_REGION_INFO, 1, Act::Patch(16, vec![0, 0x10]));
+    row("two answers that differ", Offer::default, differing, PATIENT, &Works);
+}
+
+#[test]
+fn doorbells_outside_their_region_or_their_fds_are_refused() {
+    /// A reply with entries of 40 bytes: offset, size, fd index, type.
+    fn entries(argsz: u32, count: u32, list: &[(u64, u64, u32, u32)]) -> Act {
+        let mut payload = words(&[argsz, 0, 0, count]);
+        for (offset, size, fd, kind) in list {
+            payload.extend([*offset, *size].into_iter().flat_map(u64::to_ne_bytes));
+            payload.extend(words(&[*fd, *kind, 0, 0, 0, 0]));
+        }
+        Act::Payload(payload)
+    }
+    let lost = |words| Lost(C::DEVICE_GET_REGION_IO_FDS, words);
+    let long: Vec<(u64, u64, u32, u32)> = (0..600).map(|n| (n * 4, 4, 0, 0)).collect();
+    for (what, act, end) in [
+        ("entries of no size", entries(16, 1, &[(0, 4, 0, 0)]), lost("entry size")),
+        ("entries of 24 bytes", entries(40, 1, &[(0, 4, 0, 0)]), lost("entry size")),
+        ("entries of 1000 bytes", entries(1016, 1, &[(0, 4, 0, 0); 25]), lost("entry size")),
+        ("an fd that did not come", entries(56, 1, &[(0, 4, 1, 0)]), lost("fd index")),
+        ("fd index 2^32 - 1", entries(56, 1, &[(0, 4, u32::MAX, 0)]), lost("fd index")),
+        ("past the region", entries(56, 1, &[(0x4000, 4, 0, 0)]), lost("sub-region offset")),
+        ("across its end", entries(56, 1, &[(0x3ffe, 4, 0, 0)]), lost("sub-region offset")),
+        ("an end that wraps", entries(56, 1, &[(u64::MAX, 4, 0, 0)]), lost("sub-region offset")),
+        ("an access of 3 bytes", entries(56, 1, &[(0, 3, 0, 0)]), lost("sub-region size")),
+        ("more entries than payload", entries(96, 2, &[(0, 4, 0, 0)]), lost("")),
+        ("2^32 - 1 entries", entries(56, u32::MAX, &[(0, 4, 0, 0)]), lost("entry count")),
+        ("600 entries", entries(16 + 600 * 40, 600, &long), lost("entry count")),
+        ("an unknown type", entries(56, 1, &[(0, 4, 0, 77)]), Works),
+        ("the same place twice", entries(96, 2, &[(0, 4, 0, 0), (0, 4, 0, 0)]), Works),
+        ("a shadow in the short form", entries(56, 1, &[(0, 4, 0, 2)]), Works),
+        ("another region", Act::Patch(8, vec![1]), lost("region 0x1")),
+    ] {
+        row(
+            what,
+            Offer::default,
+            Script::normal().on_nth(C::DEVICE_GET_REGION_IO_FDS, 0, act),
+            PATIENT,
+            &end,
+        );
+    }
+    let none = Script::normal().on(C::DEVICE_GET_REGION_IO_FDS, Act::NoFds);
+    row("no fds", Offer::default, none, PATIENT, &lost("fd index"));
+}
+
+#[test]
+fn accesses_that_answer_something_else_are_refused() {
+    let lost = |words| Lost(C::REGION_READ, words);
+    for count in [0u32, 15, 17, u32::MAX] {
+        let script = Script::normal().on(C::REGION_READ, Act::Patch(12, count.to_ne_bytes().to_vec()));
+        row(&format!("{count} bytes of 16 read"), Offer::default, script, PATIENT, &lost("count"));
+    }
+    for (at, what) in [(0, "offset"), (8, "region")] {
+        let script = Script::normal().on(C::REGION_READ, Act::Patch(at, vec![0x77]));
+        row(&format!("another {what}"), Offer::default, script, PATIENT, &lost(what));
+    }
+    for len in [0, 8, 16, 31, 33] {
+        let mut payload = [0x20u64.as_bytes(), &words(&[0, 16])].concat();
+        payload.resize(len, 0);
+        let script = Script::normal().on(C::REGION_READ, Act::Payload(payload));
+        row(&format!("a payload of {len} bytes"), Offer::default, script, PATIENT, &lost("bytes"));
+    }
+    let script = Script::normal().on(C::REGION_WRITE, Act::Patch(12, vec![3]));
+    row("a part was written", Offer::default, script, PATIENT, &Lost(C::REGION_WRITE, "count"));
+    let script = Script::normal().on_nth(C::REGION_WRITE, 0, Act::Payload(Vec::new()));
+    row("a write without echo", Offer::default, script, PATIENT, &Works);
+    let script = Script::normal().on_nth(C::REGION_WRITE, 1, Act::Unasked);
+    row("a reply to a posted write", Offer::default, script, PATIENT, &LostAnywhere("an answer to nothing"));
+    let script = Script::normal().on(C::REGION_WRITE_MULTI, Act::Patch(0, vec![9]));
+    row("another number of writes", Offer::default, script, PATIENT, &Lost(C::REGION_WRITE_MULTI, "count"));
+}
+
+#[test]
+fn an_error_in_the_middle_of_arming_disables_the_whole_index() {
+    let script = Script::normal().on_nth(C::DEVICE_SET_IRQS, 1, Act::Refuse(22));
+    row("the second batch", Offer::default, script, PATIENT, &Fails(C::DEVICE_SET_IRQS, "Invalid argument"));
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let script = Script::normal().on_nth(C::DEVICE_SET_IRQS, 1, Act::Refuse(22));
+    let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+    let events = eventfds(6);
+    let fds: Vec<_> = events.iter().map(AsFd::as_fd).collect();
+    client.arm_irqs(IrqIndex::MSIX, &fds).unwrap_err();
+    assert!(server.armed().is_empty());
+    // The script's one refusal is spent.
+    client.arm_irqs(IrqIndex::MSIX, &fds).unwrap();
+    assert_eq!(server.armed().len(), 6);
+    assert!(server.interrupt(2, 5));
+    assert_eq!(rustix::io::read(&events[5], &mut [0; 8]).unwrap(), 8);
+}
+
+#[test]
+fn a_map_that_is_refused_half_way_leaves_nothing_mapped() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = open_fds();
+    {
+        let script = Script::normal().on_nth(C::DMA_MAP, 1, Act::Refuse(12));
+        let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
+        let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+        let memory = GuestMemory::new(6 << 20);
+        let fd = memory.map.regions()[0].shared_fd();
+        let region = |n: u64| SharedRegion::new(GuestAddr(n << 32), 2 << 20, Arc::clone(fd), n * (2 << 20));
+        let map = MemoryMap::new((0..3).map(region).collect()).unwrap();
+        let error = client.dma_map_all(&map, Sharing::Descriptor).unwrap_err();
+        assert!(!error.is_fatal(), "{error}");
+        assert!(server.maps().is_empty());
+        client.dma_map_all(&map, Sharing::Messages).unwrap();
+        assert_eq!(server.maps()[2], (2 << 32, 2 << 20, false));
+        drop((client, server));
+    }
+    assert_eq!(open_fds(), before);
+    let few = || Offer { capabilities: "\"max_dma_maps\":1".to_owned(), ..Offer::default() };
+    let (_server, stream) = ScriptedServer::pair(few(), Script::normal()).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+    let memory = GuestMemory::new(4 << 20);
+    let half = |n: u64| {
+        let fd = Arc::clone(memory.map.regions()[0].shared_fd());
+        SharedRegion::new(GuestAddr(n << 32), 2 << 20, fd, 0)
+    };
+    let map = MemoryMap::new(vec![half(0), half(1)]).unwrap();
+    let error = client.dma_map_all(&map, Sharing::Descriptor).unwrap_err();
+    assert!(error.to_string().contains("it takes 1 DMA maps, and there are 2"), "{error}");
+}
+
+/// Asks that a client must refuse, and the errno.
+fn bad_asks() -> Vec<(&'static str, Ask, u32)> {
+    let of = Ask::of;
+    let write = |address: u64, count: u64, data: &[u8]| {
+        of(C::DMA_WRITE, [&address.to_ne_bytes()[..], &count.to_ne_bytes(), data].concat())
+    };
+    vec![
+        ("count 0", Ask::read(0x1000, 0), 22),
+        ("count above the limit", Ask::read(0x1000, (1 << 20) + 1), 22),
+        ("count 2^64 - 1", Ask::read(0x1000, u64::MAX), 22),
+        ("a range that wraps", Ask::read(u64::MAX - 3, 8), 14),
+        ("unmapped", Ask::read(1 << 40, 8), 14),
+        ("half mapped", Ask::read((2 << 20) - 4, 8), 14),
+        ("across two regions", Ask::read((2 << 20) - 4, 0x1000), 14),
+        ("write where only reading is allowed", Ask::write(4 << 32, &[1; 8]), 14),
+        ("a read with data", of(C::DMA_READ, vec![0; 24]), 22),
+        ("a read cut short", of(C::DMA_READ, vec![0; 15]), 22),
+        ("no payload", of(C::DMA_WRITE, Vec::new()), 22),
+        ("less data than said", write(0, 16, &[0; 8]), 22),
+        ("more data than said", write(0, 4, &[0; 8]), 22),
+        ("a file too short", Ask::read(8 << 32, 8), 14),
+        ("an unknown command", of(Command(0), Vec::new()), 38),
+        ("a command of the future", of(Command(4711), vec![1; 100]), 38),
+        ("a client's command", of(C::REGION_READ, vec![0; 16]), 38),
+        ("a client's command, reset", of(C::DEVICE_RESET, Vec::new()), 38),
+    ]
+}
+
+#[test]
+fn dma_is_served_in_the_middle_of_every_command_and_checked() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    for twin in [false, true] {
+        for command in [C::DEVICE_GET_INFO, C::DMA_MAP, C::DMA_UNMAP, C::REGION_READ, C::DEVICE_RESET] {
+            let mut asks = vec![Ask::write(0x1000, b"hello"), Ask::read(0x1000, 5)];
+            asks.push(Ask { flags: 0x10, ..Ask::write(0x2000, b"posted") });
+            asks.extend(bad_asks().into_iter().map(|(_, ask, _)| ask));
+            // Maps come first: the fourth of them, or whatever comes after.
+            let nth = if command == C::DMA_MAP { 3 } else { 0 };
+            let script = Script::normal().on_nth(command, nth, Act::Asks(asks));
+            let (server, stream) = ScriptedServer::pair(Offer { twin, ..Offer::default() }, script).unwrap();
+            let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+            let memory = GuestMemory::new(4 << 20);
+            let fd = memory.map.regions()[0].shared_fd();
+            let part = |n: u64, offset| SharedRegion::new(GuestAddr(n), 2 << 20, Arc::clone(fd), offset);
+            let (read_write, read) = (DmaRights::ReadWrite, DmaRights::Read);
+            client.dma_map(&part(0, 0), read_write, Sharing::Messages).unwrap();
+            client.dma_map(&part(4 << 32, 2 << 20), read, Sharing::Messages).unwrap();
+            // Beyond the end of its file: nobody checks that before.
+            client.dma_map(&part(8 << 32, 4 << 20), read_write, Sharing::Messages).unwrap();
+            client.dma_map(&part(9 << 32, 0), read_write, Sharing::Descriptor).unwrap();
+            client.device_info().unwrap();
+            client.read(RegionIndex(0), 0, &mut [0; 4]).unwrap();
+            client.reset().unwrap();
+            client.dma_unmap(GuestAddr(9 << 32), 2 << 20).unwrap();
+            let answers = server.answers();
+            let what = format!("{command} twin={twin}");
+            assert_eq!(memory.read(0x1000, 5), b"hello", "{what}");
+            assert_eq!(memory.read(0x2000, 6), b"posted", "{what}");
+            assert_eq!((answers[0].header.flags, answers[0].payload.len()), (1, 16), "{what}");
+            assert_eq!(&answers[1].payload[16..], b"hello", "{what}");
+            for ((bad, _, errno), answer) in bad_asks().into_iter().zip(&answers[2..]) {
+                assert_eq!((answer.header.flags, answer.header.errno), (0x21, errno), "{what} {bad}");
+                assert!(answer.payload.is_empty() && answer.fds == 0, "{what} {bad}");
+            }
+            assert_eq!(answers.len(), 2 + bad_asks().len(), "{what}");
+            let stats = client.stats();
+            assert_eq!((stats.dma_reads, stats.dma_writes, stats.failures), (1, 2, 0), "{what}");
+        }
+    }
+}
+
+#[test]
+fn commands_of_the_server_that_break_the_frame_end_the_connection() {
+    let read = || Ask::read(0, 8);
+    let at = C::DEVICE_GET_INFO;
+    let lost = |words| LostAnywhere(words);
+    let fds = Ask { fds: 1, ..read() };
+    row(
+        "with fds",
+        Offer::default,
+        Script::normal().on(at, Act::Asks(vec![fds])),
+        PATIENT,
+        &lost("file descriptors"),
+    );
+    let twin = || Offer { twin: true, ..Offer::default() };
+    let script = Script::normal().on(at, Act::AsksOnMain(vec![read()]));
+    row("on the wrong socket", twin, script, PATIENT, &lost("with flags"));
+    let large = Header { size: 0x8000_0000, ..Header::command(1, C::DMA_WRITE, 0) };
+    let script = Script::normal().on(at, Act::Before(large.as_bytes().to_vec()));
+    row("of 2 GiB", Offer::default, script, PATIENT, &lost("bytes where"));
+    let reserved = Header { flags: 0x100, ..Header::command(1, C::DMA_READ, 0) };
+    let script = Script::normal().on(at, Act::Before(reserved.as_bytes().to_vec()));
+    row("with reserved flags", Offer::default, script, PATIENT, &lost("with flags"));
+    let reply = Header { flags: 1, ..Header::command(0x1234, C::DMA_READ, 0) };
+    let script = Script::normal().on(at, Act::Before(reply.as_bytes().to_vec()));
+    row("a reply to nothing", Offer::default, script, PATIENT, &lost("an answer to nothing"));
+}
+
+#[test]
+fn a_server_that_floods_us_and_takes_no_answers_is_given_up() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = open_fds();
+    for (twin, size) in [(false, 8u64), (false, 1 << 20), (true, 1 << 20)] {
+        // More than fits into all buffers together.
+        let flood = Act::FloodOfAsks(Ask::read(0, size), if size == 8 { 1_000_000 } else { 10_000 });
+        let script = Script::normal().on(C::DEVICE_GET_INFO, flood);
+        let (server, stream) = ScriptedServer::pair(Offer { twin, ..Offer::default() }, script).unwrap();
+        let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT * 3)).unwrap();
+        let memory = GuestMemory::new(2 << 20);
+        client.dma_map_all(&memory.map, Sharing::Messages).unwrap();
+        let begin = Instant::now();
+        let error = client.device_info().unwrap_err();
+        assert!(error.to_string().contains("does not take our answers to DMA_READ"), "{error}");
+        assert!(begin.elapsed() < PATIENT * 2 && client.is_lost());
+        drop((client, server));
+    }
+    assert_eq!(open_fds(), before);
+}
+
+#[test]
+fn a_server_that_stops_reading_is_found_at_the_deadline_and_posted_writes_stay_bounded() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    for with_receiver in [false, true] {
+        let script = Script::normal().on(C::DEVICE_RESET, Act::StopReading);
+        let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
+        let client = Client::from_stream(stream, "scripted", &Limits::new(BRIEF)).unwrap();
+        let receiver = with_receiver.then(|| client.receiver().unwrap());
+        assert!(client.reset().unwrap_err().is_hung());
+        let mut posted = 0u64;
+        let error = loop {
+            match client.post_write(RegionIndex(0), 0, &[0; 8]) {
+                Ok(()) => posted += 1,
+                Err(error) => break error,
+            }
+            assert!(posted < 1_000_000, "where does it all go?");
+        };
+        assert!(error.is_hung(), "{error}");
+        assert!(error.to_string().contains("did not take REGION_WRITE within"), "{error}");
+        let error = client.read(RegionIndex(0), 0, &mut [0; 4]).unwrap_err();
+        assert!(error.is_hung(), "{error}");
+        drop(receiver);
+        drop((client, server));
+    }
+}
+
+#[test]
+fn a_receiver_hears_the_server_while_nobody_asks() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = open_fds();
+    for twin in [false, true] {
+        let (server, stream) =
+            ScriptedServer::pair(Offer { twin, ..Offer::default() }, Script::normal()).unwrap();
+        let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+        let memory = GuestMemory::new(2 << 20);
+        client.dma_map_all(&memory.map, Sharing::Messages).unwrap();
+        let mut receiver = client.receiver().unwrap();
+        assert!(client.receiver().is_err(), "one is enough");
+        server.ask(&Ask::write(0x3000, b"unasked")).unwrap();
+        let deadline = transport::deadline::Deadline::after(PATIENT);
+        transport::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
+        assert_eq!(receiver.serve().unwrap(), Served::Messages(1));
+        assert_eq!(memory.read(0x3000, 7), b"unasked");
+        assert_eq!(receiver.serve().unwrap(), Served::Messages(0), "it never blocks");
+        // While somebody waits, that one reads.
+        client.read(RegionIndex(0), 0, &mut [0; 4]).unwrap();
+        let hang_up = client.hang_up().unwrap();
+        server.hang_up();
+        transport::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
+        let error = receiver.serve().unwrap_err();
+        assert!(
+            error.to_string().contains("closed the connection at a moment when nothing was asked"),
+            "{error}"
+        );
+        assert_eq!(receiver.serve().unwrap(), Served::HungUp);
+        let mut fds = [rustix::event::PollFd::new(&hang_up, rustix::event::PollFlags::empty())];
+        assert_eq!(rustix::event::poll(&mut fds, None).unwrap(), 1);
+        let lost = client.reset().unwrap_err();
+        assert!(lost.to_string().contains("is lost, DEVICE_RESET was not sent"), "{lost}");
+    }
+    assert_eq!(open_fds(), before);
+}
+
+#[test]
+fn the_end_is_told_to_everybody_who_waits() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let script = Script::normal().on_nth(C::REGION_READ, 7, Act::Delay(Duration::from_millis(50)));
+    let script = script.on_nth(C::REGION_READ, 8, Act::Close);
+    let (_server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+    let begin = Instant::now();
+    let outcomes: Vec<bool> = std::thread::scope(|scope| {
+        let readers: Vec<_> =
+            (0..16).map(|_| scope.spawn(|| client.read(RegionIndex(0), 0, &mut [0; 4]).is_ok())).collect();
+        readers.into_iter().map(|reader| reader.join().unwrap()).collect()
+    });
+    assert_eq!(outcomes.iter().filter(|ok| **ok).count(), 8);
+    assert!(begin.elapsed() < PATIENT / 2);
+}
+
+#[test]
+fn migration_states_and_data_that_cannot_be_are_refused() {
+    let feature = |nth, act| Script::normal().on_nth(C::DEVICE_FEATURE, nth, act);
+    let lost = |words| Lost(C::DEVICE_FEATURE, words);
+    // In the order of a life: migration, probe, start, report, stop, set, get.
+    let set = |state: u32| Act::Payload(words(&[16, 2 | 1 << 17, state, 0]));
+    for (what, script, end) in [
+        ("another feature", feature(0, Act::Patch(4, vec![7])), lost("feature 0x7")),
+        (
+            "migration flags of 4 bytes",
+            feature(0, Act::Payload(words(&[12, 1 << 16 | 1, 1]))),
+            lost("bytes where"),
+        ),
+        ("no stop_copy", feature(0, Act::Patch(8, vec![0])), Works),
+        ("logging pages of 0", feature(2, Act::Patch(8, vec![0; 8])), lost("page size")),
+        ("logging pages of 3", feature(2, Act::Patch(8, vec![3, 0])), lost("page size")),
+        (
+            "logging pages of 2^63",
+            feature(2, Act::Patch(8, (1u64 << 63).to_ne_bytes().to_vec())),
+            lost("page size"),
+        ),
+        ("an empty report", feature(3, Act::Payload(Vec::new())), Works),
+        (
+            "a report cut short",
+            feature(3, Act::Payload(words(&[32, 1 << 16 | 8, 0, 0, 0, 0, 0, 0, 1, 2]))),
+            lost("bytes"),
+        ),
+        ("a report of elsewhere", feature(3, Act::Patch(8, vec![0, 0x10])), lost("iova")),
+        ("a report too long", feature(3, Act::Payload(vec![0; 500])), lost("bytes where")),
+        ("another state", feature(5, set(2)), lost("migration state 0x2")),
+        ("the error state", feature(5, set(0)), lost("migration state 0x0")),
+        ("an unknown state", feature(5, set(8)), lost("migration state 0x8")),
+        ("a state refused", feature(5, Act::Refuse(22)), Fails(C::DEVICE_FEATURE, "Invalid argument")),
+    ] {
+        row(what, Offer::default, script, PATIENT, &end);
+    }
+    let read = |act| Script::normal().on_nth(C::MIG_DATA_READ, 0, act);
+    let lost = |words| Lost(C::MIG_DATA_READ, words);
+    for (what, script, end) in [
+        ("more than asked for", read(Act::Patch(4, vec![0xff, 0xff, 0xff])), lost("size")),
+        ("more than there is", read(Act::Patch(4, vec![200])), lost("size")),
+        ("no head", read(Act::Payload(vec![0; 7])), lost("bytes where")),
+        ("nothing", read(Act::Payload(vec![0; 8])), Works),
+    ] {
+        row(what, Offer::default, script, PATIENT, &end);
+    }
+}
+
+#[test]
+fn an_endless_state_is_cut_off() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let offer = Offer { state: vec![7; 300_000], ..Offer::default() };
+    let (server, stream) = ScriptedServer::pair(offer, Script::normal()).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+    client.set_migration_state(MigrationState::StopCopy).unwrap();
+    let mut out = Vec::new();
+    let error = client.save_migration_data(&mut out, 100_000).unwrap_err();
+    assert!(error.to_string().contains("more than 100000 bytes") && out.len() <= 100_000, "{error}");
+    client.set_migration_state(MigrationState::StopCopy).unwrap();
+    out.clear();
+    assert_eq!(client.save_migration_data(&mut out, 1 << 20).unwrap(), 300_000);
+    assert_eq!(client.load_migration_data(&mut out.as_slice()).unwrap(), 300_000);
+    assert_eq!(server.loaded(), out);
+    let range = DmaRange { at: GuestAddr(0), length: 10 << 30 };
+    let pages = client.report_dma_logging(range, 4096).unwrap();
+    assert_eq!(pages.words.len(), 40960, "in three messages");
+    assert_eq!(server.breaches(), Vec::<String>::new());
+}
