@@ -21,6 +21,7 @@ use devices::virtio::vhost_user::{self, Opened};
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
 use transport::memory_map::{GuestAddr, MemoryMap};
 use transport::socket::Listener;
+use transport::vhost_user::vring::Kick;
 use transport::vhost_user::{Connection, Limits, Trace};
 
 use crate::config::{Role, Socket, Transport, VhostUser};
@@ -98,6 +99,8 @@ pub(crate) struct Attached {
     recovery: RefCell<Option<Recovery>>,
     counted: Counted,
     handle: DeviceHandle,
+    /// Rings for the queue that we serve.
+    control_kick: Option<Kick>,
 }
 
 impl Detached {
@@ -245,7 +248,20 @@ impl Detached {
             Err(Lost::Broken(why)) => handle.give_up(&why),
         }
         let (hang_up, recovery) = (RefCell::new(hang_up), RefCell::new(None));
-        Ok(Attached { id, transport, model, memory, shared, hang_up, plan, recovery, counted, handle })
+        let control_kick = handle.control_kick().map_err(|error| Error::host(cannot()).because(error))?;
+        Ok(Attached {
+            id,
+            transport,
+            model,
+            memory,
+            shared,
+            hang_up,
+            plan,
+            recovery,
+            counted,
+            handle,
+            control_kick,
+        })
     }
 
     /// The end: the backend sees us go. What was counted over the device's whole life.
@@ -322,6 +338,11 @@ impl Attached {
         drop(self.hang_up.replace(Arc::new(hang_up)));
     }
 
+    /// Readable when the queue that we serve has something; the control loop serves it.
+    pub(crate) fn control_kick(&self) -> Option<&Kick> {
+        self.control_kick.as_ref()
+    }
+
     /// For the control loop.
     pub(crate) fn handle(&self) -> &DeviceHandle {
         &self.handle
@@ -346,6 +367,7 @@ impl Attached {
             recovery,
             mut counted,
             handle,
+            ..
         } = self;
         // Waits for the thread, for one exchange with a backend at most.
         drop(recovery);

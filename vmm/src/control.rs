@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::lifecycle::Request;
 use crate::peers::{News, Peers};
 
-/// What an event is about; a device's number is added to the last two.
+/// What an event is about; a device's number is added to the last ones.
 mod token {
     pub(super) const REQUEST: u32 = 0;
     pub(super) const INPUT: u32 = 1;
@@ -28,6 +28,7 @@ mod token {
     pub(super) const SIGNAL: u32 = 0x100;
     pub(super) const HANG_UP: u32 = 0x1000;
     pub(super) const FUNCTION: u32 = 0x2000;
+    pub(super) const CONTROL_QUEUE: u32 = 0x3000;
 }
 
 /// The parts of a machine that the loop serves during one boot.
@@ -218,6 +219,9 @@ impl MutEventSubscriber for Control<'_> {
         }
         for (index, device) in (0..).zip(self.board.devices()) {
             watch_hang_up(ops, index, device);
+            if let Some(kick) = device.control_kick() {
+                watch(ops, Events::with_data(kick, token::CONTROL_QUEUE + index, EventSet::IN));
+            }
         }
         for (index, function) in (0..).zip(self.board.functions()) {
             let hang_up = function.hang_up();
@@ -247,6 +251,11 @@ impl MutEventSubscriber for Control<'_> {
             }
             signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
                 self.signal(signal - token::SIGNAL);
+            }
+            queue if queue >= token::CONTROL_QUEUE => {
+                if let Some(device) = self.device(queue - token::CONTROL_QUEUE) {
+                    device.handle().serve_control();
+                }
             }
             function if function >= token::FUNCTION => {
                 unwatch(ops, event);

@@ -81,6 +81,7 @@ impl Device {
             Ok(()) => {
                 self.activations += 1;
                 self.phase = Phase::Running(guards);
+                self.begin_control();
                 Ok(())
             }
             Err(BackendError::Refused(cause)) => Err(StartError::Driver(chain(cause.as_ref()))),
@@ -103,6 +104,7 @@ impl Device {
                 self.resets += 1;
                 // No new kick, no further interrupt, then the backend.
                 drop(guards);
+                self.end_control();
                 if let Err(error) = self.backend.stop() {
                     self.lose_by(&error);
                 }

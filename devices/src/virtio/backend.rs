@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use transport::memory_map::MemoryMap;
 use transport::vhost_user::IovaMap;
+use transport::vhost_user::crypto::{SessionId, SymmetricSession};
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::Ring;
@@ -131,6 +132,22 @@ pub trait Backend: Send {
     /// When there is none.
     fn shared_object(&mut self, _uuid: Uuid) -> Result<OwnedFd, BackendError> {
         Err(BackendError::Refused("the backend shares no objects".into()))
+    }
+
+    /// Opens a session of a crypto device.
+    ///
+    /// # Errors
+    /// When the backend does not.
+    fn create_crypto_session(&mut self, _session: &SymmetricSession) -> Result<SessionId, BackendError> {
+        Err(BackendError::Refused("the backend knows no sessions".into()))
+    }
+
+    /// Closes one.
+    ///
+    /// # Errors
+    /// When the backend does not.
+    fn close_crypto_session(&mut self, _session: SessionId) -> Result<(), BackendError> {
+        Err(BackendError::Refused("the backend knows no sessions".into()))
     }
 
     /// Gives the backend up: nothing is asked of it any more.

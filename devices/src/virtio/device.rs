@@ -16,6 +16,7 @@ use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::Call;
 
 use super::backend::{Backend, BackendError, Gone};
+use super::control::Control;
 use super::device_type::{ConfigSource, DeviceType, Model};
 use super::face::Face;
 use super::phase::{OnLoss, Phase};
@@ -59,6 +60,8 @@ pub struct Device {
     pub(super) phase: Phase,
     pub(super) on_loss: OnLoss,
     pub(super) revival: Revival,
+    /// The queue that we serve.
+    pub(super) control: Option<Control>,
     /// Its backend was given away: no other one may come.
     pub(super) retired: bool,
     trapped: Trapped,
@@ -101,7 +104,8 @@ impl Device {
     pub fn new(parts: Parts, face: Box<dyn Face>) -> Result<Self, NewError> {
         let Parts { name, model, backend, memory } = parts;
         let Model { device_type, features, queues, queue_size, config, config_source, shared_memory } = model;
-        let wiring = Wiring::new(queues).map_err(NewError::Eventfd)?;
+        let ours = device_type.control_queue(queues);
+        let wiring = Wiring::new(queues, ours).map_err(NewError::Eventfd)?;
         let config_call = Call::new().map_err(NewError::Eventfd)?;
         let config_route = face.connect_config(&config_call)?;
         let registers = Registers::new(Identity {
@@ -129,6 +133,7 @@ impl Device {
             phase: Phase::Idle,
             on_loss: OnLoss::default(),
             revival: Revival::default(),
+            control: ours.map(Control::of),
             retired: false,
             trapped: Trapped::default(),
             activations: 0,

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use transport::vhost_user::features::{DeviceFeatures, ProtocolFeatures, UnknownFeature, Wanted, bit};
 
+use super::device::Device;
 use super::queue::MAX_QUEUE_SIZE;
 use super::registers::SharedMemory;
 
@@ -120,6 +121,8 @@ pub struct DeviceType {
     ports: Option<PortsField>,
     writable: Writable,
     features: &'static [Feature],
+    /// The last queue is the control queue of a crypto device, which is ours to serve.
+    control: bool,
     /// What a file system is mounted by, in place of the backend's own word for it.
     tag: Option<[u8; TAG_SIZE]>,
 }
@@ -137,6 +140,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         ports: None,
         writable: Writable::Fields(&[]),
         features: &[],
+        control: false,
         tag: None,
     }
 }
@@ -193,6 +197,13 @@ const SCSI_CONFIG: &[u8] = &[
     255, 0, 0xff, 0x3f, 0, 0,
 ];
 
+/// Ready, the service cipher with AES-CBC, keys of 64 and 512 bytes, requests of any size: what the reference front
+/// end shows, as backends leave it to the front end (§5.9.5).
+const CRYPTO_CONFIG: &[u8] = &[
+    1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 64, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+];
+
 /// The rows. Sizes are those that real backends answer to: several refuse one byte more.
 const TYPES: &[DeviceType] = &[
     DeviceType {
@@ -239,6 +250,8 @@ const TYPES: &[DeviceType] = &[
     DeviceType { writable: Writable::Fields(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
     row("vsock", 19, 3, 8),
     DeviceType {
+        control: true,
+        no_config: NoConfig::Instead(CRYPTO_CONFIG),
         queue_count: Some(QueueCountField { offset: 4, width: 4, others: 1, group: 1, feature: None }),
         ..row("crypto", 20, 2, 56)
     },
@@ -476,6 +489,12 @@ impl DeviceType {
         fields.iter().any(|field| there(field) && within(field))
     }
 
+    /// Which of `queues` is ours to serve.
+    #[must_use]
+    pub fn control_queue(&self, queues: u16) -> Option<u16> {
+        queues.checked_sub(1).filter(|_| self.control)
+    }
+
     /// Whether writing `data` at `offset` of `config` says nothing new.
     #[must_use]
     pub fn is_settled(&self, config: &[u8], offset: usize, data: &[u8]) -> bool {
@@ -523,7 +542,8 @@ impl DeviceType {
             }
             text.extend(sign);
         }
-        defaults.adjust(&text)
+        let own = if self.control { ProtocolFeatures::CRYPTO_SESSION } else { ProtocolFeatures::NONE };
+        defaults.and(own).adjust(&text)
     }
 
     /// Makes a device of what the backend offers and the user wishes.
@@ -536,7 +556,9 @@ impl DeviceType {
         if !features.has(bit::VERSION_1) {
             return Err(ModelError::Legacy);
         }
-        let served = queue_num.map_or(MAX_QUEUES, |n| n.saturating_mul(self.queue_unit).min(MAX_QUEUES));
+        let ours = u16::from(self.control);
+        let of_backend = |n: u16| n.saturating_mul(self.queue_unit).saturating_add(ours).min(MAX_QUEUES);
+        let served = queue_num.map_or(MAX_QUEUES, of_backend);
         let ported = self.queues_for_ports(features, config.as_deref().unwrap_or_default());
         let queues = wishes.queues.unwrap_or(ported.unwrap_or(self.queues).min(served.max(self.queues)));
         if served < queues.min(self.queues) {
@@ -578,7 +600,8 @@ impl DeviceType {
     /// Takes out the features whose configuration fields we do not have: a driver would read zeroes.
     fn visible(&self, features: DeviceFeatures, config_size: usize) -> DeviceFeatures {
         let lacking = self.features.iter().filter(|f| usize::from(f.config_end) > config_size);
-        DeviceFeatures::from_bits(lacking.fold(features.bits(), |bits, f| bits & !(1 << f.bit)))
+        let unserved = if self.control { Device::UNSERVED } else { 0 };
+        DeviceFeatures::from_bits(lacking.fold(features.bits() & !unserved, |bits, f| bits & !(1 << f.bit)))
     }
 
     /// Writes what we know better than the backend: the user's tag, and the number of queues where the

@@ -17,6 +17,7 @@
 //! | [`iommu`] | what the driver's addresses mean |
 //! | [`answers`] | what is done for a backend's own requests |
 //! | [`shared_memory`] | what a backend shows the guest of its own memory |
+//! | `control`, `control_queue`, `crypto` | the queue that we serve ourselves |
 //! | [`backend`] | what the device asks of whoever serves its queues |
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`reconnect`] | a vhost-user backend that comes back |
@@ -26,6 +27,9 @@
 mod activation;
 pub mod answers;
 pub mod backend;
+mod control;
+mod control_queue;
+mod crypto;
 pub mod device;
 pub mod device_type;
 pub mod face;

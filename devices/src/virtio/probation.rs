@@ -3,7 +3,7 @@
 //! must never judge by anything that a backend in order could cause as well.
 
 use super::activation::space;
-use super::device::{Device, chain};
+use super::device::Device;
 use super::handle::DeviceHandle;
 use super::phase::Phase;
 use super::resume::Indexes;
@@ -59,15 +59,10 @@ impl Device {
         let Some((queue, base, now)) = verdicts.anew else {
             return if verdicts.unmoved { Standing::Unproven } else { Standing::Settled };
         };
-        if let Err(error) = self.backend.stop() {
-            self.lose(chain(error.cause()));
-            return Standing::Settled;
-        }
-        self.need_reset(format!(
+        self.stop_and_need_reset(format!(
             "the backend that took over began queue {queue} anew, at {now} where {base} was due: \
              it cannot take over a ring in use"
         ));
-        self.face.show_registers(&self.registers);
         Standing::Settled
     }
 }

@@ -96,17 +96,17 @@ fn place(
 }
 
 /// One part of a ring.
-struct Part<'a> {
-    memory: &'a MemoryMap,
-    base: GuestAddr,
+pub(super) struct Part<'a> {
+    pub(super) memory: &'a MemoryMap,
+    pub(super) base: GuestAddr,
 }
 
 /// `idx` and `ring` of the available and of the used ring alike.
-const INDEX: u64 = 2;
-const ENTRIES: u64 = 4;
+pub(super) const INDEX: u64 = 2;
+pub(super) const ENTRIES: u64 = 4;
 
 impl Part<'_> {
-    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    pub(super) fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let (region, at) = place(self.memory, self.base, offset, bytes.len())?;
         match pread(region.fd(), &mut *bytes, at)? {
             read if read == bytes.len() => Ok(()),
@@ -114,7 +114,7 @@ impl Part<'_> {
         }
     }
 
-    fn index(&self) -> io::Result<u16> {
+    pub(super) fn index(&self) -> io::Result<u16> {
         let mut bytes = [0; 2];
         self.load(INDEX, &mut bytes)?;
         Ok(u16::from_le_bytes(bytes))
@@ -127,7 +127,7 @@ impl Part<'_> {
         Ok(bytes.as_chunks().0.to_vec())
     }
 
-    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let (region, at) = place(self.memory, self.base, offset, bytes.len())?;
         match pwrite(region.fd(), bytes, at)? {
             written if written == bytes.len() => Ok(()),

@@ -303,6 +303,10 @@ impl Device {
         if let Some(queues) = absence.queues {
             self.phase = Phase::Running(queues.guards);
             self.activations += u64::from(queues.begin == Begin::Fresh);
+            match queues.begin {
+                Begin::Fresh => self.begin_control(),
+                Begin::Resumed => self.continue_control(),
+            }
             // The lost one may have died between using a buffer and saying so.
             self.call_all();
         } else if self.registers.needs_reset() {
@@ -311,6 +315,7 @@ impl Device {
         if model.config_source == ConfigSource::Backend && self.show_config(model.config) {
             self.interrupt_config();
         }
+        self.forget_sessions();
         self.face.show_registers(&self.registers);
     }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use transport::memory_map::GuestAddr;
+use transport::vhost_user::crypto::{SessionId, SymmetricSession};
 use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::{Connection, Error, InflightArea, IovaMap, LiveSession, Session, Stats};
@@ -285,6 +286,15 @@ impl VhostUser {
         std::mem::replace(&mut self.link, Link::Gone)
     }
 
+    /// The session of queues that run.
+    fn live(&mut self) -> Result<&mut LiveSession, BackendError> {
+        match &mut self.link {
+            Link::Live(live) => Ok(live),
+            Link::Standing(_) => Err(BackendError::Refused("the queues do not run".into())),
+            Link::Gone => Err(BackendError::gone()),
+        }
+    }
+
     /// A connection is over: its counters stay.
     fn ended(&self, stats: Stats) {
         let mut kept = lock(&self.kept);
@@ -402,11 +412,15 @@ impl Backend for VhostUser {
     }
 
     fn shared_object(&mut self, uuid: Uuid) -> Result<OwnedFd, BackendError> {
-        match &mut self.link {
-            Link::Live(live) => live.shared_object(uuid).map_err(failed),
-            Link::Standing(_) => Err(BackendError::Refused("the queues do not run".into())),
-            Link::Gone => Err(BackendError::gone()),
-        }
+        self.live()?.shared_object(uuid).map_err(failed)
+    }
+
+    fn create_crypto_session(&mut self, session: &SymmetricSession) -> Result<SessionId, BackendError> {
+        self.live()?.create_crypto_session(session).map_err(failed)
+    }
+
+    fn close_crypto_session(&mut self, session: SessionId) -> Result<(), BackendError> {
+        self.live()?.close_crypto_session(session).map_err(failed)
     }
 
     fn disconnect(&mut self) {

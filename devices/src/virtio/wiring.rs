@@ -49,7 +49,11 @@ struct Pair {
 }
 
 /// One kick and one call for each queue, for the whole life of the device.
-pub(super) struct Wiring(Vec<Pair>);
+pub(super) struct Wiring {
+    pairs: Vec<Pair>,
+    /// The queue that no backend is told of.
+    ours: Option<u16>,
+}
 
 /// A ring with eventfds of its own, as a start need not hold the device's lock.
 #[derive(Debug)]
@@ -83,9 +87,9 @@ impl OwnedRing {
 }
 
 impl Wiring {
-    pub(super) fn new(queues: u16) -> io::Result<Self> {
+    pub(super) fn new(queues: u16, ours: Option<u16>) -> io::Result<Self> {
         let pair = |_| Ok(Pair { kick: Kick::new()?, call: Call::new()?, past: Past::default() });
-        (0..queues).map(pair).collect::<io::Result<_>>().map(Self)
+        Ok(Self { pairs: (0..queues).map(pair).collect::<io::Result<_>>()?, ours })
     }
 
     /// The queues that the driver enabled.
@@ -93,7 +97,7 @@ impl Wiring {
         &'a self,
         registers: &'a Registers,
     ) -> impl Iterator<Item = (u16, &'a QueueState, &'a Pair)> {
-        let queues = (0_u16..).zip(registers.queues()).zip(&self.0);
+        let queues = (0_u16..).zip(registers.queues()).zip(&self.pairs);
         queues.filter(|((_, queue), _)| queue.ready).map(|((index, queue), pair)| (index, queue, pair))
     }
 
@@ -122,7 +126,9 @@ impl Wiring {
         notes: Notes,
     ) -> Result<Vec<OwnedRing>, RingsError> {
         let layout = registers.ring_layout();
-        let queues = (0_u16..).zip(registers.queues()).zip(&mut self.0).filter(|((_, queue), _)| queue.ready);
+        let queues = (0_u16..).zip(registers.queues()).zip(&mut self.pairs);
+        let ours = self.ours;
+        let queues = queues.filter(|((index, queue), _)| queue.ready && ours != Some(*index));
         let ring = |((index, queue), pair): ((u16, &QueueState), &mut Pair)| {
             let base = match begin {
                 Begin::Fresh => layout.first_base(),
@@ -142,7 +148,7 @@ impl Wiring {
     /// certainly not done.
     pub(super) fn cut(&mut self, registers: &Registers, space: Space<'_>) {
         let layout = registers.ring_layout();
-        for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.0) {
+        for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.pairs) {
             let orphan = queue.ready.then(|| Orphan::new(index, queue, layout, space).ok()).flatten();
             pair.past.cut = orphan.and_then(|orphan| orphan.indexes().ok());
         }
@@ -152,7 +158,7 @@ impl Wiring {
     pub(super) fn judge(&mut self, registers: &Registers, space: Space<'_>) -> Verdicts {
         let layout = registers.ring_layout();
         let mut verdicts = Verdicts::default();
-        for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.0) {
+        for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.pairs) {
             let Some(base) = pair.past.handed_over.filter(|_| queue.ready) else { continue };
             let orphan = Orphan::new(index, queue, layout, space).ok();
             let Some(now) = orphan.and_then(|ring| ring.indexes().ok()) else { continue };
@@ -167,7 +173,22 @@ impl Wiring {
 
     /// Passes on a kick that did not end in the kernel.
     pub(super) fn kick(&self, queue: u16) -> io::Result<()> {
-        self.0.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.ring())
+        self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.ring())
+    }
+
+    /// Takes the kicks of a queue that is ours.
+    pub(super) fn take_kick(&self, queue: u16) -> io::Result<()> {
+        self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.take().map(drop))
+    }
+
+    /// Another descriptor of a queue's kick.
+    pub(super) fn clone_kick(&self, queue: u16) -> io::Result<Option<Kick>> {
+        self.pairs.get(usize::from(queue)).map(|pair| pair.kick.try_clone()).transpose()
+    }
+
+    /// Interrupts the guest for a queue.
+    pub(super) fn call(&self, queue: u16) -> io::Result<()> {
+        self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.call.ring())
     }
 
     /// Interrupts the guest for every queue that it enabled: there may be used buffers that nobody
@@ -178,6 +199,6 @@ impl Wiring {
 
     /// Takes what is left in the eventfds, so that the next start begins with nothing pending.
     pub(super) fn drain(&self) -> io::Result<()> {
-        self.0.iter().try_for_each(|pair| pair.kick.take().and(pair.call.take()).map(drop))
+        self.pairs.iter().try_for_each(|pair| pair.kick.take().and(pair.call.take()).map(drop))
     }
 }
