@@ -134,7 +134,7 @@ pub const COM1_GSI: Gsi = Gsi(4);
 const VIRTIO_MMIO_PINS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Lines of INTx, which are level-triggered: no virtio-mmio device has one of them on a machine with PCI.
-const INTX_PINS: [u32; 4] = [20, 21, 22, 23];
+pub const INTX_PINS: [u32; 4] = [20, 21, 22, 23];
 
 /// The line that a device's interrupt pin (1 is INTA, 4 INTD) leads to, spread over four.
 pub fn intx_gsi(device: u8, pin: u8) -> Option<Gsi> {

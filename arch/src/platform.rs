@@ -3,8 +3,8 @@
 
 use crate::irq::Gsi;
 use crate::layout::{
-    COM1, COM1_GSI, Gpa, PCI_ECAM, PCI_ECAM_SIZE, PCI_IO, PCI_IO_SIZE, PCI_MEMORY32, PCI_MEMORY32_SIZE,
-    pci_memory64,
+    COM1, COM1_GSI, Gpa, INTX_PINS, PCI_ECAM, PCI_ECAM_SIZE, PCI_IO, PCI_IO_SIZE, PCI_MEMORY32,
+    PCI_MEMORY32_SIZE, pci_memory64,
 };
 
 /// A machine's parts, as far as its guest is told of them.
@@ -55,6 +55,8 @@ pub struct PciRoot {
     pub io: u16,
     /// How many ports there are.
     pub io_size: u16,
+    /// Level-triggered lines: pin INTA of device n leads to number n modulo 4, INTB to the next, and so on.
+    pub intx: [Gsi; 4],
 }
 
 impl PciRoot {
@@ -67,6 +69,7 @@ impl PciRoot {
             memory64: memory64.map(|(base, size)| AddressRange { base, size }),
             io: PCI_IO,
             io_size: PCI_IO_SIZE,
+            intx: INTX_PINS.map(Gsi),
         }
     }
 }

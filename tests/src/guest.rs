@@ -78,10 +78,19 @@ impl Kernel {
     /// When it is too long for a command line.
     #[must_use]
     pub fn script(&self, text: &str) -> Launch {
+        self.launch(&Self::words(text))
+    }
+
+    /// What has the guest run a script: words of its command line.
+    ///
+    /// # Panics
+    /// When it is too long for a command line.
+    #[must_use]
+    pub fn words(text: &str) -> String {
         let words = format!("outboard.run={}", base64(text.as_bytes()));
         // The kernel cuts longer lines off.
         assert!(words.len() < 1900, "{} bytes are too many for a command line", words.len());
-        self.launch(&words)
+        words
     }
 }
 

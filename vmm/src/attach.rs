@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arch::platform::VirtioMmio;
 use devices::bus::Bus;
 use devices::pci::HostBridge;
+use devices::pci::host_bridge::InsertError;
 use devices::ports::Ports;
 use devices::virtio::answers::OwnChannel;
 use devices::virtio::backend::Backend;
@@ -222,12 +223,15 @@ impl Detached {
                 handle
             }
             Site::Pci(bridge) => {
-                let device = PciDevice::new(parts, bridge, ports).map_err(failed)?;
-                let handle = device.handle();
-                let place = bridge.insert(None, Arc::new(device)).map_err(|error| {
-                    Error::usage(cannot()).because(error).hint("a machine takes 31 devices on its PCI bus")
+                let number = bridge.free().ok_or_else(|| {
+                    Error::usage(cannot()).because(InsertError::Full).hint("use transport=mmio for some")
                 })?;
-                log::info!("device {id} is PCI device {place}");
+                let device = PciDevice::new(parts, number, bridge, ports).map_err(failed)?;
+                let handle = device.handle();
+                bridge
+                    .insert(Some(number), Arc::new(device))
+                    .map_err(|error| Error::internal(cannot()).because(error))?;
+                log::info!("device {id} is PCI device {number}");
                 handle
             }
         };

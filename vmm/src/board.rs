@@ -17,8 +17,8 @@ use arch::platform::{AddressRange, Discovery, PciRoot, Platform};
 use arch::ram::Ram;
 use devices::bus::{Bus, BusCounters};
 use devices::pci::host_bridge::{CONFIG_PORTS, CONFIG_PORTS_LENGTH};
-use devices::pci::{HostBridge, Window, Windows};
-use devices::ports::{Guard, Route};
+use devices::pci::{HostBridge, Intx, IntxLines, Window, Windows};
+use devices::ports::{Guard, Ports, Route};
 use devices::reset::{I8042, ResetKind, ResetPort};
 use devices::serial::Serial;
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -100,7 +100,7 @@ impl Board {
         // PCI bus, in the order of the command line.
         let mut mmio = Bus::new();
         let bridge = match &parts.platform.pci {
-            Some(root) => Some(pci_root(root, &mut mmio, &mut pio)?),
+            Some(root) => Some(pci_root(root, &ports, &mut mmio, &mut pio)?),
             None => None,
         };
         let mut pages = parts.platform.virtio_mmio.iter();
@@ -276,7 +276,7 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<(VmFd, RoutingTable), Err
 }
 
 /// The root, at its addresses.
-fn pci_root(root: &PciRoot, mmio: &mut Bus, pio: &mut Bus) -> Result<Arc<HostBridge>, Error> {
+fn pci_root(root: &PciRoot, ports: &Ports, mmio: &mut Bus, pio: &mut Bus) -> Result<Arc<HostBridge>, Error> {
     let window = |range: AddressRange| Window { base: range.base.0, size: range.size };
     let memory64 = root.memory64.map(window);
     let windows = Windows {
@@ -284,7 +284,9 @@ fn pci_root(root: &PciRoot, mmio: &mut Bus, pio: &mut Bus) -> Result<Arc<HostBri
         memory64: memory64.unwrap_or_default(),
         io: Window { base: u64::from(root.io), size: u64::from(root.io_size) },
     };
-    let bridge = HostBridge::new(windows);
+    let lines = IntxLines::new(Arc::clone(&ports.interrupts))
+        .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
+    let bridge = HostBridge::with_lines(windows, Intx { lines, gsis: root.intx.map(|gsi| gsi.0) });
     let cannot = |error| Error::internal("cannot place the PCI root").because(error);
     mmio.insert(root.ecam.base.0, root.ecam.size, "pci-ecam", bridge.ecam()).map_err(cannot)?;
     for (window, name) in [(Some(windows.memory32), "pci-memory32"), (memory64, "pci-memory64")] {

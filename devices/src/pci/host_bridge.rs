@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::bar::{BarIndex, Bars, Decoded, Room, Space, Window, Windows};
 use super::config_space::{ConfigSpace, Identity};
+use super::intx::IntxLines;
 use super::{DeviceNumber, Function};
 use crate::bus::BusDevice;
 use crate::lock;
@@ -62,9 +63,19 @@ struct Routes {
     io: Vec<Routed>,
 }
 
+/// Where interrupt pins lead.
+#[derive(Clone)]
+pub struct Intx {
+    /// The lines.
+    pub lines: Arc<IntxLines>,
+    /// Their GSIs: pin INTA of device n leads to number n modulo 4, INTB to the next, and so on.
+    pub gsis: [u32; 4],
+}
+
 /// The root: see the module's page.
 pub struct HostBridge {
     windows: Windows,
+    intx: Option<Intx>,
     room: Mutex<Room>,
     bridge: Mutex<ConfigSpace>,
     entries: RwLock<[Option<Arc<Entry>>; 32]>,
@@ -74,12 +85,23 @@ pub struct HostBridge {
 }
 
 impl HostBridge {
-    /// An empty bus.
+    /// An empty bus whose functions have message interrupts only.
     #[must_use]
     pub fn new(windows: Windows) -> Arc<Self> {
+        Self::make(windows, None)
+    }
+
+    /// An empty bus with interrupt lines.
+    #[must_use]
+    pub fn with_lines(windows: Windows, intx: Intx) -> Arc<Self> {
+        Self::make(windows, Some(intx))
+    }
+
+    fn make(windows: Windows, intx: Option<Intx>) -> Arc<Self> {
         let none = Bars::none(windows);
         Arc::new(Self {
             windows,
+            intx,
             room: Mutex::new(Room::new(windows)),
             bridge: Mutex::new(ConfigSpace::new(IDENTITY, none, 0)),
             entries: RwLock::default(),
@@ -92,6 +114,20 @@ impl HostBridge {
     #[must_use]
     pub fn windows(&self) -> Windows {
         self.windows
+    }
+
+    /// The lines, and the GSI that pin INTA of this device leads to.
+    #[must_use]
+    pub fn pin(&self, number: DeviceNumber) -> Option<(Arc<IntxLines>, u32)> {
+        let Intx { lines, gsis } = self.intx.as_ref()?;
+        let gsi = gsis.get(usize::from(number.get()) % gsis.len())?;
+        Some((Arc::clone(lines), *gsi))
+    }
+
+    /// The lowest number that is free.
+    #[must_use]
+    pub fn free(&self) -> Option<DeviceNumber> {
+        DeviceNumber::ALL.filter_map(DeviceNumber::new).find(|number| self.entry(number.get()).is_none())
     }
 
     /// Gives the BARs of a new function their places, as firmware would.

@@ -8,6 +8,7 @@
 //! | [`fixtures`] | what a function registers with the machine inside its BARs, moved along with them |
 //! | [`msix`] | MSI-X: table, pending bits, routes |
 //! | [`msi`] | MSI: registers, routes |
+//! | [`intx`] | level-triggered lines, shared |
 //! | [`vfio_user`] | what a vfio-user server's function is |
 //!
 //! # How a function is made
@@ -27,6 +28,7 @@ pub mod bar;
 pub mod config_space;
 pub mod fixtures;
 pub mod host_bridge;
+pub mod intx;
 pub mod msi;
 pub mod msix;
 mod vectors;
@@ -35,7 +37,8 @@ pub mod vfio_user;
 pub use bar::{BarIndex, BarKind, BarSpec, Bars, Decoded, Space, Window, Windows};
 pub use config_space::{Change, ConfigSpace, Identity};
 pub use fixtures::{Fixture, FixtureId, Fixtures};
-pub use host_bridge::HostBridge;
+pub use host_bridge::{HostBridge, Intx};
+pub use intx::IntxLines;
 pub use msi::{Msi, MsiSpec};
 pub use msix::Msix;
 pub use vectors::ConnectionId;

@@ -47,6 +47,12 @@ impl Entry {
     }
 }
 
+/// Whether this message control register turns MSI-X on.
+#[must_use]
+pub fn enables(control: u16) -> bool {
+    control & ENABLE != 0
+}
+
 /// The MSI-X of one function: as many vectors as its table has entries.
 pub struct Msix {
     entries: Vec<Entry>,
@@ -100,7 +106,7 @@ impl Msix {
     /// Whether MSI-X is on; the function must not raise INTx then.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
-        self.control & ENABLE != 0
+        enables(self.control)
     }
 
     /// The guest writes the message control register.

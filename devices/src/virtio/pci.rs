@@ -10,6 +10,8 @@
 //! ```
 //! A queue that runs causes no exit: its page is bound to the kick eventfd, its vector's message is injected by KVM.
 //!
+//! A driver without MSI-X gets its interrupts by the function's pin, with an exit or two for each.
+//!
 //! Locks: the device's, then the state's. The state's is never held while the device is called.
 
 use std::os::fd::AsFd;
@@ -22,9 +24,10 @@ use super::face::Face;
 use super::handle::DeviceHandle;
 use super::registers::{Half, Reg, Registers};
 use crate::lock;
+use crate::pci::bar::Command;
 use crate::pci::{
-    BarIndex, BarKind, BarSpec, Bars, ConfigSpace, ConnectionId, Decoded, Fixture, FixtureId, Fixtures,
-    Function, HostBridge, Identity, Msix, msix,
+    BarIndex, BarKind, BarSpec, Bars, ConfigSpace, ConnectionId, Decoded, DeviceNumber, Fixture, FixtureId,
+    Fixtures, Function, HostBridge, Identity, IntxLines, Msix, msix,
 };
 use crate::ports::{Guard, PortError, Ports, WriteWidth};
 
@@ -89,20 +92,19 @@ const COMMON_FIELDS: [(u64, usize, Field); 20] = [
 ];
 
 /// An interrupt source: its vector as the driver wrote it, and its call while it is connected.
-#[derive(Clone, Copy)]
 struct Source {
     vector: u16,
-    connection: Option<ConnectionId>,
-}
-
-impl Source {
-    const NONE: Self = Self { vector: NO_VECTOR, connection: None };
+    call: Option<(ConnectionId, Arc<Call>)>,
+    /// While the function interrupts by its pin.
+    line: Option<Guard>,
 }
 
 struct State {
     name: String,
     config: ConfigSpace,
     msix: Msix,
+    /// The lines, and the GSI of the function's.
+    pin: Option<(Arc<IntxLines>, u32)>,
     fixtures: Fixtures,
     /// The queues', and last the configuration's.
     sources: Vec<Source>,
@@ -129,7 +131,7 @@ impl State {
         let known = vector < self.msix.count();
         let Some(source) = self.sources.get_mut(source) else { return };
         source.vector = if known { vector } else { NO_VECTOR };
-        if let Some(id) = source.connection {
+        if let Some((id, _)) = source.call {
             let done = self.msix.retarget(id, known.then_some(vector));
             self.check(done);
         }
@@ -138,18 +140,49 @@ impl State {
     fn connect(&mut self, source: usize, call: &Call) -> Result<(), PortError> {
         let call = call.try_clone().map_err(|error| PortError::new("duplicate an eventfd", error))?;
         let vector = Some(self.vector(source)).filter(|vector| *vector != NO_VECTOR);
-        let id = self.msix.connect(vector, Arc::new(call))?;
+        let call = Arc::new(call);
+        let id = self.msix.connect(vector, Arc::clone(&call))?;
         if let Some(source) = self.sources.get_mut(source) {
-            source.connection = Some(id);
+            source.call = Some((id, call));
         }
-        Ok(())
+        self.pull_lines()
     }
 
     fn disconnect(&mut self, source: usize) {
-        let connection = self.sources.get_mut(source).and_then(|source| source.connection.take());
-        if let Some(id) = connection {
+        let Some(source) = self.sources.get_mut(source) else { return };
+        source.line = None;
+        if let Some((id, _)) = source.call.take() {
             self.msix.disconnect(id);
         }
+    }
+
+    /// The guest wrote the configuration space: what there turns interrupts on, off, and from one kind to the other.
+    fn switch_interrupts(&mut self) -> Result<(), PortError> {
+        let control = self.config.word(self.msix_at.saturating_add(2));
+        let by_pin = !msix::enables(control) && !self.config.command().has(Command::INTX_DISABLE);
+        // An eventfd has one route at a time.
+        if !by_pin {
+            self.sources.iter_mut().for_each(|source| source.line = None);
+        }
+        let routed = self.msix.set_control(control);
+        routed.and(self.pull_lines())
+    }
+
+    /// Without MSI-X, every source raises the function's line.
+    fn pull_lines(&mut self) -> Result<(), PortError> {
+        let Some((lines, gsi)) = &self.pin else { return Ok(()) };
+        if self.msix.is_enabled() || self.config.command().has(Command::INTX_DISABLE) {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for source in self.sources.iter_mut().filter(|source| source.line.is_none()) {
+            let Some((_, call)) = &source.call else { continue };
+            match lines.connect(*gsi, Arc::clone(call)) {
+                Ok(line) => source.line = Some(line),
+                Err(error) => result = result.and(Err(error)),
+            }
+        }
+        result
     }
 }
 
@@ -227,11 +260,16 @@ pub struct PciDevice {
 }
 
 impl PciDevice {
-    /// Makes a device whose BAR `bridge` places. The caller inserts it.
+    /// Makes a device whose BAR `bridge` places. The caller inserts it, at this number.
     ///
     /// # Errors
     /// When it has more queues than a function can describe, eventfds run out or the machine refuses an interrupt.
-    pub fn new(parts: Parts, bridge: &HostBridge, ports: &Ports) -> Result<Self, NewError> {
+    pub fn new(
+        parts: Parts,
+        number: DeviceNumber,
+        bridge: &HostBridge,
+        ports: &Ports,
+    ) -> Result<Self, NewError> {
         let describe = |error: Box<dyn std::error::Error + Send + Sync>| NewError::Describe(error);
         let (queues, device_type) = (parts.model.queues, parts.model.device_type.id());
         let index = BarIndex::FIRST;
@@ -247,7 +285,8 @@ impl PciDevice {
             subsystem_vendor: VENDOR,
             subsystem: 0x1100,
         };
-        let mut config = ConfigSpace::new(identity, bars, 0);
+        let pin = bridge.pin(number);
+        let mut config = ConfigSpace::new(identity, bars, u8::from(pin.is_some()));
         let msix = Msix::new(queues.saturating_add(1), Arc::clone(&ports.interrupts));
         let capabilities = capabilities(&mut config, &msix, queues);
         let (msix_at, window_at) = capabilities.map_err(|error| describe(error.into()))?;
@@ -255,8 +294,9 @@ impl PciDevice {
             name: parts.name.clone(),
             config,
             msix,
+            pin,
             fixtures: Fixtures::new(index, ports.clone()),
-            sources: vec![Source::NONE; usize::from(queues) + 1],
+            sources: (0..=queues).map(|_| Source { vector: NO_VECTOR, call: None, line: None }).collect(),
             msix_at,
             window_at,
         }));
@@ -456,7 +496,7 @@ impl Function for PciDevice {
         state.config.write(offset, data);
         let decoded = state.config.decoded();
         let placed = state.fixtures.place(&decoded);
-        let routed = state.msix.set_control(state.config.word(state.msix_at + 2));
+        let routed = state.switch_interrupts();
         state.check(placed);
         state.check(routed);
     }

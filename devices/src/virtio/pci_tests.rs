@@ -2,7 +2,7 @@ use transport::memory_map::GuestAddr;
 
 use super::*;
 use crate::bus::BusDevice;
-use crate::pci::{Window, Windows};
+use crate::pci::{Intx, Window, Windows};
 use crate::ports::{Route, WriteMatch};
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
 use crate::virtio::PhaseReport;
@@ -24,15 +24,16 @@ struct Rig {
 
 fn rig(queues: u16) -> Rig {
     let (machine, backend) = (Recorder::default(), Scripted::default());
-    let bridge = HostBridge::new(WINDOWS);
+    let lines = IntxLines::new(machine.ports().interrupts).unwrap();
+    let bridge = HostBridge::with_lines(WINDOWS, Intx { lines, gsis: [20, 21, 22, 23] });
     let parts = Parts {
         name: "disk0".into(),
         model: disk(queues),
         backend: Box::new(backend.clone()),
         memory: memory(),
     };
-    let device = Arc::new(PciDevice::new(parts, &bridge, &machine.ports()).unwrap());
-    bridge.insert(None, device.clone()).unwrap();
+    let device = Arc::new(PciDevice::new(parts, bridge.free().unwrap(), &bridge, &machine.ports()).unwrap());
+    bridge.insert(bridge.free(), device.clone()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
     Rig { device, ecam: bridge.ecam(), bridge, machine, backend }
 }
@@ -210,6 +211,32 @@ fn vectors_move_while_the_queue_runs() {
     rig.write(0x10, 2, 0x1234);
     assert_eq!((rig.read(0x10, 2), rig.machine.routes().len()), (0xffff, 0));
     assert_eq!(rig.device.handle().phase(), PhaseReport::Running);
+}
+
+#[test]
+fn without_msix_the_pin_interrupts_and_msix_takes_over() {
+    let rig = rig(1);
+    rig.enable();
+    assert_eq!(rig.config(0x3c) >> 8, 1, "INTA");
+    rig.start_driver(1);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    rig.device.handle().peer_lost("gone");
+    while rig.machine.take_raised() != [(21, 1)] {
+        assert!(std::time::Instant::now() < until, "no interrupt");
+    }
+    assert_eq!(rig.read(ISR, 1), 3);
+    assert!(rig.machine.routes().is_empty());
+    // Neither the one nor the other.
+    rig.set_config(4, 0x406);
+    let connected = || lock(&rig.device.state).sources.iter().filter(|source| source.line.is_some()).count();
+    assert_eq!(connected(), 0);
+    rig.set_config(4, 6);
+    assert_eq!(connected(), 1, "the queue's is gone with the backend");
+    rig.write(0x10, 2, 1);
+    rig.msix_on(2);
+    assert_eq!((connected(), rig.machine.routes()), (0, vec![message(0x41)]));
+    rig.set_config(u64::from(rig.config(0x34)), 0);
+    assert_eq!((connected(), rig.machine.routes().len()), (1, 0));
 }
 
 #[test]
