@@ -181,27 +181,38 @@ impl Drop for Server {
 /// # Panics
 /// When the lab's files cannot be read.
 pub fn guest(drivers: &str, words: &str, script: Option<&str>) -> Result<Launch, Missing> {
-    let variable = |name: &str| {
-        let found = env::var_os(name).map(PathBuf::from);
-        found.ok_or_else(|| Missing::new(format!("{name} is not set: run by tests/lab/runner")))
-    };
+    let (_, initramfs) = files(script)?;
     let kernel = variable("OUTBOARD_KERNEL_6_12_ELF")?;
+    let mode = if script.is_none() { " outboard.mode=exec" } else { "" };
+    let drivers = if drivers.is_empty() { String::new() } else { format!(" outboard.modules={drivers}") };
+    let line = format!("console=ttyS0 quiet panic=-1{mode}{drivers} {words}");
+    let launch = Launch::kernel(&kernel, &line);
+    let initramfs = launch.scratch().file("initramfs", &initramfs);
+    Ok(launch.arg("--initramfs").arg(initramfs))
+}
+
+fn variable(name: &str) -> Result<PathBuf, Missing> {
+    let found = env::var_os(name).map(PathBuf::from);
+    found.ok_or_else(|| Missing::new(format!("{name} is not set: run by tests/lab/runner")))
+}
+
+/// The kernel (bzImage) and the initramfs of such a guest.
+///
+/// # Errors
+/// When the variables of the lab are not set.
+///
+/// # Panics
+/// When the lab's files cannot be read.
+pub fn files(script: Option<&str>) -> Result<(PathBuf, Vec<u8>), Missing> {
+    let kernel = variable("OUTBOARD_KERNEL_6_12_BZIMAGE")?;
     let mut image =
         archive(&[variable("OUTBOARD_GUEST_INITRAMFS_6_12")?, variable("OUTBOARD_GUEST_DRIVERS_6_12")?]);
     const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/engine-program"));
     cpio_entry(&mut image, "bin/engine", 0o100_755, PROGRAM);
     cpio_entry(&mut image, "functions", 0o100_644, SHELL.as_bytes());
-    let mode = match script {
-        Some(script) => {
-            cpio_entry(&mut image, "guest.sh", 0o100_644, format!("{SHELL}{script}").as_bytes());
-            ""
-        }
-        None => " outboard.mode=exec",
-    };
+    if let Some(script) = script {
+        cpio_entry(&mut image, "guest.sh", 0o100_644, format!("{SHELL}{script}").as_bytes());
+    }
     cpio_entry(&mut image, "TRAILER!!!", 0, &[]);
-    let drivers = if drivers.is_empty() { String::new() } else { format!(" outboard.modules={drivers}") };
-    let line = format!("console=ttyS0 quiet panic=-1{mode}{drivers} {words}");
-    let launch = Launch::kernel(&kernel, &line);
-    let initramfs = launch.scratch().file("initramfs", &image);
-    Ok(launch.arg("--initramfs").arg(initramfs))
+    Ok((kernel, image))
 }
