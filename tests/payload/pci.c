@@ -156,6 +156,13 @@ static void run(char what, const char *text)
 			if (watchdog_age() > number_arg("timeout", 5))
 				fail("the value never came");
 		break;
+	case 'z':			/* z:BAR:OFFSET:VALUE resets the machine until that many are read there */
+		a = number(&text);
+		b = number(&text);
+		n = number(&text);
+		if (load(place(a, b)) < n)
+			reset_machine();
+		break;
 	default:
 		fail("no such step=");
 	}
