@@ -2,9 +2,12 @@
  *   guest vsock-connect PORT COUNT   sends COUNT blocks to the host and wants each back
  *   guest vsock-echo PORT            echoes what one connection from the host sends, until it ends
  *   guest frames INTERFACE COUNT     sends COUNT Ethernet frames and wants each back, in order, unchanged
+ *   guest kexec KERNEL INITRD LINE   starts another kernel (a bzImage) in place of this one
  * Status 0 when all came as it must; else one line says what did not. */
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/reboot.h>
 #include <linux/if_packet.h>
 #include <linux/vm_sockets.h>
 #include <net/ethernet.h>
@@ -13,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <unistd.h>
 
@@ -105,7 +109,18 @@ static int frames(const char *interface, int count) {
     return 0;
 }
 
+static int start_kernel(const char *kernel, const char *initrd, const char *line) {
+    int kernel_fd = open(kernel, O_RDONLY), initrd_fd = open(initrd, O_RDONLY);
+    if (kernel_fd < 0 || initrd_fd < 0) return fail("open");
+    if (syscall(SYS_kexec_file_load, kernel_fd, initrd_fd, strlen(line) + 1, line, 0UL)) return fail("kexec_file_load");
+    puts("kexec");
+    fflush(stdout);
+    syscall(SYS_reboot, LINUX_REBOOT_MAGIC1, LINUX_REBOOT_MAGIC2, LINUX_REBOOT_CMD_KEXEC, NULL);
+    return fail("reboot");
+}
+
 int main(int argc, char **argv) {
+    if (argc == 5 && !strcmp(argv[1], "kexec")) return start_kernel(argv[2], argv[3], argv[4]);
     if (argc == 4 && !strcmp(argv[1], "vsock-connect")) return vsock_connect((unsigned)atoi(argv[2]), atoi(argv[3]));
     if (argc == 3 && !strcmp(argv[1], "vsock-echo")) return vsock_echo((unsigned)atoi(argv[2]));
     if (argc == 4 && !strcmp(argv[1], "frames")) return frames(argv[2], atoi(argv[3]));

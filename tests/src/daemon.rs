@@ -100,6 +100,17 @@ impl StorageDaemon {
         Self::start_kind(backends::program("vhost-user-blk")?, Kind::Example, &[image(size)]).ok()
     }
 
+    /// As [`StorageDaemon::start`], with a daemon of QEMU 10, which tells of a disk that was resized. Says so when it is not
+    /// there.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn of_qemu_10(size: usize) -> Option<Self> {
+        let kind = Kind::Qemu { disks: 1, queues: 1 };
+        Self::start_kind(backends::program("qemu-storage-daemon-10")?, kind, &[image(size)]).ok()
+    }
+
     fn start_kind(program: PathBuf, kind: Kind, images: &[Vec<u8>]) -> Result<Self, Missing> {
         let scratch = Scratch::new();
         for (n, contents) in images.iter().enumerate() {
@@ -174,6 +185,16 @@ impl StorageDaemon {
     pub fn wait_for_end(&mut self) {
         let child = &mut self.child;
         wait::until("the daemon ends", Duration::from_secs(10), || child.try_wait().unwrap());
+    }
+
+    /// Starts it anew if it has ended, as whoever looks after it would.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn look_after(&mut self) {
+        if self.child.try_wait().unwrap().is_some() {
+            self.restart();
+        }
     }
 
     /// Kills it on the spot, as a crash would.

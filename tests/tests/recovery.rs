@@ -112,67 +112,46 @@ fn a_backend_with_inflight_stopped_for_a_second_under_a_verified_load_goes_on() 
     stop_again_and_again(&disk);
 }
 
-/// Stops it for longer than the deadline while the guest wants something of it, again and again.
-fn hang_again_and_again(mut disk: StorageDaemon, ends_alone: bool) {
-    let hangs = rounds(4);
-    let vm = load(&disk, "reconnect=30,deadline=200", 20);
+/// Stops it for longer than the deadline while the guest wants something of it, again and again. One that ends when it is
+/// hung up on is started anew.
+fn hang_again_and_again(mut disk: StorageDaemon) {
+    const DEADLINE: Duration = Duration::from_millis(300);
+    let hangs = usize::try_from(rounds(4)).unwrap();
+    let vm = load(&disk, "reconnect=30,deadline=300", 20);
+    let counted = |what: &str| vm.log().matches(what).count();
     for hung in 1..=hangs {
-        std::thread::sleep(Duration::from_millis(50 + hung * 37 % 100));
-        let lost = vm.log().matches("waits for another backend").count();
-        // A hang in the middle of a recovery would go by unnoticed.
-        wait::until("the last hang is over", STEP, || {
-            (vm.log().matches("has its backend again").count() == lost).then_some(())
-        });
+        std::thread::sleep(Duration::from_millis(u64::try_from(hung).unwrap() * 37 % 100));
         disk.signal(Signal::STOP);
         // The guest's next write to the configuration finds it out.
-        wait::until("the hang is noticed", STEP, || {
-            assert!(!vm.log().contains("is broken"), "after {hung} hangs");
-            (vm.log().matches("waits for another backend").count() > lost).then_some(())
-        });
+        wait::until("the hang is noticed", STEP, || (counted("waits for another backend") >= hung).then_some(()));
         disk.signal(Signal::CONT);
-        if ends_alone {
-            disk.signal(Signal::TERM);
-            disk.wait_for_end();
-            disk.restart();
-        }
+        // A hang in the middle of a recovery would go by unnoticed.
+        wait::until("the device has a backend again", STEP, || {
+            disk.look_after();
+            (counted("has its backend again") >= hung).then_some(())
+        });
     }
     let ended = assert_all_well(vm);
-    assert!(ended.stats().number("/devices/0/recoveries") >= hangs, "{ended}");
+    assert!(ended.stats().number("/devices/0/recoveries") >= u64::try_from(hangs).unwrap(), "{ended}");
     // The guest was held up by the deadline, and by no more.
-    let longest = ended.stats().number("/vcpus/0/longest_exit_us");
-    assert!(longest >= 200_000 && longest < 200_000 + micros(wait::patience(SLACK)), "{longest} us\n{ended}");
-}
-
-#[test]
-fn a_load_that_survived_its_backend_ends_without_an_error() {
-    need!(place::kvm());
-    let mut disk = need!(StorageDaemon::start(4 * MIB));
-    let vm = busy(&disk, "reconnect=30", 4000);
-    disk.kill();
-    disk.restart();
-    let ended = vm.end(3 * STEP).with_code(0);
-    assert_eq!(ended.field("errors"), 0, "{ended}");
-    assert_eq!(ended.field("requests"), 4000, "{ended}");
+    let longest = Duration::from_micros(ended.stats().number("/vcpus/0/longest_exit_us"));
+    assert!(longest >= DEADLINE && longest < DEADLINE + wait::patience(SLACK), "{longest:?}\n{ended}");
 }
 
 /// What a loaded host may add to a deadline.
-const SLACK: Duration = Duration::from_millis(100);
-
-fn micros(time: Duration) -> u64 {
-    time.as_micros().try_into().unwrap()
-}
+const SLACK: Duration = Duration::from_millis(300);
 
 #[test]
 fn a_backend_stopped_for_longer_than_its_deadline_is_found_again() {
     need!(place::kvm());
-    hang_again_and_again(need!(StorageDaemon::start(4 * MIB)), false);
+    hang_again_and_again(need!(StorageDaemon::start(4 * MIB)));
 }
 
 #[test]
 fn a_backend_with_inflight_stopped_for_longer_than_its_deadline_is_found_again() {
     need!(place::kvm());
     let Some(disk) = StorageDaemon::with_notes(4 * MIB) else { return };
-    hang_again_and_again(disk, true);
+    hang_again_and_again(disk);
 }
 
 #[test]
