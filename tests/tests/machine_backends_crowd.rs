@@ -31,7 +31,11 @@ fn disks() -> Result<StorageDaemon, place::Missing> {
 
 fn assert_out_of_the_vmms_way(ended: &Ended, devices: usize) {
     for n in 0..devices {
-        assert_eq!(ended.stats().number(&format!("/devices/{n}/requests_through_vmm")), 0, "device {n}\n{ended}");
+        assert_eq!(
+            ended.stats().number(&format!("/devices/{n}/requests_through_vmm")),
+            0,
+            "device {n}\n{ended}"
+        );
     }
 }
 
@@ -65,9 +69,8 @@ fn of_sixteen_disks_a_killed_process_brings_all_back_to_a_stock_guest() {
     need!(place::kvm());
     let kernel = need!(Kernel::usual());
     let mut daemon = need!(disks());
-    let launch = (0..DISKS).fold(kernel.guest(), |launch, n| {
-        launch.disk_with(&daemon.socket_of(n), "reconnect=0")
-    });
+    let launch =
+        (0..DISKS).fold(kernel.guest(), |launch, n| launch.disk_with(&daemon.socket_of(n), "reconnect=0"));
     let mut guest = Guest::boot(launch);
     let load = guest.begin(
         "for d in /sys/block/vd*; do d=${d##*/}; (for round in 1 2 3; do \

@@ -123,7 +123,9 @@ fn hang_again_and_again(mut disk: StorageDaemon) {
         std::thread::sleep(Duration::from_millis(u64::try_from(hung).unwrap() * 37 % 100));
         disk.signal(Signal::STOP);
         // The guest's next write to the configuration finds it out.
-        wait::until("the hang is noticed", STEP, || (counted("waits for another backend") >= hung).then_some(()));
+        wait::until("the hang is noticed", STEP, || {
+            (counted("waits for another backend") >= hung).then_some(())
+        });
         disk.signal(Signal::CONT);
         // A hang in the middle of a recovery would go by unnoticed.
         wait::until("the device has a backend again", STEP, || {

@@ -39,7 +39,8 @@ impl Testpmd {
     /// `None`, with a printed reason, where it was not fetched.
     fn start(options: &str) -> Option<Self> {
         let path = |name: &str| env::var_os(format!("OUTBOARD_BACKEND_DPDK_{name}")).map(PathBuf::from);
-        let (Some(program), Some(vhost), Some(ring)) = (path("TESTPMD"), path("NET_VHOST"), path("MEMPOOL_RING"))
+        let (Some(program), Some(vhost), Some(ring)) =
+            (path("TESTPMD"), path("NET_VHOST"), path("MEMPOOL_RING"))
         else {
             let required = env::var_os("OUTBOARD_BACKENDS_REQUIRED").is_some();
             assert!(!required, "no dpdk-testpmd: tests/backends/fetch");
@@ -72,8 +73,7 @@ impl Testpmd {
 
     fn connect(&self, wanted: &Wanted) -> Session {
         let limits = Limits::new(Duration::from_secs(10));
-        let mut attempts =
-            transport::vhost_user::reconnect::Attempts::lasting(Some(Duration::from_secs(20)));
+        let mut attempts = transport::vhost_user::reconnect::Attempts::lasting(Some(Duration::from_secs(20)));
         let connection = Connection::connect_patiently(&self.socket, &limits, &mut attempts).unwrap();
         connection.negotiate(wanted).unwrap()
     }
@@ -176,7 +176,11 @@ impl Driver {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
-        assert!(self.memory.read(APART + BUFFER + HEADER as u64, FRAME) == frame[HEADER..], "{}", self.received);
+        assert!(
+            self.memory.read(APART + BUFFER + HEADER as u64, FRAME) == frame[HEADER..],
+            "{}",
+            self.received
+        );
     }
 }
 
@@ -186,7 +190,10 @@ fn dpdk_takes_mtu_rarp_and_status_and_loops_frames_back() {
     let wanted = Wanted::default().and(P::MTU).and(P::RARP).and(P::STATUS);
     let mut session = testpmd.connect(&wanted);
     let offered = session.protocol();
-    assert!(offered.contains(P::MTU) && offered.contains(P::RARP) && offered.contains(P::STATUS), "{offered:?}");
+    assert!(
+        offered.contains(P::MTU) && offered.contains(P::RARP) && offered.contains(P::STATUS),
+        "{offered:?}"
+    );
     session.set_mtu(1500).unwrap();
     // RARP needs the guest to say that it announces itself; this one does not.
     let mut driver = Driver::new(0);
@@ -228,12 +235,7 @@ fn dpdk_behind_an_iommu_asks_for_what_it_misses() {
     let Some(testpmd) = Testpmd::start(",iommu-support=1") else { return };
     let session = testpmd.connect(&Wanted::default().adjust("+access_platform").unwrap());
     let mut driver = Driver::new(FAR);
-    let range = IovaRange {
-        iova: Iova(FAR),
-        size: 2 << 20,
-        guest: GuestAddr(0),
-        access: Access::ReadWrite,
-    };
+    let range = IovaRange { iova: Iova(FAR), size: 2 << 20, guest: GuestAddr(0), access: Access::ReadWrite };
     let map = Arc::new(IovaMap::new(vec![range], &driver.memory.map).unwrap());
     let mut session = session.with_iova_map(map);
     let iommu = Iommu { answers: session.miss_answers().unwrap().unwrap(), misses: Cell::new(0) };
