@@ -143,12 +143,12 @@ pub fn intx_gsi(device: u8, pin: u8) -> Option<Gsi> {
 }
 
 /// The addresses of 64-bit memory BARs, first and size, on a processor with that many bits of physical address: the
-/// third quarter of what it can address, or of what 46 bits can, which all guests manage; `None` when there is no room above
+/// fifth eighth of what it can address, or of what 46 bits can, which all guests manage; `None` when there is no room above
 /// RAM.
 pub fn pci_memory64(address_bits: u8, ram_end: Gpa) -> Option<(Gpa, u64)> {
     let bits = u32::from(address_bits.min(46));
     let base = 1_u64.checked_shl(bits.checked_sub(1)?)?;
-    (base >= HOLE_END.0 && ram_end.0 <= base).then_some((Gpa(base), base / 2))
+    (base >= HOLE_END.0 && ram_end.0 <= base).then_some((Gpa(base), base / 4))
 }
 
 /// Where the `n`th virtio-mmio device is (from 0) on a machine with PCI: 12 have a pin of their own.
@@ -211,9 +211,9 @@ mod tests {
 
     #[test]
     fn the_window_above_four_gib_lies_above_ram_and_inside_what_is_addressed() {
-        assert_eq!(pci_memory64(40, Gpa(6 << 30)), Some((Gpa(1 << 39), 1 << 38)));
-        assert_eq!(pci_memory64(52, HOLE_END), Some((Gpa(1 << 45), 1 << 44)));
-        assert_eq!(pci_memory64(36, Gpa(32 << 30)), Some((Gpa(32 << 30), 16 << 30)));
+        assert_eq!(pci_memory64(40, Gpa(6 << 30)), Some((Gpa(1 << 39), 1 << 37)));
+        assert_eq!(pci_memory64(52, HOLE_END), Some((Gpa(1 << 45), 1 << 43)));
+        assert_eq!(pci_memory64(36, Gpa(32 << 30)), Some((Gpa(32 << 30), 8 << 30)));
         assert_eq!(pci_memory64(36, Gpa((32 << 30) + 1)), None);
         assert_eq!((pci_memory64(32, Gpa(0)), pci_memory64(0, Gpa(0))), (None, None));
     }

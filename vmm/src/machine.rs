@@ -157,7 +157,9 @@ impl Machine {
             }
             devices.push(device);
         }
-        let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits());
+        let pci = platform.pci.and_then(|root| root.memory64);
+        let pci = pci.map(|range| range.base.0..range.base.0.saturating_add(range.size));
+        let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits(), pci);
         devices.iter_mut().try_for_each(|device| device.place_shared_memory(&mut windows))?;
         let mut functions: Vec<Spare> = Vec::new();
         for (index, device) in config.vfio_user.into_iter().enumerate() {

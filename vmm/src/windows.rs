@@ -1,6 +1,8 @@
 //! Where in guest-physical space devices' shared memory lies: above RAM, from the top down, so that whatever
 //! else grows from the end of RAM has room.
 
+use std::ops::Range;
+
 /// The highest address that is given away. Linux maps what a device shares into its direct map, which by default
 /// ends 10 TiB above RAM.
 const TOP: u64 = 4 << 40;
@@ -18,10 +20,13 @@ pub(crate) struct Windows {
 
 impl Windows {
     /// All that a processor with `address_bits` can address above `ram_end`, but for the uppermost quarter,
-    /// where some processors have holes.
-    pub(crate) fn above(ram_end: u64, address_bits: u8) -> Self {
+    /// where some processors have holes, and what lies below `pci`, the addresses of the PCI bus, if they are
+    /// among these.
+    pub(crate) fn above(ram_end: u64, address_bits: u8, pci: Option<Range<u64>>) -> Self {
         let space = 1_u64.checked_shl(address_bits.into()).unwrap_or(TOP).min(TOP);
-        Windows { floor: ram_end, end: space / 4 * 3 }
+        let end = space / 4 * 3;
+        let floor = pci.filter(|pci| pci.start < end).map_or(ram_end, |pci| pci.end.max(ram_end));
+        Windows { floor, end }
     }
 
     /// Takes `size` bytes; `None` when there is no such room.
@@ -42,7 +47,7 @@ mod tests {
 
     #[test]
     fn windows_do_not_overlap_and_stay_above_ram() {
-        let mut windows = Windows::above(5 << 30, 36);
+        let mut windows = Windows::above(5 << 30, 36, None);
         let (a, b) = (windows.take(4096).unwrap(), windows.take(3 << 30).unwrap());
         assert_eq!((a, b), ((48 << 30) - SMALL, (44 << 30)));
         assert_eq!(windows.take(40 << 30), None);
@@ -51,9 +56,27 @@ mod tests {
     }
 
     #[test]
+    fn windows_keep_clear_of_the_pci_bus() {
+        for bits in 33..=57 {
+            let ram_end = 5 << 30;
+            let Some((base, size)) = arch::layout::pci_memory64(bits, arch::layout::Gpa(ram_end)) else {
+                continue;
+            };
+            let pci = base.0..base.0 + size;
+            let mut windows = Windows::above(ram_end, bits, Some(pci.clone()));
+            let mut taken = 0;
+            while let Some(at) = windows.take(1 << 30) {
+                assert!(at >= pci.end || at + (1 << 30) <= pci.start, "{bits} bits, {at:#x}");
+                taken += 1;
+            }
+            assert!(taken > 0, "{bits} bits");
+        }
+    }
+
+    #[test]
     fn windows_of_large_processors_stay_where_linux_maps_them() {
-        assert!(Windows::above(1 << 30, 57).take(4096).unwrap() < TOP);
-        assert_eq!(Windows::above(1 << 30, 255).end, 3 << 40);
-        assert_eq!(Windows::above(100, 0).take(4096), None);
+        assert!(Windows::above(1 << 30, 57, None).take(4096).unwrap() < TOP);
+        assert_eq!(Windows::above(1 << 30, 255, None).end, 3 << 40);
+        assert_eq!(Windows::above(100, 0, None).take(4096), None);
     }
 }
