@@ -79,6 +79,15 @@ impl Launch {
         self
     }
 
+    /// No trace of the protocol.
+    #[must_use]
+    pub fn without_trace(mut self) -> Self {
+        if let Some(at) = self.arguments.iter().position(|argument| argument == "--trace") {
+            self.arguments.drain(at..at + 2);
+        }
+        self
+    }
+
     /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use outboard_tests::daemon::StorageDaemon;
 use outboard_tests::launch::{Ended, Launch, STEP, Thread, first_device};
-use outboard_tests::{need, place};
+use outboard_tests::{need, place, wait};
+use rustix::process::Signal;
 
 const REQUESTS: u64 = 2000;
 const DISK: usize = 16 << 20;
@@ -93,4 +94,58 @@ fn several_queues_are_as_free_as_one() {
         ended
     };
     assert_requests_are_free(&drive(8), &drive(REQUESTS));
+}
+
+/// The same load, seen by its exits at the device, its messages, and all its exits.
+fn cost(launch: Launch) -> ((u64, u64), u64, u64) {
+    let ended = launch.run().with_code(0);
+    assert_eq!(ended.field("errors"), 0, "{ended}");
+    let stats = ended.stats();
+    assert_eq!(stats.number("/devices/0/requests_through_vmm"), 0, "{ended}");
+    assert_eq!(stats.range("blk0").0, 0, "reads of the register page never exit\n{ended}");
+    (stats.range("blk0"), stats.number("/devices/0/peer/messages"), stats.exits())
+}
+
+#[test]
+fn recovery_and_tracing_add_nothing_to_a_request() {
+    need!(place::kvm());
+    let disk = need!(StorageDaemon::start(DISK));
+    let line = |requests: u64| first_device("blk").arg("op", "verify").arg("n", requests).arg("span", 512);
+    let bare =
+        |requests: u64| cost(Launch::payload(&line(requests)).without_trace().disk(&disk.socket()));
+    let both = |requests: u64| cost(Launch::payload(&line(requests)).disk_with(&disk.socket(), "reconnect=30"));
+    let (bare_few, bare_many) = (bare(1), bare(REQUESTS));
+    let (both_few, both_many) = (both(1), both(REQUESTS));
+    assert_eq!(bare_few.0, bare_many.0, "exits at the device");
+    assert_eq!(both_few.0, both_many.0, "exits at the device");
+    assert_eq!(bare_many.0, both_many.0, "exits at the device, bare and with both");
+    assert_eq!((bare_many.1, both_few.1), (bare_few.1, both_many.1), "messages");
+    let more = both_many.2.abs_diff(bare_many.2).max(both_many.2.abs_diff(both_few.2));
+    println!("{REQUESTS} requests: {} exits bare, {} with reconnect= and --trace", bare_many.2, both_many.2);
+    assert!(more < 100, "{more} more exits");
+}
+
+#[test]
+fn a_queue_that_has_changed_its_backend_is_as_free_as_before() {
+    need!(place::kvm());
+    let mut disk = need!(StorageDaemon::start(DISK));
+    let line = first_device("blk").arg("op", "verify").arg("n", 2 * REQUESTS).arg("span", 512).arg("timeout", 30);
+    let launch = Launch::payload(&line.arg("end", "hang")).disk_with(&disk.socket(), "reconnect=30");
+    let vm = launch.start();
+    vm.expect("capacity=");
+    disk.kill();
+    disk.restart();
+    vm.expect("errors=0");
+    // Whoever looked for the backend, and watched it begin, has gone.
+    let names = || vm.threads().into_iter().map(|thread| thread.name).collect::<Vec<_>>();
+    wait::until("no thread is left of the recovery", STEP, || {
+        (!names().iter().any(|name| name.starts_with("recover"))).then_some(())
+    });
+    vm.signal(Signal::TERM);
+    let ended = vm.end(STEP).with_code(143);
+    let stats = ended.stats();
+    assert_eq!(stats.number("/devices/0/recoveries"), 1, "{ended}");
+    assert_eq!(stats.number("/devices/0/requests_through_vmm"), 0, "{ended}");
+    let (reads, writes) = stats.range("blk0");
+    assert!(reads == 0 && writes < 60, "{reads} reads and {writes} writes left the guest\n{ended}");
 }
