@@ -120,7 +120,11 @@ fn drivers_are_unbound_and_bound_whatever_their_backends_do() {
         let done = guest.exec(&rebind(n), SCRIPT);
         let took = begun.elapsed();
         println!("{name}: unbound and bound in {took:?}");
-        assert!(took < 3 * DEADLINE + wait::patience(Duration::from_secs(2)), "{name} took {took:?}: {}", done.text);
+        assert!(
+            took < 3 * DEADLINE + wait::patience(Duration::from_secs(2)),
+            "{name} took {took:?}: {}",
+            done.text
+        );
     }
     // The one that is looked for: its driver waits for the first block until the backend is back.
     let number = guest.begin(&rebind(2));
@@ -128,7 +132,8 @@ fn drivers_are_unbound_and_bound_whatever_their_backends_do() {
     disks.away.restart();
     let done = guest.finish(number, SCRIPT);
     assert_eq!(done.status, 0, "{}", done.text);
-    let byte = guest.number("dd if=/dev/vdc bs=512 count=1 skip=7 iflag=direct 2>/dev/null | od -An -tu1 -N1");
+    let byte =
+        guest.number("dd if=/dev/vdc bs=512 count=1 skip=7 iflag=direct 2>/dev/null | od -An -tu1 -N1");
     assert_eq!(byte, 7);
     guest.last_words("poweroff -nf");
     let ended = guest.into_vm().end(STEP).with_code(0);

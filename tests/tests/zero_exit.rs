@@ -111,9 +111,9 @@ fn recovery_and_tracing_add_nothing_to_a_request() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::start(DISK));
     let line = |requests: u64| first_device("blk").arg("op", "verify").arg("n", requests).arg("span", 512);
-    let bare =
-        |requests: u64| cost(Launch::payload(&line(requests)).without_trace().disk(&disk.socket()));
-    let both = |requests: u64| cost(Launch::payload(&line(requests)).disk_with(&disk.socket(), "reconnect=30"));
+    let bare = |requests: u64| cost(Launch::payload(&line(requests)).without_trace().disk(&disk.socket()));
+    let both =
+        |requests: u64| cost(Launch::payload(&line(requests)).disk_with(&disk.socket(), "reconnect=30"));
     let (bare_few, bare_many) = (bare(1), bare(REQUESTS));
     let (both_few, both_many) = (both(1), both(REQUESTS));
     assert_eq!(bare_few.0, bare_many.0, "exits at the device");
@@ -129,7 +129,8 @@ fn recovery_and_tracing_add_nothing_to_a_request() {
 fn a_queue_that_has_changed_its_backend_is_as_free_as_before() {
     need!(place::kvm());
     let mut disk = need!(StorageDaemon::start(DISK));
-    let line = first_device("blk").arg("op", "verify").arg("n", 2 * REQUESTS).arg("span", 512).arg("timeout", 30);
+    let line =
+        first_device("blk").arg("op", "verify").arg("n", 2 * REQUESTS).arg("span", 512).arg("timeout", 30);
     let launch = Launch::payload(&line.arg("end", "hang")).disk_with(&disk.socket(), "reconnect=30");
     let vm = launch.start();
     vm.expect("capacity=");
