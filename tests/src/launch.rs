@@ -79,6 +79,14 @@ impl Launch {
         self
     }
 
+    /// Started by a shell that first does `script`, and then has `"$0" "$@"` for the program and its arguments.
+    #[must_use]
+    pub fn by_shell(mut self, script: &str) -> Self {
+        let program = std::mem::replace(&mut self.program, "sh".into());
+        self.arguments.splice(0..0, ["-c".into(), script.into(), program]);
+        self
+    }
+
     /// No trace of the protocol.
     #[must_use]
     pub fn without_trace(mut self) -> Self {

@@ -76,6 +76,21 @@ impl Proxy {
         Self { scratch, state, thread: Some(thread) }
     }
 
+    /// Connects to a machine that listens on `machine`, on behalf of the backend that listens on `backend`.
+    ///
+    /// # Panics
+    /// When one of the two cannot be reached.
+    #[must_use]
+    pub fn dialling(machine: &Path, backend: &Path) -> Self {
+        let state = Arc::new(Mutex::new(State::default()));
+        let reach = |path: &Path| {
+            wait::until("a listening socket", crate::launch::STEP, || UnixStream::connect(path).ok())
+        };
+        let (front, back, shared) = (reach(machine), reach(backend), Arc::clone(&state));
+        let thread = thread::spawn(move || pass_on(&front, &back, &shared));
+        Self { scratch: Scratch::new(), state, thread: Some(thread) }
+    }
+
     /// Where it listens.
     #[must_use]
     pub fn socket(&self) -> PathBuf {

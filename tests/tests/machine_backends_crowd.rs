@@ -172,7 +172,7 @@ noise() {{ dd if=/dev/hwrng of=/tmp/noise bs=256 count=64 iflag=fullblock && [ $
 talk() {{ guest vsock-connect 1234 {BLOCKS}; }}
 for work in disk files noise talk; do ($work >>/tmp/log 2>&1 && echo $work >>/tmp/good) & done
 wait
-echo good=$(wc -l </tmp/good)
+echo good=$(wc -l </tmp/good) $(grep blocks= /tmp/log)
 [ $(wc -l </tmp/good) = 4 ] || {{ cat /tmp/good /tmp/log; exit 4; }}
 umount /mnt"#
     )
