@@ -18,7 +18,9 @@ use outboard_tests::{need, payload, place, wait};
 const MIB: usize = 1 << 20;
 
 fn load() -> Launch {
-    Launch::payload(&first_device("blk").arg("n", 100).arg("op", "verify").arg("size", 512).arg("timeout", 30))
+    Launch::payload(
+        &first_device("blk").arg("n", 100).arg("op", "verify").arg("size", 512).arg("timeout", 30),
+    )
 }
 
 fn assert_worked(ended: &Ended) {
