@@ -218,7 +218,7 @@ impl Board {
         let devices = std::mem::take(&mut self.devices);
         stop_all(&devices);
         let devices = devices.into_iter().map(Attached::detach).collect();
-        let functions = std::mem::take(&mut self.functions).into_iter().map(Placed::remove).collect();
+        let functions = Placed::remove_all(std::mem::take(&mut self.functions));
         (devices, functions)
     }
 }

@@ -272,10 +272,11 @@ impl Run {
             None | Some(Discovery::Acpi) => arch::platform::Discovery::Acpi,
             Some(Discovery::Cmdline) => arch::platform::Discovery::Cmdline,
         };
-        config.trace = match self.trace.or(file.trace) {
-            Some(target) => Some(Tracer::open(&target)?),
-            None => None,
-        };
+        if let Some(target) = self.trace.or(file.trace) {
+            let tracer = Tracer::open(&target)?;
+            config.vfio_trace = Some(tracer.clone());
+            config.trace = Some(tracer);
+        }
         Ok(Job { config, stats: self.stats.or(file.stats) })
     }
 }

@@ -170,7 +170,7 @@ impl Machine {
                     Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
                 );
             }
-            let (function, receiver) = Spare::connect(device, id, &memory)?;
+            let (function, receiver) = Spare::connect(device, id, &memory, config.vfio_trace.as_ref())?;
             peers.listen(Heard::Server(receiver, Arc::clone(function.remote()))).map_err(no_thread)?;
             if function.remote().contents.pin.is_some() {
                 peers.listen(Heard::Pin(Arc::clone(function.remote()))).map_err(no_thread)?;

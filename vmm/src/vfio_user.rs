@@ -11,7 +11,7 @@ use devices::pci::vfio_user::{self, Device, Opened, Remote};
 use devices::pci::{Function, HostBridge};
 use devices::ports::Ports;
 use transport::memory_map::MemoryMap;
-use transport::vfio_user::{Client, Limits, Receiver};
+use transport::vfio_user::{Client, Limits, Receiver, Trace};
 
 use crate::config::{Socket, VfioUser};
 use crate::error::{Error, Fault};
@@ -37,9 +37,11 @@ impl Spare {
         config: VfioUser,
         id: String,
         memory: &MemoryMap,
+        trace: Option<&Arc<dyn Trace>>,
     ) -> Result<(Self, Receiver), Error> {
         let cannot = || format!("cannot start device {id}");
         let limits = Limits::new(config.deadline);
+        let limits = trace.into_iter().fold(limits, |limits, trace| limits.traced(Arc::clone(trace)));
         let client = match config.socket {
             Socket::Path(path) => Client::connect(&path, &limits),
             Socket::Inherited(stream, fd) => Client::from_stream(stream, &format!("fd {fd}"), &limits),
@@ -126,9 +128,21 @@ impl Placed {
         self.device.give_up("the server closed the connection");
     }
 
-    /// Takes the device off its board. Waits for the server.
-    pub(crate) fn remove(self) -> Spare {
-        self.device.retire();
-        self.spare
+    /// Takes all devices off their board at the same time: of several hung servers the deadline is waited for once.
+    pub(crate) fn remove_all(placed: Vec<Placed>) -> Vec<Spare> {
+        std::thread::scope(|scope| {
+            // One is as well retired here.
+            for other in placed.iter().skip(1) {
+                let thread = std::thread::Builder::new().name("retire".to_owned());
+                if let Err(error) = thread.spawn_scoped(scope, || other.device.retire()) {
+                    log::debug!("a device is retired after the others: {error}");
+                    other.device.retire();
+                }
+            }
+            if let Some(first) = placed.first() {
+                first.device.retire();
+            }
+        });
+        placed.into_iter().map(|placed| placed.spare).collect()
     }
 }

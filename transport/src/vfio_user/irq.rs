@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
@@ -11,6 +12,7 @@ use super::client::Client;
 use super::error::{Cause, Error};
 use super::message::{Command, Fault, IrqInfoPayload, SetIrqs, length, parse_front};
 use super::table::Expected;
+use crate::deadline::Deadline;
 
 /// The most interrupts that an index may claim: MSI-X has no more.
 const COUNT_MOST: u32 = 2048;
@@ -166,6 +168,16 @@ impl Client {
     /// When the server refuses or fails.
     pub fn unmask_irqs(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), Error> {
         self.set_irqs(set(index, DATA_NONE | ACTION_UNMASK, start, count))
+    }
+
+    /// Unmasks like [`Client::unmask_irqs`], and goes on: neither the room in the socket nor the reply is waited for.
+    ///
+    /// # Errors
+    /// When the connection ended, or the server does not read: then nothing was sent.
+    pub fn unmask_irqs_soon(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), Error> {
+        let set = set(index, DATA_NONE | ACTION_UNMASK, start, count);
+        let now = Deadline::after(Duration::ZERO);
+        self.begin(Command::DEVICE_SET_IRQS, &[set.as_bytes()], &[], Expected::bytes(0), now).map(drop)
     }
 
     /// Has the server signal `count` interrupts of `index` from number `start` on, as if the device had.

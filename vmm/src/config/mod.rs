@@ -66,6 +66,8 @@ pub struct Config {
     pub discovery: arch::platform::Discovery,
     /// Who sees every message exchanged with a peer.
     pub trace: Option<Arc<dyn Trace>>,
+    /// Who sees every message exchanged with a vfio-user server.
+    pub vfio_trace: Option<Arc<dyn transport::vfio_user::Trace>>,
 }
 
 impl Config {
@@ -83,6 +85,7 @@ impl Config {
             on_reset: OnReset::Exit,
             discovery: arch::platform::Discovery::Acpi,
             trace: None,
+            vfio_trace: None,
         }
     }
 

@@ -267,7 +267,11 @@ impl Server for Session {
     }
 
     fn unmask_pin(&self) -> Result<(), ServerError> {
-        self.0.unmask_irqs(IrqIndex::INTX, 0, 1).map_err(sort)
+        match self.0.unmask_irqs_soon(IrqIndex::INTX, 0, 1) {
+            // It has other things to read first. If it hangs, whoever waits for it will know.
+            Err(error) if error.is_hung() => Err(ServerError::Refused(error.into())),
+            done => done.map_err(sort),
+        }
     }
 
     fn reset(&self) -> Result<(), ServerError> {
