@@ -39,11 +39,11 @@ fn loop_back(role: &str, iommu: &str) {
     let arguments: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
     let script = format!(
         "ip link set eth0 up && guest frames eth0 {FRAMES} || exit 1\n\
-         cd /sys/class/net/eth0/statistics && echo sent=$(cat tx_packets) received=$(cat rx_packets)"
+         cd /sys/class/net/eth0/statistics && echo mtu=$(cat ../mtu) sent=$(cat tx_packets) received=$(cat rx_packets)"
     );
     let launch = need!(guest("virtio_net", &script));
     let device = format!(
-        "net,socket={},server={},iommu={iommu}",
+        "net,socket={},server={},iommu={iommu},mtu=1400",
         scratch.path("net").display(),
         if client == 1 { "on" } else { "off" }
     );
@@ -58,7 +58,7 @@ fn loop_back(role: &str, iommu: &str) {
     assert_worked(&ended);
     let translated = std::fs::read_to_string(ended.files.path("trace")).unwrap().contains("IOTLB_MSG");
     assert_eq!(translated, iommu != "off", "{ended}");
-    assert_eq!(ended.field("frames"), FRAMES, "{ended}");
+    assert_eq!((ended.field("frames"), ended.field("mtu")), (FRAMES, 1400), "{ended}");
     assert!(ended.field("sent") >= FRAMES && ended.field("received") >= FRAMES, "{ended}");
     // DRIVER_OK was told to the backend, and the backend says so.
     let trace = fs::read_to_string(ended.files.path("trace")).unwrap();

@@ -150,6 +150,14 @@ pub trait Backend: Send {
         Err(BackendError::Refused("the backend knows no sessions".into()))
     }
 
+    /// Has the network learn that `mac` is to be found here, when the backend can.
+    ///
+    /// # Errors
+    /// When the backend fails.
+    fn announce(&mut self, _mac: [u8; 6]) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Gives the backend up: nothing is asked of it any more.
     fn disconnect(&mut self);
 

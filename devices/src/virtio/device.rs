@@ -31,6 +31,9 @@ pub use super::report::{DeviceStats, PhaseReport, Trapped};
 /// "OUTB": who made the device, for drivers that ask.
 const VENDOR_ID: u32 = u32::from_le_bytes(*b"OUTB");
 
+/// VIRTIO_NET_F_GUEST_ANNOUNCE.
+const NET_F_GUEST_ANNOUNCE: u32 = 21;
+
 /// Why the device cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum NewError {
@@ -214,6 +217,19 @@ impl Device {
         let asked = self.config_source == ConfigSource::Backend && self.phase.has_backend();
         if asked && self.reload_config() {
             self.interrupt_config();
+        }
+    }
+
+    /// Has the network learn where the guest's address is, as after a migration, when the guest does not do
+    /// so itself. Waits for the backend, within its deadline.
+    pub fn announce(&mut self) {
+        let accepted = self.registers.accepted().filter(|features| !features.has(NET_F_GUEST_ANNOUNCE));
+        let mac = accepted.and_then(|features| self.device_type.mac(features, self.registers.config()));
+        let Some(mac) = mac.filter(|_| matches!(self.phase, Phase::Running(_))) else { return };
+        match self.backend.announce(mac) {
+            Ok(()) => {}
+            Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
+            Err(BackendError::Refused(_)) => self.note("the backend refused to announce the guest's address"),
         }
     }
 

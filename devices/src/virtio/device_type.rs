@@ -3,7 +3,9 @@
 
 use std::str::FromStr;
 
-use transport::vhost_user::features::{DeviceFeatures, ProtocolFeatures, UnknownFeature, Wanted, bit};
+use transport::vhost_user::features::{
+    DeviceFeatures, DriverFeatures, ProtocolFeatures, UnknownFeature, Wanted, bit,
+};
 
 use super::device::Device;
 use super::queue::MAX_QUEUE_SIZE;
@@ -15,6 +17,12 @@ pub const MAX_QUEUES: u16 = 256;
 pub const MAX_CONFIG_SIZE: u16 = 256;
 /// Bytes of a file system's tag (§5.11.4), the first field of its configuration.
 const TAG_SIZE: usize = 36;
+/// The type that has an MTU (§5.1.4), the feature that says so and the place in its configuration; and the feature
+/// that says that it has an address.
+const NET: u32 = 1;
+const NET_F_MTU: u32 = 3;
+const MTU_PLACE: std::ops::Range<usize> = 10..12;
+const NET_F_MAC: u32 = 5;
 /// The type that has a tag.
 const FILE_SYSTEM: u32 = 26;
 /// Entries of a queue unless the type or the user says otherwise.
@@ -123,6 +131,8 @@ pub struct DeviceType {
     features: &'static [Feature],
     /// The last queue is the control queue of a crypto device, which is ours to serve.
     control: bool,
+    /// The MTU that a network card shows, in place of the backend's.
+    mtu: Option<u16>,
     /// What a file system is mounted by, in place of the backend's own word for it.
     tag: Option<[u8; TAG_SIZE]>,
 }
@@ -141,6 +151,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         writable: Writable::Fields(&[]),
         features: &[],
         control: false,
+        mtu: None,
         tag: None,
     }
 }
@@ -299,6 +310,12 @@ pub enum TypeError {
     /// The configuration size is out of range.
     #[error("the configuration size {0} is above {MAX_CONFIG_SIZE}")]
     ConfigSize(u16),
+    /// Only network cards have one.
+    #[error("a {0} device has no MTU, only net has")]
+    NoMtu(&'static str),
+    /// IPv4 asks for more.
+    #[error("the MTU {0} is below 68")]
+    Mtu(u16),
     /// Only file systems have a tag.
     #[error("a {0} device has no tag, only fs has")]
     NoTag(&'static str),
@@ -363,6 +380,9 @@ pub enum ModelError {
          protocol features BACKEND_REQ and REPLY_ACK"
     )]
     NoIommu,
+    /// The driver cannot be told.
+    #[error("the backend does not offer VIRTIO_NET_F_MTU (bit 3), the guest cannot be told of an MTU")]
+    NoMtu,
     /// No machine has room for it.
     #[error("the backend wants more than 1 TiB of shared memory")]
     SharedMemory,
@@ -450,6 +470,31 @@ impl DeviceType {
             _ => return Err(TypeError::Tag(tag.to_owned())),
         }
         Ok(Self { tag: Some(field), no_config: NoConfig::Instead(&[]), ..self })
+    }
+
+    /// The same type with an MTU of the user's, which the guest is told.
+    ///
+    /// # Errors
+    /// When it is no network card, or the MTU is below 68.
+    pub fn with_mtu(self, mtu: u16) -> Result<Self, TypeError> {
+        match (self.id, mtu) {
+            (NET, 68..) => Ok(Self { mtu: Some(mtu), ..self }),
+            (NET, _) => Err(TypeError::Mtu(mtu)),
+            _ => Err(TypeError::NoMtu(self.name)),
+        }
+    }
+
+    /// The MTU of the user's.
+    #[must_use]
+    pub fn mtu(&self) -> Option<u16> {
+        self.mtu
+    }
+
+    /// The address of a network card that the guest knows, for a driver that took `features`.
+    #[must_use]
+    pub fn mac(&self, features: DriverFeatures, config: &[u8]) -> Option<[u8; 6]> {
+        let known = self.id == NET && features.has(NET_F_MAC);
+        config.first_chunk().copied().filter(|_| known)
     }
 
     /// Its name.
@@ -542,7 +587,11 @@ impl DeviceType {
             }
             text.extend(sign);
         }
-        let own = if self.control { ProtocolFeatures::CRYPTO_SESSION } else { ProtocolFeatures::NONE };
+        let own = match self.id {
+            _ if self.control => ProtocolFeatures::CRYPTO_SESSION,
+            NET => ProtocolFeatures::MTU.with(ProtocolFeatures::RARP),
+            _ => ProtocolFeatures::NONE,
+        };
         defaults.and(own).adjust(&text)
     }
 
@@ -574,7 +623,12 @@ impl DeviceType {
             (None, NoConfig::Instead(bytes)) => bytes.to_vec(),
             (None, NoConfig::Unusable) => return Err(ModelError::NoConfig { kind: self.name }),
         };
-        let mut features = self.visible(features, config.len());
+        if self.mtu.is_some() && !features.has(NET_F_MTU) {
+            return Err(ModelError::NoMtu);
+        }
+        let told = if self.mtu.is_some() { 1 << NET_F_MTU } else { 0 };
+        let shown = self.visible(features, config.len()).bits() | features.bits() & told;
+        let mut features = DeviceFeatures::from_bits(shown);
         if let (Some(field), Some(needed)) = (self.ports, ported)
             && needed > queues.min(served)
         {
@@ -609,6 +663,9 @@ impl DeviceType {
     pub fn patch(&self, config: &mut [u8], features: DeviceFeatures, queues: u16) {
         if let (Some(tag), Some(place)) = (self.tag, config.get_mut(..TAG_SIZE)) {
             place.copy_from_slice(&tag);
+        }
+        if let (Some(mtu), Some(place)) = (self.mtu, config.get_mut(MTU_PLACE)) {
+            place.copy_from_slice(&mtu.to_le_bytes());
         }
         let Some(field) = self.queue_count else { return };
         if field.feature.is_some_and(|bit| !features.has(bit)) {

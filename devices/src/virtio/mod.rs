@@ -19,6 +19,7 @@
 //! | [`shared_memory`] | what a backend shows the guest of its own memory |
 //! | `control`, `control_queue`, `crypto` | the queue that we serve ourselves |
 //! | [`backend`] | what the device asks of whoever serves its queues |
+//! | [`order`] | what a user wants of it |
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`reconnect`] | a vhost-user backend that comes back |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
@@ -36,6 +37,7 @@ pub mod face;
 pub mod handle;
 pub mod iommu;
 pub mod mmio;
+pub mod order;
 pub mod pci;
 pub mod phase;
 pub mod probation;

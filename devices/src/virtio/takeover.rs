@@ -305,7 +305,10 @@ impl Device {
             self.activations += u64::from(queues.begin == Begin::Fresh);
             match queues.begin {
                 Begin::Fresh => self.begin_control(),
-                Begin::Resumed => self.continue_control(),
+                Begin::Resumed => {
+                    self.continue_control();
+                    self.announce();
+                }
             }
             // The lost one may have died between using a buffer and saying so.
             self.call_all();

@@ -2,19 +2,20 @@
 //! they run. Must never send a message of its own making: that is the transport's.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use transport::memory_map::GuestAddr;
 use transport::vhost_user::crypto::{SessionId, SymmetricSession};
-use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
+use transport::vhost_user::features::{ProtocolFeatures, bit};
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::{Connection, Error, InflightArea, IovaMap, LiveSession, Session, Stats};
 
 use super::answers::OwnChannel;
 use super::backend::{Backend, BackendError, BackendStats, Begin, Start};
-use super::device_type::{DeviceType, Model, ModelError, Offer, Wishes};
+use super::device_type::{Model, ModelError, Offer};
+pub use super::order::Order;
 use super::reconnect::Reconnect;
 use super::registers::SharedMemory;
 use super::shared_memory::{SharedRegions, Tenancy};
@@ -22,64 +23,6 @@ use crate::lock;
 
 /// Bytes of shared memory that a device may have: more, no guest could map.
 const SHARED_MEMORY_MAX: u64 = 1 << 40;
-
-/// What a user wants of a vhost-user device.
-#[derive(Debug, Clone)]
-pub struct Order {
-    /// Its type.
-    pub device_type: DeviceType,
-    /// Queues and sizes.
-    pub wishes: Wishes,
-    /// What to negotiate: see [`DeviceType::wanted`].
-    pub wanted: Wanted,
-    /// What the user changed of that.
-    changes: String,
-    /// The translations of a device behind an IOMMU.
-    translations: Option<Arc<IovaMap>>,
-}
-
-impl Order {
-    /// An order of `device_type`, with the features changed as the user says (`-name+name`).
-    ///
-    /// # Errors
-    /// When a feature name is not known.
-    pub fn new(device_type: DeviceType, wishes: Wishes, features: &str) -> Result<Self, UnknownFeature> {
-        let wanted = device_type.wanted(features)?;
-        Ok(Self { device_type, wishes, wanted, changes: features.to_owned(), translations: None })
-    }
-
-    /// The same for a device that is to outlive its backend: wants notes of what is in flight, too,
-    /// unless the user does not.
-    #[must_use]
-    pub fn recoverable(mut self) -> Self {
-        let defaults = DeviceType::defaults().and(ProtocolFeatures::INFLIGHT_SHMFD);
-        // The names of the changes were good once already.
-        self.wanted = self.device_type.wanted_of(defaults, &self.changes).unwrap_or(self.wanted);
-        if self.translations.is_some() {
-            self.offer_access_platform();
-        }
-        self
-    }
-
-    /// The same for a device behind an IOMMU with these translations: VIRTIO_F_ACCESS_PLATFORM is offered,
-    /// and a backend without it does not fit.
-    #[must_use]
-    pub fn behind(mut self, translations: Arc<IovaMap>) -> Self {
-        self.translations = Some(translations);
-        self.offer_access_platform();
-        self
-    }
-
-    fn offer_access_platform(&mut self) {
-        self.wanted = self.wanted.adjust("+access_platform").unwrap_or(self.wanted);
-    }
-
-    /// Whether the driver is to be offered VIRTIO_F_ACCESS_PLATFORM.
-    #[must_use]
-    pub fn wants_iommu(&self) -> bool {
-        self.wanted.device().has(bit::ACCESS_PLATFORM)
-    }
-}
 
 /// Why there is no device at the other end.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +37,14 @@ pub enum OpenError {
         peer: String,
         /// Why not.
         source: ModelError,
+    },
+    /// The display that a GPU is to draw on.
+    #[error("cannot connect to the display's socket {name}")]
+    Display {
+        /// Where it should be.
+        name: String,
+        /// Why not.
+        source: io::Error,
     },
     /// No fd is to be had.
     #[error("cannot duplicate a socket")]
@@ -115,7 +66,13 @@ impl OpenError {
             Self::Unfit { source: ModelError::NoIommu, .. } => {
                 Some("start it with its IOMMU support, or leave iommu= out")
             }
+            Self::Unfit { source: ModelError::NoMtu, .. } => {
+                Some("leave mtu= out, or start it with support for it")
+            }
             Self::Unfit { .. } => None,
+            Self::Display { .. } => {
+                Some("the display has to listen before the GPU's backend is connected to")
+            }
             Self::Fd(_) => Some("raise the limit of open files (ulimit -n)"),
         }
     }
@@ -195,6 +152,16 @@ impl Survey {
         let has_shared = session.protocol().contains(ProtocolFeatures::SHMEM);
         let shared = has_shared.then(|| session.shmem_config()).transpose()?.unwrap_or_default();
         model.shared_memory = shared_memory(&shared).map_err(|source| unfit(session.peer(), source))?;
+        if let Some(mtu) = order.device_type.mtu()
+            && session.protocol().contains(ProtocolFeatures::MTU)
+        {
+            session.set_mtu(mtu)?;
+        }
+        if let Some(display) = &order.display {
+            let failed = |source| OpenError::Display { name: display.to_string(), source };
+            let socket = display.socket(session.deadline()).map_err(failed)?;
+            session.set_gpu_socket(socket.as_fd())?;
+        }
         Ok(Self { session, model, config_size, shared })
     }
 }
@@ -413,6 +380,12 @@ impl Backend for VhostUser {
 
     fn shared_object(&mut self, uuid: Uuid) -> Result<OwnedFd, BackendError> {
         self.live()?.shared_object(uuid).map_err(failed)
+    }
+
+    fn announce(&mut self, mac: [u8; 6]) -> Result<(), BackendError> {
+        let live = self.live()?;
+        let can = live.session().protocol().contains(ProtocolFeatures::RARP);
+        if can { live.send_rarp(mac).map_err(failed) } else { Ok(()) }
     }
 
     fn create_crypto_session(&mut self, session: &SymmetricSession) -> Result<SessionId, BackendError> {

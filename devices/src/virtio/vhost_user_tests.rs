@@ -12,7 +12,7 @@ use super::*;
 use crate::bus::BusDevice;
 use crate::testing::{Recorder, memory};
 use crate::virtio::mmio::{MmioDevice, Place};
-use crate::virtio::{OnLoss, Parts, PhaseReport};
+use crate::virtio::{DeviceType, OnLoss, Parts, PhaseReport, Wishes};
 
 const BASE: u64 = 0xd000_0000;
 const SECTORS: u64 = 2048;

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use super::backend_req::BackendChannel;
 use super::channel::{Channel, Limits, Stats};
@@ -199,6 +200,11 @@ impl Session {
     /// The peer's name.
     pub fn peer(&self) -> &str {
         self.channel.peer()
+    }
+
+    /// How long any operation may take.
+    pub fn deadline(&self) -> Duration {
+        self.channel.limits().deadline()
     }
 
     /// Counters of this connection.

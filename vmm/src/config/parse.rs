@@ -1,12 +1,13 @@
 //! The values of the options: sizes, and `VALUE,key=value,…` lists.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use arch::ram::Hugepages;
 use devices::virtio::device_type::{DeviceType, Wishes};
 use devices::virtio::iommu::Iommu;
-use devices::virtio::vhost_user::Order;
+use devices::virtio::order::{Display, Order};
 
 use super::{DEFAULT_DEADLINE, Memory, Role, Serial, Socket, Transport, VhostUser};
 use crate::descriptors;
@@ -164,6 +165,8 @@ pub(super) const VHOST_USER_KEYS: &[&str] = &[
     "features",
     "server",
     "iommu",
+    "mtu",
+    "gpu-socket",
 ];
 
 /// `--vhost-user TYPE,socket=PATH[,key=value…]`.
@@ -187,6 +190,12 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         device_type = device_type
             .with_tag(tag)
             .map_err(|error| Error::usage(format!("{option} cannot use tag={tag}")).because(error))?;
+    }
+
+    if let Some(mtu) = number16(keys.take_number("mtu", 68..=65535)?) {
+        device_type = device_type
+            .with_mtu(mtu)
+            .map_err(|error| Error::usage(format!("{option} cannot use mtu={mtu}")).because(error))?;
     }
 
     let transport = match keys.take("transport") {
@@ -213,11 +222,21 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         .validate()
         .map_err(|error| Error::usage(format!("{option} cannot make this {name} device")).because(error))?;
     let features = keys.take("features").unwrap_or("");
-    let order = Order::new(device_type, wishes, features).map_err(|error| {
+    let mut order = Order::new(device_type, wishes, features).map_err(|error| {
         Error::usage(format!("{option} cannot use features={features}"))
             .because(error)
             .hint("write names with a sign, for example features=-event_idx+mq")
     })?;
+    if let Some(text) = keys.take("gpu-socket") {
+        if name != "gpu" {
+            return Err(Error::usage(format!("{option} cannot use gpu-socket={text}"))
+                .because(format!("a {name} device draws nothing, only gpu does")));
+        }
+        order = order.drawing_on(match Socket::parse(text)? {
+            Socket::Path(path) => Display::Path(path),
+            Socket::Inherited(stream, _) | Socket::Stream(stream) => Display::Open(Arc::new(stream.into())),
+        });
+    }
     let role = match keys.take("server") {
         None | Some("off") => Role::Client,
         Some("on") => Role::Server,
@@ -345,6 +364,9 @@ mod tests {
             ("blk,socket=/s,transport=isa", "transport=isa"),
             ("blk,socket=/s,server=maybe", "server=maybe"),
             ("blk,socket=/s,reconnect=soon", "reconnect=soon"),
+            ("blk,socket=/s,mtu=1500", "mtu=1500"),
+            ("net,socket=/s,mtu=67", "mtu=67"),
+            ("blk,socket=/s,gpu-socket=/d", "gpu-socket=/d"),
             ("blk,socket=/s,iommu=yes", "iommu=yes"),
             ("blk,socket=fd=x", "no inherited descriptor"),
             ("blk,/s", "only its first item"),
