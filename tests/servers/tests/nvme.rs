@@ -235,6 +235,24 @@ fn what_makes_no_sense_is_answered_with_its_status() {
 }
 
 #[test]
+fn queues_at_the_end_of_all_addresses_are_fatal_until_a_reset() {
+    let mut driver = Driver::start("mapped", "plain");
+    for (queue, base) in [(0x28, !0xfff_u64), (0x30, 0)] {
+        driver.set(0x14, 0x0046_0000);
+        driver.set(0x24, 0x0fff_0fff);
+        driver.client.region_write(0, queue, &base.to_le_bytes()).unwrap();
+        driver.set(0x14, 0x0046_0001);
+        for tail in [1, 100, 200] {
+            driver.ring(0, 0, tail);
+        }
+        until("the fatal status", || (driver.register(0x1c) & 2 != 0).then_some(()));
+        driver.set(0x14, 0x0046_0000);
+        driver.enable();
+        assert_eq!(driver.submit(0, 0x06, 0, [BUFFER, 0], [1, 0, 0]).status, 0);
+    }
+}
+
+#[test]
 fn a_doorbell_beyond_its_queue_is_fatal_until_a_reset() {
     let mut driver = Driver::start("mapped", "plain");
     driver.ring(0, 0, 4000);

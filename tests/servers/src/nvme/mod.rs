@@ -137,6 +137,9 @@ impl Nvme {
 
     /// Executes one command of a queue; false when there is none, or no room for its answer.
     fn step(&mut self, queue: u16) -> bool {
+        if !self.registers.is_ready() {
+            return false;
+        }
         let Some(submission) = self.submission.get_mut(&queue) else { return false };
         let to = submission.completion;
         let Some(completion) = self.completion.get_mut(&to) else { return false };

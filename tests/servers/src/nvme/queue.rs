@@ -1,7 +1,7 @@
 //! NVMe 1.4 §4.1: queues are rings in the guest's memory. The guest moves the tail of submission queues and the head of
 //! completion queues by doorbells; a value beyond the ring is refused.
 
-use std::io::Result;
+use std::io::{Error, Result};
 
 use super::command::{COMPLETION, Completion, SUBMISSION};
 use crate::guest_memory::GuestMemory;
@@ -44,7 +44,7 @@ impl SubmissionQueue {
     /// When the queue is not in memory.
     pub fn take(&mut self, memory: &GuestMemory) -> Result<[u8; SUBMISSION]> {
         let mut bytes = [0; SUBMISSION];
-        memory.read(self.base + u64::from(self.head) * SUBMISSION as u64, &mut bytes)?;
+        memory.read(entry(self.base, self.head, SUBMISSION)?, &mut bytes)?;
         self.head = (self.head + 1) % self.size;
         Ok(bytes)
     }
@@ -90,11 +90,11 @@ impl CompletionQueue {
     /// When the queue is not in memory.
     pub fn post(&mut self, memory: &GuestMemory, completion: &Completion) -> Result<()> {
         let bytes = completion.bytes(self.phase);
-        let at = self.base + u64::from(self.tail) * COMPLETION as u64;
+        let at = entry(self.base, self.tail, COMPLETION)?;
         // The guest looks at the phase tag, so what it stands for is written before it.
         let (body, tag) = bytes.split_at(COMPLETION - 4);
         memory.write(at, body)?;
-        memory.write(at + body.len() as u64, tag)?;
+        memory.write(at.wrapping_add(body.len() as u64), tag)?;
         self.tail = (self.tail + 1) % self.size;
         if self.tail == 0 {
             self.phase ^= 1;
@@ -102,6 +102,12 @@ impl CompletionQueue {
         self.posted = true;
         Ok(())
     }
+}
+
+/// Where an entry is. The guest says where the queue begins, which may be near the end of all addresses.
+fn entry(base: u64, number: u16, size: usize) -> Result<u64> {
+    let offset = u64::from(number) * u64::try_from(size).map_err(Error::other)?;
+    base.checked_add(offset).ok_or_else(|| Error::other("a queue beyond all addresses"))
 }
 
 fn set(place: &mut u16, value: u32, size: u16) -> bool {
