@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -264,6 +265,7 @@ fn writes_to_guest_memory_are_logged() {
     };
     // SET_LOG_BASE is answered with a value that is not 0, and that is no refusal.
     live.start_log(Arc::new(DirtyLog::new(fd, size, 0))).unwrap();
+    live.notify_log(driver.call.as_fd()).unwrap();
     assert_eq!(driver.request(0, 7, &[0; 512]), [7; 512]);
     assert!(dirty(USED / 4096), "the used ring");
     assert!(dirty((REQUEST + 0x1000) / 4096), "the data");
