@@ -18,7 +18,8 @@ const PEERS: &[(&str, &[&str])] = &[
     ("vhost-user-backend", &["rust_backend", "machine_shared_memory"]),
     ("DPDK", &["dpdk", "machine_backends_net"]),
 ];
-const SCRIPTED: &[&str] = &["every_request", "every_backend_request", "conversation", "configuration", "refusals"];
+const SCRIPTED: &[&str] =
+    &["every_request", "every_backend_request", "conversation", "configuration", "refusals"];
 
 /// Rows of the table under a heading: code and name, and the two cells with tests.
 fn rows<'a>(text: &'a str, heading: &str) -> BTreeMap<&'a str, (&'a str, &'a str)> {
@@ -49,7 +50,8 @@ fn tests(cell: &str) -> Vec<(&str, &str)> {
 fn assert_exists(test: &str) -> &str {
     let (file, name) = test.split_once("::").unwrap_or_else(|| panic!("{test} is no file::test"));
     let paths = ["transport/tests", "tests/tests"].map(|folder| format!("{ROOT}/{folder}/{file}.rs"));
-    let text = paths.iter().filter(|path| Path::new(path).exists()).map(|path| fs::read_to_string(path).unwrap());
+    let text =
+        paths.iter().filter(|path| Path::new(path).exists()).map(|path| fs::read_to_string(path).unwrap());
     let found = text.into_iter().any(|text| text.contains(&format!("#[test]\nfn {name}(")));
     assert!(found, "tests/PROTOCOL.md names {test}, which is not there");
     file
@@ -59,10 +61,15 @@ fn check<'a>(rows: &BTreeMap<&str, (&str, &str)>, requests: impl Iterator<Item =
     let mut count = 0;
     for (code, name) in requests {
         count += 1;
-        let (real, scripted) = rows.get(&*format!("{code} {name}")).unwrap_or_else(|| panic!("no row for {code} {name}"));
+        let (real, scripted) =
+            rows.get(&*format!("{code} {name}")).unwrap_or_else(|| panic!("no row for {code} {name}"));
         for (peer, test) in tests(real) {
             let file = assert_exists(test);
-            let files = PEERS.iter().find(|(name, _)| *name == peer).unwrap_or_else(|| panic!("{name}: who is {peer}?")).1;
+            let files = PEERS
+                .iter()
+                .find(|(name, _)| *name == peer)
+                .unwrap_or_else(|| panic!("{name}: who is {peer}?"))
+                .1;
             assert!(files.contains(&file), "{name}: {test} is no test with {peer}");
         }
         for (_, test) in tests(scripted) {

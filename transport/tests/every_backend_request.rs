@@ -77,7 +77,14 @@ fn cases() -> Vec<Case> {
     vec![
         (R::IOTLB_MSG, miss, 0, P::BACKEND_REQ, "iotlb 0x5000 1", 0),
         (R::CONFIG_CHANGE_MSG, vec![], 0, P::CONFIG, "config", 0),
-        (R::VRING_HOST_NOTIFIER_MSG, words(&[1, 4096, 0]), 1, P::HOST_NOTIFIER.with(send_fd), "notifier 1 true", 0),
+        (
+            R::VRING_HOST_NOTIFIER_MSG,
+            words(&[1, 4096, 0]),
+            1,
+            P::HOST_NOTIFIER.with(send_fd),
+            "notifier 1 true",
+            0,
+        ),
         (R::VRING_CALL, words(&[1]), 0, P::INBAND_NOTIFICATIONS, "call 1", 0),
         (R::VRING_ERR, words(&[1]), 0, P::INBAND_NOTIFICATIONS, "error 1", 0),
         (R::SHARED_OBJECT_ADD, vec![7; 16], 0, P::SHARED_OBJECT.with(send_fd), "add 7", 0),
