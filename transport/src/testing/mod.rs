@@ -9,5 +9,5 @@ pub mod vfio_user;
 mod vhost_user;
 
 pub use role::{RingView, Seen};
-pub use script::{Act, Offer, Script};
+pub use script::{Act, FdKind, Offer, Script};
 pub use vhost_user::ScriptedBackend;

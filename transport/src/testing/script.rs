@@ -1,5 +1,8 @@
 //! What a scripted back-end offers, and where it goes astray.
 
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use crate::vhost_user::ProtocolFeatures;
@@ -83,6 +86,8 @@ pub enum Act {
     Payload(Vec<u8>),
     /// This many fds with the header.
     Fds(usize),
+    /// One fd of this kind with the header.
+    FdOf(FdKind),
     /// This many fds with the payload's first byte, sent apart from the header.
     FdsWithBody(usize),
     /// Answers, if at all, with this code.
@@ -93,6 +98,43 @@ pub enum Act {
     Unasked,
     /// Sends this many answers of the same kind before closing.
     Flood(usize),
+}
+
+/// What an fd may be instead of what it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FdKind {
+    /// An eventfd.
+    Eventfd,
+    /// The reading end of a pipe.
+    Pipe,
+    /// A unix socket.
+    Socket,
+    /// A directory.
+    Directory,
+    /// `/dev/null`, opened for its path only.
+    Path,
+    /// A memfd of so many bytes.
+    Memfd(u64),
+}
+
+impl FdKind {
+    /// An fd of this kind.
+    pub fn make(self) -> io::Result<OwnedFd> {
+        use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, open};
+        let opened = |path: &str, flags| open(path, flags | OFlags::CLOEXEC, Mode::empty());
+        Ok(match self {
+            Self::Eventfd => rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?,
+            Self::Pipe => std::io::pipe()?.0.into(),
+            Self::Socket => UnixStream::pair()?.0.into(),
+            Self::Directory => opened("/", OFlags::DIRECTORY | OFlags::RDONLY)?,
+            Self::Path => opened("/dev/null", OFlags::PATH)?,
+            Self::Memfd(size) => {
+                let file = memfd_create("of a test", MemfdFlags::CLOEXEC)?;
+                ftruncate(&file, size)?;
+                file
+            }
+        })
+    }
 }
 
 /// Where to do what.

@@ -239,6 +239,7 @@ fn play(stream: &UnixStream, request: Request, mut reply: Reply, act: Option<&Ac
             reply.header.size = length(payload.len());
         }
         Some(Act::Fds(count)) => reply.fds = spare_fds(*count)?,
+        Some(Act::FdOf(kind)) => reply.fds = vec![kind.make()?],
         Some(Act::FdsWithBody(count)) => {
             send_all(stream, reply.header.as_bytes(), &[])?;
             let fds = spare_fds(*count)?;
