@@ -106,8 +106,10 @@ impl BackendRequests for Machine {
 fn requests_of_a_backend_with_wrong_fds_are_answered_and_the_channel_goes_on() {
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
     with_each(&KINDS, |kind| {
-        let (backend, mut session) =
-            session(P::HOST_NOTIFIER.with(P::SHMEM).with(P::BACKEND_SEND_FD).with(P::SHARED_OBJECT), Script::normal());
+        let (backend, mut session) = session(
+            P::HOST_NOTIFIER.with(P::SHMEM).with(P::BACKEND_SEND_FD).with(P::SHARED_OBJECT),
+            Script::normal(),
+        );
         let mut channel = session.take_backend_channel().unwrap();
         let machine = Machine::default();
         let fd = kind.make().unwrap();
