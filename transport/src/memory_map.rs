@@ -109,6 +109,12 @@ impl SharedRegion {
         self.guest.checked_add(self.size)
     }
 
+    /// True when `other` is the same range of the same file at the same place.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let place = |region: &Self| (region.guest, region.size, region.offset);
+        place(self) == place(other) && Arc::ptr_eq(&self.fd, &other.fd)
+    }
+
     pub(crate) fn holds(&self, at: GuestAddr, len: u64) -> bool {
         match (at.checked_add(len), self.end()) {
             (Some(last), Some(end)) => at >= self.guest && last <= end,

@@ -1,6 +1,7 @@
 //! What the device core asks of whoever serves the queues. Knows no protocol.
 
 use std::error::Error;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use transport::vhost_user::IovaMap;
 use transport::vhost_user::crypto::{SessionId, SymmetricSession};
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::message::Uuid;
-use transport::vhost_user::vring::Ring;
+use transport::vhost_user::vring::{Ring, RingBase};
 
 /// Whether a backend is the first to have the queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +149,46 @@ pub trait Backend: Send {
     /// When the backend does not.
     fn close_crypto_session(&mut self, _session: SessionId) -> Result<(), BackendError> {
         Err(BackendError::Refused("the backend knows no sessions".into()))
+    }
+
+    /// Brings the queues to a stand without waiting for what is in flight, where the backend can: that stays
+    /// in its notes for the next, resumed start. Elsewhere as [`Backend::stop`]. Where the queues are, in the
+    /// order in which they were started; nothing when they stood.
+    ///
+    /// # Errors
+    /// As for [`Backend::stop`].
+    fn suspend(&mut self) -> Result<Vec<RingBase>, BackendError> {
+        self.stop().map(|()| Vec::new())
+    }
+
+    /// Guest memory is `memory` from now on. Queues that run go on: `rings` are those that were started, in
+    /// that order and with any base. When they had to stop for a moment, where they went on.
+    ///
+    /// # Errors
+    /// When the backend cannot hold that memory, and keeps what it had; or is lost.
+    fn change_memory(
+        &mut self,
+        _memory: &MemoryMap,
+        _rings: &[Ring<'_>],
+    ) -> Result<Vec<RingBase>, BackendError> {
+        Err(BackendError::Refused("the backend's memory cannot change".into()))
+    }
+
+    /// Copies the backend's internal state, `most` bytes at most, to `sink`: how many there were. The queues
+    /// stand. Waits as long as the state keeps coming.
+    ///
+    /// # Errors
+    /// When there is none to be had.
+    fn save_state(&mut self, _sink: &mut dyn Write, _most: u64) -> Result<u64, BackendError> {
+        Err(BackendError::Refused("the backend has no state to give".into()))
+    }
+
+    /// Gives the backend the state that `source` holds.
+    ///
+    /// # Errors
+    /// When it does not take it.
+    fn load_state(&mut self, _source: &mut dyn Read) -> Result<u64, BackendError> {
+        Err(BackendError::Refused("the backend takes no state".into()))
     }
 
     /// Has the network learn that `mac` is to be found here, when the backend can.

@@ -16,10 +16,12 @@
 //! | [`handle`], [`report`] | the device shared between threads, and what it reports |
 //! | [`iommu`] | what the driver's addresses mean |
 //! | [`answers`] | what is done for a backend's own requests |
+//! | `memory` | guest memory that comes and goes |
 //! | [`shared_memory`] | what a backend shows the guest of its own memory |
 //! | `control`, `control_queue`, `crypto` | the queue that we serve ourselves |
 //! | [`backend`] | what the device asks of whoever serves its queues |
 //! | [`order`] | what a user wants of it |
+//! | [`opening`] | a backend asked what it is |
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`reconnect`] | a vhost-user backend that comes back |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
@@ -36,7 +38,9 @@ pub mod device_type;
 pub mod face;
 pub mod handle;
 pub mod iommu;
+mod memory;
 pub mod mmio;
+pub mod opening;
 pub mod order;
 pub mod pci;
 pub mod phase;

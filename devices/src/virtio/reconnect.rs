@@ -17,10 +17,12 @@ use transport::vhost_user::{Connection, Error as PeerError};
 use super::answers::{Answers, OwnChannel};
 use super::backend::BackendError;
 use super::handle::DeviceHandle;
+use super::opening::{Attended, OpenError, Survey};
+use super::order::Order;
 use super::revival::Trial;
 use super::shared_memory::SharedRegions;
 use super::takeover::{Candidate, Misfit, TakeOverError};
-use super::vhost_user::{Attended, Kept, OpenError, Order, Survey, VhostUser};
+use super::vhost_user::{Kept, VhostUser};
 
 /// Why a backend that was connected to does not serve the device.
 #[derive(Debug, thiserror::Error)]

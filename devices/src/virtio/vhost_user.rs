@@ -1,190 +1,23 @@
 //! The backend of a device over vhost-user: a `Session` while the queues stand, a `LiveSession` while
 //! they run. Must never send a message of its own making: that is the transport's.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use transport::memory_map::GuestAddr;
+use transport::memory_map::{MemoryMap, SharedRegion};
 use transport::vhost_user::crypto::{SessionId, SymmetricSession};
-use transport::vhost_user::features::{ProtocolFeatures, bit};
+use transport::vhost_user::features::ProtocolFeatures;
 use transport::vhost_user::message::Uuid;
-use transport::vhost_user::{Connection, Error, InflightArea, IovaMap, LiveSession, Session, Stats};
+use transport::vhost_user::vring::{Ring, RingBase};
+use transport::vhost_user::{Error, InflightArea, IovaMap, LiveSession, Lost, Session, Stats};
 
-use super::answers::OwnChannel;
 use super::backend::{Backend, BackendError, BackendStats, Begin, Start};
-use super::device_type::{Model, ModelError, Offer};
+pub use super::opening::{OpenError, Opened, open};
 pub use super::order::Order;
-use super::reconnect::Reconnect;
-use super::registers::SharedMemory;
-use super::shared_memory::{SharedRegions, Tenancy};
+use super::shared_memory::Tenancy;
 use crate::lock;
-
-/// Bytes of shared memory that a device may have: more, no guest could map.
-const SHARED_MEMORY_MAX: u64 = 1 << 40;
-
-/// Why there is no device at the other end.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The backend failed.
-    #[error(transparent)]
-    Peer(#[from] Error),
-    /// It works, but is not what was asked for.
-    #[error("{peer} does not fit")]
-    Unfit {
-        /// The backend's name.
-        peer: String,
-        /// Why not.
-        source: ModelError,
-    },
-    /// The display that a GPU is to draw on.
-    #[error("cannot connect to the display's socket {name}")]
-    Display {
-        /// Where it should be.
-        name: String,
-        /// Why not.
-        source: io::Error,
-    },
-    /// No fd is to be had.
-    #[error("cannot duplicate a socket")]
-    Fd(#[source] io::Error),
-}
-
-impl OpenError {
-    /// What the user may try.
-    #[must_use]
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Self::Peer(error) => error.hint(),
-            Self::Unfit { source: ModelError::NoConfig { kind: "fs" }, .. } => {
-                Some("virtiofsd has a configuration only when it is started with --tag NAME")
-            }
-            Self::Unfit { source: ModelError::NoConfig { .. } | ModelError::TooFewQueues { .. }, .. } => {
-                Some("is this a backend for another type of device?")
-            }
-            Self::Unfit { source: ModelError::NoIommu, .. } => {
-                Some("start it with its IOMMU support, or leave iommu= out")
-            }
-            Self::Unfit { source: ModelError::NoMtu, .. } => {
-                Some("leave mtu= out, or start it with support for it")
-            }
-            Self::Unfit { .. } => None,
-            Self::Display { .. } => {
-                Some("the display has to listen before the GPU's backend is connected to")
-            }
-            Self::Fd(_) => Some("raise the limit of open files (ulimit -n)"),
-        }
-    }
-}
-
-/// A backend that was asked what it is, and the device to make of it.
-pub struct Opened {
-    /// What the guest will see.
-    pub model: Model,
-    /// Serves the queues.
-    pub backend: VhostUser,
-    /// The backend's own requests, when it may make any: to be served from now on.
-    pub channel: Option<OwnChannel>,
-    /// Readable or hung up as soon as the connection is gone, whoever ended it. Nothing is to be read
-    /// from it.
-    pub hang_up: OwnedFd,
-    /// For when it is lost.
-    pub reconnect: Reconnect,
-    /// What it shows the guest of its own memory, if it may.
-    pub shared: SharedRegions,
-}
-
-/// Asks the backend what it offers and makes a device of that. Waits for two deadlines at most.
-///
-/// # Errors
-/// When the backend fails, or does not fit the order.
-pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
-    let survey = Survey::of(connection, order)?;
-    let shared = SharedRegions::new(survey.shared.clone());
-    let reconnect = Reconnect::new(order, &survey, shared.clone());
-    let (Attended { model, backend, hang_up }, channel) = reconnect.attend(survey)?;
-    Ok(Opened { model, backend, channel, hang_up, reconnect, shared })
-}
-
-/// What a backend says of itself.
-pub(super) struct Survey {
-    pub(super) session: Session,
-    pub(super) model: Model,
-    /// Bytes of configuration that it gave.
-    pub(super) config_size: usize,
-    /// The sizes of its shared memory regions, by id.
-    pub(super) shared: Vec<u64>,
-}
-
-/// A backend that stands ready, and the device that could be made of it.
-pub(super) struct Attended {
-    pub(super) model: Model,
-    pub(super) backend: VhostUser,
-    pub(super) hang_up: OwnedFd,
-}
-
-impl Survey {
-    pub(super) fn of(connection: Connection, order: &Order) -> Result<Self, OpenError> {
-        let mut session = connection.negotiate(&order.wanted)?;
-        if let Some(map) = &order.translations {
-            session = behind(session, map)?;
-        }
-        let most = usize::from(order.device_type.config_size());
-        let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && most > 0;
-        let config = match has_config.then(|| session.read_config(most)).transpose() {
-            Ok(config) => config,
-            // Promised, but not given: as good as none, where the device can do without.
-            Err(error) if !error.is_fatal() && !order.device_type.needs_config() => {
-                log::warn!("{error}");
-                None
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let config_size = config.as_ref().map_or(0, Vec::len);
-        let has_count = session.protocol().contains(ProtocolFeatures::MQ);
-        let queue_num = has_count.then(|| session.queue_num());
-        let offer = Offer { features: session.offered(), queue_num, config };
-        let unfit =
-            |peer: &str, source| OpenError::Unfit { peer: format!("vhost-user backend {peer}"), source };
-        let model = order.device_type.model(offer, &order.wishes);
-        let mut model = model.map_err(|source| unfit(session.peer(), source))?;
-        let has_shared = session.protocol().contains(ProtocolFeatures::SHMEM);
-        let shared = has_shared.then(|| session.shmem_config()).transpose()?.unwrap_or_default();
-        model.shared_memory = shared_memory(&shared).map_err(|source| unfit(session.peer(), source))?;
-        if let Some(mtu) = order.device_type.mtu()
-            && session.protocol().contains(ProtocolFeatures::MTU)
-        {
-            session.set_mtu(mtu)?;
-        }
-        if let Some(display) = &order.display {
-            let failed = |source| OpenError::Display { name: display.to_string(), source };
-            let socket = display.socket(session.deadline()).map_err(failed)?;
-            session.set_gpu_socket(socket.as_fd())?;
-        }
-        Ok(Self { session, model, config_size, shared })
-    }
-}
-
-/// Regions of these sizes, whose places are yet to be found.
-fn shared_memory(sizes: &[u64]) -> Result<Vec<Option<SharedMemory>>, ModelError> {
-    let total = sizes.iter().try_fold(0_u64, |sum, size| sum.checked_add(*size));
-    if total.is_none_or(|total| total > SHARED_MEMORY_MAX) {
-        return Err(ModelError::SharedMemory);
-    }
-    let region = |size: &u64| (*size > 0).then_some(SharedMemory { base: GuestAddr(0), length: *size });
-    Ok(sizes.iter().map(region).collect())
-}
-
-/// The session of a device behind an IOMMU.
-fn behind(session: Session, map: &Arc<IovaMap>) -> Result<Session, OpenError> {
-    let needs = ProtocolFeatures::BACKEND_REQ.with(ProtocolFeatures::REPLY_ACK);
-    if !session.offered().has(bit::ACCESS_PLATFORM) || !session.protocol().contains(needs) {
-        let peer = format!("vhost-user backend {}", session.peer());
-        return Err(OpenError::Unfit { peer, source: ModelError::NoIommu });
-    }
-    Ok(session.with_iova_map(Arc::clone(map)))
-}
 
 /// The connection, by what it can do.
 enum Link {
@@ -208,7 +41,29 @@ pub struct VhostUser {
     config_size: usize,
     translations: Option<Arc<IovaMap>>,
     shared: Option<Tenancy>,
+    /// What running queues were told of.
+    memory: Option<MemoryMap>,
     kept: Arc<Mutex<Kept>>,
+}
+
+/// Tells the backend what came and what went. A refusal leaves it with what it had.
+fn slots(live: &mut LiveSession, old: Option<&MemoryMap>, new: &MemoryMap) -> Result<(), Error> {
+    let old = old.map(MemoryMap::regions).unwrap_or_default();
+    let lacks =
+        |regions: &[SharedRegion], one: &SharedRegion| !regions.iter().any(|other| other.is_same(one));
+    let mut added: Vec<&SharedRegion> = Vec::new();
+    for region in new.regions().iter().filter(|region| lacks(old, region)) {
+        match live.add_region(region) {
+            Ok(()) => added.push(region),
+            Err(error) => {
+                if !error.is_fatal() {
+                    added.iter().try_for_each(|region| live.remove_region(region))?;
+                }
+                return Err(error);
+            }
+        }
+    }
+    old.iter().filter(|region| lacks(new.regions(), region)).try_for_each(|region| live.remove_region(region))
 }
 
 fn failed(error: Error) -> BackendError {
@@ -245,7 +100,7 @@ impl VhostUser {
     ) -> Self {
         let config_size = usize::from(order.device_type.config_size());
         let translations = order.translations.clone();
-        Self { link: Link::Standing(session), config_size, translations, shared, kept }
+        Self { link: Link::Standing(session), config_size, translations, shared, memory: None, kept }
     }
 
     /// Takes the link out.
@@ -259,6 +114,77 @@ impl VhostUser {
             Link::Live(live) => Ok(live),
             Link::Standing(_) => Err(BackendError::Refused("the queues do not run".into())),
             Link::Gone => Err(BackendError::gone()),
+        }
+    }
+
+    /// The session of queues that stand.
+    fn standing(&mut self) -> Result<&mut Session, BackendError> {
+        match &mut self.link {
+            Link::Standing(session) => Ok(session),
+            Link::Live(_) => Err(BackendError::Refused("the queues run".into())),
+            Link::Gone => Err(BackendError::gone()),
+        }
+    }
+
+    /// Brings the queues to a stand, if they run: where they are then, in the order in which they were started.
+    fn halt(
+        &mut self,
+        how: impl FnOnce(LiveSession) -> Result<(Session, Vec<RingBase>), Lost>,
+    ) -> Result<Option<Vec<RingBase>>, BackendError> {
+        match self.take() {
+            Link::Live(live) => {
+                let (begun, before) = (Instant::now(), live.stats());
+                match how(live) {
+                    Ok((session, bases)) => {
+                        self.link = Link::Standing(session);
+                        Ok(Some(bases))
+                    }
+                    Err(lost) => {
+                        self.failed_since(begun, before);
+                        Err(BackendError::Lost(Error::from(lost).into()))
+                    }
+                }
+            }
+            standing @ Link::Standing(_) => {
+                self.link = standing;
+                Ok(None)
+            }
+            Link::Gone => Err(BackendError::gone()),
+        }
+    }
+
+    /// Running queues get another memory: piece by piece where the backend has slots, else they stop for it.
+    fn exchange_memory(
+        &mut self,
+        memory: &MemoryMap,
+        rings: &[Ring<'_>],
+    ) -> Result<Vec<RingBase>, BackendError> {
+        if self.translations.is_some() {
+            return Err(BackendError::Refused(
+                "a device behind an IOMMU keeps the memory that it was started with".into(),
+            ));
+        }
+        let Link::Live(live) = &mut self.link else {
+            // It is told at the next start.
+            return Ok(Vec::new());
+        };
+        live.session().holds(memory).map_err(failed)?;
+        if live.has_mem_slots() {
+            return slots(live, self.memory.as_ref(), memory)
+                .map_err(failed)
+                .inspect(|()| self.memory = Some(memory.clone()))
+                .map(|()| Vec::new());
+        }
+        let (features, begin) = (live.features(), Begin::Resumed);
+        let bases = self.halt(LiveSession::stop)?.unwrap_or_default();
+        // What had been in flight is done.
+        lock(&self.kept).inflight = None;
+        let restarted = rings.iter().zip(&bases).map(|(ring, base)| Ring { base: *base, ..*ring });
+        let rings: Vec<Ring<'_>> = restarted.collect();
+        match self.start(&Start { features, memory, rings: &rings, begin }) {
+            Ok(()) => Ok(bases),
+            // It did run, and now it does not.
+            Err(BackendError::Refused(cause) | BackendError::Lost(cause)) => Err(BackendError::Lost(cause)),
         }
     }
 
@@ -302,6 +228,7 @@ impl Backend for VhostUser {
         match session.go_live(start.features, start.memory, start.rings) {
             Ok(live) => {
                 lock(&self.kept).inflight = live.inflight().cloned();
+                self.memory = Some(start.memory.clone());
                 self.link = Link::Live(live);
                 Ok(())
             }
@@ -335,30 +262,38 @@ impl Backend for VhostUser {
     }
 
     fn stop(&mut self) -> Result<(), BackendError> {
-        match self.take() {
-            Link::Live(live) => {
-                let (begun, before) = (Instant::now(), live.stats());
-                let stopped = live.stop();
-                self.shared.iter().for_each(Tenancy::end);
-                match stopped {
-                    Ok((session, _bases)) => {
-                        // It finished what it had in flight.
-                        lock(&self.kept).inflight = None;
-                        self.link = Link::Standing(session);
-                        Ok(())
-                    }
-                    Err(lost) => {
-                        self.failed_since(begun, before);
-                        Err(BackendError::Lost(Error::from(lost).into()))
-                    }
-                }
-            }
-            standing @ Link::Standing(_) => {
-                self.link = standing;
+        let halted = self.halt(LiveSession::stop);
+        self.shared.iter().for_each(Tenancy::end);
+        match halted? {
+            Some(_bases) => {
+                // It finished what it had in flight.
+                lock(&self.kept).inflight = None;
                 Ok(())
             }
-            Link::Gone => Err(BackendError::gone()),
+            None => Ok(()),
         }
+    }
+
+    fn suspend(&mut self) -> Result<Vec<RingBase>, BackendError> {
+        let halted = self.halt(LiveSession::suspend);
+        self.shared.iter().for_each(Tenancy::end);
+        Ok(halted?.unwrap_or_default())
+    }
+
+    fn change_memory(
+        &mut self,
+        memory: &MemoryMap,
+        rings: &[Ring<'_>],
+    ) -> Result<Vec<RingBase>, BackendError> {
+        self.exchange_memory(memory, rings)
+    }
+
+    fn save_state(&mut self, sink: &mut dyn Write, most: u64) -> Result<u64, BackendError> {
+        self.standing()?.save_state(sink, most).map_err(failed)
+    }
+
+    fn load_state(&mut self, source: &mut dyn Read) -> Result<u64, BackendError> {
+        self.standing()?.load_state(source).map_err(failed)
     }
 
     fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::backend_req::BackendRequest;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{BackendRequests, Limits, Served};
+use transport::vhost_user::{BackendRequests, Connection, Limits, Served};
 
 use super::tests::{Guest, eventually, order};
 use super::*;
 use crate::bus::BusDevice;
 use crate::virtio::PhaseReport;
+use crate::virtio::answers::OwnChannel;
 
 /// Enough for what goes well, on a machine that has other things to do.
 const DEADLINE: Duration = Duration::from_secs(1);

@@ -1,16 +1,18 @@
 //! A whole device, from the guest's register writes to a backend that we did not write.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use transport::memory_map::GuestAddr;
-use transport::vhost_user::Limits;
+use transport::vhost_user::{Connection, Limits};
 
 use super::*;
 use crate::bus::BusDevice;
 use crate::testing::{Recorder, memory};
+use crate::virtio::answers::OwnChannel;
 use crate::virtio::mmio::{MmioDevice, Place};
 use crate::virtio::{DeviceType, OnLoss, Parts, PhaseReport, Wishes};
 
@@ -197,12 +199,22 @@ impl Guest {
         self.store(DESC + 16 * index, &bytes.concat());
     }
 
+    pub(in crate::virtio) fn ram(&self) -> &transport::memory_map::MemoryMap {
+        &self.ram
+    }
+
     /// Reads a sector as a driver does, the notification ending in the kernel.
     pub(in crate::virtio) fn read_sector(&self, sector: u64) -> Vec<u8> {
+        self.read_sector_to(sector, HEAD + 0x1000);
+        self.load(HEAD + 0x1000, 512)
+    }
+
+    /// The same, to any place.
+    pub(in crate::virtio) fn read_sector_to(&self, sector: u64, to: u64) {
         self.store(HEAD, &[[0; 8], sector.to_le_bytes()].concat());
         self.store(HEAD + 0x2000, &[0xff]);
         self.descriptor(0, HEAD, 16, 1);
-        self.descriptor(1, HEAD + 0x1000, 512, 3);
+        self.descriptor(1, to, 512, 3);
         self.descriptor(2, HEAD + 0x2000, 1, 2);
         let next = self.next.fetch_add(1, Relaxed).wrapping_add(1);
         self.store(AVAIL + 2, &next.to_le_bytes());
@@ -211,7 +223,6 @@ impl Guest {
         eventually("an interrupt", || self.machine.take_interrupts() > 0);
         assert!(self.machine.guest_writes(BASE + 0x64, 1), "so must the acknowledgement");
         assert_eq!(self.load(HEAD + 0x2000, 1), [0], "status of the request");
-        self.load(HEAD + 0x1000, 512)
     }
 }
 

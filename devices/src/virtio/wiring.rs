@@ -69,6 +69,11 @@ pub(super) struct OwnedRing {
 }
 
 impl OwnedRing {
+    /// The ring's number.
+    pub(super) fn index(&self) -> u16 {
+        self.index
+    }
+
     /// As it is told to a backend.
     pub(super) fn as_ring(&self) -> Ring<'_> {
         let Self { index, size, desc, driver, device, base, kick, call } = self;
@@ -142,6 +147,26 @@ impl Wiring {
             Ok(OwnedRing { index, size, desc, driver, device, base, kick, call })
         };
         queues.map(ring).collect()
+    }
+
+    /// The queues that a backend serves, as they were told, but for where they are.
+    pub(super) fn running(&self, registers: &Registers) -> io::Result<Vec<OwnedRing>> {
+        let served = self.enabled(registers).filter(|(index, ..)| self.ours != Some(*index));
+        let ring = |(index, queue, pair): (u16, &QueueState, &Pair)| {
+            let QueueState { size, desc, driver, device, .. } = *queue;
+            let (kick, call) = (pair.kick.try_clone()?, pair.call.try_clone()?);
+            Ok(OwnedRing { index, size, desc, driver, device, base: RingBase::default(), kick, call })
+        };
+        served.map(ring).collect()
+    }
+
+    /// Queues stopped with nothing in flight, and went on at these places.
+    pub(super) fn went_on(&mut self, places: impl Iterator<Item = (u16, RingBase)>) {
+        for (queue, base) in places {
+            if let Some(pair) = self.pairs.get_mut(usize::from(queue)) {
+                pair.past = Past { origin: u16::try_from(base.0).unwrap_or(0), ..Past::default() };
+            }
+        }
     }
 
     /// The backend is lost: remembers how far the queues got, for what the driver does from now on is

@@ -26,6 +26,7 @@ use super::message::Fault;
 use super::reconnect::Attempts;
 use super::request::Request;
 use crate::deadline::Deadline;
+use crate::memory_map::MemoryMap;
 use crate::socket::{self, Listener};
 
 /// A connected back-end that nothing is known of yet.
@@ -200,6 +201,11 @@ impl Session {
     /// The peer's name.
     pub fn peer(&self) -> &str {
         self.channel.peer()
+    }
+
+    /// Judges whether the back-end can be told of `memory`.
+    pub fn holds(&self, memory: &MemoryMap) -> Result<(), Error> {
+        mem_table::fits(&self.channel, memory, self.mem_slots)
     }
 
     /// How long any operation may take.
