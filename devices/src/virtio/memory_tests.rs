@@ -20,7 +20,7 @@ fn grown(old: &MemoryMap) -> (MemoryMap, SharedRegion) {
     let fd = rustix::fs::memfd_create("more", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, 2 << 20).unwrap();
     let region = SharedRegion::new(GuestAddr(MORE), 2 << 20, Arc::new(fd), 0);
-    (MemoryMap::new([old.regions(), &[region.clone()]].concat()).unwrap(), region)
+    (MemoryMap::new([old.regions(), std::slice::from_ref(&region)].concat()).unwrap(), region)
 }
 
 fn rig(features: &str, offer: Offer, script: Script) -> (ScriptedBackend, Guest) {
