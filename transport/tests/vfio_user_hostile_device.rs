@@ -575,3 +575,18 @@ fn an_endless_state_is_cut_off() {
     assert_eq!(pages.words.len(), 40960, "in three messages");
     assert_eq!(server.breaches(), Vec::<String>::new());
 }
+
+#[test]
+fn the_connection_ends_with_its_last_client_and_the_receiver_sees_it() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let (_server, stream) = ScriptedServer::pair(Offer::default(), Script::normal()).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+    let mut receiver = client.receiver().unwrap();
+    let read = client.clone().begin_read(RegionIndex(0), 0, 4).unwrap();
+    receiver.serve().unwrap();
+    drop(read);
+    drop(client);
+    let deadline = transport::deadline::Deadline::after(PATIENT);
+    transport::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
+    assert_eq!(receiver.serve().unwrap(), Served::HungUp);
+}

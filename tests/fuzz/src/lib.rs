@@ -8,6 +8,7 @@
 //! | [`driver`] | a virtio driver that writes anything anywhere |
 //! | [`handler`] | a machine that takes a back-end's own requests seriously |
 //! | [`ports`] | a machine without KVM that holds devices to the rules of its ports |
+//! | [`server`] | the same for vfio-user: a server without a thread |
 //! | [`seeds`] | inputs to begin with |
 //!
 //! A target must depend on nothing but its input: the same bytes, the same outcome.
@@ -19,3 +20,4 @@ pub mod input;
 pub mod peer;
 pub mod ports;
 pub mod seeds;
+pub mod server;

@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::ports::{
-    Access, DeviceMemory, Doorbells, FileRange, Guard, Interrupts, OnVanished, PortError, Ports, RegisterPage,
-    Route, WriteMatch,
+    Access, DeviceMemory, Doorbells, FileRange, Guard, Interrupts, OnVanished, PortError, Ports,
+    RegisterPage, Route, WriteMatch,
 };
 use transport::memory_map::GuestAddr;
 

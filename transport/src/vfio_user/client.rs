@@ -27,12 +27,24 @@ const COUNT_MOST: u32 = 1024;
 /// Called on any thread; each method blocks for the deadline of its [`Limits`] at most, all its messages together,
 /// unless it says otherwise. Several threads may wait at once: who waits reads the socket on behalf of all, and
 /// serves the server's own commands meanwhile. Where nobody waits, the [`Receiver`] does that; without one, the
-/// server is heard when something is asked.
+/// server is heard when something is asked. The connection ends with the last clone.
 #[derive(Clone)]
 pub struct Client {
     pub(super) shared: Arc<Shared>,
+    _open: Arc<Open>,
     version: Version,
     deadline: Duration,
+}
+
+/// Ends the connection, which a receiver and pending replies keep as well.
+struct Open(Arc<Shared>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if !self.0.is_lost() {
+            self.0.end();
+        }
+    }
 }
 
 impl Client {
@@ -72,7 +84,9 @@ impl Client {
             let _first = shared.twin.set(link);
         }
         let _first = shared.version.set(version);
-        Ok(Self { shared: Arc::new(shared), version, deadline: limits.deadline() })
+        let shared = Arc::new(shared);
+        let open = Arc::new(Open(Arc::clone(&shared)));
+        Ok(Self { shared, _open: open, version, deadline: limits.deadline() })
     }
 
     /// The same connection with another deadline: for what is known to take long.
@@ -123,7 +137,7 @@ impl Client {
 
     /// Ends the connection, for all clones: whoever waits is told at once.
     pub fn shut_down(&self) {
-        self.shared.lose(Error::new(&self.shared.peer, Step::Idle, Cause::AlreadyLost));
+        self.shared.end();
     }
 
     /// What the device is.

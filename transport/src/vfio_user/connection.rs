@@ -449,11 +449,12 @@ impl Shared {
         let command = Command(header.command);
         let (step, fault) = match header.kind() {
             Ok(kind @ (Kind::Reply | Kind::ErrorReply)) => {
-                let mut table = lock(&self.table);
                 if self.limits.is_traced() {
-                    let took = table.sent_at(header.id).map_or(Duration::ZERO, |sent| sent.elapsed());
+                    let sent = lock(&self.table).sent_at(header.id);
+                    let took = sent.map_or(Duration::ZERO, |sent| sent.elapsed());
                     self.trace(Direction::FromServer, &header, &payload, fds.len(), took);
                 }
+                let mut table = lock(&self.table);
                 match table.deliver(&self.peer, &header, kind, Reply { payload, fds }) {
                     Ok(delivered) => {
                         let wake = table.followers > 0;
@@ -565,6 +566,12 @@ impl Shared {
         first
     }
 
+    /// Ends the connection because we do not want it any more.
+    pub(super) fn end(&self) {
+        self.lose(Error::new(&self.peer, Step::Idle, Cause::AlreadyLost));
+        lock(&self.table).told();
+    }
+
     /// Ends the connection because a reply held what it must not.
     pub(super) fn malformed(&self, command: Command, fault: Fault) -> Error {
         let error = self.lose(self.error(command, Cause::Malformed(fault)));
@@ -590,9 +597,8 @@ impl Drop for Shared {
     /// Closing is not enough where somebody polls a duplicate of the socket.
     fn drop(&mut self) {
         if !self.is_lost() {
-            self.lose(Error::new(&self.peer, Step::Idle, Cause::AlreadyLost));
+            self.end();
         }
-        lock(&self.streams).main.clear();
     }
 }
 

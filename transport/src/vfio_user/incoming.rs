@@ -130,11 +130,6 @@ impl Incoming {
             Err(error) => Err(Cause::Io(error)),
         }
     }
-
-    /// Nothing will be read any more.
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
-    }
 }
 
 #[cfg(test)]

@@ -234,6 +234,7 @@ impl Table {
                 let step = Step::Command(entry.command);
                 entry.state = State::Answered(Err(match error.cause() {
                     Cause::Closed => Error::new(peer, step, Cause::Closed),
+                    Cause::AlreadyLost => Error::new(peer, step, Cause::AlreadyLost),
                     _ => error.clone(),
                 }));
             }
