@@ -96,7 +96,7 @@ fn areas_are_clipped_to_what_can_be_mapped() {
         many,
     ] {
         let what = format!("areas {:x?}", &areas[..areas.len().min(4)]);
-        row(&what, || bar(|bar| bar.areas = Some(areas)), Script::normal(), PATIENT, &Works);
+        row(&what, || bar(|bar| bar.areas = Some(areas.clone())), Script::normal(), PATIENT, &Works);
     }
     let end = Lost(C::DEVICE_GET_REGION_INFO, "region offset");
     row(
@@ -107,10 +107,11 @@ fn areas_are_clipped_to_what_can_be_mapped() {
         &end,
     );
     let scattered: Vec<(u64, u64)> = (0..1000).map(|n| (n * 0x2000, 0x1000)).collect();
-    let offer = || bar(|bar| (bar.size, bar.file, bar.areas) = (1 << 24, file(1 << 24), Some(scattered)));
+    let offer =
+        || bar(|bar| (bar.size, bar.file, bar.areas) = (1 << 24, file(1 << 24), Some(scattered.clone())));
     row("a thousand areas", offer, Script::normal(), PATIENT, &Lost(C::DEVICE_GET_REGION_INFO, "area count"));
     let huge: Vec<(u64, u64)> = (0..10_000).map(|_| (0, 0x1000)).collect();
-    let offer = || bar(|bar| bar.areas = Some(huge));
+    let offer = || bar(|bar| bar.areas = Some(huge.clone()));
     row("ten thousand areas", offer, Script::normal(), PATIENT, &Lost(C::DEVICE_GET_REGION_INFO, "argsz"));
 }
 
@@ -120,14 +121,14 @@ fn files_of_the_wrong_kind_or_size_are_not_mapped() {
         let offer = || bar(|bar| bar.file = file(size));
         row(&format!("a file of {size:#x} bytes"), offer, Script::normal(), PATIENT, &Works);
     }
-    let of = |fd: OwnedFd| move || bar(|bar| bar.file = Some(Arc::new(fd)));
+    let of = |fd: OwnedFd| bar(|bar| bar.file = Some(Arc::new(fd)));
     let end = || Lost(C::DEVICE_GET_REGION_INFO, "a file that cannot be mapped");
     // Each row makes its file inside, where it is counted.
-    row("a directory", || of(std::fs::File::open("/").unwrap().into())(), Script::normal(), PATIENT, &end());
-    row("a pipe", || of(rustix::pipe::pipe().unwrap().0)(), Script::normal(), PATIENT, &end());
+    row("a directory", || of(std::fs::File::open("/").unwrap().into()), Script::normal(), PATIENT, &end());
+    row("a pipe", || of(rustix::pipe::pipe().unwrap().0), Script::normal(), PATIENT, &end());
     row(
         "a socket",
-        || of(std::os::unix::net::UnixStream::pair().unwrap().0.into())(),
+        || of(std::os::unix::net::UnixStream::pair().unwrap().0.into()),
         Script::normal(),
         PATIENT,
         &end(),

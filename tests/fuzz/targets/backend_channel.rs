@@ -52,7 +52,7 @@ fn serve(bytes: &[u8], piece: usize, protocol: u64) -> Outcome {
             match served {
                 Ok(Served::Requests(0)) => break,
                 Ok(Served::Requests(_)) => {}
-                Ok(Served::HungUp) => panic!("nobody hung up"),
+                Ok(Served::HungUp | Served::Deferred) => panic!("nobody hung up, and nothing is put off"),
                 Err(error) => {
                     end = Some(error.to_string());
                     assert_eq!(channel.serve(&handler).ok(), Some(Served::HungUp), "the channel has ended");

@@ -131,6 +131,7 @@ fn model(input: &mut Input, kind: &str, queues: u16) -> Model {
         queue_size: 256,
         config: vec![0; 60],
         config_source: if odd & 0x80 == 0x80 { ConfigSource::Fixed } else { ConfigSource::Backend },
+        shared_memory: Vec::new(),
     }
 }
 

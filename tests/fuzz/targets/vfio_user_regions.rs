@@ -43,7 +43,8 @@ fn seeds() -> Vec<Vec<u8>> {
     let sparse = SparseHead { count: 2, reserved: 0 };
     let head = |id, next| CapabilityHead { id, version: 1, next };
     let one = [&[0], info(80).as_bytes(), head(1, 0).as_bytes(), sparse.as_bytes(), &areas].concat();
+    let (unknown, last) = (head(9, 40), head(1, 0));
     let two =
-        [&[0], info(88).as_bytes(), head(9, 40).as_bytes(), head(1, 0).as_bytes(), sparse.as_bytes(), &areas];
-    vec![one, two.concat()]
+        [&[0], info(88).as_bytes(), unknown.as_bytes(), last.as_bytes(), sparse.as_bytes(), &areas].concat();
+    vec![one, two]
 }
