@@ -1,0 +1,101 @@
+//! A running machine whose scripted backend does what none should: interrupts without end, and configuration changes without
+//! end. The guest's other disk goes on. Needs KVM's interface only.
+
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use outboard_tests::daemon::StorageDaemon;
+use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_devices};
+use outboard_tests::scratch::Scratch;
+use outboard_tests::{need, place, wait};
+use transport::testing::{Offer, Script, ScriptedBackend};
+use transport::vhost_user::backend_req::BackendRequest;
+
+const MIB: usize = 1 << 20;
+
+/// A machine with an honest disk under load, and a scripted one that answers no request of the guest.
+fn machine(disk: &StorageDaemon, scratch: &Scratch) -> (ScriptedBackend, Vm) {
+    let socket = scratch.path("scripted");
+    let backend = ScriptedBackend::listen(&socket, Offer::default(), Script::normal()).unwrap();
+    let line = first_devices("deep", 2).arg("n", 2_000_000).arg("depth", 8).arg("timeout", 600);
+    let vm = Launch::payload(&line).disk(&disk.socket()).disk(&socket).start();
+    vm.expect("running");
+    wait::until("the scripted rings run", STEP, || {
+        (backend.with_ring(0, |ring| ring.is_started()) == Some(true)).then_some(())
+    });
+    (backend, vm)
+}
+
+/// Ends the load: the honest disk has done its work, and all of it well.
+fn assert_the_other_disk_is_well(vm: Vm) -> Ended {
+    vm.signal(rustix::process::Signal::TERM);
+    let ended = vm.end(STEP).with_code(143);
+    assert!(!ended.console.contains("fault"), "{ended}");
+    assert!(!ended.log.contains("panicked"), "{ended}");
+    assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0, "{ended}");
+    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+    ended
+}
+
+/// What the machine takes of the host's memory, in KiB.
+fn resident(vm: &Vm) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    let line = text.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn descriptors(vm: &Vm) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().count()
+}
+
+#[test]
+fn a_storm_of_interrupts_stops_neither_the_guest_nor_the_machine() {
+    need!(place::kvm());
+    let (disk, scratch) = (need!(StorageDaemon::start(4 * MIB)), Scratch::new());
+    let (backend, vm) = machine(&disk, &scratch);
+    let (end, rung) = (AtomicBool::new(false), AtomicU64::new(0));
+    let written = disk.contents();
+    let before = (resident(&vm), descriptors(&vm));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !end.load(Ordering::Relaxed) {
+                for _ in 0..1000 {
+                    backend.with_ring(0, |ring| ring.ring_call().unwrap_or_default());
+                }
+                rung.fetch_add(1000, Ordering::Relaxed);
+            }
+        });
+        std::thread::sleep(Duration::from_secs(2));
+        end.store(true, Ordering::Relaxed);
+    });
+    println!("{} interrupts in 2 s", rung.load(Ordering::Relaxed));
+    assert!(disk.contents() != written, "the guest went on meanwhile");
+    let after = (resident(&vm), descriptors(&vm));
+    assert!(after.0 < before.0 + 4096 && after.1 == before.1, "{before:?} before, {after:?} after");
+    assert_the_other_disk_is_well(vm);
+}
+
+#[test]
+fn a_storm_of_configuration_changes_and_nonsense_stops_neither_the_guest_nor_the_machine() {
+    need!(place::kvm());
+    let (disk, scratch) = (need!(StorageDaemon::start(4 * MIB)), Scratch::new());
+    let (backend, vm) = machine(&disk, &scratch);
+    let before = (resident(&vm), descriptors(&vm));
+    for round in 0..3000_u64 {
+        // Each with another configuration, or there would be nothing to tell.
+        backend.set_config(vec![u8::try_from(round % 256).unwrap(); 60]);
+        for request in [BackendRequest::CONFIG_CHANGE_MSG, BackendRequest(4711), BackendRequest::SHMEM_MAP] {
+            backend.request(request, &[], &[]).unwrap();
+            let answered = backend.answer(wait::patience(Duration::from_secs(5))).unwrap();
+            assert_eq!(answered.0 == 0, request == BackendRequest::CONFIG_CHANGE_MSG, "{request}");
+        }
+    }
+    let after = (resident(&vm), descriptors(&vm));
+    assert!(after.0 < before.0 + 4096 && after.1 == before.1, "{before:?} before, {after:?} after");
+    let ended = assert_the_other_disk_is_well(vm);
+    assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
+    assert!(ended.log.lines().count() < 100, "logged once per reason\n{ended}");
+}
