@@ -116,6 +116,10 @@ impl Device {
     fn config_dword(&self, at: u16) -> [u8; 4] {
         let overlay = &self.remote.contents.overlay;
         let mut dword = [0; 4];
+        // Not all functions have an extended space.
+        if at >= overlay.size() {
+            return [0xff; 4];
+        }
         if overlay.needs_server(at, 4) {
             self.link().read(CONFIG_REGION, at.into(), &mut dword);
         }
@@ -284,7 +288,7 @@ impl Function for Device {
         if let Some(counter) = self.link().counter(CONFIG_REGION) {
             counter.writes.fetch_add(1, Ordering::Relaxed);
         }
-        if self.link().is_broken() {
+        if self.link().is_broken() || offset >= self.remote.contents.overlay.size() {
             return;
         }
         let mut state = lock(&self.state);

@@ -87,6 +87,8 @@ fn what_is_ours_is_answered_without_the_server_and_the_rest_is_asked() {
         guest.server.calls(),
         ["read 7+60 4", "write 7+62 [01, 02]", "write 7+61 [01]", "write 7+62 [02]", "write 7+63 [03]"]
     );
+    assert_eq!(guest.config(0x100), u32::MAX, "it has no extended space");
+    guest.set(0x100, 0);
     guest.set(0, 0);
     guest.set(0x30, u32::MAX);
     assert_eq!(guest.config(0x30), 0);
