@@ -25,7 +25,7 @@
 //! | [`vhost_user`] | that, over vhost-user |
 //! | [`reconnect`] | a vhost-user backend that comes back |
 //! | [`mmio`] | the virtio-mmio transport: offsets, and the page that guests read without an exit |
-//! | [`pci`] | the virtio-pci transport: a function, its BAR, its capabilities |
+//! | [`pci`], `pci_state` | the virtio-pci transport: a function, its BAR, its capabilities |
 
 mod activation;
 pub mod answers;
@@ -43,6 +43,7 @@ pub mod mmio;
 pub mod opening;
 pub mod order;
 pub mod pci;
+mod pci_state;
 pub mod phase;
 pub mod probation;
 pub mod queue;

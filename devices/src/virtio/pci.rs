@@ -22,12 +22,13 @@ use transport::vhost_user::vring::{Call, Kick};
 use super::device::{Device, NewError, Parts};
 use super::face::Face;
 use super::handle::DeviceHandle;
+pub use super::pci_state::Notifiers;
+use super::pci_state::{NO_VECTOR, NOTIFY, PAGE, Source, State, notify_offset};
 use super::registers::{Half, Reg, Registers};
 use crate::lock;
-use crate::pci::bar::Command;
 use crate::pci::{
-    BarIndex, BarKind, BarSpec, Bars, ConfigSpace, ConnectionId, Decoded, DeviceNumber, Fixture, FixtureId,
-    Fixtures, Function, HostBridge, Identity, IntxLines, Msix, msix,
+    BarIndex, BarKind, BarSpec, Bars, ConfigSpace, Decoded, DeviceNumber, Fixture, FixtureId, Fixtures,
+    Function, HostBridge, Identity, Msix, msix,
 };
 use crate::ports::{Guard, PortError, Ports, WriteWidth};
 
@@ -35,16 +36,11 @@ const VENDOR: u16 = 0x1af4;
 /// Device ids of non-transitional devices begin here.
 const FIRST_DEVICE: u16 = 0x1040;
 
-const PAGE: u64 = 0x1000;
 const COMMON: u64 = 0;
 const ISR: u64 = PAGE;
 const DEVICE: u64 = 2 * PAGE;
 const PBA: u64 = 0x4000;
 const TABLE: u64 = 0x8000;
-const NOTIFY: u64 = 0x1_0000;
-
-/// "Behind no vector" (§4.1.5.1.2).
-const NO_VECTOR: u16 = 0xffff;
 
 /// The capability of all structures, and their types (§4.1.4).
 const VENDOR_SPECIFIC: u8 = 9;
@@ -91,101 +87,6 @@ const COMMON_FIELDS: [(u64, usize, Field); 20] = [
     (0x38, 4, Field::Constant(Reg::QueueNotify)),
 ];
 
-/// An interrupt source: its vector as the driver wrote it, and its call while it is connected.
-struct Source {
-    vector: u16,
-    call: Option<(ConnectionId, Arc<Call>)>,
-    /// While the function interrupts by its pin.
-    line: Option<Guard>,
-}
-
-struct State {
-    name: String,
-    config: ConfigSpace,
-    msix: Msix,
-    /// The lines, and the GSI of the function's.
-    pin: Option<(Arc<IntxLines>, u32)>,
-    fixtures: Fixtures,
-    /// The queues', and last the configuration's.
-    sources: Vec<Source>,
-    /// Where the MSI-X capability is.
-    msix_at: u16,
-    /// Where the window into the BAR is (§4.1.4.9).
-    window_at: u16,
-}
-
-impl State {
-    /// A route was refused: its interrupts stay pending, which the log should say.
-    fn check(&self, done: Result<(), PortError>) {
-        if let Err(error) = done {
-            log::error!("{}: {}", self.name, super::device::chain(&error));
-        }
-    }
-
-    fn vector(&self, source: usize) -> u16 {
-        self.sources.get(source).map_or(NO_VECTOR, |source| source.vector)
-    }
-
-    /// The driver puts a source behind a vector; one that is not there is as none.
-    fn set_vector(&mut self, source: usize, vector: u16) {
-        let known = vector < self.msix.count();
-        let Some(source) = self.sources.get_mut(source) else { return };
-        source.vector = if known { vector } else { NO_VECTOR };
-        if let Some((id, _)) = source.call {
-            let done = self.msix.retarget(id, known.then_some(vector));
-            self.check(done);
-        }
-    }
-
-    fn connect(&mut self, source: usize, call: &Call) -> Result<(), PortError> {
-        let call = call.try_clone().map_err(|error| PortError::new("duplicate an eventfd", error))?;
-        let vector = Some(self.vector(source)).filter(|vector| *vector != NO_VECTOR);
-        let call = Arc::new(call);
-        let id = self.msix.connect(vector, Arc::clone(&call))?;
-        if let Some(source) = self.sources.get_mut(source) {
-            source.call = Some((id, call));
-        }
-        self.pull_lines()
-    }
-
-    fn disconnect(&mut self, source: usize) {
-        let Some(source) = self.sources.get_mut(source) else { return };
-        source.line = None;
-        if let Some((id, _)) = source.call.take() {
-            self.msix.disconnect(id);
-        }
-    }
-
-    /// The guest wrote the configuration space: what there turns interrupts on, off, and from one kind to the other.
-    fn switch_interrupts(&mut self) -> Result<(), PortError> {
-        let control = self.config.word(self.msix_at.saturating_add(2));
-        let by_pin = !msix::enables(control) && !self.config.command().has(Command::INTX_DISABLE);
-        // An eventfd has one route at a time.
-        if !by_pin {
-            self.sources.iter_mut().for_each(|source| source.line = None);
-        }
-        let routed = self.msix.set_control(control);
-        routed.and(self.pull_lines())
-    }
-
-    /// Without MSI-X, every source raises the function's line.
-    fn pull_lines(&mut self) -> Result<(), PortError> {
-        let Some((lines, gsi)) = &self.pin else { return Ok(()) };
-        if self.msix.is_enabled() || self.config.command().has(Command::INTX_DISABLE) {
-            return Ok(());
-        }
-        let mut result = Ok(());
-        for source in self.sources.iter_mut().filter(|source| source.line.is_none()) {
-            let Some((_, call)) = &source.call else { continue };
-            match lines.connect(*gsi, Arc::clone(call)) {
-                Ok(line) => source.line = Some(line),
-                Err(error) => result = result.and(Err(error)),
-            }
-        }
-        result
-    }
-}
-
 struct PciFace {
     state: Arc<Mutex<State>>,
     config_source: usize,
@@ -231,10 +132,6 @@ impl PciFace {
             state.disconnect(source);
         })
     }
-}
-
-fn notify_offset(queue: u16) -> u64 {
-    NOTIFY + u64::from(queue) * PAGE
 }
 
 /// Base class and sub-class that guests show for a virtio device type.
@@ -296,7 +193,7 @@ impl PciDevice {
             msix,
             pin,
             fixtures: Fixtures::new(index, ports.clone()),
-            sources: (0..=queues).map(|_| Source { vector: NO_VECTOR, call: None, line: None }).collect(),
+            sources: (0..=queues).map(|_| Source::unused()).collect(),
             msix_at,
             window_at,
         }));
@@ -309,6 +206,12 @@ impl PciDevice {
     #[must_use]
     pub fn handle(&self) -> DeviceHandle {
         self.handle.clone()
+    }
+
+    /// Where a backend's own notifiers go.
+    #[must_use]
+    pub fn notifiers(&self) -> Notifiers {
+        Notifiers { state: Arc::clone(&self.state), queues: self.queues }
     }
 
     fn common_value(&self, field: Field) -> u32 {

@@ -2,9 +2,10 @@ use transport::memory_map::GuestAddr;
 
 use super::*;
 use crate::bus::BusDevice;
-use crate::pci::{Intx, Window, Windows};
+use crate::pci::{Intx, IntxLines, Window, Windows};
+use crate::ports::FileRange;
 use crate::ports::{Route, WriteMatch};
-use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
+use crate::testing::{Outcome, Recorder, Scripted, Shown, disk, memory};
 use crate::virtio::PhaseReport;
 
 const WINDOWS: Windows = Windows {
@@ -188,6 +189,35 @@ fn doorbells_follow_the_bar_and_come_to_us_where_they_cannot() {
     rig.write(NOTIFY, 2, 0);
     assert_eq!(rig.device.handle().stats().trapped.queue_notify, 1);
     rig.bridge.clear();
+}
+
+#[test]
+fn a_backend_s_notifier_lies_over_its_queue_s_page_while_the_queue_runs() {
+    let rig = rig(2);
+    rig.enable();
+    rig.msix_on(3);
+    let page = |offset, size| {
+        let fd = rustix::fs::memfd_create("page", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        FileRange { fd: Arc::new(fd), offset, size }
+    };
+    let notifiers = rig.device.notifiers();
+    assert!(notifiers.show(0, page(0, PAGE)).is_err(), "the queue does not run");
+    rig.start_driver(2);
+    assert!(notifiers.show(2, page(0, PAGE)).is_err() && notifiers.show(1, page(0, 2 * PAGE)).is_err());
+    notifiers.show(1, page(0, PAGE)).unwrap();
+    notifiers.show(1, page(PAGE, PAGE)).unwrap();
+    let shown =
+        |base| Shown { at: GuestAddr(base + NOTIFY + PAGE), offset: PAGE, size: PAGE, read_only: false };
+    assert_eq!(rig.machine.shown(), [shown(0xc000_0000)]);
+    rig.set_config(0x10, 0xc800_0000);
+    assert_eq!(rig.machine.shown(), [shown(0xc800_0000)]);
+    assert_eq!(rig.doorbells().len(), 2, "they stay, underneath");
+    rig.machine.vanish_all();
+    rig.set_config(0x10, 0xc000_0000);
+    assert!(rig.machine.shown().is_empty(), "a page that is gone does not come back");
+    notifiers.show(0, page(0, PAGE)).unwrap();
+    rig.write(0x14, 1, 0);
+    assert!(rig.machine.shown().is_empty() && rig.doorbells().is_empty());
 }
 
 #[test]

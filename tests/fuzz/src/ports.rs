@@ -19,6 +19,8 @@ struct Now {
     /// Address and size of each piece of a file.
     pieces: Vec<(u64, u64)>,
     page: Vec<u8>,
+    /// A guest may ask for them.
+    conflicts_are_refused: bool,
     /// Registrations to refuse, counted down; 0 refuses none.
     refuse_at: usize,
 }
@@ -33,6 +35,23 @@ impl Recorder {
         let recorder = Self::default();
         recorder.now().refuse_at = nth;
         recorder
+    }
+
+    /// The same for devices that the guest can put on top of each other: what is taken is refused.
+    pub fn crowded(nth: usize) -> Self {
+        let recorder = Self::refusing(nth);
+        recorder.now().conflicts_are_refused = true;
+        recorder
+    }
+
+    /// Where writes of the guest end in the kernel.
+    pub fn doorbells(&self) -> Vec<WriteMatch> {
+        self.now().doorbells.clone()
+    }
+
+    /// Address and size of each piece of a file that the guest sees.
+    pub fn pieces(&self) -> Vec<(u64, u64)> {
+        self.now().pieces.clone()
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -82,7 +101,10 @@ impl Doorbells for Recorder {
     fn bind(&self, _: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError> {
         self.refuses()?;
         let mut now = self.now();
-        assert!(!now.doorbells.contains(&when), "{when:?} is bound twice");
+        if now.doorbells.contains(&when) {
+            assert!(now.conflicts_are_refused, "{when:?} is bound twice");
+            return Err(PortError::new("bind that twice", std::io::ErrorKind::AlreadyExists.into()));
+        }
         now.doorbells.push(when);
         let undo = self.clone();
         Ok(Guard::on_drop(move || undo.now().doorbells.retain(|other| *other != when)))
