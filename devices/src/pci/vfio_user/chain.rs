@@ -5,6 +5,8 @@
 pub mod id {
     /// Message signalled interrupts.
     pub const MSI: u8 = 0x05;
+    /// Advanced features: a reset of the function, for those without PCI Express.
+    pub const ADVANCED_FEATURES: u8 = 0x13;
     /// PCI Express.
     pub const EXPRESS: u8 = 0x10;
     /// MSI-X.

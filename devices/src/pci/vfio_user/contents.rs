@@ -171,6 +171,8 @@ pub struct Contents {
     pub msi: Option<MsiShape>,
     /// The interrupt pin, 1 to 4, if it works.
     pub pin: Option<u8>,
+    /// Bytes whose bits reset the function when they are written as 1.
+    pub resets: Vec<(u16, u8)>,
     /// What is ours and never changes. Command, BARs, interrupt line and what MSI and MSI-X keep come on top.
     pub overlay: Overlay,
     /// What guests are not shown.
@@ -213,6 +215,7 @@ impl Contents {
             msix: None,
             msi: None,
             pin: None,
+            resets: Vec::new(),
             overlay: Overlay::new(space),
             oddities: Vec::new(),
         };
@@ -255,6 +258,13 @@ impl Contents {
                 id::MSI => !std::mem::replace(&mut seen_msi, true) && self.show_msi(said, member.at),
                 id::EXPRESS => {
                     self.show_express(said.config, member.at);
+                    true
+                }
+                id::ADVANCED_FEATURES => {
+                    let from = u16::from(member.at);
+                    if u8_at(said.config, from + 3).unwrap_or(0) & 2 != 0 {
+                        self.resets.push((from + 4, 1));
+                    }
                     true
                 }
                 _ => true,
@@ -347,7 +357,11 @@ impl Contents {
     /// The function is part of the root complex: it has no link.
     fn show_express(&mut self, config: &[u8], at: u8) {
         const IN_ROOT_COMPLEX: u32 = 9;
+        const FUNCTION_RESET: u32 = 1 << 28;
         let from = u16::from(at);
+        if u32_at(config, from + 4).unwrap_or(0) & FUNCTION_RESET != 0 {
+            self.resets.push((from + 9, 0x80));
+        }
         self.overlay.claim(from + 2, 0xf0, IN_ROOT_COMPLEX << 4);
         self.overlay.claim(from + 0x0c, u32::MAX, 0);
         self.overlay.claim(from + 0x10, u32::MAX, 0);

@@ -325,6 +325,10 @@ fn an_express_function_is_shown_as_part_of_the_root_complex() {
     let express = Space::new().capability(0x50, id::EXPRESS, 0).put16(0x52, 2).put32(0x5c, 0x1234);
     assert_eq!(express.shown(0x50) >> 16, 0x92);
     assert_eq!(express.shown(0x5c), 0, "no link");
+    assert_eq!(express.judge().unwrap().resets, []);
+    assert_eq!(express.put32(0x54, 1 << 28).judge().unwrap().resets, [(0x59, 0x80)]);
+    let features = Space::new().capability(0x50, id::ADVANCED_FEATURES, 0).put16(0x52, 0x0306);
+    assert_eq!(features.judge().unwrap().resets, [(0x54, 1)]);
 }
 
 #[test]

@@ -213,6 +213,11 @@ impl Delivery {
         }
     }
 
+    /// Everything is off again, as at first.
+    pub fn reset(&mut self, contents: &Contents) {
+        *self = Self::new(contents, Arc::clone(&self.calls), Arc::clone(&self.interrupts), self.pin);
+    }
+
     /// Nothing leads to the guest any more, for good.
     pub fn cut(&mut self) {
         (self.msix, self.msi, self.pin, self.line) = (None, None, None, None);

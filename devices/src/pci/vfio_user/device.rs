@@ -195,6 +195,27 @@ impl Device {
         }
     }
 
+    /// Whether a write resets the function (PCI Express 4.0 §6.6.2).
+    fn is_reset(&self, offset: u16, data: &[u8]) -> bool {
+        self.remote.contents.resets.iter().any(|(at, bits)| {
+            let index = at.checked_sub(offset).map(usize::from);
+            index.and_then(|index| data.get(index)).is_some_and(|byte| byte & bits != 0)
+        })
+    }
+
+    /// What is ours is as after power-on; the server does its part when it hears of it. Waits for the server.
+    fn function_reset(&self) {
+        let mut state = lock(&self.state);
+        self.place(&mut state, &[]);
+        (state.command, state.line) = (0, 0);
+        for number in 0..6 {
+            state.bars.write(number, 0);
+        }
+        state.delivery.reset(&self.remote.contents);
+        drop(state);
+        self.remote.arm(None);
+    }
+
     /// Forwards a configuration write in naturally aligned pieces.
     fn forward(&self, offset: u16, data: &[u8]) {
         let natural = matches!(data.len(), 1 | 2 | 4) && usize::from(offset).is_multiple_of(data.len());
@@ -290,6 +311,9 @@ impl Function for Device {
         }
         if self.link().is_broken() || offset >= self.remote.contents.overlay.size() {
             return;
+        }
+        if self.is_reset(offset, data) {
+            self.function_reset();
         }
         let mut state = lock(&self.state);
         let before = state.bars.decoded(Command(state.command));

@@ -257,7 +257,7 @@ fn msi_is_armed_with_all_its_vectors() {
     guest.device.config_write(MSI + 2, &[0x91, 0]);
     assert_eq!(guest.server.calls(), ["disarm Intx", "arm Msi 2", "write 7+52 [91, 00]"]);
     assert_eq!(guest.machine.routes(), [message(0), message(1)]);
-    assert_eq!(guest.config(MSI), 0x0093_0005);
+    assert_eq!(guest.config(MSI), 0x0093_7005);
     guest.server.signal(1);
     assert_eq!(guest.machine.take_interrupts(), 1);
 }
@@ -321,4 +321,28 @@ fn accesses_across_the_edge_of_the_table_are_nobodys() {
     guest.device.bar_write(BarIndex::ALL[4], 0x3c, &eight);
     assert_eq!(guest.bar(4, 0x3c), 1, "masked as it was");
     assert_eq!(guest.bar(4, 0x40), 0xa4a4_a4a4, "behind it is the server");
+}
+
+#[test]
+fn a_reset_of_the_function_leaves_it_as_after_power_on() {
+    let guest = Guest::new();
+    guest.enable();
+    guest.entry(0, 0);
+    guest.set(MSIX, MSIX_ON);
+    guest.server.calls();
+    // Not the reset, but its neighbours.
+    guest.device.config_write(0x78, &[0, 0x7f]);
+    assert_eq!(guest.machine.routes(), [message(0)]);
+    guest.device.config_write(0x78, &[0, 0x80]);
+    assert_eq!(guest.server.calls(), ["write 7+78 [00, 7f]", "disarm MsiX", "write 7+78 [00, 80]"]);
+    assert!(
+        guest.machine.routes().is_empty() && guest.shown().is_empty() && guest.device.decoded().is_empty()
+    );
+    assert_eq!((guest.config(4) & 7, guest.config(0x1c), guest.config(MSIX) >> 16), (0, 0, 3));
+    guest.enable();
+    assert_eq!(guest.bar(4, 12), 1, "vectors begin masked");
+    guest.entry(0, 0);
+    guest.set(MSIX, MSIX_ON);
+    guest.server.signal(0);
+    assert_eq!(guest.machine.take_interrupts(), 1);
 }

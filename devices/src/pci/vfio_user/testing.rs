@@ -108,7 +108,7 @@ impl Server for Scripted {
 }
 
 /// A function with a trapped BAR 0 of 0x20 bytes, a BAR 2 of 0x4000 that is memory from 0x1000 to 0x3000, four MSI-X
-/// vectors in BAR 4, MSI with two, and a pin.
+/// vectors in BAR 4, MSI with two, a pin, and a reset of its own.
 pub(crate) fn remote(server: &Scripted) -> Arc<Remote> {
     let mut config = vec![0; 0x100];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
@@ -118,7 +118,8 @@ pub(crate) fn remote(server: &Scripted) -> Arc<Remote> {
     put(0x34, &[0x40]);
     put(0x3d, &[1]);
     put(0x40, &[0x11, 0x50, 3, 0, 4, 0, 0, 0, 4, 0x08, 0, 0]);
-    put(0x50, &[0x05, 0x00, 0x82, 0x00]);
+    put(0x50, &[0x05, 0x70, 0x82, 0x00]);
+    put(0x70, &[0x10, 0x00, 0x02, 0x00, 0, 0, 0, 0x10]);
     let bars = [0x20, 0, 0x4000, 0, 0x1000, 0];
     let contents = Contents::judge(&Said { config: &config, bars: &bars, interrupts: &[1, 2, 4] }).unwrap();
     lock(&server.0).config = config;
