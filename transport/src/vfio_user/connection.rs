@@ -1,8 +1,9 @@
 //! vfio-user "Command Concurrency": one connection, used by several threads at once.
 //!
-//! Who waits for a reply reads the socket on behalf of everybody, also the server's own commands; where nobody
-//! waits, the [`super::Receiver`] does. Must never wait without a limit, and never go on after the stream of
-//! messages was lost: then it is shut down on the spot, and whoever polls the socket sees the hang-up.
+//! Here: sending, and the end. Who waits for a reply ([`super::waiting`]) reads the socket on behalf of everybody,
+//! also the server's own commands ([`super::reading`]); where nobody waits, the [`super::Receiver`] does. Must never
+//! go on after the stream of messages was lost: then it is shut down on the spot, and whoever polls the socket sees
+//! the hang-up.
 //!
 //! Locks, in this order: streams, watch, then one of table or a link's outgoing messages.
 
@@ -11,34 +12,21 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zerocopy::IntoBytes;
 
 use super::dma::Dma;
 use super::error::{Cause, Error, Step};
-use super::incoming::{Ahead, Incoming, Message, Read};
+use super::incoming::Incoming;
 use super::limits::{Limits, Stats};
-use super::message::{Command, Fault, Header, Kind, MultiWrite, RegionAccess, length};
+use super::message::{Command, Fault, Header, MultiWrite, RegionAccess, length};
 use super::outgoing::{Join, Outgoing};
 use super::receiver::Watch;
-use super::table::{Delivered, Expected, Reply, Table};
+use super::table::{Expected, Table};
 use super::trace::{Direction, TraceEvent};
 use super::version::Version;
 use crate::deadline::Deadline;
-
-/// Bytes of commands that may wait for room in the socket; beyond that, the caller waits.
-const COMMANDS_MOST: usize = 256 << 10;
-
-/// Bytes of our replies that may wait for the server to read them; beyond that, the server is broken.
-const REPLIES_MOST: usize = 4 << 20;
-
-/// Reads of one socket in one go, so that a flood on one does not starve the others.
-const BATCH: usize = 32;
-
-/// How often a thread that waits for room looks whether it should read instead.
-const ROOM_STEP: Duration = Duration::from_millis(5);
 
 /// Which socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +40,7 @@ pub(super) enum Side {
 /// One socket and what waits to go out on it.
 pub(super) struct Link {
     pub(super) socket: UnixStream,
-    outgoing: Mutex<Outgoing>,
+    pub(super) outgoing: Mutex<Outgoing>,
 }
 
 impl Link {
@@ -69,9 +57,9 @@ impl Link {
 
 /// What is being received.
 #[derive(Default)]
-struct Streams {
-    main: Incoming,
-    twin: Incoming,
+pub(super) struct Streams {
+    pub(super) main: Incoming,
+    pub(super) twin: Incoming,
 }
 
 /// The connection.
@@ -83,9 +71,9 @@ pub(super) struct Shared {
     pub(super) version: OnceLock<Version>,
     pub(super) dma: Dma,
     pub(super) watch: Mutex<Option<Watch>>,
-    streams: Mutex<Streams>,
-    table: Mutex<Table>,
-    answered: Condvar,
+    pub(super) streams: Mutex<Streams>,
+    pub(super) table: Mutex<Table>,
+    pub(super) answered: Condvar,
     stats: Mutex<Stats>,
 }
 
@@ -219,315 +207,25 @@ impl Shared {
         self.wait_sent(command, number, deadline)
     }
 
-    /// Waits until `submitted` is answered; after the deadline its reply is discarded when it comes.
-    pub(super) fn wait(&self, submitted: &Submitted, deadline: &Deadline) -> Result<Reply, Error> {
-        let begin = Instant::now();
-        let outcome = match self.wait_sent(submitted.command, submitted.number, deadline) {
-            Ok(()) => self.wait_answered(submitted, deadline),
-            Err(error) => {
-                self.abandon(submitted.id);
-                Err(error)
-            }
-        };
-        let took = begin.elapsed();
-        self.count(|stats| {
-            stats.worst_wait = stats.worst_wait.max(took);
-            stats.total_wait = stats.total_wait.saturating_add(took);
-            match &outcome {
-                Ok(_) => stats.answers = stats.answers.saturating_add(1),
-                Err(error) if matches!(error.cause(), Cause::Refused(_)) => {
-                    stats.answers = stats.answers.saturating_add(1);
-                    stats.refusals = stats.refusals.saturating_add(1);
-                }
-                Err(_) => stats.failures = stats.failures.saturating_add(1),
-            }
-        });
-        outcome
-    }
-
     /// Nobody waits for `id` any more.
     pub(super) fn abandon(&self, id: u16) {
         lock(&self.table).abandon(id);
     }
 
-    fn wait_answered(&self, submitted: &Submitted, deadline: &Deadline) -> Result<Reply, Error> {
-        let Submitted { id, command, .. } = *submitted;
-        let mut table = lock(&self.table);
-        loop {
-            if let Some(outcome) = table.take(id) {
-                return outcome;
-            }
-            let Some(left) = deadline.remaining() else {
-                table.abandon(id);
-                return Err(self.error(command, Cause::Silent(deadline.limit())));
-            };
-            if table.led {
-                table.followers = table.followers.saturating_add(1);
-                let waited = self.answered.wait_timeout(table, left);
-                table = waited.unwrap_or_else(PoisonError::into_inner).0;
-                table.followers = table.followers.saturating_sub(1);
-                continue;
-            }
-            table.led = true;
-            drop(table);
-            let lead = Lead::begin(self);
-            self.lead(deadline, &mut || lock(&self.table).is_answered(id));
-            drop(lead);
-            table = lock(&self.table);
-        }
-    }
-
-    /// Waits until message `number` went out whole.
-    fn wait_sent(&self, command: Command, number: u64, deadline: &Deadline) -> Result<(), Error> {
-        let sent = || lock(&self.main.outgoing).is_sent(number);
-        self.wait_out(command, &sent, deadline)
-    }
-
-    /// Waits until there is room for another command.
-    fn make_room(&self, command: Command, deadline: &Deadline) -> Result<(), Error> {
-        let room = || lock(&self.main.outgoing).unsent() <= COMMANDS_MOST;
-        self.wait_out(command, &room, deadline)
-    }
-
-    /// Sends, and reads meanwhile when nobody else does: a server that waits for us to read does not read.
-    fn wait_out(
-        &self,
-        command: Command,
-        enough: &dyn Fn() -> bool,
-        deadline: &Deadline,
-    ) -> Result<(), Error> {
-        loop {
-            if enough() {
-                return Ok(());
-            }
-            {
-                let mut table = lock(&self.table);
-                if let Some(loss) = table.loss() {
-                    let loss = loss.clone();
-                    table.told();
-                    return Err(loss);
-                }
-                if deadline.remaining().is_none() {
-                    return Err(self.error(command, Cause::NotReading(deadline.limit())));
-                }
-                if !table.led {
-                    table.led = true;
-                    drop(table);
-                    let lead = Lead::begin(self);
-                    self.lead(deadline, &mut || enough() || self.is_lost());
-                    drop(lead);
-                    continue;
-                }
-            }
-            let step = deadline.remaining().map_or(ROOM_STEP, |left| left.min(ROOM_STEP));
-            let wait = Timespec::try_from(step).ok();
-            let mut fds = [PollFd::new(&self.main.socket, PollFlags::OUT)];
-            // However it ends, the loop looks again.
-            if poll(&mut fds, wait.as_ref()).is_ok() {
-                self.flush(Side::Main)?;
-            }
-        }
-    }
-
-    /// Reads and sends until `done`, or the deadline, or the end of the connection.
-    fn lead(&self, deadline: &Deadline, done: &mut dyn FnMut() -> bool) {
-        while !done() {
-            let Some(left) = deadline.remaining() else { return };
-            let Ok(timeout) = Timespec::try_from(left) else { return };
-            let interest = |link: &Link| {
-                if link.has_unsent() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN }
-            };
-            let mut fds = Vec::with_capacity(2);
-            fds.push(PollFd::new(&self.main.socket, interest(&self.main)));
-            if let Some(twin) = self.twin.get() {
-                fds.push(PollFd::new(&twin.socket, interest(twin)));
-            }
-            match poll(&mut fds, Some(&timeout)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
-                Ok(_) => {}
-                Err(errno) => {
-                    self.lose(Error::new(&self.peer, Step::Idle, Cause::Io(errno.into())));
-                    return;
-                }
-            }
-            let writable = fds.iter().map(|fd| fd.revents().contains(PollFlags::OUT));
-            let writable: Vec<bool> = writable.collect();
-            let flushed = [Side::Main, Side::Twin]
-                .into_iter()
-                .zip(writable)
-                .filter(|(_, writable)| *writable)
-                .try_for_each(|(side, _)| self.flush(side));
-            if flushed.is_err() {
-                return;
-            }
-            let mut streams = lock(&self.streams);
-            let mut enough = || done() || deadline.remaining().is_none();
-            if self.pump(&mut streams, &mut enough).is_err() {
-                return;
-            }
-        }
-    }
-
-    /// What the [`super::Receiver`] does: nothing while somebody who waits reads.
-    pub(super) fn serve(&self) -> Result<usize, Error> {
-        let mut streams = lock(&self.streams);
-        if lock(&self.table).led {
-            return Ok(0);
-        }
-        let flushed = self.flush(Side::Main).and_then(|()| self.flush(Side::Twin));
-        let served = flushed.and_then(|()| self.pump(&mut streams, &mut || false));
-        served.inspect_err(|_| lock(&self.table).told())
-    }
-
-    /// Reads what is there, a batch of each socket, and deals with it. Ends the connection when it must.
-    fn pump(&self, streams: &mut Streams, enough: &mut dyn FnMut() -> bool) -> Result<usize, Error> {
-        let mut count = 0;
-        for side in [Side::Main, Side::Twin] {
-            let Some(link) = self.link(side) else { continue };
-            let incoming = match side {
-                Side::Main => &mut streams.main,
-                Side::Twin => &mut streams.twin,
-            };
-            for _ in 0..BATCH {
-                while let Some(message) = self.next(side, incoming)? {
-                    count = usize::saturating_add(count, 1);
-                    self.handle(side, message)?;
-                }
-                if enough() {
-                    return Ok(count);
-                }
-                let due = side == Side::Main && lock(&self.table).fds_are_due();
-                let ahead = if due { Ahead::Never } else { Ahead::Freely };
-                match incoming.read(&link.socket, ahead) {
-                    Ok(Read::Some) => {}
-                    Ok(Read::Nothing) => break,
-                    Ok(Read::HungUp) => return Err(self.lose(self.at_the_oldest(Cause::Closed))),
-                    Err(cause) => return Err(self.lose(self.at_the_oldest(cause))),
-                }
-            }
-        }
-        Ok(count)
-    }
-
     /// An error that no message explains belongs to the command that has waited longest.
-    fn at_the_oldest(&self, cause: Cause) -> Error {
+    pub(super) fn at_the_oldest(&self, cause: Cause) -> Error {
         let step = lock(&self.table).oldest().map_or(Step::Idle, Step::Command);
         Error::new(&self.peer, step, cause)
     }
 
-    fn next(&self, side: Side, incoming: &mut Incoming) -> Result<Option<Message>, Error> {
-        incoming.take(|header| self.judge(side, header)).map_err(|(header, fault)| {
-            let command = Command(header.command);
-            let step = match header.kind() {
-                Ok(Kind::Command | Kind::Posted) => Step::ServerCommand(command),
-                _ => Step::Command(command),
-            };
-            self.lose(Error::new(&self.peer, step, Cause::Malformed(fault)))
-        })
-    }
-
-    /// How large the payload behind `header` is, if such a message may come at all.
-    fn judge(&self, side: Side, header: &Header) -> Result<u32, Fault> {
-        match header.kind()? {
-            Kind::Reply | Kind::ErrorReply if side == Side::Main => lock(&self.table).judge(header),
-            Kind::Command | Kind::Posted if side == self.command_side() => match self.version.get() {
-                Some(version) => header.judge_size(version.largest_server_payload()),
-                // Before the version is agreed on, nothing may be asked.
-                None => Err(Fault::Request(u32::from(header.command))),
-            },
-            _ => Err(Fault::Flags(header.flags)),
-        }
-    }
-
-    /// Where the server's commands come.
-    fn command_side(&self) -> Side {
-        if self.twin.get().is_some() { Side::Twin } else { Side::Main }
-    }
-
-    fn handle(&self, side: Side, message: Message) -> Result<(), Error> {
-        let Message { header, payload, fds } = message;
-        let command = Command(header.command);
-        let (step, fault) = match header.kind() {
-            Ok(kind @ (Kind::Reply | Kind::ErrorReply)) => {
-                if self.limits.is_traced() {
-                    let sent = lock(&self.table).sent_at(header.id);
-                    let took = sent.map_or(Duration::ZERO, |sent| sent.elapsed());
-                    self.trace(Direction::FromServer, &header, &payload, fds.len(), took);
-                }
-                let mut table = lock(&self.table);
-                match table.deliver(&self.peer, &header, kind, Reply { payload, fds }) {
-                    Ok(delivered) => {
-                        let wake = table.followers > 0;
-                        drop(table);
-                        if wake {
-                            self.answered.notify_all();
-                        }
-                        if delivered == Delivered::Late {
-                            log::debug!("vfio-user server {}: a late reply to {command}", self.peer);
-                            self.count(|stats| stats.late = stats.late.saturating_add(1));
-                        }
-                        return Ok(());
-                    }
-                    Err(fault) => (Step::Command(command), fault),
-                }
-            }
-            Ok(kind @ (Kind::Command | Kind::Posted)) => {
-                self.trace(Direction::ServerCommand, &header, &payload, fds.len(), Duration::ZERO);
-                if fds.is_empty() {
-                    return self.serve_command(side, &header, kind, &payload);
-                }
-                let fault = Fault::Fds { got: fds.len(), least: 0, most: 0 };
-                (Step::ServerCommand(command), fault)
-            }
-            Err(fault) => (Step::ServerCommand(command), fault),
-        };
-        Err(self.lose(Error::new(&self.peer, step, Cause::Malformed(fault))))
-    }
-
-    fn serve_command(&self, side: Side, header: &Header, kind: Kind, payload: &[u8]) -> Result<(), Error> {
-        let limit = self.version.get().map_or(0, |version| version.ours.max_data_xfer_size);
-        let outcome = self.dma.serve(Command(header.command), payload, limit);
-        self.count(|stats| stats.count_dma(&outcome));
-        if let Err(refusal) = outcome {
-            log::debug!("vfio-user server {}: {} is refused: {refusal}", self.peer, Command(header.command));
-        }
-        if kind == Kind::Posted {
-            return Ok(());
-        }
-        let (answer, data) = match &outcome {
-            Ok(served) => (Header::reply(header, length(served.reply().len())), served.reply()),
-            Err(refusal) => (Header::error_reply(header, refusal.errno()), &[][..]),
-        };
-        self.trace(Direction::OurReply, &answer, data, 0, Duration::ZERO);
-        let Some(link) = self.link(side) else { return Ok(()) };
-        let message = [answer.as_bytes(), data].concat();
-        let mut outgoing = lock(&link.outgoing);
-        let pushed = outgoing.push(&link.socket, message, &[]);
-        let unsent = outgoing.unsent();
-        drop(outgoing);
-        let step = Step::ServerCommand(Command(header.command));
-        match pushed {
-            Ok(_) if unsent > REPLIES_MOST => {
-                Err(self.lose(Error::new(&self.peer, step, Cause::NotReading(Duration::ZERO))))
-            }
-            Ok(_) => {
-                if unsent > 0 {
-                    self.update_watch();
-                }
-                Ok(())
-            }
-            Err(source) => Err(self.lose(Error::new(&self.peer, step, ended(source)))),
-        }
-    }
-
-    fn link(&self, side: Side) -> Option<&Link> {
+    pub(super) fn link(&self, side: Side) -> Option<&Link> {
         match side {
             Side::Main => Some(&self.main),
             Side::Twin => self.twin.get(),
         }
     }
 
-    fn flush(&self, side: Side) -> Result<(), Error> {
+    pub(super) fn flush(&self, side: Side) -> Result<(), Error> {
         let Some(link) = self.link(side) else { return Ok(()) };
         let mut outgoing = lock(&link.outgoing);
         if outgoing.unsent() == 0 {
@@ -616,40 +314,7 @@ pub(super) struct Submitted {
     pub(super) command: Command,
 }
 
-/// Reading on behalf of everybody who waits; while it lives, the receiver does not.
-struct Lead<'a>(&'a Shared);
-
-impl<'a> Lead<'a> {
-    /// `Table::led` was set by the caller.
-    fn begin(shared: &'a Shared) -> Self {
-        // Once this lock was held, a receiver that was reading has finished, and sees that it should not.
-        let streams = lock(&shared.streams);
-        if let Some(watch) = lock(&shared.watch).as_mut() {
-            watch.mute(&shared.main, shared.twin.get());
-        }
-        drop(streams);
-        Self(shared)
-    }
-}
-
-impl Drop for Lead<'_> {
-    fn drop(&mut self) {
-        let streams = lock(&self.0.streams);
-        let mut table = lock(&self.0.table);
-        table.led = false;
-        let wake = table.followers > 0;
-        drop(table);
-        if let Some(watch) = lock(&self.0.watch).as_mut() {
-            watch.unmute(&self.0.main, self.0.twin.get());
-        }
-        drop(streams);
-        if wake {
-            self.0.answered.notify_all();
-        }
-    }
-}
-
-fn ended(source: io::Error) -> Cause {
+pub(super) fn ended(source: io::Error) -> Cause {
     match source.kind() {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Cause::Closed,
         _ => Cause::Io(source),

@@ -30,11 +30,13 @@ mod limits;
 pub mod message;
 mod migration;
 mod outgoing;
+mod reading;
 mod receiver;
 mod region;
 mod table;
 mod trace;
 mod version;
+mod waiting;
 
 pub use client::{Client, DeviceInfo, parse_device_info};
 pub use dma::{DmaMemory, DmaRights, Sharing};
