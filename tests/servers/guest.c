@@ -328,6 +328,7 @@ static void msix(unsigned count) {
     sixth[2] = NPI;
     raised(6, NPI, "MSI-X aimed back");
     often(size - 1, PIN, count);
+    for (unsigned n = 0; n < size; n++) *(volatile uint32_t *)(table + n * TABLE_ENTRY + 12) = 1;
     config_set(at + 2, 0, 2);
 }
 

@@ -211,7 +211,9 @@ fn a_server_killed_under_load_leaves_a_machine_that_lives_and_reads_all_ones() {
     let gone = guest.exec(
         ". /functions; f=$(function_of 0x0b0e); \
          [ -z \"$f\" ] || od -An -tx4 -N4 /sys/bus/pci/devices/$f/config; \
-         for n in $(seq 400); do dd if=/dev/nvme0n1 of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null || exit 0; usleep 50000; done; exit 9",
+         for n in $(seq 400); do \
+             [ \"$(dd if=/dev/nvme0n1 bs=4k count=1 iflag=direct 2>/dev/null | wc -c)\" = 4096 ] || exit 0; usleep 50000; \
+         done; exit 9",
         SCRIPT,
     );
     assert_eq!(gone.status, 0, "the disk still answers: {}", gone.text);

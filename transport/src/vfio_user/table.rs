@@ -59,7 +59,7 @@ enum State {
 pub(super) enum Delivered {
     /// Somebody waits for it.
     InTime,
-    /// Nobody waits any more: discarded.
+    /// Nobody waits any more, or ever did: discarded.
     Late,
 }
 
@@ -142,8 +142,19 @@ impl Table {
         self.with_fds > 0
     }
 
+    /// True of the refusal of a posted message. There should be none; the server of the crate `vfio_user` sends it.
+    fn refuses_posted(&self, header: &Header) -> bool {
+        let posted = [Command::REGION_WRITE, Command::REGION_WRITE_MULTI, Command::DEVICE_SET_IRQS];
+        header.kind() == Ok(Kind::ErrorReply)
+            && posted.contains(&Command(header.command))
+            && !self.entries.contains_key(&header.id)
+    }
+
     /// Judges a reply by its header, before anything is allocated for it: how large its payload is.
     pub(super) fn judge(&self, header: &Header) -> Result<u32, Fault> {
+        if self.refuses_posted(header) {
+            return header.judge_size(0);
+        }
         let entry = self.entries.get(&header.id).ok_or(Fault::Unasked(header.id))?;
         if entry.command.0 != header.command {
             return Err(Fault::Request(u32::from(header.command)));
@@ -168,6 +179,9 @@ impl Table {
         reply: Reply,
     ) -> Result<Delivered, Fault> {
         self.judge(header)?;
+        if self.refuses_posted(header) && reply.fds.is_empty() {
+            return Ok(Delivered::Late);
+        }
         let entry = self.entries.get_mut(&header.id).ok_or(Fault::Unasked(header.id))?;
         let most = entry.expected.fds;
         if reply.fds.len() > most {
@@ -301,6 +315,20 @@ mod tests {
         let delivered = table.deliver(&peer(), &header, Kind::Reply, Reply::default());
         assert_eq!(delivered, Ok(Delivered::Late));
         assert_eq!(table.judge(&header), Err(Fault::Unasked(first)), "a second one is nobody's");
+    }
+
+    #[test]
+    fn the_refusal_of_a_posted_write_is_discarded_and_its_success_is_not() {
+        let mut table = Table::new();
+        let id = table.unused();
+        let posted = Header::posted(id, Command::REGION_WRITE, 20);
+        let refusal = Header::error_reply(&posted, 0);
+        assert_eq!(table.judge(&refusal), Ok(0));
+        let delivered = table.deliver(&peer(), &refusal, Kind::ErrorReply, Reply::default());
+        assert_eq!(delivered, Ok(Delivered::Late));
+        assert_eq!(table.judge(&Header::reply(&posted, 0)), Err(Fault::Unasked(id)));
+        let read = Header::error_reply(&Header::command(id, Command::REGION_READ, 0), 0);
+        assert_eq!(table.judge(&read), Err(Fault::Unasked(id)), "reads are never posted");
     }
 
     #[test]
