@@ -11,7 +11,7 @@ use devices::bus::Bus;
 use devices::pci::HostBridge;
 use devices::pci::host_bridge::InsertError;
 use devices::ports::Ports;
-use devices::virtio::answers::OwnChannel;
+use devices::virtio::answers::{Calls, OwnChannel};
 use devices::virtio::backend::Backend;
 use devices::virtio::device_type::Model;
 use devices::virtio::iommu::Iommu;
@@ -62,6 +62,7 @@ pub(crate) struct Detached {
     backend: Box<dyn Backend>,
     memory: MemoryMap,
     shared: SharedRegions,
+    calls: Calls,
     hang_up: Arc<OwnedFd>,
     /// How its backend is found again, if it is to be.
     plan: Option<Arc<Plan>>,
@@ -100,8 +101,9 @@ pub(crate) struct Attached {
     recovery: RefCell<Option<Recovery>>,
     counted: Counted,
     handle: DeviceHandle,
-    /// Rings for the queue that we serve.
-    control_kick: Option<Kick>,
+    /// Ring for the queues whose kicks we serve or pass on.
+    kicks: Vec<(u16, Kick)>,
+    calls: Calls,
 }
 
 impl Detached {
@@ -152,14 +154,15 @@ impl Detached {
             order = order.behind(Arc::new(iommu.map(memory)));
         }
         let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
-        let Opened { model, backend, channel, hang_up, reconnect, shared } = opened.map_err(|error| {
-            let hint = error.hint();
-            let failed = Error::new(Fault::Peer, cannot()).because(error);
-            match hint {
-                Some(hint) => failed.hint(hint),
-                None => failed,
-            }
-        })?;
+        let Opened { model, backend, channel, hang_up, reconnect, shared, calls } =
+            opened.map_err(|error| {
+                let hint = error.hint();
+                let failed = Error::new(Fault::Peer, cannot()).because(error);
+                match hint {
+                    Some(hint) => failed.hint(hint),
+                    None => failed,
+                }
+            })?;
         log::info!("device {id}: {kind}, {} queue(s), features {:#x}", model.queues, model.features.bits());
         let (patience, peers) = (config.reconnect, Arc::clone(peers));
         let plan =
@@ -171,6 +174,7 @@ impl Detached {
             backend: Box::new(backend),
             memory: memory.clone(),
             shared,
+            calls,
             hang_up: Arc::new(hang_up),
             plan,
             state: Ok(()),
@@ -209,7 +213,8 @@ impl Detached {
     /// Puts the device on a board: its register page into memory and its other accesses on the bus, or its
     /// function on the PCI bus.
     pub(crate) fn attach(self, ports: &Ports, site: Site<'_>) -> Result<Attached, Error> {
-        let Detached { id, transport, model, backend, memory, shared, hang_up, plan, state, counted } = self;
+        let Detached { id, transport, model, backend, memory, shared, calls, hang_up, plan, state, counted } =
+            self;
         let cannot = || format!("cannot wire device {id}");
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
         let failed = |error| Error::host(cannot()).because(error);
@@ -252,7 +257,8 @@ impl Detached {
             Err(Lost::Broken(why)) => handle.give_up(&why),
         }
         let (hang_up, recovery) = (RefCell::new(hang_up), RefCell::new(None));
-        let control_kick = handle.control_kick().map_err(|error| Error::host(cannot()).because(error))?;
+        let kicks = handle.kicks_to_serve().map_err(|error| Error::host(cannot()).because(error))?;
+        calls.put(handle.calls().map_err(|error| Error::host(cannot()).because(error))?);
         Ok(Attached {
             id,
             transport,
@@ -264,7 +270,8 @@ impl Detached {
             recovery,
             counted,
             handle,
-            control_kick,
+            kicks,
+            calls,
         })
     }
 
@@ -342,9 +349,9 @@ impl Attached {
         drop(self.hang_up.replace(Arc::new(hang_up)));
     }
 
-    /// Readable when the queue that we serve has something; the control loop serves it.
-    pub(crate) fn control_kick(&self) -> Option<&Kick> {
-        self.control_kick.as_ref()
+    /// Readable when a queue whose kicks we serve or pass on has something: for the control loop.
+    pub(crate) fn kicks(&self) -> &[(u16, Kick)] {
+        &self.kicks
     }
 
     /// For the control loop.
@@ -371,7 +378,8 @@ impl Attached {
             recovery,
             mut counted,
             handle,
-            ..
+            calls,
+            kicks: _,
         } = self;
         // Waits for the thread, for one exchange with a backend at most.
         drop(recovery);
@@ -390,7 +398,8 @@ impl Attached {
                 PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => Ok(()),
             };
             shared.remove();
-            Detached { id, transport, model, backend, memory, shared, hang_up, plan, state, counted }
+            calls.put(Vec::new());
+            Detached { id, transport, model, backend, memory, shared, calls, hang_up, plan, state, counted }
         })
     }
 }

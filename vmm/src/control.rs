@@ -28,7 +28,9 @@ mod token {
     pub(super) const SIGNAL: u32 = 0x100;
     pub(super) const HANG_UP: u32 = 0x1000;
     pub(super) const FUNCTION: u32 = 0x2000;
-    pub(super) const CONTROL_QUEUE: u32 = 0x3000;
+    pub(super) const QUEUE: u32 = 0x1_0000;
+    /// Distance of two devices' queues.
+    pub(super) const QUEUES: u32 = 0x100;
 }
 
 /// The parts of a machine that the loop serves during one boot.
@@ -219,8 +221,9 @@ impl MutEventSubscriber for Control<'_> {
         }
         for (index, device) in (0..).zip(self.board.devices()) {
             watch_hang_up(ops, index, device);
-            if let Some(kick) = device.control_kick() {
-                watch(ops, Events::with_data(kick, token::CONTROL_QUEUE + index, EventSet::IN));
+            for (queue, kick) in device.kicks() {
+                let token = token::QUEUE + index * token::QUEUES + u32::from(*queue);
+                watch(ops, Events::with_data(kick, token, EventSet::IN));
             }
         }
         for (index, function) in (0..).zip(self.board.functions()) {
@@ -252,9 +255,10 @@ impl MutEventSubscriber for Control<'_> {
             signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
                 self.signal(signal - token::SIGNAL);
             }
-            queue if queue >= token::CONTROL_QUEUE => {
-                if let Some(device) = self.device(queue - token::CONTROL_QUEUE) {
-                    device.handle().serve_control();
+            queue if queue >= token::QUEUE => {
+                let (device, queue) = ((queue - token::QUEUE) / token::QUEUES, queue % token::QUEUES);
+                if let (Some(device), Ok(queue)) = (self.device(device), u16::try_from(queue)) {
+                    device.handle().serve_kick(queue);
                 }
             }
             function if function >= token::FUNCTION => {

@@ -323,6 +323,15 @@ impl BackendRequests for Asked<'_> {
         self.answers.iotlb(&message)
     }
 
+    fn vring_call(&self, ring: u32) -> Result<(), Refused> {
+        self.answers.vring_call(ring)
+    }
+
+    fn vring_error(&self, ring: u32) -> Result<(), Refused> {
+        log::warn!("a backend found ring {ring} of device number {} in error", self.owner.device);
+        Ok(())
+    }
+
     fn shmem_map(&self, area: ShmemArea, fd: OwnedFd) -> Result<(), Refused> {
         self.answers.shmem_map(&area, fd)
     }

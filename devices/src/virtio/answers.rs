@@ -2,11 +2,14 @@
 //! that serves all such channels: must never wait, nor take a device's lock.
 
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::message::{Iotlb, ShmemArea};
+use transport::vhost_user::vring::Call;
 use transport::vhost_user::{BackendChannel, MissAnswers, Refused};
 
 use super::shared_memory::Tenancy;
+use crate::lock;
 
 /// A backend's own channel, and what is answered on it: to be served from now on.
 pub struct OwnChannel {
@@ -21,6 +24,24 @@ pub struct OwnChannel {
 pub struct Answers {
     pub(super) misses: Option<MissAnswers>,
     pub(super) shared: Option<Tenancy>,
+    pub(super) calls: Calls,
+}
+
+/// The calls of a device's queues on the board that it is on. Clones are the same.
+#[derive(Clone, Default)]
+pub struct Calls(Arc<Mutex<Vec<Call>>>);
+
+impl Calls {
+    /// From now on it is these, by queue.
+    pub fn put(&self, calls: Vec<Call>) {
+        *lock(&self.0) = calls;
+    }
+
+    fn ring(&self, queue: u32) -> Result<(), Refused> {
+        let calls = lock(&self.0);
+        let call = usize::try_from(queue).ok().and_then(|queue| calls.get(queue)).ok_or(Refused)?;
+        call.ring().map_err(|_| Refused)
+    }
 }
 
 impl Answers {
@@ -30,6 +51,14 @@ impl Answers {
     /// When there is none.
     pub fn iotlb(&self, message: &Iotlb) -> Result<(), Refused> {
         self.misses.as_ref().ok_or(Refused)?.answer(message)
+    }
+
+    /// The backend used buffers of a queue, and says so by message: interrupts the guest.
+    ///
+    /// # Errors
+    /// When there is no such queue.
+    pub fn vring_call(&self, queue: u32) -> Result<(), Refused> {
+        self.calls.ring(queue)
     }
 
     /// The backend shows the guest a piece of a file.

@@ -34,6 +34,10 @@ impl BackendRequests for Asked<'_> {
     fn iotlb(&self, message: Iotlb) -> Result<(), Refused> {
         self.0.iotlb(&message)
     }
+
+    fn vring_call(&self, ring: u32) -> Result<(), Refused> {
+        self.0.vring_call(ring)
+    }
 }
 
 /// Lets the backend ask, and returns the answer: a code, and how many descriptors came.
@@ -143,4 +147,50 @@ fn backend_without_what_an_iommu_needs_is_refused() {
         let error = opened.err().unwrap();
         assert!(matches!(error, OpenError::Unfit { .. }) && error.hint().is_some(), "{error}");
     }
+}
+
+#[test]
+fn notifications_by_message_are_passed_on_in_both_directions() {
+    let offer = Offer::default();
+    let protocol = offer.protocol.with(ProtocolFeatures::INBAND_NOTIFICATIONS);
+    // Only for who asks: they put us on the path of every request.
+    let (_backend, opened) = connect(Offer { protocol, ..offer.clone() }, &order(""));
+    let (guest, _channel, _hang_up) = Guest::new(opened.unwrap());
+    assert!(guest.device.handle().kicks_to_serve().unwrap().is_empty());
+
+    let (backend, opened) = connect(Offer { protocol, ..offer.clone() }, &order("+inband_notifications"));
+    let opened = opened.unwrap();
+    let (calls, reconnect) = (opened.calls.clone(), opened.reconnect.clone());
+    let (guest, channel, _hang_up) = Guest::on_loss(opened, crate::virtio::OnLoss::Recover);
+    let (handle, mut own) = (guest.device.handle(), channel.unwrap());
+    calls.put(handle.calls().unwrap());
+    guest.start_driver();
+    let said = |request| backend.seen().iter().filter(|seen| seen.request == request).count();
+    assert_eq!((said(Request::SET_VRING_KICK), said(Request::SET_VRING_CALL)), (0, 0), "no eventfds");
+    assert_eq!(said(Request::VRING_KICK), 1, "which starts the ring");
+    let queues: Vec<_> = handle.kicks_to_serve().unwrap().into_iter().map(|(queue, _)| queue).collect();
+    assert_eq!(queues, [0, 1]);
+    assert!(guest.kick(), "the guest's kick still ends in the kernel");
+    handle.serve_kick(0);
+    assert_eq!(said(Request::VRING_KICK), 2);
+
+    guest.machine.take_interrupts();
+    let call = |ring: u32| [ring.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
+    assert_eq!(ask(&mut own, &backend, BackendRequest::VRING_CALL, &call(0)), (0, 0));
+    assert_eq!(guest.machine.take_interrupts(), 1);
+    for beyond in [2, 256, u32::MAX] {
+        assert_eq!(ask(&mut own, &backend, BackendRequest::VRING_CALL, &call(beyond)), (1, 0), "{beyond}");
+    }
+    assert_eq!(guest.machine.take_interrupts(), 0);
+    guest.write(0x70, 0);
+    handle.serve_kick(0);
+    assert_eq!((said(Request::VRING_KICK), backend.breaches()), (2, vec![]), "nothing runs");
+
+    // A successor that wants eventfds would have its kicks taken away.
+    guest.start_driver();
+    handle.peer_lost("it crashed");
+    let (_second, socket) = ScriptedBackend::pair(offer, Script::normal()).unwrap();
+    let connection = Connection::from_stream(socket, "second", &Limits::new(LIMIT)).unwrap();
+    let error = reconnect.attempt(&handle, connection, drop).err().unwrap();
+    assert!(error.is_final() && matches!(handle.phase(), PhaseReport::Broken(_)), "{error}");
 }

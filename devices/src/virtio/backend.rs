@@ -108,6 +108,19 @@ pub trait Backend: Send {
         None
     }
 
+    /// Whether kicks and calls are messages: somebody has to pass them on then, see [`Backend::kick`].
+    fn notifies_in_band(&self) -> bool {
+        false
+    }
+
+    /// Tells the backend of a kick, where it takes no eventfd.
+    ///
+    /// # Errors
+    /// When it fails.
+    fn kick(&mut self, _queue: u16) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Stops the queues; afterwards the backend touches neither memory nor eventfds. A backend that
     /// has not started has nothing to do.
     ///

@@ -6,7 +6,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use transport::vhost_user::features::bit;
-use transport::vhost_user::vring::Kick;
+use transport::vhost_user::vring::{Call, Kick};
 
 use super::activation::space;
 use super::backend::BackendError;
@@ -37,22 +37,37 @@ impl Control {
 }
 
 impl DeviceHandle {
-    /// Rings when there is something for [`DeviceHandle::serve_control`]; `None` when the device's backend
-    /// serves all its queues. It stays the same for the device's whole life.
+    /// The queues whose kicks want [`DeviceHandle::serve_kick`]: none when the device's backend serves them
+    /// all by eventfd. They stay the same for the device's whole life.
     ///
     /// # Errors
     /// When no descriptor is to be had.
-    pub fn control_kick(&self) -> io::Result<Option<Kick>> {
+    pub fn kicks_to_serve(&self) -> io::Result<Vec<(u16, Kick)>> {
         self.with(|device| {
-            let queue = device.control.as_ref().map(|control| control.queue);
-            queue.and_then(|queue| device.wiring.clone_kick(queue).transpose()).transpose()
+            let ours = device.control.as_ref().map(|control| control.queue);
+            let all = device.backend.notifies_in_band();
+            device.wiring.clone_kicks(|queue| all || ours == Some(queue))
         })
     }
 
-    /// Serves one request of the queue that is ours, and rings its kick again when there are more. May wait
-    /// for the backend, within its deadline.
-    pub fn serve_control(&self) {
-        self.with(Device::serve_control);
+    /// The calls of all queues, by number.
+    ///
+    /// # Errors
+    /// When no descriptor is to be had.
+    pub fn calls(&self) -> io::Result<Vec<Call>> {
+        self.with(|device| device.wiring.clone_calls())
+    }
+
+    /// A kick rang that somebody has to pass on: serves a queue of ours, or tells the backend by message.
+    /// May wait for the backend, within its deadline.
+    pub fn serve_kick(&self, queue: u16) {
+        self.with(|device| {
+            if device.control.as_ref().is_some_and(|control| control.queue == queue) {
+                device.serve_control();
+            } else {
+                device.forward_kick(queue);
+            }
+        });
     }
 }
 
@@ -97,6 +112,21 @@ impl Device {
                 "the sessions that the driver holds were lost with the backend".to_owned(),
             );
         }
+    }
+
+    fn forward_kick(&mut self, queue: u16) {
+        if let Err(error) = self.wiring.take_kick(queue) {
+            log::warn!("{}: cannot read the eventfd of queue {queue}: {error}", self.name);
+        }
+        if !matches!(self.phase, Phase::Running(_)) {
+            return;
+        }
+        match self.backend.kick(queue) {
+            Ok(()) => {}
+            Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
+            Err(BackendError::Refused(_)) => self.note("the backend refused a kick"),
+        }
+        self.face.show_registers(&self.registers);
     }
 
     fn serve_control(&mut self) {

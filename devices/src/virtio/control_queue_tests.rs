@@ -199,12 +199,13 @@ fn create() -> Vec<u32> {
 
 fn answer(guest: &Guest, number: u16) -> Vec<u8> {
     let handle = guest.device.handle();
-    let kick = handle.control_kick().unwrap().unwrap();
-    let mut fds = [rustix::event::PollFd::new(&kick, rustix::event::PollFlags::IN)];
+    let kicks = handle.kicks_to_serve().unwrap();
+    let [(1, kick)] = kicks.as_slice() else { panic!("the last queue's kick alone") };
+    let mut fds = [rustix::event::PollFd::new(kick, rustix::event::PollFlags::IN)];
     let limit = rustix::event::Timespec { tv_sec: 5, tv_nsec: 0 };
     assert_eq!(rustix::event::poll(&mut fds, Some(&limit)).unwrap(), 1, "whoever watches is woken");
     guest.machine.take_interrupts();
-    handle.serve_control();
+    handle.serve_kick(1);
     assert_eq!(guest.load(USED + 2, 2), (number + 1).to_le_bytes());
     assert!(guest.machine.take_interrupts() > 0);
     guest.load(0xa000, 16)
@@ -218,7 +219,7 @@ fn sessions_of_a_crypto_device_are_the_backends_and_end_with_a_reset() {
         backend.seen().into_iter().filter(|seen| seen.request == Request::SET_VRING_ADDR).collect();
     assert_eq!((told.len(), told[0].payload[0]), (1, 0), "the control queue is not told of");
     let handle = guest.device.handle();
-    handle.serve_control();
+    handle.serve_kick(1);
     request(&guest, 0, &create(), &[0xaa; 16], 16);
     assert_eq!(answer(&guest, 0), [7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     let sent =
@@ -236,7 +237,7 @@ fn sessions_of_a_crypto_device_are_the_backends_and_end_with_a_reset() {
     guest.write(0x70, 0);
     assert_eq!(closed(), 2, "a reset closes what is open");
     start(&guest);
-    handle.serve_control();
+    handle.serve_kick(1);
     request(&guest, 0, &create(), &[1; 16], 16);
     assert_eq!(answer(&guest, 0)[0], 7);
     assert_eq!((handle.stats().trapped.queue_notify, backend.breaches()), (0, vec![]));
@@ -248,14 +249,14 @@ fn backend_that_refuses_a_session_or_dies_of_it_leaves_the_driver_with_an_answer
         Script::normal().on(Request::CREATE_CRYPTO_SESSION, Act::Payload((-5_i64).to_ne_bytes().to_vec()));
     let (_backend, guest) = crypto(refuses);
     start(&guest);
-    guest.device.handle().serve_control();
+    guest.device.handle().serve_kick(1);
     request(&guest, 0, &create(), &[0; 16], 16);
     assert_eq!(answer(&guest, 0)[8], 1);
     assert_eq!(guest.device.handle().phase(), PhaseReport::Running);
 
     let (_backend, guest) = crypto(Script::normal().on(Request::CREATE_CRYPTO_SESSION, Act::Close));
     start(&guest);
-    guest.device.handle().serve_control();
+    guest.device.handle().serve_kick(1);
     request(&guest, 0, &create(), &[0; 16], 16);
     assert_eq!(answer(&guest, 0)[8], 1);
     assert!(matches!(guest.device.handle().phase(), PhaseReport::Broken(_)));
@@ -266,7 +267,7 @@ fn driver_that_writes_nonsense_into_its_control_queue_has_to_reset() {
     let (backend, guest) = crypto(Script::normal());
     start(&guest);
     guest.store(AVAIL + 2, &100_u16.to_le_bytes());
-    guest.device.handle().serve_control();
+    guest.device.handle().serve_kick(1);
     assert!(matches!(guest.device.handle().phase(), PhaseReport::NeedsReset(_)));
     assert_eq!(guest.machine.page_u32(0x70) & 0x40, 0x40);
     start(&guest);

@@ -8,7 +8,7 @@ use transport::memory_map::GuestAddr;
 use transport::vhost_user::features::{ProtocolFeatures, bit};
 use transport::vhost_user::{Connection, Error, IovaMap, Session};
 
-use super::answers::OwnChannel;
+use super::answers::{Calls, OwnChannel};
 use super::device_type::{Model, ModelError, Offer};
 use super::order::Order;
 use super::reconnect::Reconnect;
@@ -86,6 +86,8 @@ pub struct Opened {
     pub hang_up: OwnedFd,
     /// For when it is lost.
     pub reconnect: Reconnect,
+    /// Where its calls lead, when it makes them by message.
+    pub calls: Calls,
     /// What it shows the guest of its own memory, if it may.
     pub shared: SharedRegions,
 }
@@ -98,8 +100,9 @@ pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> 
     let survey = Survey::of(connection, order)?;
     let shared = SharedRegions::new(survey.shared.clone());
     let reconnect = Reconnect::new(order, &survey, shared.clone());
+    let calls = reconnect.calls();
     let (Attended { model, backend, hang_up }, channel) = reconnect.attend(survey)?;
-    Ok(Opened { model, backend, channel, hang_up, reconnect, shared })
+    Ok(Opened { model, backend, channel, hang_up, reconnect, shared, calls })
 }
 
 /// What a backend says of itself.
@@ -120,6 +123,11 @@ pub(super) struct Attended {
 }
 
 impl Survey {
+    /// Whether kicks and calls are messages.
+    pub(super) fn notifies_in_band(&self) -> bool {
+        self.session.protocol().contains(ProtocolFeatures::INBAND_NOTIFICATIONS)
+    }
+
     pub(super) fn of(connection: Connection, order: &Order) -> Result<Self, OpenError> {
         let mut session = connection.negotiate(&order.wanted)?;
         if let Some(map) = &order.translations {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::{Connection, Error as PeerError};
 
-use super::answers::{Answers, OwnChannel};
+use super::answers::{Answers, Calls, OwnChannel};
 use super::backend::BackendError;
 use super::handle::DeviceHandle;
 use super::opening::{Attended, OpenError, Survey};
@@ -58,13 +58,23 @@ pub struct Reconnect {
     order: Order,
     /// Bytes of configuration that the first backend had.
     config_size: usize,
+    /// Whether the first one took notifications by messages.
+    in_band: bool,
     shared: SharedRegions,
+    calls: Calls,
     kept: Arc<Mutex<Kept>>,
 }
 
 impl Reconnect {
     pub(super) fn new(order: &Order, first: &Survey, shared: SharedRegions) -> Self {
-        Self { order: order.clone(), config_size: first.config_size, shared, kept: Arc::default() }
+        let in_band = first.notifies_in_band();
+        let (order, config_size) = (order.clone(), first.config_size);
+        Self { order, config_size, in_band, shared, calls: Calls::default(), kept: Arc::default() }
+    }
+
+    /// Where calls lead that a backend makes by message.
+    pub(super) fn calls(&self) -> Calls {
+        self.calls.clone()
     }
 
     /// Takes a backend as it was surveyed, with what is kept for it, and has its channel answered.
@@ -73,7 +83,7 @@ impl Reconnect {
         let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
         let misses = session.miss_answers().map_err(OpenError::Fd)?;
         let tenancy = (!shared.is_empty()).then(|| self.shared.tenancy());
-        let answers = Answers { misses, shared: tenancy.clone() };
+        let answers = Answers { misses, shared: tenancy.clone(), calls: self.calls() };
         let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
         let backend = VhostUser::new(session, &self.order, Arc::clone(&self.kept), tenancy);
         Ok((Attended { model, backend, hang_up }, channel))
@@ -151,6 +161,9 @@ impl Reconnect {
     ) -> Result<(Candidate, OwnedFd), CandidateError> {
         if survey.config_size < self.config_size {
             return Err(Misfit::Config { has: survey.config_size, needs: self.config_size }.into());
+        }
+        if survey.notifies_in_band() != self.in_band {
+            return Err(Misfit::Notifications.into());
         }
         if survey.shared != self.shared.sizes() {
             return Err(Misfit::SharedMemory.into());

@@ -50,6 +50,9 @@ pub enum Misfit {
         /// What the device has.
         needs: u16,
     },
+    /// Whoever passes kicks on has been told.
+    #[error("it takes notifications in another way, by messages or by eventfds")]
+    Notifications,
     /// The driver knows of other ones.
     #[error("its shared memory regions are not those that there were")]
     SharedMemory,

@@ -41,6 +41,8 @@ pub struct VhostUser {
     config_size: usize,
     translations: Option<Arc<IovaMap>>,
     shared: Option<Tenancy>,
+    /// Kicks and calls are messages.
+    in_band: bool,
     /// What running queues were told of.
     memory: Option<MemoryMap>,
     kept: Arc<Mutex<Kept>>,
@@ -100,7 +102,8 @@ impl VhostUser {
     ) -> Self {
         let config_size = usize::from(order.device_type.config_size());
         let translations = order.translations.clone();
-        Self { link: Link::Standing(session), config_size, translations, shared, memory: None, kept }
+        let in_band = session.protocol().contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+        Self { link: Link::Standing(session), config_size, translations, shared, in_band, memory: None, kept }
     }
 
     /// Takes the link out.
@@ -250,6 +253,14 @@ impl Backend for VhostUser {
                 }
             }
         }
+    }
+
+    fn notifies_in_band(&self) -> bool {
+        self.in_band
+    }
+
+    fn kick(&mut self, queue: u16) -> Result<(), BackendError> {
+        self.live()?.kick_in_band(queue).map_err(failed)
     }
 
     fn has_notes(&self) -> bool {

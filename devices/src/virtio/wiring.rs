@@ -206,9 +206,15 @@ impl Wiring {
         self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.take().map(drop))
     }
 
-    /// Another descriptor of a queue's kick.
-    pub(super) fn clone_kick(&self, queue: u16) -> io::Result<Option<Kick>> {
-        self.pairs.get(usize::from(queue)).map(|pair| pair.kick.try_clone()).transpose()
+    /// Descriptors of the kicks of these queues.
+    pub(super) fn clone_kicks(&self, wanted: impl Fn(u16) -> bool) -> io::Result<Vec<(u16, Kick)>> {
+        let pairs = (0_u16..).zip(&self.pairs).filter(|(queue, _)| wanted(*queue));
+        pairs.map(|(queue, pair)| Ok((queue, pair.kick.try_clone()?))).collect()
+    }
+
+    /// Descriptors of all calls.
+    pub(super) fn clone_calls(&self) -> io::Result<Vec<Call>> {
+        self.pairs.iter().map(|pair| pair.call.try_clone()).collect()
     }
 
     /// Interrupts the guest for a queue.

@@ -214,6 +214,7 @@ impl State {
                 ring.kick = first.next();
                 ring.started = true;
             }
+            Request::VRING_KICK => self.ring(&payload).0.started = true,
             Request::SET_VRING_CALL => self.ring(&payload).0.call = first.next(),
             Request::SET_VRING_ENABLE => self.ring(&payload).0.enabled = num == 1,
             Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN => {

@@ -147,6 +147,11 @@ impl Session {
         let round_trip = if has_status { Request::GET_STATUS } else { Request::GET_FEATURES };
         channel.ask_u64(round_trip, &deadline)?;
         for ring in rings {
+            if channel.negotiated().contains(ProtocolFeatures::INBAND_NOTIFICATIONS) {
+                let state = VringState { index: ring.index.into(), num: 0 };
+                channel.exchange(Request::VRING_KICK, state.as_bytes(), &[], &deadline)?;
+                continue;
+            }
             ring.kick.ring().map_err(|source| channel.error(Request::SET_VRING_KICK, Cause::Io(source)))?;
         }
         Ok(inflight)
@@ -205,8 +210,11 @@ fn start_ring(
     if let Some(error) = ring.error {
         channel.exchange(Request::SET_VRING_ERR, &with_fd, &[error.as_fd()], deadline)?;
     }
-    channel.exchange(Request::SET_VRING_CALL, &with_fd, &[ring.call.as_fd()], deadline)?;
-    channel.exchange(Request::SET_VRING_KICK, &with_fd, &[ring.kick.as_fd()], deadline)?;
+    // An eventfd would be preferred over messages: the first VRING_KICK starts the ring then.
+    if !channel.negotiated().contains(ProtocolFeatures::INBAND_NOTIFICATIONS) {
+        channel.exchange(Request::SET_VRING_CALL, &with_fd, &[ring.call.as_fd()], deadline)?;
+        channel.exchange(Request::SET_VRING_KICK, &with_fd, &[ring.kick.as_fd()], deadline)?;
+    }
     if channel.protocol_offered() {
         channel.exchange(Request::SET_VRING_ENABLE, state(1).as_bytes(), &[], deadline)?;
     }
