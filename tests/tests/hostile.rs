@@ -5,14 +5,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outboard_tests::daemon::StorageDaemon;
 use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_devices};
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place, wait};
-use transport::testing::{Offer, Script, ScriptedBackend};
+use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::backend_req::BackendRequest;
+use transport::vhost_user::request::Request;
 
 const MIB: usize = 1 << 20;
 
@@ -98,4 +99,37 @@ fn a_storm_of_configuration_changes_and_nonsense_stops_neither_the_guest_nor_the
     let ended = assert_the_other_disk_is_well(vm);
     assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
     assert!(ended.log.lines().count() < 100, "logged once per reason\n{ended}");
+}
+
+#[test]
+fn a_driver_that_resets_while_a_hung_backend_takes_over_is_not_left_alone() {
+    const DEADLINE: Duration = Duration::from_secs(1);
+    need!(place::kvm());
+    let scratch = Scratch::new();
+    let socket = scratch.path("scripted");
+    let listen = |script: Script| ScriptedBackend::listen(&socket, Offer::default(), script).unwrap();
+    let first = listen(Script::normal());
+    let line = first_devices("drive", 1).arg("depth", 1);
+    let mut vm = Launch::payload(&line).disk_with(&socket, "reconnect=0,deadline=1000").start();
+    vm.expect("ready");
+    vm.send(b"s");
+    vm.expect("key s status=0xf");
+    drop(first);
+    // The next one answers until the rings are to start.
+    let hung = listen(Script::normal().on(Request::SET_VRING_NUM, Act::Silent));
+    wait::until("the rings are to start", STEP, || {
+        hung.conversation().iter().any(|request| request == "SET_VRING_NUM").then_some(())
+    });
+    let begun = Instant::now();
+    vm.send(b"r");
+    vm.expect("key r status=0x0");
+    assert!(begun.elapsed() < DEADLINE + wait::patience(Duration::from_millis(300)), "{:?}", begun.elapsed());
+    drop(hung);
+    let _third = listen(Script::normal());
+    vm.expect_log("has its backend again");
+    vm.send(b"s");
+    vm.expect("key s status=0xf done\nkey r status=0x0 done\nkey s status=0xf");
+    vm.send(b"q");
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
 }

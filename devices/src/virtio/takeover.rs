@@ -251,6 +251,10 @@ impl Device {
         match starting.claim() {
             // A reset came between, and took what was started.
             None if self.phase.has_backend() => Ok(()),
+            // A reset came between, and what it took had failed: the device waits on.
+            None if matches!(self.phase, Phase::Recovering(_)) && !self.retired => {
+                Err(TakeOverError::Failed("the driver reset the device while it started".into()))
+            }
             None => Err(TakeOverError::NotWanted),
             Some(Ok(candidate)) if ours => {
                 self.install(candidate);
