@@ -40,6 +40,7 @@ const SOURCES: &[&str] = &[
     "machine.c",
     "interrupts.c",
     "virtio.c",
+    "virtio_pci.c",
     "modes.c",
     "abuse.c",
     "deep.c",

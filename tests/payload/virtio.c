@@ -1,7 +1,8 @@
-/* The virtio-mmio driver; see virtio.h. */
+/* The driver, of virtio-mmio registers; see virtio.h. */
 #include "virtio.h"
 
 #include "machine.h"
+#include "virtio_pci.h"
 
 #define NOINIT __attribute__((section(".noinit")))
 
@@ -16,8 +17,18 @@ static uint16_t queue_size, last_used[MAX_QUEUES];
 static uint32_t patience;			/* seconds to wait for an answer */
 static uint32_t reported;			/* configuration changes already looked at */
 
-uint32_t reg(uint32_t offset) { return load32(base + offset); }
-void set_reg(uint32_t offset, uint32_t value) { store32(base + offset, value); }
+/* The device's number on the PCI bus; 0: it is a virtio-mmio one. */
+static uint32_t on_pci;
+
+uint32_t reg(uint32_t offset) { return on_pci ? pci_reg(offset) : load32(base + offset); }
+
+void set_reg(uint32_t offset, uint32_t value)
+{
+	if (on_pci)
+		pci_set_reg(offset, value);
+	else
+		store32(base + offset, value);
+}
 
 static int answered(uint32_t queue) { return *(volatile uint16_t *)&queues[queue].used.index != last_used[queue]; }
 
@@ -36,13 +47,17 @@ static void on_interrupt(void)
 void device_open(void)
 {
 	base = number_arg("mmio", 0);
-	if (!base)
-		fail("no mmio= on the command line");
+	on_pci = number_arg("pci", 0);
+	if (!base && !on_pci)
+		fail("no mmio= or pci= on the command line");
+	if (on_pci)
+		pci_open(on_pci);
 	patience = number_arg("timeout", 5);
 	with_interrupts = !arg_is("irq", "off");
 	if (with_interrupts) {
 		device_handler = on_interrupt;
-		ioapic_route(number_arg("gsi", 5), VECTOR_DEVICE);
+		if (!on_pci)
+			ioapic_route(number_arg("gsi", 5), VECTOR_DEVICE);
 	}
 	watchdog_start(with_interrupts);
 	if (with_interrupts)

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use outboard_tests::daemon::StorageDaemon;
 use outboard_tests::launch::{Ended, Launch, STEP, Thread, first_device};
+use outboard_tests::payload::CommandLine;
 use outboard_tests::{need, place, wait};
 use rustix::process::Signal;
 
@@ -149,4 +150,28 @@ fn a_queue_that_has_changed_its_backend_is_as_free_as_before() {
     assert_eq!(stats.number("/devices/0/requests_through_vmm"), 0, "{ended}");
     let (reads, writes) = stats.range("blk0");
     assert!(reads == 0 && writes < 60, "{reads} reads and {writes} writes left the guest\n{ended}");
+}
+
+#[test]
+fn a_device_on_the_pci_bus_is_as_free() {
+    need!(place::kvm());
+    let disk = need!(StorageDaemon::with_queues(DISK, 2));
+    let drive = |operation: &str, requests: u64| {
+        let line = CommandLine::new("blk").arg("pci", 1).arg("op", operation).arg("size", 512);
+        let line = line.arg("n", requests).arg("queues", 2).arg("span", 512);
+        let device = format!("blk,socket={},queues=2,transport=pci", disk.socket().display());
+        let ended = Launch::payload(&line).arg("--vhost-user").arg(device).run().with_code(0);
+        assert_eq!((ended.field("requests"), ended.field("errors")), (requests, 0), "{ended}");
+        ended
+    };
+    for operation in ["read", "verify"] {
+        let (few, many) = (drive(operation, 2), drive(operation, REQUESTS));
+        assert!(many.field("interrupts") > 0, "interrupts come as messages, by irqfd\n{many}");
+        for range in ["pci-memory32", "pci-config"] {
+            assert_eq!(few.stats().range(range), many.stats().range(range), "exits at {range}\n{many}");
+        }
+        assert_eq!(many.stats().number("/devices/0/requests_through_vmm"), 0, "{many}");
+        let more = many.stats().exits().abs_diff(few.stats().exits());
+        assert!(more < 100, "{more} more exits for {REQUESTS} requests\n{many}");
+    }
 }

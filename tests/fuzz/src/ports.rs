@@ -50,7 +50,7 @@ impl Recorder {
     }
 
     /// Address and size of each piece of a file that the guest sees.
-    pub fn pieces(&self) -> Vec<(u64, u64)> {
+    pub fn shown(&self) -> Vec<(u64, u64)> {
         self.now().pieces.clone()
     }
 

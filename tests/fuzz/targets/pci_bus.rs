@@ -164,7 +164,7 @@ fn drive(data: &[u8]) {
     }
     drop((things, windows));
     bridge.clear();
-    assert!(machine.doorbells().is_empty() && machine.pieces().is_empty());
+    assert!(machine.doorbells().is_empty() && machine.shown().is_empty());
 }
 
 /// An access goes to somebody who decodes all of it; to nobody when nobody does.
@@ -211,7 +211,7 @@ fn check(things: &[(u8, Arc<Thing>)], machine: &Recorder) {
             windows.iter().any(|window| *base >= window.base && base + size <= window.base + window.size)
         );
     }
-    for (at, size) in machine.pieces() {
+    for (at, size) in machine.shown() {
         let inside = |d: &Decoded| d.space == Space::Memory && d.base == at && size <= d.size;
         assert!(all.iter().any(inside), "a piece at {at:#x}, where no BAR is");
     }

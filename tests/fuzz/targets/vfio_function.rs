@@ -54,7 +54,11 @@ impl Server for Whim {
     }
 
     fn write(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
-        assert!(region != 7 || offset.is_multiple_of(data.len() as u64), "{} bytes at {offset:#x}", data.len());
+        assert!(
+            region != 7 || offset.is_multiple_of(data.len() as u64),
+            "{} bytes at {offset:#x}",
+            data.len()
+        );
         self.outcome()
     }
 
