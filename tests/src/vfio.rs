@@ -136,6 +136,19 @@ impl Server {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// Makes the file behind the memory called `name` empty.
+    ///
+    /// # Panics
+    /// When it has no such file.
+    pub fn truncate(&self, name: &str) {
+        let folder = format!("/proc/{}/fd", self.child.id());
+        let named = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let mut named =
+            named.filter(|path| fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains(name)));
+        let path = named.next().unwrap_or_else(|| panic!("no file {name}"));
+        fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap();
+    }
+
     /// How many descriptors it holds.
     ///
     /// # Panics

@@ -4,10 +4,13 @@
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use outboard_tests::launch::{Ended, Launch};
+use std::time::{Duration, Instant};
+
+use outboard_tests::launch::{Ended, Launch, STEP};
 use outboard_tests::payload::CommandLine;
 use outboard_tests::vfio::Server;
 use outboard_tests::{need, place};
+use rustix::process::Signal;
 
 /// A guest that takes these steps with the engine.
 fn launch(server: &Server, more: &str, steps: &[&str]) -> Launch {
@@ -187,6 +190,41 @@ fn a_server_that_dies_or_hangs_is_all_ones_and_the_machine_goes_on() {
         assert!(ended.stats().text("/devices/0/broken").contains(why), "{ended}");
         assert!(ended.log.contains("x-DEVICE_BROKEN device engine"), "{ended}");
     }
+}
+
+#[test]
+fn a_server_that_makes_its_file_shorter_breaks_its_device_alone() {
+    need!(place::kvm());
+    let (server, other) = (Server::engine(&[]), Server::engine(&[]));
+    let steps = ["w:1:0x1000:5", "r:1:0x1000", "u:1:0x1000:0xffffffff", "r:0:0"];
+    let vm = launch(&server, "", &steps).arg("--vfio-user").arg(other.device(",id=other")).start();
+    vm.expect("value=0x5");
+    server.truncate("engine-bar1");
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(values(&ended), [5, u32::MAX], "{ended}");
+    assert!(ended.stats().text("/devices/0/broken").contains("shorter"), "{ended}");
+    assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
+}
+
+#[test]
+fn servers_that_are_stopped_hold_up_neither_the_guest_nor_the_end() {
+    need!(place::kvm());
+    let (server, other) = (Server::engine(&[]), Server::engine(&[]));
+    let steps = ["r:0:0", "u:0:8:0xffffffff", "r:0:0"];
+    let other_one = other.device(",id=other,deadline=1000");
+    let vm = launch(&server, ",deadline=1000", &steps).arg("--vfio-user").arg(other_one).start();
+    vm.expect("value=0x4e474e45");
+    let begun = Instant::now();
+    server.signal(Signal::STOP);
+    other.signal(Signal::STOP);
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(values(&ended), [MAGIC, u32::MAX], "{ended}");
+    for device in [0, 1] {
+        let why = ended.stats().text(&format!("/devices/{device}/broken"));
+        assert!(why.contains("within 1000 ms"), "{ended}");
+    }
+    // One deadline for the guest's read, one for the end of the other device.
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }
 
 #[test]
