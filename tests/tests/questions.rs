@@ -65,6 +65,15 @@ fn probe_tells_what_a_backend_offers_and_leaves_it_free() {
 }
 
 #[test]
+fn probe_of_a_silent_server_ends_in_time() {
+    let silent = Peer::silent();
+    let socket = silent.socket();
+    let ended = Launch::new(["probe", "vfio-user", socket.to_str().unwrap()]).run().with_code(4);
+    assert!(ended.log.contains("did not answer VERSION within"), "{ended}");
+    assert!(ended.log.contains("  hint: "), "{ended}");
+}
+
+#[test]
 fn probe_of_a_silent_peer_ends_in_time() {
     let silent = Peer::silent();
     let socket = silent.socket();
@@ -99,6 +108,11 @@ fn probe_says_what_a_vfio_user_server_offers_and_what_not() {
         let doorbells = engine["regions"][0]["doorbells"].as_array().unwrap();
         assert_eq!((doorbells.len(), &doorbells[15]["value"]), (16, &7.into()), "{engine:#}");
     }
-    let words = Launch::new(["probe", "vfio-user", engine.socket().to_str().unwrap()]).run().with_code(0);
+    let socket = engine.socket();
+    let words =
+        Launch::new(["probe", "vfio-user", socket.to_str().unwrap(), "--trace", "-"]).run().with_code(0);
     assert!(words.console.contains("1234:0b0f") && words.console.contains("16 doorbells"), "{words}");
+    for expected in [" > VERSION id=0 0.1 {\"capabilities\"", " < DEVICE_GET_REGION_INFO id=", "fds=1 ("] {
+        assert!(words.log.contains(expected), "{expected}\n{words}");
+    }
 }
