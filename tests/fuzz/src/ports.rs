@@ -70,11 +70,6 @@ impl Recorder {
         (now.doorbells.len(), now.routes.len())
     }
 
-    /// How many pieces of files the guest sees.
-    pub fn pieces(&self) -> usize {
-        self.now().pieces.len()
-    }
-
     /// What a guest reads at `at` without an exit.
     pub fn page(&self, at: usize, length: usize) -> Vec<u8> {
         self.now().page[at..at + length].to_vec()
