@@ -35,8 +35,10 @@ fn random(size: usize) -> Vec<u8> {
     bytes
 }
 
+/// With a deadline for a busy lab, unless `more` has one.
 fn with(launch: Launch, server: &Server, more: &str) -> Launch {
-    launch.arg("--vfio-user").arg(server.device(more))
+    let patience = if more.contains("deadline=") { "" } else { ",deadline=20000" };
+    launch.arg("--vfio-user").arg(server.device(more) + patience)
 }
 
 fn finish(launch: Launch) -> Ended {
