@@ -50,7 +50,6 @@ fn finish(launch: Launch) -> Ended {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_stock_driver_finds_an_nvme_controller_as_it_is() {
     need!(ready());
     let server = Server::nvme(&random(8 * MIB), &[]);
@@ -81,48 +80,46 @@ echo interrupts=$(($(count nvme0q1) + $(count nvme0q2) - before)) admin=$(count 
 }
 
 /// The first half of the disk is copied to the second, past the guest's page cache, and summed.
-fn copies(doorbells: &str, wire: &str, more: &str) -> Ended {
-    let bytes = random(64 * MIB);
-    let server =
-        Server::nvme(&[&bytes[..], &vec![0; 64 * MIB]].concat(), &["--doorbells", doorbells, "--wire", wire]);
+fn copies(mib: usize, doorbells: &str, wire: &str, more: &str) -> Ended {
+    let bytes = random(mib * MIB);
+    let server = Server::nvme(
+        &[&bytes[..], &vec![0; mib * MIB]].concat(),
+        &["--doorbells", doorbells, "--wire", wire],
+    );
     let script = format!(
         r#"wait_for [ -b /dev/nvme0n1 ]
-dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M count=64 seek=64 iflag=direct oflag=direct 2>/dev/null || exit 1
-a=$(dd if=/dev/nvme0n1 bs=256k count=256 iflag=direct 2>/dev/null | md5sum)
-b=$(dd if=/dev/nvme0n1 bs=1M count=64 skip=64 2>/dev/null | md5sum)
+dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M count={mib} seek={mib} iflag=direct oflag=direct 2>/dev/null || exit 1
+a=$(dd if=/dev/nvme0n1 bs=256k count=$(({mib} * 4)) iflag=direct 2>/dev/null | md5sum)
+b=$(dd if=/dev/nvme0n1 bs=1M count={mib} skip={mib} 2>/dev/null | md5sum)
 [ "$a" = "$b" ] || exit 2
 sync; {COMPLAINTS} && exit 3; true"#
     );
     let ended = finish(with(guest("", "", Some(&script)), &server, more));
     let disk = server.disk();
-    assert!(disk[..64 * MIB] == bytes, "the guest's reads have written\n{ended}");
-    assert!(disk[64 * MIB..] == bytes, "the disk differs from what the guest wrote\n{ended}");
+    assert!(disk[..mib * MIB] == bytes, "the guest's reads have written\n{ended}");
+    assert!(disk[mib * MIB..] == bytes, "the disk differs from what the guest wrote\n{ended}");
     ended
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn sixty_four_mib_go_both_ways_with_mapped_doorbells() {
     need!(ready());
-    copies("mapped", "plain", "");
+    copies(64, "mapped", "plain", "");
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
-fn sixty_four_mib_go_both_ways_with_trapped_doorbells() {
+fn sixteen_mib_go_both_ways_with_trapped_doorbells() {
     need!(ready());
-    copies("trapped", "plain", "");
+    copies(16, "trapped", "plain", "");
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn posted_doorbells_work_as_well_and_so_does_a_server_of_more_words() {
     need!(ready());
-    copies("trapped", "extended", ",posted-writes=on");
+    copies(16, "trapped", "extended", ",posted-writes=on");
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn two_thousand_requests_with_mapped_doorbells_cause_no_exit() {
     need!(ready());
     let server = Server::nvme(&random(16 * MIB), &[]);
@@ -142,11 +139,10 @@ fn two_thousand_requests_with_mapped_doorbells_cause_no_exit() {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_driver_is_unbound_and_bound_and_the_function_reset() {
     need!(ready());
     let server = Server::nvme(&vec![0x5a; 8 * MIB], &[]);
-    let rounds = if place::soak() { 100 } else { 10 };
+    let rounds = if place::soak() { 100 } else { 4 };
     let script = format!(
         r#"f=$(function_of 0x0b0e); cd /sys/bus/pci/drivers/nvme
 wait_for [ -b /dev/nvme0n1 ]
@@ -167,7 +163,6 @@ echo 1 >/sys/bus/pci/rescan; wait_for [ -b /dev/nvme0n1 ]
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_disk_is_there_after_every_reboot() {
     need!(ready());
     let reboots = if place::soak() { 50 } else { 5 };
@@ -242,7 +237,6 @@ fn drives(server: &Server, more: &str, programs: &[&str]) -> Ended {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn an_engine_reaches_memory_and_its_memory_is_reached() {
     need!(ready());
     for (wire, more) in [("plain", ""), ("extended", ",posted-writes=on")] {
@@ -252,7 +246,6 @@ fn an_engine_reaches_memory_and_its_memory_is_reached() {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn an_engine_reaches_memory_by_messages_in_the_middle_of_a_request() {
     need!(ready());
     for options in [&["--wire", "extended"][..], &["--wire", "extended", "--twin-socket"]] {
@@ -264,7 +257,6 @@ fn an_engine_reaches_memory_by_messages_in_the_middle_of_a_request() {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn mapped_areas_and_doorbells_with_descriptors_cause_no_exit() {
     need!(ready());
     let run = |stores: u32, doorbells: u32| {
@@ -291,7 +283,6 @@ fn every_vector_comes_is_masked_pends_and_moves() {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn the_pin_is_level_triggered_and_can_be_disabled() {
     need!(ready());
     let server = Server::engine(&[]);
@@ -330,7 +321,6 @@ fn engine_says(guest: &mut Guest, what: &str) -> Done {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_server_that_stalls_beyond_its_deadline_is_broken_and_the_machine_is_not() {
     need!(ready());
     let server = Server::engine(&[]);
