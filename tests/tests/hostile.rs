@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use outboard_tests::daemon::StorageDaemon;
-use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_devices};
+use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_device, first_devices};
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place, wait};
+use rustix::process::Signal;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::backend_req::BackendRequest;
 use transport::vhost_user::request::Request;
@@ -32,7 +33,7 @@ fn machine(disk: &StorageDaemon, scratch: &Scratch) -> (ScriptedBackend, Vm) {
 
 /// Ends the load: the honest disk has done its work, and all of it well.
 fn assert_the_other_disk_is_well(vm: Vm) -> Ended {
-    vm.signal(rustix::process::Signal::TERM);
+    vm.signal(Signal::TERM);
     let ended = vm.end(STEP).with_code(143);
     assert!(!ended.console.contains("fault"), "{ended}");
     assert!(!ended.log.contains("panicked"), "{ended}");
@@ -132,4 +133,31 @@ fn a_driver_that_resets_while_a_hung_backend_takes_over_is_not_left_alone() {
     vm.send(b"q");
     let ended = vm.end(STEP).with_code(0);
     assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+}
+
+#[test]
+fn a_backend_stopped_or_killed_at_any_moment_of_a_life_delays_its_end_by_no_more_than_its_deadlines() {
+    need!(place::kvm());
+    let rounds = if place::soak() { 60 } else { 8 };
+    for round in 0..rounds {
+        let mut disk = need!(StorageDaemon::start(MIB));
+        // Some requests, resets in between, and the end: the guest itself gives up after a second or two.
+        let line = first_device("blk").arg("n", 5).arg("rounds", 20).arg("size", 512).arg("timeout", 1);
+        let vm = Launch::payload(&line).disk_with(&disk.socket(), "deadline=300").start();
+        // From before the connection to after the last request.
+        std::thread::sleep(Duration::from_millis(round * 97 % 60));
+        let killed = round % 2 == 1;
+        if killed {
+            disk.kill();
+        } else {
+            disk.signal(Signal::STOP);
+        }
+        let ended = vm.end(STEP);
+        if !killed {
+            disk.signal(Signal::CONT);
+        }
+        assert!(matches!(ended.code, Some(0 | 4)), "round {round}\n{ended}");
+        assert!(!ended.log.contains("panicked"), "round {round}\n{ended}");
+        assert!(ended.took < wait::patience(Duration::from_secs(4)), "round {round}\n{ended}");
+    }
 }
