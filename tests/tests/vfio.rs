@@ -241,6 +241,37 @@ fn fifty_reboots_leave_the_device_as_after_power_on() {
 }
 
 #[test]
+fn reboots_keep_no_descriptors() {
+    need!(place::kvm());
+    let descriptors = |boots: u32| {
+        let server = Server::engine(&["--wire", "extended"]);
+        let until = format!("z:0:0x48:{boots}");
+        let steps = ["v:3:0", "x:0x8000", "w:0:0x38:3", "i:1", "w:1:0x1000:5", &until, "c:0x2c"];
+        let line = steps
+            .iter()
+            .fold(CommandLine::new("pci").arg("end", "hang"), |line, step| line.arg("step", step));
+        let vm = Launch::payload(&line).arg("--vfio-user").arg(server.device("")).start();
+        vm.expect("at=0x2c");
+        std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().count()
+    };
+    assert_eq!(descriptors(1), descriptors(20));
+}
+
+#[test]
+fn a_server_that_dies_while_the_machine_reboots_is_broken_on_the_next_board() {
+    need!(place::kvm());
+    let mut server = Server::engine(&[]);
+    let vm = launch(&server, "", &["r:0:0", "w:1:0x1000:5", "z:0:0x48:100000", "c:0"]).start();
+    // Some boots later, wherever the machine is.
+    vm.expect("value=0x4e474e45");
+    std::thread::sleep(Duration::from_millis(500));
+    server.kill();
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(values(&ended).last(), Some(&u32::MAX), "{ended}");
+    assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+}
+
+#[test]
 fn options_and_servers_that_do_not_fit_are_refused_with_a_hint() {
     need!(place::kvm());
     let line = CommandLine::new("hello");
