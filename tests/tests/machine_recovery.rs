@@ -76,6 +76,10 @@ struct Trouble {
     fine: StorageDaemon,
 }
 
+/// The first byte of sector 7 of the one disk of 1 MiB whose sectors are not all 0, whatever its name is now.
+const SEVENTH_BYTE: &str = "for d in /sys/block/vd*; do d=${d##*/}; [ $(cat /sys/block/$d/size) = 2048 ] && \
+    dd if=/dev/$d bs=512 count=1 skip=7 iflag=direct 2>/dev/null | od -An -tu1 -N1; done | grep 7";
+
 const DEADLINE: Duration = Duration::from_secs(1);
 
 impl Trouble {
@@ -159,11 +163,7 @@ fn a_guest_reboots_whatever_its_backends_do() {
     disks.away.restart();
     guest.wait_ready();
     println!("until the guest is up again: {:?}", begun.elapsed());
-    let byte = guest.number(
-        "for d in /sys/block/vd*; do d=${d##*/}; [ $(cat /sys/block/$d/size) = 2048 ] && \
-         dd if=/dev/$d bs=512 count=1 skip=7 iflag=direct 2>/dev/null | od -An -tu1 -N1; done | grep 7",
-    );
-    assert_eq!(byte, 7);
+    assert_eq!(guest.number(SEVENTH_BYTE), 7);
     guest.last_words("poweroff -nf");
     let ended = guest.into_vm().end(STEP).with_code(0);
     disks.hung.signal(Signal::CONT);
