@@ -39,6 +39,7 @@ mod crash;
 mod descriptors;
 pub mod error;
 #[doc(hidden)]
+mod huge_memory;
 pub mod keyboard;
 pub mod kvm;
 pub mod lifecycle;

@@ -11,12 +11,13 @@ use arch::boot::{BootImage, Entry};
 use arch::cpu::HostCpu;
 use arch::layout::{self, Gpa};
 use arch::platform::{PciRoot, Platform, SerialPort};
-use arch::ram::Ram;
+use arch::ram::{Hugepages, Ram};
 use devices::virtio::DeviceHandle;
 use devices::virtio::revival::Trial;
 use kvm_ioctls::Kvm;
 use rustix::fs::{MemfdFlags, memfd_create};
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::vfio_user::Limits;
 
 use crate::attach::{Attached, Detached, Surroundings};
 use crate::board::{Board, Parts};
@@ -24,6 +25,7 @@ use crate::config::{Config, Image, OnReset, Transport};
 use crate::console::Console;
 use crate::control::Control;
 use crate::error::Error;
+use crate::huge_memory::HugeMemory;
 use crate::kvm;
 use crate::lifecycle::Request;
 use crate::memory::Mapping;
@@ -162,6 +164,9 @@ impl Machine {
         let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits(), pci);
         devices.iter_mut().try_for_each(|device| device.place_shared_memory(&mut windows))?;
         let mut functions: Vec<Spare> = Vec::new();
+        let bases = ram.regions().iter().map(|region| region.guest.0);
+        let huge = (config.memory.hugepages != Hugepages::Off)
+            .then(|| HugeMemory::new(bases.zip(ram_mappings.iter().cloned()).collect()));
         for (index, device) in config.vfio_user.into_iter().enumerate() {
             let id = device.id.clone().unwrap_or_else(|| format!("vfio-user{index}"));
             let taken = devices.iter().map(Detached::id).chain(functions.iter().map(Spare::id));
@@ -170,7 +175,16 @@ impl Machine {
                     Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
                 );
             }
-            let (function, receiver) = Spare::connect(device, id, &memory, config.vfio_trace.as_ref())?;
+            let limits = Limits::new(device.deadline);
+            let limits = match &config.vfio_trace {
+                Some(trace) => limits.traced(Arc::clone(trace)),
+                None => limits,
+            };
+            let limits = match &huge {
+                Some(huge) => limits.with_memory(huge.clone()),
+                None => limits,
+            };
+            let (function, receiver) = Spare::connect(device, id, &memory, limits)?;
             peers.listen(Heard::Server(receiver, Arc::clone(function.remote()))).map_err(no_thread)?;
             if function.remote().contents.pin.is_some() {
                 peers.listen(Heard::Pin(Arc::clone(function.remote()))).map_err(no_thread)?;

@@ -1,7 +1,7 @@
 //! Mapped memory and KVM memory slots: the one file of this crate that hands addresses to the kernel.
 //!
 //! Guest RAM is a memfd (see `arch::ram`); here it is only mapped, because KVM wants a user address.
-//! Nothing in the VMM reads or writes guest memory through the mapping. A peer's file is mapped as a
+//! Nothing in the VMM reads or writes guest memory through the mapping (but for `huge_memory`). A peer's file is mapped as a
 //! [`PeerMapping`], which has no way to touch it: the peer may truncate it at any moment.
 
 #![allow(unsafe_code)]

@@ -11,7 +11,7 @@ use devices::pci::vfio_user::{self, Device, Opened, Remote};
 use devices::pci::{Function, HostBridge};
 use devices::ports::Ports;
 use transport::memory_map::MemoryMap;
-use transport::vfio_user::{Client, Limits, Receiver, Trace};
+use transport::vfio_user::{Client, Limits, Receiver};
 
 use crate::config::{Socket, VfioUser};
 use crate::error::{Error, Fault};
@@ -31,17 +31,15 @@ pub(crate) struct Placed {
 }
 
 impl Spare {
-    /// Connects to the server, asks what its function is, and gives it guest memory. The receiver wants to be served
+    /// Connects to the server within these limits, asks what its function is, and gives it guest memory. The receiver wants to be served
     /// from now on.
     pub(crate) fn connect(
         config: VfioUser,
         id: String,
         memory: &MemoryMap,
-        trace: Option<&Arc<dyn Trace>>,
+        limits: Limits,
     ) -> Result<(Self, Receiver), Error> {
         let cannot = || format!("cannot start device {id}");
-        let limits = Limits::new(config.deadline);
-        let limits = trace.into_iter().fold(limits, |limits, trace| limits.traced(Arc::clone(trace)));
         let client = match config.socket {
             Socket::Path(path) => Client::connect(&path, &limits),
             Socket::Inherited(stream, fd) => Client::from_stream(stream, &format!("fd {fd}"), &limits),
