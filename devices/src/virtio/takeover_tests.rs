@@ -424,3 +424,43 @@ fn start_whose_thread_panics_keeps_nobody_waiting() {
     .join();
     assert!(matches!(starting.claim(), Some(Err(BackendError::Lost(_)))));
 }
+
+#[test]
+fn successor_that_begins_its_used_index_anew_is_found_out_and_the_driver_told() {
+    use crate::virtio::probation::Standing;
+    let rig = rig();
+    rig.lose(9, 7);
+    let (second, candidate) = candidate(disk(2));
+    rig.handle.take_over(candidate).unwrap();
+    assert_eq!(rig.handle.judge_successor(), Standing::Unproven, "it has not moved yet");
+    second.calls();
+    // It used the first of the two that were in flight, as number 0.
+    rig.set_indexes(9, 1);
+    assert_eq!(rig.handle.judge_successor(), Standing::Settled);
+    assert_eq!(second.calls(), ["stop"]);
+    assert!(
+        matches!(rig.handle.phase(), PhaseReport::NeedsReset(why) if why.contains("began queue 0 anew, at 1"))
+    );
+    assert_eq!(rig.status(), 0x4f);
+    // The same backend serves the next driver.
+    rig.write(0x70, 0);
+    rig.start_driver();
+    assert_eq!(second.calls().len(), 1);
+}
+
+#[test]
+fn successor_that_goes_on_is_left_alone() {
+    use crate::virtio::probation::Standing;
+    let rig = rig();
+    rig.lose(9, 7);
+    let (second, candidate) = candidate(disk(2));
+    rig.handle.take_over(candidate).unwrap();
+    second.calls();
+    rig.set_indexes(10, 8);
+    assert_eq!(rig.handle.judge_successor(), Standing::Settled);
+    assert_eq!((second.calls(), rig.handle.phase()), (vec![], PhaseReport::Running));
+    // Later numbers say nothing any more.
+    rig.set_indexes(10, 1);
+    assert_eq!(rig.handle.judge_successor(), Standing::Settled);
+    assert_eq!(rig.handle.phase(), PhaseReport::Running);
+}
