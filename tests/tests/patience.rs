@@ -16,7 +16,7 @@ use rustix::process::Signal;
 const MIB: usize = 1 << 20;
 const CONFIG_WCE: u32 = 1 << 11;
 /// What a loaded host may add to anything.
-const SLACK: Duration = Duration::from_millis(300);
+const SLACK: Duration = Duration::from_millis(450);
 
 /// A guest that does one step a key.
 struct Driven {
@@ -103,10 +103,10 @@ fn longest_exit(ended: &Ended) -> Duration {
 
 #[test]
 fn a_backend_that_hangs_holds_its_guest_for_the_deadline_once() {
-    const DEADLINE: Duration = Duration::from_millis(2000);
+    const DEADLINE: Duration = Duration::from_millis(3000);
     need!(place::kvm());
     // Without reconnect= it is broken then; with it, looked for: the hung backend's socket still takes connections.
-    for keys in ["deadline=2000", "deadline=2000,reconnect=0"] {
+    for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         let disk = need!(StorageDaemon::start(4 * MIB));
         let mut guest = Driven::at_work(&disk, keys);
         disk.signal(Signal::STOP);
@@ -125,9 +125,9 @@ fn a_backend_that_hangs_holds_its_guest_for_the_deadline_once() {
 
 #[test]
 fn each_request_to_a_hung_backend_takes_the_deadline_at_most() {
-    const DEADLINE: Duration = Duration::from_millis(2000);
+    const DEADLINE: Duration = Duration::from_millis(3000);
     need!(place::kvm());
-    for keys in ["deadline=2000", "deadline=2000,reconnect=0"] {
+    for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         for key in ['r', 'x'] {
             let disk = need!(StorageDaemon::start(4 * MIB));
             let mut guest = Driven::at_work(&disk, keys);
@@ -175,9 +175,9 @@ fn a_backend_that_is_known_to_be_gone_holds_nobody() {
 
 #[test]
 fn a_silent_one_in_the_place_of_a_dead_backend_holds_its_guest_once_at_most() {
-    const DEADLINE: Duration = Duration::from_millis(2000);
+    const DEADLINE: Duration = Duration::from_millis(3000);
     need!(place::kvm());
-    for keys in ["deadline=2000", "deadline=2000,reconnect=0"] {
+    for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         let mut disk = need!(StorageDaemon::start(4 * MIB));
         let mut guest = Driven::at_work(&disk, keys);
         disk.kill();
