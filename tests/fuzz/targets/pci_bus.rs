@@ -137,7 +137,7 @@ fn drive(data: &[u8]) {
                 ecam.write(device + 0x10 + u64::from(input.byte() % 6) * 4, &value.to_le_bytes());
             }
             2 => ecam.write(device + 0x14, &[input.pick(&[0, 0x80, 0x9f, 0xa0]), 0, 0, 0]),
-            3 => ecam.write(input.number() & 0xf_fff0, &input.bytes(8)),
+            3 => ecam.write(input.number() & 0xf_fff7, &input.bytes(8)),
             4 => {
                 let mut data = [0xaa; 8];
                 let length = input.below(9);
@@ -149,7 +149,12 @@ fn drive(data: &[u8]) {
                 ports.write(4 + u64::from(input.byte() & 3), &[input.byte()]);
                 ports.read(u64::from(input.byte() & 7), &mut [0]);
             }
-            6 => ports.write(u64::from(input.byte() & 7), &input.bytes(4)),
+            // The bus hands on only what is inside the eight ports, and never nothing.
+            6 => {
+                let (port, bytes) = (input.byte() & 7, input.u32().to_le_bytes());
+                let length = (input.below(4) + 1).min(8 - usize::from(port));
+                ports.write(port.into(), &bytes[..length]);
+            }
             _ => {
                 let (window, space, through) = &windows[input.below(3)];
                 let decoded = things.iter().flat_map(|(_, thing)| thing.decoded()).collect::<Vec<_>>();
