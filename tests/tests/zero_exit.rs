@@ -130,8 +130,12 @@ fn recovery_and_tracing_add_nothing_to_a_request() {
 fn a_queue_that_has_changed_its_backend_is_as_free_as_before() {
     need!(place::kvm());
     let mut disk = need!(StorageDaemon::start(DISK));
-    let line =
-        first_device("blk").arg("op", "verify").arg("n", 2 * REQUESTS).arg("span", 512).arg("timeout", 30);
+    let line = first_device("blk")
+        .arg("op", "verify")
+        .arg("n", REQUESTS)
+        .arg("size", 512)
+        .arg("span", 512)
+        .arg("timeout", 30);
     let launch = Launch::payload(&line.arg("end", "hang")).disk_with(&disk.socket(), "reconnect=30");
     let vm = launch.start();
     vm.expect("capacity=");
