@@ -228,6 +228,32 @@ fn servers_that_are_stopped_hold_up_neither_the_guest_nor_the_end() {
 }
 
 #[test]
+fn a_reset_of_the_function_masks_its_vectors_and_forgets_its_bars() {
+    need!(place::kvm());
+    let server = Server::engine(&[]);
+    // The device control register is at 0x64; BARs 5 and 0 are placed anew.
+    let steps = [
+        "v:3:0",
+        "x:0x8000",
+        "r:5:0x3c",
+        "C:0x64:0x8000",
+        "c:0x24",
+        "C:0x24:0xc8000000",
+        "C:0x10:0xc9000000",
+        "C:4:7",
+        "r:5:0x3c",
+        "r:0:0x48",
+        "v:3:0",
+        "x:0x8000",
+        "w:0:0x38:3",
+        "i:1",
+    ];
+    let ended = run(&server, "", &steps);
+    assert_eq!(values(&ended), [0, 0, 1, 1], "unmasked, nowhere, masked, reset once\n{ended}");
+    assert_eq!(ended.field("interrupts"), 1, "{ended}");
+}
+
+#[test]
 fn fifty_reboots_leave_the_device_as_after_power_on() {
     need!(place::kvm());
     let server = Server::engine(&[]);
