@@ -188,7 +188,6 @@ echo boots=$n"#
 
 /// A guest that waits for commands, with a disk under load, and what it takes the server for afterwards.
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_server_killed_under_load_leaves_a_machine_that_lives_and_reads_all_ones() {
     need!(ready());
     let mut server = Server::nvme(&vec![0; 64 * MIB], &[]);
@@ -272,7 +271,6 @@ fn mapped_areas_and_doorbells_with_descriptors_cause_no_exit() {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn every_vector_comes_is_masked_pends_and_moves() {
     need!(ready());
     for wire in ["plain", "extended"] {
@@ -296,7 +294,6 @@ engine $f irq intx 100 || exit 1
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn a_function_level_reset_brings_back_what_was() {
     need!(ready());
     let server = Server::engine(&[]);
@@ -340,7 +337,6 @@ fn a_server_that_stalls_beyond_its_deadline_is_broken_and_the_machine_is_not() {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn an_error_for_a_read_is_all_ones_and_nothing_more() {
     need!(ready());
     for wire in ["plain", "extended"] {
@@ -357,7 +353,6 @@ fn an_error_for_a_read_is_all_ones_and_nothing_more() {
 }
 
 #[test]
-#[ignore = "until --vfio-user is wired: run with --include-ignored"]
 fn two_devices_and_their_interrupts_do_not_mix() {
     need!(ready());
     let (disk, engine) = (Server::nvme(&random(16 * MIB), &[]), Server::engine(&[]));
