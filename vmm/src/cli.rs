@@ -216,6 +216,7 @@ fn run(options: Run) -> Result<ExitCode, Error> {
     let mut sink = stats.map(StatsSink::open).transpose()?;
     let mut machine = Machine::build(config)?;
     machine.watch_signals()?;
+    crate::memory::release_text();
     let Outcome { end, stats } = machine.run()?;
     if let Some(sink) = sink.as_mut() {
         sink.write(&stats)?;

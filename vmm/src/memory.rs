@@ -15,7 +15,7 @@ pub use devices::ports::Access;
 use devices::ports::FileRange;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -184,6 +184,29 @@ struct Numbers {
     next: u32,
     free: Vec<u32>,
 }
+
+/// Lets go of the pages of this program's own text and constants: most of them were for the start alone (command
+/// line, images, first words with peers), and what runs from here on comes back by itself, from the page cache. For
+/// a process that does nothing else; a library's user is left alone.
+pub(crate) fn release_text() {
+    // SAFETY: names that the linker gives to the first byte of the program and to the end of its text; nothing is
+    // read through them.
+    unsafe extern "C" {
+        static __executable_start: u8;
+        static etext: u8;
+    }
+    let start = (&raw const __executable_start).addr();
+    let end = (&raw const etext).addr();
+    let pages = end.saturating_sub(start) / PAGE_BYTES;
+    let begin = (&raw const __executable_start).cast_mut().cast();
+    // SAFETY: from the program's first page to its text's last whole one there are only file mappings that nobody
+    // writes to: each page is read from the file again when it is touched.
+    if let Err(error) = unsafe { madvise(begin, pages.saturating_mul(PAGE_BYTES), Advice::LinuxDontNeed) } {
+        log::debug!("the pages of the start stay resident: {error}");
+    }
+}
+
+const PAGE_BYTES: usize = 4096;
 
 /// The memory slots of one VM: hands out numbers, gives them back.
 #[derive(Debug)]
