@@ -11,7 +11,7 @@ use devices::bus::Bus;
 use devices::pci::HostBridge;
 use devices::pci::host_bridge::InsertError;
 use devices::ports::Ports;
-use devices::virtio::answers::{Calls, OwnChannel};
+use devices::virtio::answers::{Calls, NotifierPlace, OwnChannel};
 use devices::virtio::backend::Backend;
 use devices::virtio::device_type::Model;
 use devices::virtio::iommu::Iommu;
@@ -63,6 +63,7 @@ pub(crate) struct Detached {
     memory: MemoryMap,
     shared: SharedRegions,
     calls: Calls,
+    notifiers: NotifierPlace,
     hang_up: Arc<OwnedFd>,
     /// How its backend is found again, if it is to be.
     plan: Option<Arc<Plan>>,
@@ -104,6 +105,7 @@ pub(crate) struct Attached {
     /// Ring for the queues whose kicks we serve or pass on.
     kicks: Vec<(u16, Kick)>,
     calls: Calls,
+    notifiers: NotifierPlace,
 }
 
 impl Detached {
@@ -149,13 +151,16 @@ impl Detached {
         };
         let opened = connection.map_err(vhost_user::OpenError::from);
         let mut order = if config.reconnect.is_some() { config.order.recoverable() } else { config.order };
+        if config.transport == Transport::Pci {
+            order = order.with_notifiers();
+        }
         // Whoever asks for the feature by its name gets the translations that it takes.
         if let Some(iommu) = config.iommu.or(order.wants_iommu().then_some(Iommu::Identity)) {
             order = order.behind(Arc::new(iommu.map(memory)));
         }
         let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
-        let Opened { model, backend, channel, hang_up, reconnect, shared, calls } =
-            opened.map_err(|error| {
+        let Opened { model, backend, channel, hang_up, reconnect, shared, calls, notifiers } = opened
+            .map_err(|error| {
                 let hint = error.hint();
                 let failed = Error::new(Fault::Peer, cannot()).because(error);
                 match hint {
@@ -175,6 +180,7 @@ impl Detached {
             memory: memory.clone(),
             shared,
             calls,
+            notifiers,
             hang_up: Arc::new(hang_up),
             plan,
             state: Ok(()),
@@ -213,8 +219,20 @@ impl Detached {
     /// Puts the device on a board: its register page into memory and its other accesses on the bus, or its
     /// function on the PCI bus.
     pub(crate) fn attach(self, ports: &Ports, site: Site<'_>) -> Result<Attached, Error> {
-        let Detached { id, transport, model, backend, memory, shared, calls, hang_up, plan, state, counted } =
-            self;
+        let Detached {
+            id,
+            transport,
+            model,
+            backend,
+            memory,
+            shared,
+            calls,
+            notifiers,
+            hang_up,
+            plan,
+            state,
+            counted,
+        } = self;
         let cannot = || format!("cannot wire device {id}");
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
         let failed = |error| Error::host(cannot()).because(error);
@@ -233,6 +251,7 @@ impl Detached {
                 })?;
                 let device = PciDevice::new(parts, number, bridge, ports).map_err(failed)?;
                 let handle = device.handle();
+                notifiers.put(Some(device.notifiers()));
                 bridge
                     .insert(Some(number), Arc::new(device))
                     .map_err(|error| Error::internal(cannot()).because(error))?;
@@ -272,6 +291,7 @@ impl Detached {
             handle,
             kicks,
             calls,
+            notifiers,
         })
     }
 
@@ -379,6 +399,7 @@ impl Attached {
             mut counted,
             handle,
             calls,
+            notifiers,
             kicks: _,
         } = self;
         // Waits for the thread, for one exchange with a backend at most.
@@ -399,7 +420,21 @@ impl Attached {
             };
             shared.remove();
             calls.put(Vec::new());
-            Detached { id, transport, model, backend, memory, shared, calls, hang_up, plan, state, counted }
+            notifiers.put(None);
+            Detached {
+                id,
+                transport,
+                model,
+                backend,
+                memory,
+                shared,
+                calls,
+                notifiers,
+                hang_up,
+                plan,
+                state,
+                counted,
+            }
         })
     }
 }

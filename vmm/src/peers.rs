@@ -18,7 +18,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use transport::vfio_user::{self, Receiver};
 use transport::vhost_user::message::{Iotlb, ShmemArea, Uuid};
-use transport::vhost_user::{BackendRequests, Refused, Served};
+use transport::vhost_user::{BackendRequests, NotifierArea, Refused, Served};
 
 use crate::shared_objects::{Owner, SharedObjects};
 
@@ -38,7 +38,7 @@ pub(crate) enum News {
     /// This device has a backend again; the descriptor tells when that one is gone.
     Recovered(usize, OwnedFd),
     /// A backend wants the descriptor of another one's object.
-    Lookup(Lookup),
+    Lookup(Box<Lookup>),
 }
 
 /// A backend's channel, as long as it lives.
@@ -164,8 +164,8 @@ impl Peers {
     }
 
     /// Answers a lookup, and has its channel served again. Called by the control loop.
-    pub(crate) fn found(&self, lookup: Lookup, found: Result<OwnedFd, Refused>) {
-        let Lookup { mut line, .. } = lookup;
+    pub(crate) fn found(&self, lookup: Box<Lookup>, found: Result<OwnedFd, Refused>) {
+        let Lookup { mut line, .. } = *lookup;
         lock(&self.shared.waiting).retain(|device| *device != line.owner.device);
         if let Err(error) = line.own.channel.answer_lookup(found) {
             log::warn!("the backend's own channel is closed: {error}");
@@ -186,7 +186,7 @@ impl Peers {
         let recovered = std::mem::take(&mut *lock(&self.shared.recovered));
         let mut news: Vec<News> =
             recovered.into_iter().map(|(index, fd)| News::Recovered(index, fd)).collect();
-        news.extend(lock(&self.shared.lookups).drain(..).map(News::Lookup));
+        news.extend(lock(&self.shared.lookups).drain(..).map(|lookup| News::Lookup(Box::new(lookup))));
         news.extend(lowered(&self.shared.changed).map(News::ConfigChanged));
         let wanted = std::mem::take(&mut *lock(&self.shared.wanted));
         news.extend(wanted.into_iter().map(|(index, trial)| News::Wanted(index, trial)));
@@ -325,6 +325,10 @@ impl BackendRequests for Asked<'_> {
 
     fn vring_call(&self, ring: u32) -> Result<(), Refused> {
         self.answers.vring_call(ring)
+    }
+
+    fn host_notifier(&self, ring: u8, area: Option<NotifierArea>) -> Result<(), Refused> {
+        self.answers.host_notifier(ring, area)
     }
 
     fn vring_error(&self, ring: u32) -> Result<(), Refused> {

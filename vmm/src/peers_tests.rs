@@ -40,7 +40,7 @@ fn ask(backend: &ScriptedBackend, request: BackendRequest, uuid: u8) -> (u64, us
     backend.answer(LIMIT).unwrap()
 }
 
-fn lookup(peers: &Peers) -> Lookup {
+fn lookup(peers: &Peers) -> Box<Lookup> {
     let begun = Instant::now();
     loop {
         assert!(begun.elapsed() < LIMIT, "no lookup");

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::message::{Iotlb, ShmemArea};
 use transport::vhost_user::vring::Call;
-use transport::vhost_user::{BackendChannel, MissAnswers, Refused};
+use transport::vhost_user::{BackendChannel, MissAnswers, NotifierArea, Refused};
 
+use super::pci::Notifiers;
 use super::shared_memory::Tenancy;
 use crate::lock;
+use crate::ports::FileRange;
 
 /// A backend's own channel, and what is answered on it: to be served from now on.
 pub struct OwnChannel {
@@ -25,6 +27,7 @@ pub struct Answers {
     pub(super) misses: Option<MissAnswers>,
     pub(super) shared: Option<Tenancy>,
     pub(super) calls: Calls,
+    pub(super) notifiers: NotifierPlace,
 }
 
 /// The calls of a device's queues on the board that it is on. Clones are the same.
@@ -44,7 +47,37 @@ impl Calls {
     }
 }
 
+/// Where backends may put notifiers of their own, on the board that the device is on: on virtio-pci. Clones are the
+/// same.
+#[derive(Clone, Default)]
+pub struct NotifierPlace(Arc<Mutex<Option<Notifiers>>>);
+
+impl NotifierPlace {
+    /// From now on it is there, or nowhere.
+    pub fn put(&self, notifiers: Option<Notifiers>) {
+        *lock(&self.0) = notifiers;
+    }
+}
+
 impl Answers {
+    /// The backend places its own page over a queue's notifications, or takes it back. It rings by itself what is
+    /// written there; the kick eventfd stays its own for all else.
+    ///
+    /// # Errors
+    /// When there is no place for it: the backend goes on with kicks.
+    pub fn host_notifier(&self, queue: u8, area: Option<NotifierArea>) -> Result<(), Refused> {
+        let notifiers = lock(&self.notifiers.0).clone().ok_or(Refused)?;
+        let Some(NotifierArea { fd, size, offset }) = area else {
+            notifiers.take_back(queue.into());
+            return Ok(());
+        };
+        let page = FileRange { fd: Arc::new(fd), offset, size };
+        notifiers.show(queue.into(), page).map_err(|error| {
+            log::debug!("a backend's notifier of queue {queue} is refused: {error}");
+            Refused
+        })
+    }
+
     /// The backend misses a translation, or was refused an access.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use transport::memory_map::GuestAddr;
 use transport::vhost_user::features::{ProtocolFeatures, bit};
 use transport::vhost_user::{Connection, Error, IovaMap, Session};
 
-use super::answers::{Calls, OwnChannel};
+use super::answers::{Calls, NotifierPlace, OwnChannel};
 use super::device_type::{Model, ModelError, Offer};
 use super::order::Order;
 use super::reconnect::Reconnect;
@@ -88,6 +88,8 @@ pub struct Opened {
     pub reconnect: Reconnect,
     /// Where its calls lead, when it makes them by message.
     pub calls: Calls,
+    /// Where notifiers of its own go.
+    pub notifiers: NotifierPlace,
     /// What it shows the guest of its own memory, if it may.
     pub shared: SharedRegions,
 }
@@ -100,9 +102,9 @@ pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> 
     let survey = Survey::of(connection, order)?;
     let shared = SharedRegions::new(survey.shared.clone());
     let reconnect = Reconnect::new(order, &survey, shared.clone());
-    let calls = reconnect.calls();
+    let (calls, notifiers) = (reconnect.calls(), reconnect.notifiers());
     let (Attended { model, backend, hang_up }, channel) = reconnect.attend(survey)?;
-    Ok(Opened { model, backend, channel, hang_up, reconnect, shared, calls })
+    Ok(Opened { model, backend, channel, hang_up, reconnect, shared, calls, notifiers })
 }
 
 /// What a backend says of itself.

@@ -25,6 +25,8 @@ pub struct Order {
     pub wanted: Wanted,
     /// What the user changed of that.
     changes: String,
+    /// What is wanted beyond what every device wants.
+    extra: ProtocolFeatures,
     /// The translations of a device behind an IOMMU.
     pub(super) translations: Option<Arc<IovaMap>>,
     /// Where a GPU's backend draws.
@@ -38,15 +40,27 @@ impl Order {
     /// When a feature name is not known.
     pub fn new(device_type: DeviceType, wishes: Wishes, features: &str) -> Result<Self, UnknownFeature> {
         let wanted = device_type.wanted(features)?;
-        let (changes, translations, display) = (features.to_owned(), None, None);
-        Ok(Self { device_type, wishes, wanted, changes, translations, display })
+        let (changes, extra) = (features.to_owned(), ProtocolFeatures::NONE);
+        Ok(Self { device_type, wishes, wanted, changes, extra, translations: None, display: None })
     }
 
     /// The same for a device that is to outlive its backend: wants notes of what is in flight, too,
     /// unless the user does not.
     #[must_use]
-    pub fn recoverable(mut self) -> Self {
-        let defaults = DeviceType::defaults().and(ProtocolFeatures::INFLIGHT_SHMFD);
+    pub fn recoverable(self) -> Self {
+        self.with(ProtocolFeatures::INFLIGHT_SHMFD)
+    }
+
+    /// The same for a device with a page of its own for each queue's notifications, where a backend may put one of
+    /// its own, unless the user does not want that.
+    #[must_use]
+    pub fn with_notifiers(self) -> Self {
+        self.with(ProtocolFeatures::HOST_NOTIFIER)
+    }
+
+    fn with(mut self, feature: ProtocolFeatures) -> Self {
+        self.extra = self.extra.with(feature);
+        let defaults = DeviceType::defaults().and(self.extra);
         // The names of the changes were good once already.
         self.wanted = self.device_type.wanted_of(defaults, &self.changes).unwrap_or(self.wanted);
         if self.translations.is_some() {

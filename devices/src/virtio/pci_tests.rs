@@ -1,4 +1,5 @@
 use transport::memory_map::GuestAddr;
+use transport::vhost_user::NotifierArea;
 
 use super::*;
 use crate::bus::BusDevice;
@@ -7,6 +8,7 @@ use crate::ports::FileRange;
 use crate::ports::{Route, WriteMatch};
 use crate::testing::{Outcome, Recorder, Scripted, Shown, disk, memory};
 use crate::virtio::PhaseReport;
+use crate::virtio::answers::Answers;
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
@@ -218,6 +220,28 @@ fn a_backend_s_notifier_lies_over_its_queue_s_page_while_the_queue_runs() {
     notifiers.show(0, page(0, PAGE)).unwrap();
     rig.write(0x14, 1, 0);
     assert!(rig.machine.shown().is_empty() && rig.doorbells().is_empty());
+}
+
+#[test]
+fn a_backend_s_notifier_by_message_finds_its_place_and_is_refused_without_one() {
+    let rig = rig(1);
+    rig.enable();
+    rig.msix_on(2);
+    rig.start_driver(1);
+    let area = || {
+        let fd = rustix::fs::memfd_create("page", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        Some(NotifierArea { fd, size: PAGE, offset: 0 })
+    };
+    let answers = Answers::default();
+    assert!(answers.host_notifier(0, area()).is_err(), "no place, as on virtio-mmio");
+    answers.notifiers.put(Some(rig.device.notifiers()));
+    answers.host_notifier(0, area()).unwrap();
+    assert_eq!(rig.machine.shown().len(), 1);
+    assert!(answers.host_notifier(7, area()).is_err(), "no such queue");
+    answers.host_notifier(0, None).unwrap();
+    assert!(rig.machine.shown().is_empty() && rig.doorbells().len() == 1);
+    answers.notifiers.put(None);
+    assert!(answers.host_notifier(0, area()).is_err(), "on no board");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::{Connection, Error as PeerError};
 
-use super::answers::{Answers, Calls, OwnChannel};
+use super::answers::{Answers, Calls, NotifierPlace, OwnChannel};
 use super::backend::BackendError;
 use super::handle::DeviceHandle;
 use super::opening::{Attended, OpenError, Survey};
@@ -62,6 +62,7 @@ pub struct Reconnect {
     in_band: bool,
     shared: SharedRegions,
     calls: Calls,
+    notifiers: NotifierPlace,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -69,12 +70,18 @@ impl Reconnect {
     pub(super) fn new(order: &Order, first: &Survey, shared: SharedRegions) -> Self {
         let in_band = first.notifies_in_band();
         let (order, config_size) = (order.clone(), first.config_size);
-        Self { order, config_size, in_band, shared, calls: Calls::default(), kept: Arc::default() }
+        let (calls, notifiers) = (Calls::default(), NotifierPlace::default());
+        Self { order, config_size, in_band, shared, calls, notifiers, kept: Arc::default() }
     }
 
     /// Where calls lead that a backend makes by message.
     pub(super) fn calls(&self) -> Calls {
         self.calls.clone()
+    }
+
+    /// Where notifiers of its own go.
+    pub(super) fn notifiers(&self) -> NotifierPlace {
+        self.notifiers.clone()
     }
 
     /// Takes a backend as it was surveyed, with what is kept for it, and has its channel answered.
@@ -83,7 +90,8 @@ impl Reconnect {
         let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
         let misses = session.miss_answers().map_err(OpenError::Fd)?;
         let tenancy = (!shared.is_empty()).then(|| self.shared.tenancy());
-        let answers = Answers { misses, shared: tenancy.clone(), calls: self.calls() };
+        let answers =
+            Answers { misses, shared: tenancy.clone(), calls: self.calls(), notifiers: self.notifiers() };
         let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
         let backend = VhostUser::new(session, &self.order, Arc::clone(&self.kept), tenancy);
         Ok((Attended { model, backend, hang_up }, channel))

@@ -42,7 +42,7 @@ pub mod shmem;
 mod trace;
 pub mod vring;
 
-pub use backend_req::{BackendChannel, BackendRequests, Refused, Served};
+pub use backend_req::{BackendChannel, BackendRequests, NotifierArea, Refused, Served};
 pub use channel::{Limits, Stats};
 pub use dirty_log::DirtyLog;
 pub use error::{Cause, Error, Step};
