@@ -175,7 +175,6 @@ fn huge_pages_that_are_not_reserved() {
 fn options_that_do_not_exist_or_do_not_work_yet() {
     for arguments in [
         &["--kernel", "/k", "--colour", "red"][..],
-        &["--kernel", "/k", "--vfio-user", "socket=/s"],
         &["--kernel", "/k", "--control", "/c"],
         &["--kernel", "/k", "--incoming", "unix:/m"],
         &["--kernel", "/k", "--cpus", "0"],
@@ -188,24 +187,44 @@ fn options_that_do_not_exist_or_do_not_work_yet() {
         assert!(ended.log.starts_with("error: ") && ended.log.contains("--help"), "{arguments:?}\n{ended}");
         assert_eq!(ended.console, "");
     }
-    for (device, sentence, hint) in [
-        ("floppy,socket=/s", "no virtio device type `floppy`", "the types are "),
-        ("generic:0,socket=/s", "no virtio device type `generic:0`", "generic:DEVICE_ID"),
-        ("blk", "--vhost-user blk needs a socket", "for example --vhost-user blk,socket="),
-        ("blk,socket=", "needs a socket", "for example"),
-        ("blk,socket=/s,transport=pci", "cannot do transport=pci yet", "leave it out"),
-        ("blk,socket=/s,reconnect=soon", "cannot use reconnect=soon", "a whole number"),
-        ("blk,socket=/s,server=maybe", "cannot use server=maybe", "server=on or server=off"),
-        ("blk,socket=/s,queues=0", "cannot use queues=0", "queues is a whole number from 1 to"),
-        ("blk,socket=/s,deadline=soon", "cannot use deadline=soon", "deadline is a whole number"),
-        ("blk,socket=/s,colour=red", "has no key `colour`", "its keys are socket"),
+    for (option, device, sentence, hint) in [
+        ("--vhost-user", "floppy,socket=/s", "no virtio device type `floppy`", "the types are "),
+        ("--vhost-user", "generic:0,socket=/s", "no virtio device type `generic:0`", "generic:DEVICE_ID"),
+        ("--vhost-user", "blk", "--vhost-user blk needs a socket", "for example --vhost-user blk,socket="),
+        ("--vhost-user", "blk,socket=", "needs a socket", "for example"),
         (
+            "--vhost-user",
+            "blk,socket=/s,transport=isa",
+            "cannot use transport=isa",
+            "transport=mmio or transport=pci",
+        ),
+        ("--vhost-user", "blk,socket=/s,reconnect=soon", "cannot use reconnect=soon", "a whole number"),
+        ("--vhost-user", "blk,socket=/s,server=maybe", "cannot use server=maybe", "server=on or server=off"),
+        (
+            "--vhost-user",
+            "blk,socket=/s,queues=0",
+            "cannot use queues=0",
+            "queues is a whole number from 1 to",
+        ),
+        (
+            "--vhost-user",
+            "blk,socket=/s,deadline=soon",
+            "cannot use deadline=soon",
+            "deadline is a whole number",
+        ),
+        ("--vhost-user", "blk,socket=/s,colour=red", "has no key `colour`", "its keys are socket"),
+        (
+            "--vhost-user",
             "blk,socket=fd=99",
             "cannot use descriptor 99 as a socket",
             "must leave one end of a socket pair open",
         ),
+        ("--vfio-user", "id=nvme", "--vfio-user needs a socket", "for example --vfio-user socket="),
+        ("--vfio-user", "socket=/s,colour=red", "--vfio-user has no key `colour`", "its keys are socket"),
+        ("--vfio-user", "socket=/s,deadline=soon", "cannot use deadline=soon", "deadline is a whole number"),
+        ("--vfio-user", "socket=/s,posted-writes=soon", "cannot use posted-writes=soon", "posted-writes=off"),
     ] {
-        let ended = refuse(&["--kernel", "/k", "--vhost-user", device]);
+        let ended = refuse(&["--kernel", "/k", option, device]);
         let cause = if device.contains("fd=") { "os error 9" } else { "" };
         assert_explained(ended, USAGE, sentence, cause, hint);
     }
