@@ -30,7 +30,7 @@ use crate::kvm;
 use crate::lifecycle::Request;
 use crate::memory::Mapping;
 use crate::peers::{Heard, Peers};
-use crate::recovery::Plan;
+use crate::recovery::{Plan, Stop};
 use crate::stats::{Startup, Stats};
 use crate::vcpu::VcpuCounters;
 use crate::vfio_user::Spare;
@@ -326,7 +326,7 @@ fn revive(devices: &[Attached]) {
         let (devices, chances): (Vec<_>, Vec<_>) = broken.into_iter().unzip();
         let search = |(plan, handle, trial): (Arc<Plan>, DeviceHandle, Trial)| {
             let thread = std::thread::Builder::new().name("revive".to_owned());
-            thread.spawn_scoped(scope, move || plan.revive(&handle, trial))
+            thread.spawn_scoped(scope, move || plan.revive(&handle, trial, &Stop::default()))
         };
         let searches: Vec<_> = chances.into_iter().map(search).collect();
         for (device, search) in devices.into_iter().zip(searches) {

@@ -4,9 +4,9 @@
 //! loop waits for a backend that is away. It ends with a success, with a backend that does not fit, when the
 //! user's time is over, or when the board is taken apart.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use devices::virtio::answers::OwnChannel;
 use devices::virtio::probation::Standing;
 use devices::virtio::revival::Trial;
 use devices::virtio::{DeviceHandle, Reconnect};
+use rustix::net::{Shutdown, shutdown};
 use transport::deadline::Deadline;
 use transport::socket::Listener;
 use transport::vhost_user::reconnect::Attempts;
@@ -31,11 +32,24 @@ pub(crate) enum Meeting {
 }
 
 impl Meeting {
-    /// One try: connecting takes no time when nobody is there, listening waits for `patience`.
+    /// One try: connecting takes no time when nobody is there; a listener without room for us, or our own, is
+    /// waited at for `patience`.
     fn meet(&self, limits: &Limits, patience: Duration) -> Result<Connection, Error> {
         match self {
-            Meeting::Client(path) => Connection::connect(path, limits),
+            Meeting::Client(path) => Connection::connect_before(path, limits, &Deadline::after(patience)),
             Meeting::Server(listener) => listen(listener, limits, patience),
+        }
+    }
+
+    /// The same, but looks now and then whether that should end.
+    fn meet_unless(&self, stop: &Stop, limits: &Limits) -> Result<Connection, Error> {
+        let deadline = Deadline::after(limits.deadline());
+        loop {
+            let left = deadline.remaining().unwrap_or_default();
+            match self.meet(limits, left.min(GLANCE)) {
+                Err(error) if left > GLANCE && error.is_silence() && !stop.is_asked() => {}
+                outcome => return outcome,
+            }
         }
     }
 
@@ -69,7 +83,7 @@ fn attempts(patience: Duration) -> Attempts {
 /// Longer than any machine lives, and far from where a clock overflows.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// How long a listening recovery waits before it looks whether it should end.
+/// How long a recovery waits for a connection before it looks whether it should end.
 const GLANCE: Duration = Duration::from_millis(200);
 
 /// What recovering one device takes; outlives boards.
@@ -90,9 +104,12 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// Meets the backend once, for a broken device on whose behalf `trial` was begun.
-    pub(crate) fn revive(&self, device: &DeviceHandle, trial: Trial) -> Option<OwnedFd> {
-        let connection = self.meeting.meet(&self.limits, self.limits.deadline());
-        match self.reconnect.revive(device, trial, connection, |channel| self.serve(channel)) {
+    pub(crate) fn revive(&self, device: &DeviceHandle, trial: Trial, stop: &Stop) -> Option<OwnedFd> {
+        let connection = self.meeting.meet_unless(stop, &self.limits);
+        let exchange = connection.as_ref().ok().map(|connection| stop.ends(connection.as_fd()));
+        let revived = self.reconnect.revive(device, trial, connection, |channel| self.serve(channel));
+        drop(exchange);
+        match revived {
             Ok(hang_up) => Some(hang_up),
             Err(error) => {
                 log::debug!("a broken device stays as it is: {error}");
@@ -108,27 +125,73 @@ impl Plan {
     }
 }
 
+/// Ends a search: its pauses, and an exchange with a backend that may never answer.
 #[derive(Debug, Default)]
-struct Stop {
-    asked: Mutex<bool>,
+pub(crate) struct Stop {
+    asked: Mutex<Asked>,
     changed: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct Asked {
+    asked: bool,
+    /// The connection that is being tried.
+    tried: Option<OwnedFd>,
+}
+
+/// While this lives, the end of the search is the end of the connection that is tried.
+#[must_use]
+struct Exchange<'s>(&'s Stop);
+
+impl Drop for Exchange<'_> {
+    fn drop(&mut self) {
+        self.0.lock().tried = None;
+    }
+}
+
 impl Stop {
+    fn lock(&self) -> MutexGuard<'_, Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits for `pause`, or less when the end is asked for; true when it is.
     fn wait(&self, pause: Duration) -> bool {
-        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.changed.wait_timeout_while(asked, pause, |asked| !*asked);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
+        let waited = self.changed.wait_timeout_while(self.lock(), pause, |state| !state.asked);
+        waited.unwrap_or_else(PoisonError::into_inner).0.asked
+    }
+
+    fn is_asked(&self) -> bool {
+        self.lock().asked
+    }
+
+    /// Has `connection` end with the search, until what this gives is dropped.
+    fn ends(&self, connection: BorrowedFd<'_>) -> Exchange<'_> {
+        let mut state = self.lock();
+        match connection.try_clone_to_owned() {
+            Ok(socket) if state.asked => hang_up(&socket),
+            Ok(socket) => state.tried = Some(socket),
+            // The deadlines of the exchange are all that ends it then.
+            Err(error) => log::debug!("a search for a backend cannot be cut short: {error}"),
+        }
+        Exchange(self)
     }
 
     fn ask(&self) {
-        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        let mut state = self.lock();
+        state.asked = true;
+        state.tried.take().iter().for_each(hang_up);
+        drop(state);
         self.changed.notify_all();
     }
 }
 
-/// A recovery under way; dropping it ends the thread, after at most one exchange with a backend.
+fn hang_up(socket: &OwnedFd) {
+    if let Err(error) = shutdown(socket, Shutdown::Both) {
+        log::debug!("the connection that was tried is gone already: {error}");
+    }
+}
+
+/// A recovery under way; dropping it ends the thread, and whatever it was saying to a backend.
 #[derive(Debug)]
 pub(crate) struct Recovery {
     stop: Arc<Stop>,
@@ -150,8 +213,8 @@ impl Recovery {
 
     /// Starts looking for the backend of a broken `device`, once.
     pub(crate) fn revive(device: DeviceHandle, trial: Trial, plan: Arc<Plan>) -> std::io::Result<Self> {
-        Self::spawn(plan, move |plan, _| {
-            let found = plan.revive(&device, trial);
+        Self::spawn(plan, move |plan, stop| {
+            let found = plan.revive(&device, trial, stop);
             found.into_iter().for_each(|hang_up| plan.peers.recovered(plan.index, hang_up));
         })
     }
@@ -189,7 +252,10 @@ fn look(device: &DeviceHandle, plan: &Plan, stop: &Stop) -> Option<OwnedFd> {
             plan.meeting.meet(&plan.limits, GLANCE).map_err(|error| (error.is_absent(), error.to_string()));
         let failed = match reached {
             Ok(connection) => {
-                match plan.reconnect.attempt(device, connection, |channel| plan.serve(channel)) {
+                let exchange = stop.ends(connection.as_fd());
+                let tried = plan.reconnect.attempt(device, connection, |channel| plan.serve(channel));
+                drop(exchange);
+                match tried {
                     Ok(hang_up) => return Some(hang_up),
                     Err(error) if error.is_final() => {
                         log::warn!("no recovery: {error}");

@@ -83,9 +83,13 @@ impl Error {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut))
     }
 
-    /// True when the peer did not answer, or read, in time.
+    /// True when the peer did not answer, or read, or take our connection, in time.
     pub fn is_silence(&self) -> bool {
-        matches!(self.cause, Cause::Silent(_) | Cause::NotReading(_))
+        match &self.cause {
+            Cause::Silent(_) | Cause::NotReading(_) => true,
+            Cause::Unreachable(source) => source.kind() == io::ErrorKind::TimedOut,
+            _ => false,
+        }
     }
 
     /// What the user may try, for the common cases.

@@ -39,9 +39,13 @@ impl Connection {
     ///
     /// Blocks for the deadline of `limits` at most.
     pub fn connect(path: &Path, limits: &Limits) -> Result<Self, Error> {
+        Self::connect_before(path, limits, &Deadline::after(limits.deadline()))
+    }
+
+    /// As [`Connection::connect`], but waits for a place in the listener's queue for as long as `deadline` says.
+    pub fn connect_before(path: &Path, limits: &Limits, deadline: &Deadline) -> Result<Self, Error> {
         let peer = path.to_string_lossy().into_owned();
-        let deadline = Deadline::after(limits.deadline());
-        match socket::connect(path, &deadline) {
+        match socket::connect(path, deadline) {
             Ok(stream) => Self::from_stream(stream, peer, limits),
             Err(source) => Err(Error::new(&Arc::from(peer), Step::Connect, Cause::Unreachable(source))),
         }
