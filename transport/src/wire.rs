@@ -1,4 +1,4 @@
-//! What both protocols share of reading bytes: payloads of a fixed size, and what can be wrong with a message.
+//! What both protocols share of reading and printing bytes: payloads of a fixed size, and what can be wrong with a message.
 //!
 //! All numbers are native endian. Must never allocate: it looks at what was received.
 
@@ -77,6 +77,22 @@ pub fn parse_front<T: FromBytes>(bytes: &[u8]) -> Result<(T, &[u8]), Fault> {
 /// A length as the wire counts it; saturates, so that an absurd one is refused and not wrapped.
 pub(crate) fn length(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+/// Prints the front of a payload that is not decoded any further.
+pub(crate) fn describe_bytes(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
+    const MOST: usize = 32;
+    if payload.is_empty() {
+        return Ok(());
+    }
+    f.write_str(" [")?;
+    for byte in payload.iter().take(MOST) {
+        write!(f, "{byte:02x}")?;
+    }
+    if payload.len() > MOST {
+        write!(f, "… {} bytes", payload.len())?;
+    }
+    f.write_str("]")
 }
 
 macro_rules! payloads {

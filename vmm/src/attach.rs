@@ -54,23 +54,28 @@ pub(crate) struct Surroundings<'m> {
     pub(crate) trace: Option<&'m Arc<dyn Trace>>,
 }
 
-/// A device that is on no board.
-pub(crate) struct Detached {
+/// What a device takes from board to board.
+struct Lasting {
     id: String,
     transport: Transport,
     model: Model,
-    backend: Box<dyn Backend>,
     memory: MemoryMap,
     shared: SharedRegions,
     calls: Calls,
     notifiers: NotifierPlace,
-    hang_up: Arc<OwnedFd>,
     /// How its backend is found again, if it is to be.
     plan: Option<Arc<Plan>>,
-    /// Whether it has a backend.
-    state: Result<(), Lost>,
     /// What was counted on earlier boards.
     counted: Counted,
+}
+
+/// A device that is on no board.
+pub(crate) struct Detached {
+    lasting: Lasting,
+    backend: Box<dyn Backend>,
+    hang_up: Arc<OwnedFd>,
+    /// Whether it has a backend.
+    state: Result<(), Lost>,
 }
 
 /// Why a device has no backend.
@@ -91,21 +96,13 @@ pub(crate) enum Site<'b> {
 
 /// A device on a board.
 pub(crate) struct Attached {
-    id: String,
-    transport: Transport,
-    model: Model,
-    memory: MemoryMap,
-    shared: SharedRegions,
+    lasting: Lasting,
     /// Becomes ready when the connection is gone; another one with another backend.
     hang_up: RefCell<Arc<OwnedFd>>,
-    plan: Option<Arc<Plan>>,
     recovery: RefCell<Option<Recovery>>,
-    counted: Counted,
     handle: DeviceHandle,
     /// Ring for the queues whose kicks we serve or pass on.
     kicks: Vec<(u16, Kick)>,
-    calls: Calls,
-    notifiers: NotifierPlace,
 }
 
 impl Detached {
@@ -120,7 +117,7 @@ impl Detached {
         let Surroundings { memory, peers, trace } = *machine;
         let kind = config.order.device_type.name();
         let id = config.id.unwrap_or_else(|| format!("{kind}{index}"));
-        if others.iter().any(|other| other.id == id) {
+        if others.iter().any(|other| other.lasting.id == id) {
             return Err(
                 Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
             );
@@ -172,67 +169,48 @@ impl Detached {
         let (patience, peers) = (config.reconnect, Arc::clone(peers));
         let plan =
             meeting.map(|meeting| Arc::new(Plan { meeting, patience, limits, reconnect, index, peers }));
-        let device = Detached {
-            id,
-            transport: config.transport,
-            model,
-            backend: Box::new(backend),
-            memory: memory.clone(),
-            shared,
-            calls,
-            notifiers,
-            hang_up: Arc::new(hang_up),
-            plan,
-            state: Ok(()),
-            counted: Counted::default(),
-        };
-        Ok((device, channel))
+        let (transport, memory, counted) = (config.transport, memory.clone(), Counted::default());
+        let lasting = Lasting { id, transport, model, memory, shared, calls, notifiers, plan, counted };
+        let (backend, hang_up) = (Box::new(backend), Arc::new(hang_up));
+        Ok((Detached { lasting, backend, hang_up, state: Ok(()) }, channel))
     }
 
     /// Finds places for the device's shared memory.
     pub(crate) fn place_shared_memory(&mut self, windows: &mut Windows) -> Result<(), Error> {
-        if self.transport != Transport::Mmio {
+        if self.lasting.transport != Transport::Mmio {
             return Ok(());
         }
-        for region in self.model.shared_memory.iter_mut().flatten() {
+        for region in self.lasting.model.shared_memory.iter_mut().flatten() {
             let place = windows.take(region.length).ok_or_else(|| {
-                Error::host(format!("cannot start device {}", self.id))
+                Error::host(format!("cannot start device {}", self.lasting.id))
                     .because(format!("there is no room for {:#x} bytes of its shared memory", region.length))
                     .hint("features=-shmem does without")
             })?;
             region.base = GuestAddr(place);
-            log::info!("device {}: {:#x} bytes of shared memory at {place:#x}", self.id, region.length);
+            log::info!(
+                "device {}: {:#x} bytes of shared memory at {place:#x}",
+                self.lasting.id,
+                region.length
+            );
         }
         Ok(())
     }
 
     /// Its name.
     pub(crate) fn id(&self) -> &str {
-        &self.id
+        &self.lasting.id
     }
 
     /// How the guest sees it.
     pub(crate) fn transport(&self) -> Transport {
-        self.transport
+        self.lasting.transport
     }
 
     /// Puts the device on a board: its register page into memory and its other accesses on the bus, or its
     /// function on the PCI bus.
     pub(crate) fn attach(self, ports: &Ports, site: Site<'_>) -> Result<Attached, Error> {
-        let Detached {
-            id,
-            transport,
-            model,
-            backend,
-            memory,
-            shared,
-            calls,
-            notifiers,
-            hang_up,
-            plan,
-            state,
-            counted,
-        } = self;
+        let Detached { lasting, backend, hang_up, state } = self;
+        let Lasting { id, transport, model, memory, shared, calls, notifiers, plan, counted: _ } = &lasting;
         let cannot = || format!("cannot wire device {id}");
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
         let failed = |error| Error::host(cannot()).because(error);
@@ -260,9 +238,9 @@ impl Detached {
             }
         };
         // Windows are told by virtio-mmio's registers; a PCI function shows none yet.
-        let places = if transport == Transport::Mmio { model.shared_memory.clone() } else { Vec::new() };
+        let places = if *transport == Transport::Mmio { model.shared_memory.clone() } else { Vec::new() };
         shared.put(Arc::clone(&ports.memory), places);
-        if let Some(plan) = &plan {
+        if let Some(plan) = plan {
             handle.on_loss(if plan.patience.is_some() { OnLoss::Recover } else { OnLoss::Break });
             let (peers, index) = (Arc::clone(&plan.peers), plan.index);
             handle.seek_with(Seeker {
@@ -278,21 +256,7 @@ impl Detached {
         let (hang_up, recovery) = (RefCell::new(hang_up), RefCell::new(None));
         let kicks = handle.kicks_to_serve().map_err(|error| Error::host(cannot()).because(error))?;
         calls.put(handle.calls().map_err(|error| Error::host(cannot()).because(error))?);
-        Ok(Attached {
-            id,
-            transport,
-            model,
-            memory,
-            shared,
-            hang_up,
-            plan,
-            recovery,
-            counted,
-            handle,
-            kicks,
-            calls,
-            notifiers,
-        })
+        Ok(Attached { lasting, hang_up, recovery, handle, kicks })
     }
 
     /// The end: the backend sees us go. What was counted over the device's whole life.
@@ -306,12 +270,12 @@ impl Detached {
         };
         DeviceStats {
             state,
-            kind: self.model.device_type.name().to_owned(),
-            id: self.id,
+            kind: self.lasting.model.device_type.name().to_owned(),
+            id: self.lasting.id,
             broken,
-            recoveries: self.counted.recoveries,
-            requests_through_vmm: self.counted.requests,
-            register_writes: self.counted.register_writes,
+            recoveries: self.lasting.counted.recoveries,
+            requests_through_vmm: self.lasting.counted.requests,
+            register_writes: self.lasting.counted.register_writes,
             peer: PeerStats {
                 messages: peer.messages,
                 waits: peer.waits,
@@ -331,11 +295,11 @@ impl Attached {
     /// The connection is gone: the device breaks, or a thread looks for its backend. Called by the control loop.
     pub(crate) fn hung_up(&self) {
         self.handle.peer_lost("the backend closed the connection");
-        let Some(plan) = &self.plan else { return };
+        let Some(plan) = &self.lasting.plan else { return };
         if !matches!(self.handle.phase(), PhaseReport::Recovering(_)) {
             return;
         }
-        log::warn!("device {} lost its backend and looks for it", self.id);
+        log::warn!("device {} lost its backend and looks for it", self.lasting.id);
         match Recovery::start(self.handle.clone(), Arc::clone(plan)) {
             // An earlier recovery has ended, or this one would not have been lost.
             Ok(recovery) => drop(self.recovery.replace(Some(recovery))),
@@ -349,23 +313,25 @@ impl Attached {
     ///
     /// Must not take the device's lock: a vCPU may hold it, and wait for what is started here.
     pub(crate) fn wanted(&self, trial: Trial) {
-        let Some(plan) = &self.plan else { return };
+        let Some(plan) = &self.lasting.plan else { return };
         match Recovery::revive(self.handle.clone(), trial, Arc::clone(plan)) {
             // An earlier one has ended.
             Ok(recovery) => drop(self.recovery.replace(Some(recovery))),
-            Err(error) => log::error!("no thread can be had to look for the backend of {}: {error}", self.id),
+            Err(error) => {
+                log::error!("no thread can be had to look for the backend of {}: {error}", self.lasting.id);
+            }
         }
     }
 
     /// What it takes to look for the backend of a broken device before its guest runs.
     pub(crate) fn second_chance(&self) -> Option<(Arc<Plan>, DeviceHandle, Trial)> {
-        let plan = Arc::clone(self.plan.as_ref()?);
+        let plan = Arc::clone(self.lasting.plan.as_ref()?);
         Some((plan, self.handle.clone(), self.handle.begin_revival()?))
     }
 
     /// Another backend has taken over; `hang_up` is that of its connection. Called by the control loop.
     pub(crate) fn recovered(&self, hang_up: OwnedFd) {
-        log::warn!("device {} has its backend again", self.id);
+        log::warn!("device {} has its backend again", self.lasting.id);
         drop(self.hang_up.replace(Arc::new(hang_up)));
     }
 
@@ -387,27 +353,14 @@ impl Attached {
     /// Takes the device off its board: queues stopped, backend kept. The board's bus must be gone, or it
     /// keeps the register page alive.
     pub(crate) fn detach(self) -> Detached {
-        let Attached {
-            id,
-            transport,
-            mut model,
-            memory,
-            shared,
-            hang_up,
-            plan,
-            recovery,
-            mut counted,
-            handle,
-            calls,
-            notifiers,
-            kicks: _,
-        } = self;
-        // Waits for the thread, for one exchange with a backend at most.
+        let Attached { mut lasting, hang_up, recovery, handle, kicks: _ } = self;
+        // Waits for the thread, whose exchange with a backend ends here.
         drop(recovery);
         let hang_up = hang_up.into_inner();
         handle.with(|device| {
             let stats = device.stats();
             let Trapped { queue_notify, interrupt_ack, config_ack, config, other } = stats.trapped;
+            let Lasting { model, shared, calls, notifiers, counted, .. } = &mut lasting;
             counted.recoveries += stats.recoveries;
             counted.requests += queue_notify + interrupt_ack;
             counted.register_writes += config_ack + config + other;
@@ -421,20 +374,7 @@ impl Attached {
             shared.remove();
             calls.put(Vec::new());
             notifiers.put(None);
-            Detached {
-                id,
-                transport,
-                model,
-                backend,
-                memory,
-                shared,
-                calls,
-                notifiers,
-                hang_up,
-                plan,
-                state,
-                counted,
-            }
+            Detached { lasting, backend, hang_up, state }
         })
     }
 }

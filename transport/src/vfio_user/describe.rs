@@ -12,9 +12,7 @@ use super::message::{
     MigrationData, RegionAccess, RegionInfoPayload, SetIrqs, VersionHead,
 };
 use super::trace::{Direction, TraceEvent};
-
-/// Bytes of a payload that are printed.
-const BYTES_MOST: usize = 32;
+use crate::wire::describe_bytes as bytes;
 
 /// Characters of the capabilities that are printed.
 const TEXT_MOST: usize = 512;
@@ -126,20 +124,6 @@ fn decode<T: FromBytes>(
         Ok((value, rest)) => print(f, value, rest),
         Err(_) => bytes(f, payload),
     }
-}
-
-fn bytes(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
-    if payload.is_empty() {
-        return Ok(());
-    }
-    f.write_str(" [")?;
-    for byte in payload.iter().take(BYTES_MOST) {
-        write!(f, "{byte:02x}")?;
-    }
-    if payload.len() > BYTES_MOST {
-        write!(f, "… {} bytes", payload.len())?;
-    }
-    f.write_str("]")
 }
 
 #[cfg(test)]

@@ -14,9 +14,7 @@ use super::message::{
 };
 use super::request::Request;
 use super::trace::{Direction, TraceEvent};
-
-/// Bytes of a payload that are printed when it cannot be decoded.
-const BYTES_MOST: usize = 32;
+use crate::wire::describe_bytes as bytes;
 
 impl fmt::Display for TraceEvent<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -131,20 +129,6 @@ fn decode<T: FromBytes>(
         Ok(value) => print(f, value),
         Err(_) => bytes(f, payload),
     }
-}
-
-fn bytes(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
-    if payload.is_empty() {
-        return Ok(());
-    }
-    f.write_str(" [")?;
-    for byte in payload.iter().take(BYTES_MOST) {
-        write!(f, "{byte:02x}")?;
-    }
-    if payload.len() > BYTES_MOST {
-        write!(f, "… {} bytes", payload.len())?;
-    }
-    f.write_str("]")
 }
 
 fn number(f: &mut fmt::Formatter<'_>, name: &str, payload: &[u8]) -> fmt::Result {
