@@ -3,8 +3,11 @@
 
 use std::env;
 use std::fs;
+use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::capture::{Capture, tail};
@@ -30,7 +33,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
     if found.is_none() {
         let why = format!("no {name} here ({variable}; tests/backends/fetch brings it)");
         assert!(env::var_os("OUTBOARD_BACKENDS_REQUIRED").is_none(), "{why}");
-        Missing::skipped(std::thread::current().name().unwrap_or("test"), &why);
+        Missing::skipped(thread::current().name().unwrap_or("test"), &why);
     }
     found
 }
@@ -93,6 +96,21 @@ impl Backend {
         }
     }
 
+    /// A `vhost-device-rng` whose random numbers are the bytes of `source`, so that a guest can tell whose they are.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn rng(program: &Path, source: &[u8]) -> Self {
+        let scratch = Scratch::new();
+        let arguments = [
+            format!("--socket-path={}", scratch.path("rng").display()),
+            format!("--rng-source={}", scratch.file("source", source).display()),
+        ];
+        // It numbers its sockets.
+        Self::start(program, scratch, "rng0", &arguments)
+    }
+
     /// Its vhost-user socket.
     #[must_use]
     pub fn socket(&self) -> &Path {
@@ -115,7 +133,7 @@ impl Backend {
 impl Drop for Backend {
     fn drop(&mut self) {
         self.stdin = None;
-        if std::thread::panicking() {
+        if thread::panicking() {
             eprintln!(
                 "--- {}\n{}\n{}\n---",
                 self.name,
@@ -127,6 +145,18 @@ impl Drop for Backend {
         self.child.kill().unwrap_or_default();
         self.child.wait().map(|_| ()).unwrap_or_default();
     }
+}
+
+/// Sends back what the first client of `listener` says, in another thread, until it has gone; gives the bytes.
+///
+/// # Panics
+/// In that thread, when nobody can be heard.
+#[must_use]
+pub fn echo(listener: UnixListener) -> JoinHandle<u64> {
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        io::copy(&mut stream.try_clone().unwrap(), &mut stream).unwrap()
+    })
 }
 
 /// A stock guest that loads these drivers (by commas), runs the script and ends. `/bin/guest` is `tests/backends/guest.c`.

@@ -4,21 +4,18 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
-use vhost::vhost_user::{Listener, VhostUserProtocolFeatures};
-use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
+use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_queue::QueueOwnedT;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-use crate::daemon::{SECTOR, is_listening, pattern};
-use crate::scratch::Scratch;
-use crate::wait;
+use crate::daemon::{SECTOR, pattern};
+use crate::served::{Served, lock};
 
 const VERSION_1: u64 = 1 << 32;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -27,9 +24,8 @@ const IO_ERROR: u8 = 1;
 
 /// A disk in memory behind a socket; serves one machine. Ends when the machine has gone, or when dropped.
 pub struct MemoryDisk {
-    scratch: Scratch,
     disk: Arc<Disk>,
-    thread: Option<JoinHandle<()>>,
+    served: Served,
 }
 
 impl std::fmt::Debug for MemoryDisk {
@@ -45,32 +41,16 @@ impl MemoryDisk {
     /// When the socket cannot be made.
     #[must_use]
     pub fn new(size: usize) -> Self {
-        let scratch = Scratch::new();
         let bytes = (0..size).map(|byte| pattern(byte / SECTOR)).collect();
         let disk =
             Arc::new(Disk { bytes: Mutex::new(bytes), memory: Mutex::new(None), served: AtomicU64::new(0) });
-        let (serving, path) = (Arc::clone(&disk), scratch.path("disk"));
-        let thread = thread::spawn(move || {
-            let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-            let mut daemon = VhostUserDaemon::new("memory-disk".to_owned(), serving, memory).unwrap();
-            let mut listener = Listener::new(&path, true).unwrap();
-            daemon.start(&mut listener).unwrap();
-            // Every way of going ends in an error of this crate; what matters was asserted by then.
-            if let Err(error) = daemon.wait() {
-                println!("memory disk: {error}");
-            }
-        });
-        let disk = Self { scratch, disk, thread: Some(thread) };
-        wait::until("the memory disk listens", Duration::from_secs(10), || {
-            is_listening(&disk.socket()).then_some(())
-        });
-        disk
+        Self { served: Served::start("memory-disk", Arc::clone(&disk)), disk }
     }
 
     /// Where it listens.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.scratch.path("disk")
+        self.served.socket()
     }
 
     /// Changes the size; new bytes are 0. Whoever does so also tells the machine.
@@ -89,22 +69,6 @@ impl MemoryDisk {
     pub fn served(&self) -> u64 {
         self.disk.served.load(Ordering::Relaxed)
     }
-}
-
-impl Drop for MemoryDisk {
-    fn drop(&mut self) {
-        // A machine that never came leaves the thread in accept().
-        if is_listening(&self.socket()) {
-            drop(std::os::unix::net::UnixStream::connect(self.socket()));
-        }
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            eprintln!("the memory disk's thread panicked");
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Disk {

@@ -7,23 +7,19 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::{pread, pwrite};
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags, VhostUserShMemConfig};
-use vhost::vhost_user::{Backend, Listener, VhostUserFrontendReqHandler, VhostUserProtocolFeatures};
-use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
+use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler, VhostUserProtocolFeatures};
+use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_queue::QueueOwnedT;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-use crate::daemon::is_listening;
-use crate::scratch::Scratch;
-use crate::wait;
+use crate::served::{Served, lock};
 
 /// Bytes of its shared memory region, id 0.
 pub const REGION: u64 = 2 << 20;
@@ -36,9 +32,8 @@ pub const WORD: u32 = 0x0b0a_7d42;
 
 /// The backend behind a socket; serves one machine. Ends when the machine has gone, or when dropped.
 pub struct Gadget {
-    scratch: Scratch,
     inner: Arc<Inner>,
-    thread: Option<JoinHandle<()>>,
+    served: Served,
 }
 
 impl std::fmt::Debug for Gadget {
@@ -54,7 +49,6 @@ impl Gadget {
     /// When the socket or the file cannot be made.
     #[must_use]
     pub fn start() -> Self {
-        let scratch = Scratch::new();
         let file = memfd_create("gadget", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, FILE).unwrap();
         pwrite(&file, &WORD.to_le_bytes(), 0).unwrap();
@@ -64,27 +58,13 @@ impl Gadget {
             channel: Mutex::default(),
             mapped: AtomicU64::new(0),
         });
-        let (serving, path) = (Arc::clone(&inner), scratch.path("gadget"));
-        let thread = thread::spawn(move || {
-            let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-            let mut daemon = VhostUserDaemon::new("gadget".to_owned(), serving, memory).unwrap();
-            let mut listener = Listener::new(&path, true).unwrap();
-            daemon.start(&mut listener).unwrap();
-            if let Err(error) = daemon.wait() {
-                println!("gadget: {error}");
-            }
-        });
-        let gadget = Self { scratch, inner, thread: Some(thread) };
-        wait::until("the gadget listens", Duration::from_secs(10), || {
-            is_listening(&gadget.socket()).then_some(())
-        });
-        gadget
+        Self { served: Served::start("gadget", Arc::clone(&inner)), inner }
     }
 
     /// Where it listens.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.scratch.path("gadget")
+        self.served.socket()
     }
 
     /// The 32-bit word at `offset` of its file now.
@@ -103,21 +83,6 @@ impl Gadget {
     pub fn mapped(&self) -> u64 {
         self.inner.mapped.load(Ordering::Relaxed)
     }
-}
-
-impl Drop for Gadget {
-    fn drop(&mut self) {
-        if is_listening(&self.socket()) {
-            drop(std::os::unix::net::UnixStream::connect(self.socket()));
-        }
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            eprintln!("the gadget's thread panicked");
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Inner {

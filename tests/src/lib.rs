@@ -10,7 +10,8 @@
 //! | [`pty`] | a terminal to run it on |
 //! | [`daemon`], [`qmp`] | Debian's `qemu-storage-daemon` as the backend |
 //! | [`disk`] | an independent backend in this process, on the crate `vhost-user-backend` |
-//! | [`gadget`] | the same with what few backends do: shared memory, shared objects
+//! | [`gadget`] | the same with what few backends do: shared memory, shared objects |
+//! | [`served`] | how both start and end |
 //! | [`backends`] | backends that others wrote, and guests with the drivers for them |
 //! | [`vfio`] | our vfio-user servers on the crate `vfio_user`, and guests that drive them |
 //! | [`peer`], [`proxy`] | backends that do not what they should; one that listens in |
@@ -38,6 +39,7 @@ pub mod proxy;
 pub mod pty;
 pub mod qmp;
 pub mod scratch;
+pub mod served;
 pub mod stats;
 pub mod vfio;
 pub mod wait;

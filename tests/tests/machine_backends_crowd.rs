@@ -5,12 +5,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::fs;
-use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::thread;
 
-use outboard_tests::backends::{Backend, SCRIPT, guest, program};
+use outboard_tests::backends::{Backend, SCRIPT, echo, guest, program};
 use outboard_tests::daemon::{SECTOR, StorageDaemon};
 use outboard_tests::guest::{COMPLAINTS, Guest, Kernel};
 use outboard_tests::launch::Ended;
@@ -99,11 +98,11 @@ struct Four {
     rng: Backend,
     vsock: Backend,
     shared: PathBuf,
-    echo: thread::JoinHandle<usize>,
+    echo: thread::JoinHandle<u64>,
 }
 
-const BLOCK: usize = 4096;
-const BLOCKS: usize = 16;
+const BLOCK: u64 = 4096;
+const BLOCKS: u64 = 16;
 
 fn four(machine: usize) -> Option<Four> {
     let (virtiofsd, rng, vsock) =
@@ -124,29 +123,10 @@ fn four(machine: usize) -> Option<Four> {
     ];
     let fs = Backend::start(&virtiofsd, scratch, "fs", &arguments);
 
-    let scratch = Scratch::new();
-    let source = scratch.file("source", &vec![b'A' + u8::try_from(machine).unwrap(); 1 << 20]);
-    let arguments = [
-        format!("--socket-path={}", scratch.path("rng").display()),
-        format!("--rng-source={}", source.display()),
-    ];
-    let rng = Backend::start(&rng, scratch, "rng0", &arguments);
+    let rng = Backend::rng(&rng, &vec![b'A' + u8::try_from(machine).unwrap(); 1 << 20]);
 
     let scratch = Scratch::new();
-    let listener = UnixListener::bind(scratch.path("host_1234")).unwrap();
-    let echo = thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let (mut block, mut total) = ([0; BLOCK], 0);
-        loop {
-            match stream.read(&mut block).unwrap() {
-                0 => return total,
-                got => {
-                    stream.write_all(&block[..got]).unwrap();
-                    total += got;
-                }
-            }
-        }
-    });
+    let echo = echo(UnixListener::bind(scratch.path("host_1234")).unwrap());
     let arguments = [
         format!("--guest-cid={}", 3 + machine),
         format!("--socket={}", scratch.path("vsock").display()),
@@ -199,7 +179,7 @@ fn two_machines_with_four_kinds_of_devices_each_work_side_by_side() {
     for (four, vm) in machines {
         let ended = vm.end(SCRIPT * 2).with_code(0);
         assert!(ended.console.contains("@exit 0"), "{ended}");
-        assert_eq!((ended.field("good"), ended.field("blocks")), (4, BLOCKS as u64), "{ended}");
+        assert_eq!((ended.field("good"), ended.field("blocks")), (4, BLOCKS), "{ended}");
         assert_out_of_the_vmms_way(&ended, 4);
         assert_eq!(four.echo.join().unwrap(), BLOCK * BLOCKS);
         for n in 1..=100 {

@@ -5,22 +5,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use outboard_tests::backends::{Backend, SCRIPT, assert_worked, guest, program};
-use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
 
 #[test]
 fn vhost_device_rng_gives_the_guest_the_bytes_of_its_source() {
     need!(place::kvm());
     let Some(rng) = program("vhost-device-rng") else { return };
-    let scratch = Scratch::new();
-    // Not random at all, so that the guest can tell where it comes from.
-    let source = scratch.file("source", &vec![b'Z'; 4 << 20]);
-    let arguments = [
-        format!("--socket-path={}", scratch.path("rng").display()),
-        format!("--rng-source={}", source.display()),
-    ];
-    // It numbers its sockets.
-    let backend = Backend::start(&rng, scratch, "rng0", &arguments);
+    let backend = Backend::rng(&rng, &vec![b'Z'; 4 << 20]);
     let script = "grep -q virtio_rng /sys/class/misc/hw_random/rng_current || exit 1\n\
                   dd if=/dev/hwrng of=/tmp/got bs=256 count=256 iflag=fullblock 2>/dev/null || exit 2\n\
                   echo bytes=$(wc -c </tmp/got) others=$(tr -d Z </tmp/got | wc -c)";
@@ -35,13 +26,7 @@ fn vhost_device_rng_gives_the_guest_the_bytes_of_its_source() {
 fn interrupts_of_a_pci_device_that_move_between_processors_lose_no_request() {
     need!(place::kvm());
     let Some(rng) = program("vhost-device-rng") else { return };
-    let scratch = Scratch::new();
-    let source = scratch.file("source", &vec![b'Z'; 4 << 20]);
-    let arguments = [
-        format!("--socket-path={}", scratch.path("rng").display()),
-        format!("--rng-source={}", source.display()),
-    ];
-    let backend = Backend::start(&rng, scratch, "rng0", &arguments);
+    let backend = Backend::rng(&rng, &vec![b'Z'; 4 << 20]);
     // Masked, given another message and unmasked, again and again, while requests run. (The interrupts of disks are
     // the kernel's own to move.)
     let script = "(dd if=/dev/hwrng of=/tmp/got bs=64 count=2000 iflag=fullblock 2>/dev/null; echo >/tmp/ended) &\n\

@@ -5,10 +5,9 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::thread;
 use std::time::Duration;
 
-use outboard_tests::backends::{Backend, SCRIPT, assert_worked, guest, program};
+use outboard_tests::backends::{Backend, SCRIPT, assert_worked, echo, guest, program};
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
 
@@ -22,20 +21,7 @@ fn vhost_device_vsock_carries_echoes_both_ways() {
     let scratch = Scratch::new();
     let (socket, host) = (scratch.path("vsock"), scratch.path("host"));
     // What the guest sends to port 1234 of the host goes to this socket.
-    let listener = UnixListener::bind(scratch.path("host_1234")).unwrap();
-    let echo = thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let (mut block, mut total) = ([0; BLOCK], 0);
-        loop {
-            match stream.read(&mut block).unwrap() {
-                0 => return total,
-                got => {
-                    stream.write_all(&block[..got]).unwrap();
-                    total += got;
-                }
-            }
-        }
-    });
+    let echo = echo(UnixListener::bind(scratch.path("host_1234")).unwrap());
     let arguments = [
         "--guest-cid=3".into(),
         format!("--socket={}", socket.display()),
@@ -46,7 +32,7 @@ fn vhost_device_vsock_carries_echoes_both_ways() {
     let launch = need!(guest("vmw_vsock_virtio_transport", &script));
     let vm = launch.arg("--vhost-user").arg(format!("vsock,socket={}", backend.socket().display())).start();
     vm.expect("blocks=64");
-    assert_eq!(echo.join().unwrap(), BLOCK * BLOCKS);
+    assert_eq!(echo.join().unwrap(), (BLOCK * BLOCKS) as u64);
 
     vm.expect("listening");
     let mut stream = UnixStream::connect(&host).unwrap();

@@ -8,7 +8,7 @@ use std::fs;
 use std::time::Duration;
 
 use outboard_tests::daemon::{StorageDaemon, is_listening};
-use outboard_tests::guest::{COMPLAINTS, Guest, Kernel};
+use outboard_tests::guest::{Guest, Kernel, reboots};
 use outboard_tests::launch::STEP;
 use outboard_tests::place::Missing;
 use outboard_tests::{need, place, wait};
@@ -25,19 +25,7 @@ fn a_guest_reboots_in_place_with_the_same_backend() {
     image.resize(4 * MIB, 0);
     let disk = need!(StorageDaemon::serving(&image));
     let boots: u32 = if place::soak() { 50 } else { 5 };
-    // The count is kept on the disk, in front of what each boot writes and reads back.
-    let script = format!(
-        r#"read -r n </dev/vda; n=$((n + 1))
-        echo "boot=$n"
-        echo $n | dd of=/dev/vda bs=512 conv=sync,notrunc,fsync 2>/dev/null
-        dd if=/dev/urandom of=/tmp/x bs=4k count=50 2>/dev/null
-        dd if=/tmp/x of=/dev/vda bs=4k seek=100 oflag=direct 2>/dev/null
-        dd if=/dev/vda of=/tmp/y bs=4k skip=100 count=50 iflag=direct 2>/dev/null
-        cmp /tmp/x /tmp/y || {{ echo differs; exit 1; }}
-        {COMPLAINTS} && exit 1
-        [ $n -ge {boots} ] || reboot -f; true"#
-    );
-    let launch = kernel.script(&script).args(["--cpus", "2"]).disk(&disk.socket());
+    let launch = kernel.script(&reboots(boots)).args(["--cpus", "2"]).disk(&disk.socket());
     let ended = launch.start().end(BOOT * boots).with_code(0);
     assert!(ended.console.contains("@exit 0"), "{ended}");
     assert_eq!(ended.field("boot"), u64::from(boots), "{ended}");

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use outboard_tests::daemon::StorageDaemon;
-use outboard_tests::guest::{COMPLAINTS, Form, Kernel};
+use outboard_tests::guest::{COMPLAINTS, Form, Kernel, reboots};
 use outboard_tests::launch::{Ended, Launch};
 use outboard_tests::{need, place};
 
@@ -147,17 +147,7 @@ fn a_guest_with_pci_devices_reboots_in_place() {
     image.resize(4 * MIB, 0);
     let disk = need!(StorageDaemon::serving(&image));
     let boots: u32 = if place::soak() { 50 } else { 5 };
-    let script = format!(
-        r#"read -r n </dev/vda; n=$((n + 1)); echo "boot=$n"
-echo $n | dd of=/dev/vda bs=512 conv=sync,notrunc,fsync 2>/dev/null
-dd if=/dev/urandom of=/tmp/x bs=4k count=50 2>/dev/null
-dd if=/tmp/x of=/dev/vda bs=4k seek=100 oflag=direct 2>/dev/null
-dd if=/dev/vda of=/tmp/y bs=4k skip=100 count=50 iflag=direct 2>/dev/null
-cmp /tmp/x /tmp/y || {{ echo differs; exit 1; }}
-{COMPLAINTS} && exit 1
-[ $n -ge {boots} ] || reboot -f; true"#
-    );
-    let launch = kernel.script(&script).args(["--cpus", "2"]).on_pci(&disk, "");
+    let launch = kernel.script(&reboots(boots)).args(["--cpus", "2"]).on_pci(&disk, "");
     let ended = launch.start().end(SCRIPT * boots).with_code(0);
     assert!(ended.console.contains("@exit 0"), "{ended}");
     assert_eq!(ended.field("boot"), u64::from(boots), "{ended}");
