@@ -4,6 +4,7 @@
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use outboard_tests::daemon::StorageDaemon;
 use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_device, first_devices};
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place, wait};
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::Signal;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::backend_req::BackendRequest;
@@ -78,6 +80,83 @@ fn a_storm_of_interrupts_stops_neither_the_guest_nor_the_machine() {
     let after = (resident(&vm), descriptors(&vm));
     assert!(after.0 < before.0 + 4096 && after.1 == before.1, "{before:?} before, {after:?} after");
     assert_the_other_disk_is_well(vm);
+}
+
+/// Makes it wait: for whoever holds another descriptor of it, too.
+fn block(eventfd: &OwnedFd) {
+    fcntl_setfl(eventfd, OFlags::RDWR).unwrap();
+}
+
+fn saturate(eventfd: &OwnedFd) {
+    fcntl_setfl(eventfd, OFlags::RDWR | OFlags::NONBLOCK).unwrap();
+    while rustix::io::read(eventfd, &mut [0; 8]).is_ok() {}
+    // The guest may have rung it in between.
+    rustix::io::write(eventfd, &(u64::MAX - 1).to_ne_bytes()).unwrap_or_default();
+}
+
+#[test]
+fn stolen_and_saturated_eventfds_stop_neither_the_guest_nor_the_machine() {
+    need!(place::kvm());
+    for steals in [true, false] {
+        let (disk, scratch) = (need!(StorageDaemon::start(4 * MIB)), Scratch::new());
+        let (backend, vm) = machine(&disk, &scratch);
+        let (kick, call) = (backend.kick(0).unwrap(), backend.call(0).unwrap());
+        let (end, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+        let written = disk.contents();
+        let before = (resident(&vm), descriptors(&vm));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !end.load(Ordering::Relaxed) {
+                    for eventfd in [&kick, &call] {
+                        if steals {
+                            rustix::io::read(eventfd, &mut [0; 8]).unwrap_or_default();
+                        } else {
+                            saturate(eventfd);
+                        }
+                    }
+                    rounds.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            std::thread::sleep(Duration::from_secs(1));
+            end.store(true, Ordering::Relaxed);
+        });
+        println!("{} rounds in 1 s", rounds.load(Ordering::Relaxed));
+        assert!(disk.contents() != written, "the guest went on meanwhile");
+        let after = (resident(&vm), descriptors(&vm));
+        assert!(after.0 < before.0 + 4096 && after.1 == before.1, "{before:?} before, {after:?} after");
+        saturate(&kick);
+        saturate(&call);
+        [&kick, &call].into_iter().for_each(block);
+        let ended = assert_the_other_disk_is_well(vm);
+        assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
+    }
+}
+
+#[test]
+fn eventfds_that_a_backend_made_blocking_hold_up_no_reset_and_no_start() {
+    need!(place::kvm());
+    let scratch = Scratch::new();
+    let socket = scratch.path("scripted");
+    let backend = ScriptedBackend::listen(&socket, Offer::default(), Script::normal()).unwrap();
+    let mut vm = Launch::payload(&first_devices("drive", 1).arg("depth", 1)).disk(&socket).start();
+    vm.expect("ready");
+    vm.send(b"s");
+    vm.expect("key s status=0xf");
+    for round in 0..3 {
+        for eventfd in [backend.kick(0).unwrap(), backend.call(0).unwrap()] {
+            saturate(&eventfd);
+            block(&eventfd);
+        }
+        let begun = Instant::now();
+        // Every start rings the kick.
+        vm.send(b"krsk");
+        vm.expect("key k status=0xf done\nkey r status=0x0 done\nkey s status=0xf done\nkey k status=0xf done\n");
+        assert!(begun.elapsed() < wait::patience(Duration::from_secs(2)), "round {round}: {:?}", begun.elapsed());
+    }
+    vm.send(b"q");
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+    assert!(backend.breaches().is_empty(), "{:?}", backend.breaches());
 }
 
 #[test]

@@ -4,10 +4,11 @@
 //! peer that drips one byte at a time gains nothing.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 /// The longest limit that is honoured; longer ones are cut to it, so that arithmetic on time cannot overflow.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
@@ -34,6 +35,18 @@ impl Deadline {
     pub fn remaining(&self) -> Option<Duration> {
         self.limit.checked_sub(self.started.elapsed()).filter(|left| !left.is_zero())
     }
+}
+
+/// Sees to it that the next read or write of `fd` returns. For what a peer has a descriptor of, too: whether it blocks is
+/// a property of both, so the peer may have changed it, and an eventfd with a saturated count, or one that the peer
+/// empties, would then hold us for ever. A peer that changes it again in the instant before the call gains what it wants:
+/// the kernel knows no writing to an eventfd that cannot wait.
+pub(crate) fn never_block(fd: impl AsFd) -> io::Result<()> {
+    let flags = fcntl_getfl(&fd)?;
+    if !flags.contains(OFlags::NONBLOCK) {
+        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+    }
+    Ok(())
 }
 
 /// How a wait ended.

@@ -136,6 +136,7 @@ fn the_log_is_set_before_features_and_addresses_and_taken_back_in_reverse() {
         Act::Payload(vec![1; 16]),
         Act::Flags(0xd),
         Act::Fds(1),
+        Act::Fds(253),
     ] {
         let (backend, session) = session(P::LOG_SHMFD, Script::normal().on(Request::SET_LOG_BASE, act));
         assert!(session.can_log());
@@ -157,6 +158,29 @@ fn the_log_is_set_before_features_and_addresses_and_taken_back_in_reverse() {
         assert_eq!(addresses[2][32..], 0x1_3000u64.to_ne_bytes());
         assert_eq!(addresses[4][..8], [0, 0, 0, 0, 0, 0, 0, 0]);
         done(&backend);
+    }
+}
+
+#[test]
+fn a_log_that_is_refused_or_answered_out_of_form_ends_the_connection_by_name() {
+    // Who logs nothing would let a migration lose what its back-end wrote. The protocol has no flag for errors: whatever
+    // a back-end sets there is no answer.
+    for (act, named) in [
+        (Act::Flags(0x25), "flags"),
+        (Act::Flags(1), "flags"),
+        (Act::ClaimSize(u32::MAX), "4294967295 bytes"),
+        (Act::As(Request::SET_LOG_FD), "a message of request 7"),
+        (Act::Close, "closed"),
+    ] {
+        let (_backend, session) = session(P::LOG_SHMFD, Script::normal().on(Request::SET_LOG_BASE, act.clone()));
+        let (mut running, memory, _rings) = live(session, 0);
+        let fd = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let size = log_size(&memory.map);
+        rustix::fs::ftruncate(&fd, size).unwrap();
+        let error = running.start_log(Arc::new(DirtyLog::new(fd, size, 0))).unwrap_err();
+        assert!(error.is_fatal(), "{act:?}: {error}");
+        let text = error.to_string();
+        assert!(text.contains("SET_LOG_BASE") && text.contains(named), "{act:?}: {text}");
     }
 }
 

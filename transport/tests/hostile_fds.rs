@@ -54,7 +54,8 @@ fn with_each(kinds: &[FdKind], act: impl Fn(FdKind)) {
 
 #[test]
 fn an_inflight_area_of_a_wrong_kind_is_refused() {
-    with_each(&KINDS, |kind| {
+    let kinds = [&KINDS[..], &[FdKind::ReadOnly(1 << 20)]].concat();
+    with_each(&kinds, |kind| {
         let script = Script::normal().on(Request::GET_INFLIGHT_FD, Act::FdOf(kind));
         let (_backend, session) = session(P::INFLIGHT_SHMFD, script);
         let (memory, rings) = (GuestMemory::new(2 << 20), Rings::new());

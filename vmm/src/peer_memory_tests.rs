@@ -219,6 +219,33 @@ fn writes_to_a_read_only_piece_come_to_the_bus() {
 }
 
 #[test]
+fn our_own_memory_sent_back_is_shown_like_any_other() {
+    use rustix::fs::{SealFlags, fcntl_add_seals};
+    let Some(mut guest) = Guest::new() else { return };
+    // Guest memory as `arch::ram` makes it: a peer that was given it hands it back.
+    let ram = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&ram, 0x20_0000).unwrap();
+    fcntl_add_seals(&ram, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).unwrap();
+    let mapping = Mapping::shared(&ram, 0, 0x20_0000).unwrap();
+    let slot = guest.memory.slots.add(0x20_0000, mapping.clone(), Access::ReadWrite).unwrap();
+    let returned = Arc::new(ram.try_clone().unwrap());
+    let piece = FileRange { fd: Arc::clone(&returned), offset: PAGE, size: PAGE };
+    let (vanished, tell) = counter();
+    let guard = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.run(WRITING);
+    guest.expect(9);
+    let byte: u8 = mapping.region().as_volatile_slice().read_obj(0x1000).unwrap();
+    assert_ne!(byte, 0, "both places are the same memory");
+    assert!(ftruncate(&returned, 0).is_err(), "it is sealed");
+    assert_eq!(guest.memory.remove(Suspects::Shorter), 0);
+    drop(guard);
+    guest.expect(0xff);
+    drop(slot);
+    assert_eq!((vanished.load(Ordering::Relaxed), Arc::strong_count(&returned)), (0, 2));
+    assert_eq!(guest.lifecycle.take_request(), None, "the machine lives");
+}
+
+#[test]
 fn pieces_that_cannot_be_are_refused_and_leave_nothing_behind() {
     let Some(guest) = Guest::new() else { return };
     let fd = file(1);

@@ -121,6 +121,26 @@ fn notes_survive_successors_that_fail_with_them() {
 }
 
 #[test]
+fn notes_that_their_writer_cut_short_are_not_handed_on() {
+    for size in [0, 4096] {
+        let rig = rig_of(with_inflight());
+        rig.guest.start_driver();
+        rig.first.cut_inflight_area(size).unwrap();
+        rig.first.hang_up();
+        rig.guest.device.handle().peer_lost("it crashed");
+        // Who maps them, whole, dies of the first look beyond their end.
+        let (second, result) = rig.attempt(with_inflight(), Script::normal());
+        result.unwrap();
+        assert!(rig.is_running());
+        assert_eq!(
+            (count(&second, Request::GET_INFLIGHT_FD), count(&second, Request::SET_INFLIGHT_FD)),
+            (1, 1)
+        );
+        assert_eq!(second.breaches(), Vec::<String>::new());
+    }
+}
+
+#[test]
 fn successor_that_is_another_device_is_refused_with_a_reason() {
     let config = |size: u8| Offer { config: (0..size).collect(), ..Offer::default() };
     let without = |bit: u32| Offer { features: Offer::default().features & !(1 << bit), ..Offer::default() };

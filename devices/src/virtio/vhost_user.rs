@@ -265,7 +265,9 @@ impl Backend for VhostUser {
 
     fn has_notes(&self) -> bool {
         let Link::Standing(session) = &self.link else { return false };
-        session.protocol().contains(ProtocolFeatures::INFLIGHT_SHMFD) && lock(&self.kept).inflight.is_some()
+        // Notes that their writer has cut short are none: the rings tell then.
+        let whole = lock(&self.kept).inflight.as_ref().is_some_and(|area| area.is_whole());
+        whole && session.protocol().contains(ProtocolFeatures::INFLIGHT_SHMFD)
     }
 
     fn translations(&self) -> Option<&IovaMap> {

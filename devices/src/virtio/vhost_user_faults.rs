@@ -262,6 +262,30 @@ fn driver_that_resets_again_and_again_finds_the_rings_started_and_stopped() {
     assert_eq!(rig.guest.device.handle().stats().resets, 20);
 }
 
+#[test]
+fn backend_that_writes_to_memory_after_its_rings_were_stopped_harms_no_later_driver() {
+    let rig = rig(Script::normal());
+    for (round, byte) in [0xff, 0x55, 0x80, 0].into_iter().enumerate() {
+        rig.guest.start_driver();
+        let memory = rig.backend.memory().unwrap();
+        let everything = vec![byte; usize::try_from(crate::testing::RAM).unwrap()];
+        let scribble = || assert_eq!(rustix::io::pwrite(&memory, &everything, 0), Ok(everything.len()));
+        // While they run, during the stop, and after it.
+        scribble();
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..8).for_each(|_| scribble()));
+            rig.guest.write(0x70, 0);
+        });
+        scribble();
+        assert_eq!(rig.guest.device.handle().phase(), PhaseReport::Idle, "round {round}");
+    }
+    rig.guest.start_driver();
+    assert_eq!(rig.guest.device.handle().phase(), PhaseReport::Running);
+    let bases = rig.backend.seen().into_iter().filter(|seen| seen.request == Request::SET_VRING_BASE);
+    assert!(bases.map(|seen| seen.payload).all(|payload| payload == [0; 8]), "every driver begins anew");
+    assert_eq!(rig.backend.breaches(), Vec::<String>::new());
+}
+
 fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }

@@ -51,6 +51,14 @@ impl RingView {
         self.enabled
     }
 
+    pub(super) fn call(&self) -> Option<&OwnedFd> {
+        self.call.as_ref()
+    }
+
+    pub(super) fn kick(&self) -> Option<&OwnedFd> {
+        self.kick.as_ref()
+    }
+
     /// Takes the count of the kick eventfd.
     pub fn take_kicks(&self) -> u64 {
         let mut count = [0; 8];
@@ -79,6 +87,7 @@ pub(super) struct State {
     pub(super) status: u64,
     pub(super) channel: Option<UnixStream>,
     pub(super) kept: Vec<OwnedFd>,
+    pub(super) inflight: Option<OwnedFd>,
     pub(super) listening: bool,
     pub(super) mover: Option<JoinHandle<Vec<u8>>>,
     pub(super) sockets: Vec<UnixStream>,
@@ -228,9 +237,8 @@ impl State {
             Request::SET_MEM_TABLE if self.listening && payload.len() > 8 => {
                 return (moved(&payload), Vec::new());
             }
-            Request::SET_MEM_TABLE | Request::SET_LOG_BASE | Request::SET_INFLIGHT_FD => {
-                self.kept = first.collect();
-            }
+            Request::SET_MEM_TABLE | Request::SET_LOG_BASE => self.kept = first.collect(),
+            Request::SET_INFLIGHT_FD => self.inflight = first.next(),
             Request::GET_SHARED_OBJECT => return (Vec::new(), spare_fds(1).unwrap_or_default()),
             Request::CHECK_DEVICE_STATE => answer = self.offer.state_check,
             Request::GET_CONFIG => return (self.config(&payload), Vec::new()),

@@ -1,7 +1,7 @@
 //! What a scripted back-end offers, and where it goes astray.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -115,6 +115,8 @@ pub enum FdKind {
     Path,
     /// A memfd of so many bytes.
     Memfd(u64),
+    /// The same, but opened for reading only.
+    ReadOnly(u64),
 }
 
 impl FdKind {
@@ -132,6 +134,10 @@ impl FdKind {
                 let file = memfd_create("of a test", MemfdFlags::CLOEXEC)?;
                 ftruncate(&file, size)?;
                 file
+            }
+            Self::ReadOnly(size) => {
+                let file = Self::Memfd(size).make()?;
+                opened(&format!("/proc/self/fd/{}", file.as_raw_fd()), OFlags::RDONLY)?
             }
         })
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -120,6 +120,27 @@ impl ScriptedBackend {
     /// Replaces the configuration space without a word.
     pub fn set_config(&self, config: Vec<u8>) {
         lock(&self.state).offer.config = config;
+    }
+
+    /// Makes the file of its inflight area shorter.
+    pub fn cut_inflight_area(&self, size: u64) -> io::Result<()> {
+        let area = lock(&self.state).inflight.as_ref().ok_or(io::ErrorKind::NotFound)?.try_clone()?;
+        Ok(rustix::fs::ftruncate(area, size)?)
+    }
+
+    /// The file of guest memory's first region.
+    pub fn memory(&self) -> io::Result<OwnedFd> {
+        lock(&self.state).kept.first().ok_or(io::ErrorKind::NotFound)?.try_clone()
+    }
+
+    /// Ring `index`'s call eventfd.
+    pub fn call(&self, index: u32) -> io::Result<OwnedFd> {
+        lock(&self.state).rings.get(&index).and_then(RingView::call).ok_or(io::ErrorKind::NotFound)?.try_clone()
+    }
+
+    /// Ring `index`'s kick eventfd.
+    pub fn kick(&self, index: u32) -> io::Result<OwnedFd> {
+        lock(&self.state).rings.get(&index).and_then(RingView::kick).ok_or(io::ErrorKind::NotFound)?.try_clone()
     }
 
     /// Closes the connection, as a dying back-end does.

@@ -6,7 +6,6 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use zerocopy::IntoBytes;
@@ -16,7 +15,7 @@ use super::error::{Cause, Error, Step};
 use super::message::{Fault, StateTransfer, parse};
 use super::request::Request;
 use super::session::Session;
-use crate::deadline::{Deadline, Waited, wait_readable, wait_writable};
+use crate::deadline::{Deadline, Waited, never_block, wait_readable, wait_writable};
 
 /// Bits 0-7 of the answer: why the back-end cannot.
 const ERROR_MASK: u64 = 0xff;
@@ -110,8 +109,6 @@ impl Session {
             Ok(StateAnswer::Refused(code)) => return Err(self.channel.error(REQUEST, Cause::Refused(code))),
             Err(fault) => return Err(self.channel.malformed(REQUEST, fault)),
         };
-        let flags = rustix::fs::fcntl_getfl(&end).map_err(|errno| self.state_error(errno))?;
-        rustix::fs::fcntl_setfl(&end, flags | OFlags::NONBLOCK).map_err(|errno| self.state_error(errno))?;
         Ok(end)
     }
 
@@ -120,6 +117,7 @@ impl Session {
         let mut chunk = [0; CHUNK];
         let mut deadline = self.channel.deadline();
         loop {
+            never_block(pipe).map_err(Cause::Local)?;
             match rustix::io::read(pipe, &mut chunk) {
                 Ok(0) => return Ok(moved),
                 Ok(got) => {
@@ -151,6 +149,7 @@ impl Session {
             let mut rest = chunk.get(..got).unwrap_or(&chunk);
             let mut deadline = self.channel.deadline();
             while !rest.is_empty() {
+                never_block(pipe).map_err(Cause::Local)?;
                 match rustix::io::write(pipe, rest) {
                     Ok(sent) => {
                         rest = rest.get(sent..).unwrap_or_default();

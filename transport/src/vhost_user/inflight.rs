@@ -6,6 +6,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::fs::{OFlags, fcntl_getfl};
 use zerocopy::IntoBytes;
 
 use super::channel::{Answered, Channel};
@@ -34,6 +35,15 @@ impl InflightArea {
     /// Bytes.
     pub fn size(&self) -> u64 {
         self.description.mmap_size
+    }
+
+    /// Its file still holds it: the back-end that made it may have cut it short.
+    pub fn is_whole(&self) -> bool {
+        file_size(&self.fd) >= self.end()
+    }
+
+    fn end(&self) -> u64 {
+        self.description.mmap_offset.saturating_add(self.description.mmap_size)
     }
 
     /// Rings and the size of the largest one, as asked for.
@@ -91,14 +101,22 @@ fn get(
     let Some(fd) = fds.into_iter().next() else {
         return Err(channel.malformed(REQUEST, Fault::Fds { got: 0, least: 1, most: 1 }));
     };
-    let end = description.mmap_offset.saturating_add(description.mmap_size);
-    if file_size(&fd) < end {
+    let area = InflightArea { fd, description };
+    if !area.is_whole() {
         // Handing a file that is too short to the next back-end would kill it when it looks.
-        return Err(
-            channel.malformed(REQUEST, Fault::Value { field: "inflight area that ends at", value: end })
-        );
+        let fault = Fault::Value { field: "inflight area that ends at", value: area.end() };
+        return Err(channel.malformed(REQUEST, fault));
     }
-    Ok(InflightArea { fd, description })
+    if !is_writable(&area) {
+        // The next one could not map it.
+        let fault = Fault::Value { field: "read-only inflight area of size", value: area.size() };
+        return Err(channel.malformed(REQUEST, fault));
+    }
+    Ok(area)
+}
+
+fn is_writable(fd: impl AsFd) -> bool {
+    fcntl_getfl(fd).is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 /// Gives the back-end the area `kept` from its predecessor, or a fresh one of its own, before the rings start.
@@ -110,7 +128,8 @@ pub(super) fn hand_over(
 ) -> Result<Arc<InflightArea>, Error> {
     let queues = rings.iter().map(|ring| ring.index.saturating_add(1)).max().unwrap_or(0);
     let queue_size = rings.iter().map(|ring| ring.size).max().unwrap_or(0);
-    let area = match kept.filter(|area| area.covers() == (queues, queue_size)) {
+    let usable = |area: &Arc<InflightArea>| area.covers() == (queues, queue_size) && area.is_whole();
+    let area = match kept.filter(usable) {
         Some(area) => area,
         None => Arc::new(get(channel, queues, queue_size, deadline)?),
     };

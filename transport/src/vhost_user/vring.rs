@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use super::features::{DriverFeatures, bit};
 use super::iotlb::IovaMap;
 use super::message::{Fault, VringAddr, VringState, parse};
+use crate::deadline::never_block;
 use crate::memory_map::{GuestAddr, Iova, MemoryMap, UserAddr};
 
 /// The largest queue size of virtio 1.2 §2.7 and §2.8.
@@ -39,6 +40,7 @@ macro_rules! eventfd {
 
             /// Signals it. A saturated count is a signal too.
             pub fn ring(&self) -> io::Result<()> {
+                never_block(&self.0)?;
                 match rustix::io::write(&self.0, &1u64.to_ne_bytes()) {
                     Ok(_) | Err(Errno::AGAIN) => Ok(()),
                     Err(errno) => Err(errno.into()),
@@ -48,6 +50,7 @@ macro_rules! eventfd {
             /// Takes the pending count: 0 when nothing was signalled since the last time.
             pub fn take(&self) -> io::Result<u64> {
                 let mut count = [0; 8];
+                never_block(&self.0)?;
                 match rustix::io::read(&self.0, &mut count) {
                     Ok(_) => Ok(u64::from_ne_bytes(count)),
                     Err(Errno::AGAIN) => Ok(0),
@@ -293,5 +296,20 @@ mod tests {
         kick.ring().unwrap();
         kick.try_clone().unwrap().ring().unwrap();
         assert_eq!(kick.take().unwrap(), 2);
+    }
+
+    #[test]
+    fn an_eventfd_that_a_peer_made_blocking_holds_nobody_up() {
+        use rustix::fs::{OFlags, fcntl_setfl};
+        let ours = Call::new().unwrap();
+        let peer = ours.try_clone().unwrap();
+        for flags in [OFlags::RDWR, OFlags::RDWR | OFlags::NONBLOCK] {
+            fcntl_setfl(&peer, flags).unwrap();
+            assert_eq!(ours.take().unwrap(), 0, "nothing to take");
+            rustix::io::write(&peer, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+            fcntl_setfl(&peer, flags).unwrap();
+            ours.ring().unwrap();
+            assert_eq!(peer.take().unwrap(), u64::MAX - 1, "saturated");
+        }
     }
 }
