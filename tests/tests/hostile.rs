@@ -150,8 +150,14 @@ fn eventfds_that_a_backend_made_blocking_hold_up_no_reset_and_no_start() {
         let begun = Instant::now();
         // Every start rings the kick.
         vm.send(b"krsk");
-        vm.expect("key k status=0xf done\nkey r status=0x0 done\nkey s status=0xf done\nkey k status=0xf done\n");
-        assert!(begun.elapsed() < wait::patience(Duration::from_secs(2)), "round {round}: {:?}", begun.elapsed());
+        vm.expect(
+            "key k status=0xf done\nkey r status=0x0 done\nkey s status=0xf done\nkey k status=0xf done\n",
+        );
+        assert!(
+            begun.elapsed() < wait::patience(Duration::from_secs(2)),
+            "round {round}: {:?}",
+            begun.elapsed()
+        );
     }
     vm.send(b"q");
     let ended = vm.end(STEP).with_code(0);

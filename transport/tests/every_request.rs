@@ -172,7 +172,8 @@ fn a_log_that_is_refused_or_answered_out_of_form_ends_the_connection_by_name() {
         (Act::As(Request::SET_LOG_FD), "a message of request 7"),
         (Act::Close, "closed"),
     ] {
-        let (_backend, session) = session(P::LOG_SHMFD, Script::normal().on(Request::SET_LOG_BASE, act.clone()));
+        let (_backend, session) =
+            session(P::LOG_SHMFD, Script::normal().on(Request::SET_LOG_BASE, act.clone()));
         let (mut running, memory, _rings) = live(session, 0);
         let fd = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let size = log_size(&memory.map);

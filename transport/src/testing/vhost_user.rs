@@ -135,12 +135,22 @@ impl ScriptedBackend {
 
     /// Ring `index`'s call eventfd.
     pub fn call(&self, index: u32) -> io::Result<OwnedFd> {
-        lock(&self.state).rings.get(&index).and_then(RingView::call).ok_or(io::ErrorKind::NotFound)?.try_clone()
+        lock(&self.state)
+            .rings
+            .get(&index)
+            .and_then(RingView::call)
+            .ok_or(io::ErrorKind::NotFound)?
+            .try_clone()
     }
 
     /// Ring `index`'s kick eventfd.
     pub fn kick(&self, index: u32) -> io::Result<OwnedFd> {
-        lock(&self.state).rings.get(&index).and_then(RingView::kick).ok_or(io::ErrorKind::NotFound)?.try_clone()
+        lock(&self.state)
+            .rings
+            .get(&index)
+            .and_then(RingView::kick)
+            .ok_or(io::ErrorKind::NotFound)?
+            .try_clone()
     }
 
     /// Closes the connection, as a dying back-end does.

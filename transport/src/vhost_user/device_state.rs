@@ -182,10 +182,6 @@ impl Session {
         }
     }
 
-    fn state_error(&self, errno: Errno) -> Error {
-        self.channel.error(Request::SET_DEVICE_STATE_FD, Cause::Local(errno.into()))
-    }
-
     /// A peer that fails in the middle of its state is lost; a sink or source of ours that fails is not its fault.
     fn transfer_failed(&mut self, cause: Cause) -> Error {
         let error = Error::new(self.channel.peer(), Step::StateTransfer, cause);
