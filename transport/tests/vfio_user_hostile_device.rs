@@ -139,6 +139,26 @@ fn files_of_the_wrong_kind_or_size_are_not_mapped() {
 }
 
 #[test]
+fn a_file_that_comes_once_for_each_area_is_one_file() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let areas = vec![(0, 0x1000), (0x2000, 0x1000)];
+    let mapped = |more: Vec<Arc<OwnedFd>>, file: Arc<OwnedFd>| {
+        let offer = bar(|bar| {
+            (bar.areas, bar.file, bar.more_files) = (Some(areas.clone()), Some(file), more);
+        });
+        let (_server, stream) = ScriptedServer::pair(offer, Script::normal()).unwrap();
+        let client = Client::from_stream(stream, "server", &Limits::new(PATIENT)).unwrap();
+        let info = client.region_info(RegionIndex(0));
+        info.map(|info| info.areas.iter().map(|area| (area.offset, area.size)).collect::<Vec<_>>())
+    };
+    let (one, other) = (file(0x4000).unwrap(), file(0x4000).unwrap());
+    assert_eq!(mapped(vec![one.clone()], one.clone()).unwrap(), areas, "as libvfio-user sends it");
+    assert_eq!(mapped(vec![other], one.clone()).unwrap(), [(0, 0x1000)], "another file is not mapped");
+    let error = mapped(vec![one.clone(), one.clone()], one).unwrap_err();
+    assert!(error.to_string().contains("file descriptors where 0 to 2"), "{error}");
+}
+
+#[test]
 fn capability_chains_end_or_are_refused() {
     let lost = |words| Lost(C::DEVICE_GET_REGION_INFO, words);
     let head = |id: u16, next: u32| {

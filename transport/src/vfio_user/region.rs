@@ -214,6 +214,12 @@ fn file_end(fd: BorrowedFd<'_>) -> Result<Option<u64>, Fault> {
     }
 }
 
+/// What tells files apart: device and inode.
+fn identity(fd: &OwnedFd) -> Option<(u64, u64)> {
+    let stat = rustix::fs::fstat(fd).ok()?;
+    Some((stat.st_dev, stat.st_ino))
+}
+
 /// A write of 8 bytes at most, one of several in a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SmallWrite {
@@ -505,9 +511,19 @@ fn burst(writes: &[SmallWrite]) -> (u64, Vec<u8>) {
 }
 
 /// What a whole reply and its fds make of a region.
-fn judge(index: RegionIndex, reply: RegionReply, fds: Vec<OwnedFd>) -> Result<RegionInfo, Fault> {
-    if fds.len() > 1 {
-        return Err(Fault::Fds { got: fds.len(), least: 0, most: 1 });
+///
+/// libvfio-user sends the region's file once for each of its areas. An area whose fd is of another file than the
+/// first one is not mapped: the extension by which areas have files of their own is not asked for.
+fn judge(index: RegionIndex, mut reply: RegionReply, fds: Vec<OwnedFd>) -> Result<RegionInfo, Fault> {
+    let most = reply.areas.as_ref().map_or(1, |areas| areas.len().max(1));
+    if fds.len() > most {
+        let most = u8::try_from(most).unwrap_or(u8::MAX);
+        return Err(Fault::Fds { got: fds.len(), least: 0, most });
+    }
+    if let (Some(areas), [first, _, ..]) = (&mut reply.areas, fds.as_slice()) {
+        let file = identity(first);
+        let mut of_area = fds.iter();
+        areas.retain(|_| file.is_some() && of_area.next().is_some_and(|fd| identity(fd) == file));
     }
     let fd = fds.into_iter().next();
     let RegionReply { flags, size, offset, .. } = reply;

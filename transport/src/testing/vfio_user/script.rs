@@ -84,6 +84,8 @@ pub struct RegionOffer {
     pub areas: Option<Vec<(u64, u64)>>,
     /// Its file, or whatever is sent in its place.
     pub file: Option<Arc<OwnedFd>>,
+    /// What is sent after the file: libvfio-user sends one for each area.
+    pub more_files: Vec<Arc<OwnedFd>>,
     /// What DEVICE_GET_REGION_IO_FDS tells.
     pub doorbells: Vec<Doorbell>,
 }
@@ -98,6 +100,7 @@ impl RegionOffer {
             memory: Vec::new(),
             areas: None,
             file: None,
+            more_files: Vec::new(),
             doorbells: Vec::new(),
         }
     }
