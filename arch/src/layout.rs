@@ -101,9 +101,9 @@ pub const PCI_CONFIG_PORTS: u16 = 0xcf8;
 /// How many there are.
 pub const PCI_CONFIG_PORTS_SIZE: u16 = 8;
 /// First of the ports of I/O BARs.
-pub const PCI_IO: u16 = 0xc000;
+pub const PCI_IO: u16 = 0x1000;
 /// How many there are.
-pub const PCI_IO_SIZE: u16 = 0x4000;
+pub const PCI_IO_SIZE: u16 = 0xf000;
 /// ACPI sleep control register, one byte. See [`SLEEP_POWER_OFF`].
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register, one byte; the guest writes 0x80 to it, reads may give 0.

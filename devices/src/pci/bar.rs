@@ -104,10 +104,11 @@ impl BarKind {
         if self == Self::Io { Space::Io } else { Space::Memory }
     }
 
-    /// Sizes that make sense: at least a page, so that a memory slot never holds two functions.
+    /// Sizes that make sense: at least a page, so that a memory slot never holds two functions. Of ports, more than
+    /// PCI has (256), for servers that forget to say that a BAR is memory.
     fn limits(self) -> std::ops::RangeInclusive<u64> {
         match self {
-            Self::Io => 4..=0x100,
+            Self::Io => 4..=0x4000,
             Self::Memory32 | Self::Prefetchable32 | Self::Rom => 0x1000..=1 << 31,
             Self::Memory64 | Self::Prefetchable64 => 0x1000..=1 << 51,
         }

@@ -10,8 +10,9 @@ pub const LARGEST: u64 = 1 << 40;
 /// The largest in the first 4 GiB.
 const LARGEST_32: u64 = 1 << 31;
 
-/// The largest of I/O ports.
-const LARGEST_IO: u64 = 1 << 8;
+/// The largest of I/O ports. PCI has none above 256; libvfio-user takes every region for one that is not said to be
+/// memory, and its samples are larger.
+const LARGEST_IO: u64 = 1 << 14;
 
 /// The smallest of memory: a page, so that no two BARs share one.
 const LEAST: u64 = 1 << 12;
