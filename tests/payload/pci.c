@@ -92,6 +92,11 @@ static void run(char what, const char *text)
 		a = number(&text);
 		set_config(a, number(&text));
 		break;
+	case 'h':			/* h:OFFSET:VALUE writes half a dword of it */
+		a = number(&text);
+		out32(0xcf8, address(a));
+		out16((uint16_t)(0xcfc + (a & 2)), (uint16_t)number(&text));
+		break;
 	case 'r':			/* r:BAR:OFFSET reads, R:BAR:OFFSET:N so often */
 	case 'R':
 		a = number(&text);

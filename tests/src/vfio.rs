@@ -1,4 +1,5 @@
-//! The vfio-user servers of `tests/servers`, each in a process of its own; and guests with the program that drives the engine.
+//! The vfio-user servers of `tests/servers`, and those on libvfio-user that `tests/backends/fetch` builds, each in a process of
+//! its own; and guests with the program that drives the engine.
 
 use std::env;
 use std::fs;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::backends::{archive, cpio_entry};
+use crate::backends::{self, archive, cpio_entry};
 use crate::capture::{Capture, tail};
 use crate::daemon::is_listening;
 use crate::launch::Launch;
@@ -23,10 +24,49 @@ pub const SHELL: &str = r#"function_of() { for d in /sys/bus/pci/devices/*; do [
 wait_for() { for n in $(seq 200); do "$@" && return; usleep 50000; done; echo "waited in vain: $*"; exit 1; }
 "#;
 
+/// What serves the engine: the same registers, on one library and on the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Library {
+    /// The crate `vfio_user`, in `tests/servers`.
+    Crate,
+    /// The one with which SPDK and QEMU serve devices, in `tests/backends/engine.c`. No MSI.
+    LibvfioUser,
+}
+
+impl Library {
+    /// Those that are here. Says so when libvfio-user is not.
+    ///
+    /// # Panics
+    /// When it is not although all backends are wanted.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        let second = backends::program("libvfio-user-engine").map(|_| Self::LibvfioUser);
+        let all: Vec<_> = std::iter::once(Self::Crate).chain(second).collect();
+        println!("engines on {all:?}");
+        all
+    }
+
+    /// An engine. That of the crate has doorbells without messages with `--wire extended` alone, and takes no messages
+    /// for DMA otherwise; the other one always.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn engine(self, of_the_crate: &[&str]) -> Server {
+        match self {
+            Self::Crate => Server::engine(of_the_crate),
+            Self::LibvfioUser => {
+                let program = backends::program("libvfio-user-engine").expect("it was there before");
+                Server::start(&program, Scratch::new(), &[])
+            }
+        }
+    }
+}
+
 /// A running server. Killed when dropped; a test that panics meanwhile prints the end of what it said.
 #[derive(Debug)]
 pub struct Server {
-    program: &'static Path,
+    program: PathBuf,
     arguments: Vec<String>,
     child: Child,
     log: Capture,
@@ -55,10 +95,10 @@ impl Server {
         Self::start(place::server("engine"), Scratch::new(), arguments)
     }
 
-    fn start(program: &'static Path, scratch: Scratch, arguments: &[&str]) -> Self {
+    fn start(program: &Path, scratch: Scratch, arguments: &[&str]) -> Self {
         let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let (child, log) = spawn(program, &scratch, &arguments);
-        let mut server = Self { program, arguments, child, log, scratch };
+        let mut server = Self { program: program.to_owned(), arguments, child, log, scratch };
         server.wait_listening();
         server
     }
@@ -116,7 +156,7 @@ impl Server {
     /// When it does not start.
     pub fn restart(&mut self) {
         fs::remove_file(self.socket()).unwrap_or_default();
-        (self.child, self.log) = spawn(self.program, &self.scratch, &self.arguments);
+        (self.child, self.log) = spawn(&self.program, &self.scratch, &self.arguments);
         self.wait_listening();
     }
 

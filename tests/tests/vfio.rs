@@ -1,5 +1,5 @@
 //! A vfio-user server's device under the tiny kernel: what is trapped and what is not, interrupts, losses. Needs KVM's
-//! interface only.
+//! interface only. The same device on the crate `vfio_user` and, where `tests/backends/fetch` built it, on libvfio-user.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use outboard_tests::launch::{Ended, Launch, STEP};
 use outboard_tests::payload::CommandLine;
-use outboard_tests::vfio::Server;
+use outboard_tests::vfio::{Library, Server};
 use outboard_tests::{need, place};
 use rustix::process::Signal;
 
@@ -39,16 +39,18 @@ const MAGIC: u32 = u32::from_le_bytes(*b"ENGN");
 #[test]
 fn a_register_is_read_and_written_through_the_server() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    let steps = ["c:0", "c:8", "r:0:0", "w:0:8:0x1234", "r:0:8", "r:4:4", "w:4:0:7", "r:4:0", "r:0:0xf0"];
-    let ended = run(&server, "", &steps);
-    assert_eq!(
-        values(&ended),
-        [0x0b0f_1234, 0xff00_0001, MAGIC, 0x1234, 0, 7, u32::MAX],
-        "the last one is a register that fails\n{ended}"
-    );
-    assert_eq!((trapped(&ended, 0), trapped(&ended, 4)), ((3, 1), (2, 1)), "{ended}");
-    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        let steps = ["c:0", "c:8", "r:0:0", "w:0:8:0x1234", "r:0:8", "r:4:4", "w:4:0:7", "r:4:0", "r:0:0xf0"];
+        let ended = run(&server, "", &steps);
+        assert_eq!(
+            values(&ended),
+            [0x0b0f_1234, 0xff00_0001, MAGIC, 0x1234, 0, 7, u32::MAX],
+            "the last one is a register that fails\n{ended}"
+        );
+        assert_eq!((trapped(&ended, 0), trapped(&ended, 4)), ((3, 1), (2, 1)), "{ended}");
+        assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+    }
 }
 
 /// `BAR 0` registers of the engine.
@@ -57,244 +59,280 @@ const RAISE: &str = "w:0:0x38";
 #[test]
 fn msix_interrupts_come_by_irqfd_and_wait_while_they_are_masked() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    let [raise, other] = [3, 4].map(|vector| format!("{RAISE}:{vector}"));
-    let steps = ["v:3:0", "x:0x8000", &raise, "i:1", &raise, "i:2"];
-    let ended = run(&server, "", &steps);
-    assert_eq!(ended.field("interrupts"), 2, "{ended}");
-    // The vector is masked, then the function; the pending bits are in BAR 5.
-    let steps = ["v:3:1", "x:0x8000", &raise, "u:5:0x1000:8", "v:3:0", "i:1", "r:5:0x1000"];
-    let ended = run(&server, "", &steps);
-    assert_eq!((ended.field("interrupts"), values(&ended)), (1, vec![0]), "{ended}");
-    let steps = ["v:3:0", "v:4:0", "x:0xc000", &raise, &other, "u:5:0x1000:0x18", "x:0x8000", "i:1"];
-    let ended = run(&server, "", &steps);
-    // Both have the same vector of the processor, which may take them for one.
-    assert!(ended.field("interrupts") >= 1, "{ended}");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        let [raise, other] = [3, 4].map(|vector| format!("{RAISE}:{vector}"));
+        let steps = ["v:3:0", "x:0x8000", &raise, "i:1", &raise, "i:2"];
+        let ended = run(&server, "", &steps);
+        assert_eq!(ended.field("interrupts"), 2, "{ended}");
+        // The vector is masked, then the function; the pending bits are in BAR 5.
+        let steps = ["v:3:1", "x:0x8000", &raise, "u:5:0x1000:8", "v:3:0", "i:1", "r:5:0x1000"];
+        let ended = run(&server, "", &steps);
+        assert_eq!((ended.field("interrupts"), values(&ended)), (1, vec![0]), "{ended}");
+        let steps = ["v:3:0", "v:4:0", "x:0xc000", &raise, &other, "u:5:0x1000:0x18", "x:0x8000", "i:1"];
+        let ended = run(&server, "", &steps);
+        // Both have the same vector of the processor, which may take them for one.
+        assert!(ended.field("interrupts") >= 1, "{ended}");
+    }
 }
 
 #[test]
 fn a_storm_of_interrupts_does_not_pass_through_the_vmm() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    let raised = |number: u32| {
-        let often = format!("w:0:0x60:{:#x}", 3 << 24 | number);
-        let ended = run(&server, "", &["v:3:0", "x:0x8000", &often, "u:0:0x8:0", "i:1"]);
-        assert!(ended.field("interrupts") >= 1, "{ended}");
-        (ended.stats().number("/devices/0/peer/messages"), ended.stats().exits())
-    };
-    let (few, many) = (raised(1), raised(20_000));
-    assert_eq!(few.0, many.0, "messages");
-    assert!(many.1 < few.1 + 100, "{few:?} {many:?}");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        let raised = |number: u32| {
+            let often = format!("w:0:0x60:{:#x}", 3 << 24 | number);
+            let ended = run(&server, "", &["v:3:0", "x:0x8000", &often, "u:0:0x8:0", "i:1"]);
+            assert!(ended.field("interrupts") >= 1, "{ended}");
+            (ended.stats().number("/devices/0/peer/messages"), ended.stats().exits())
+        };
+        let (few, many) = (raised(1), raised(20_000));
+        assert_eq!(few.0, many.0, "messages");
+        assert!(many.1 < few.1 + 100, "{few:?} {many:?}");
+    }
 }
 
 #[test]
 fn msi_and_the_pin_interrupt_as_well() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    let ended = run(&server, "", &["m:1", "w:0:0x38:0", "i:1", "w:0:0x38:0", "i:2"]);
-    assert_eq!(ended.field("interrupts"), 2, "{ended}");
-    // INTA of device 1 is line 21. What is raised again after the end of an interrupt is heard.
-    let steps = ["p:21:0:0x3c", "w:0:0x38:0", "i:1", "w:0:0x38:0", "i:2", "w:0:0x38:0", "i:3", "r:0:0x3c"];
-    let ended = run(&server, "", &steps);
-    assert_eq!((ended.field("interrupts"), values(&ended)), (3, vec![0]), "{ended}");
-    // One kind after the other in one life.
-    let steps = [
-        "p:21:0:0x3c",
-        "w:0:0x38:0",
-        "i:1",
-        "v:0:0",
-        "x:0x8000",
-        "w:0:0x38:0",
-        "i:2",
-        "x:0",
-        "m:1",
-        "w:0:0x38:0",
-        "i:3",
-    ];
-    let ended = run(&server, "", &steps);
-    assert_eq!(ended.field("interrupts"), 3, "{ended}");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        // libvfio-user knows no MSI.
+        let msi = if library == Library::Crate { "m:1" } else { "x:0" };
+        if library == Library::Crate {
+            let ended = run(&server, "", &[msi, "w:0:0x38:0", "i:1", "w:0:0x38:0", "i:2"]);
+            assert_eq!(ended.field("interrupts"), 2, "{ended}");
+        }
+        // INTA of device 1 is line 21. What is raised again after the end of an interrupt is heard.
+        let steps =
+            ["p:21:0:0x3c", "w:0:0x38:0", "i:1", "w:0:0x38:0", "i:2", "w:0:0x38:0", "i:3", "r:0:0x3c"];
+        let ended = run(&server, "", &steps);
+        assert_eq!((ended.field("interrupts"), values(&ended)), (3, vec![0]), "{ended}");
+        // One kind after the other in one life.
+        let steps = [
+            "p:21:0:0x3c",
+            "w:0:0x38:0",
+            "i:1",
+            "v:0:0",
+            "x:0x8000",
+            "w:0:0x38:0",
+            "i:2",
+            "x:0",
+            msi,
+            "w:0:0x38:0",
+            "i:3",
+        ];
+        let ended = run(&server, "", &steps);
+        assert_eq!(ended.field("interrupts"), 3, "{ended}");
+    }
 }
 
 #[test]
 fn mapped_memory_of_a_bar_causes_no_exit_and_moves_with_it() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    let drive = |number: u32| {
-        let [write, read, large] =
-            ["W:1:0x1000", "R:1:0x1000", "W:2:0x8000"].map(|step| format!("{step}:{number}"));
-        let ended = run(&server, "", &[&write, &read, &large, "r:2:0x8000"]);
-        assert_eq!(values(&ended), [number, number], "{ended}");
-        assert_eq!((trapped(&ended, 1), trapped(&ended, 2)), ((0, 0), (0, 0)), "{ended}");
-        ended.stats().exits()
-    };
-    let (few, many) = (drive(1), drive(5000));
-    assert!(many < few + 100, "{few} exits, then {many}");
-    // The server sees what the guest wrote, in the part that is trapped and in the other one, wherever the BAR is.
-    let steps = [
-        "w:1:0x1ffc:0x11",
-        "w:1:0x3000:0x22",
-        "C:0x14:0xcf000000",
-        "r:1:0x1ffc",
-        "r:1:0x3000",
-        "w:1:0x8000:0x33",
-        "C:4:5",
-        "c:0x14",
-        "C:0x14:0xce000000",
-        "C:4:7",
-        "r:1:0x8000",
-        "r:1:0x1ffc",
-    ];
-    let ended = run(&server, "", &steps);
-    assert_eq!(values(&ended), [0x11, 0x22, 0xcf00_0000, 0x33, 0x11], "{ended}");
-    assert_eq!(trapped(&ended, 1), (1, 1), "only what lies outside the areas\n{ended}");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        let drive = |number: u32| {
+            let [write, read, large] =
+                ["W:1:0x1000", "R:1:0x1000", "W:2:0x8000"].map(|step| format!("{step}:{number}"));
+            let ended = run(&server, "", &[&write, &read, &large, "r:2:0x8000"]);
+            assert_eq!(values(&ended), [number, number], "{ended}");
+            assert_eq!((trapped(&ended, 1), trapped(&ended, 2)), ((0, 0), (0, 0)), "{ended}");
+            ended.stats().exits()
+        };
+        let (few, many) = (drive(1), drive(5000));
+        assert!(many < few + 100, "{few} exits, then {many}");
+        // The server sees what the guest wrote, in the part that is trapped and in the other one, wherever the BAR is.
+        let steps = [
+            "w:1:0x1ffc:0x11",
+            "w:1:0x3000:0x22",
+            "C:0x14:0xcf000000",
+            "r:1:0x1ffc",
+            "r:1:0x3000",
+            "w:1:0x8000:0x33",
+            "C:4:5",
+            "c:0x14",
+            "C:0x14:0xce000000",
+            "C:4:7",
+            "r:1:0x8000",
+            "r:1:0x1ffc",
+        ];
+        let ended = run(&server, "", &steps);
+        assert_eq!(values(&ended), [0x11, 0x22, 0xcf00_0000, 0x33, 0x11], "{ended}");
+        assert_eq!(trapped(&ended, 1), (1, 1), "only what lies outside the areas\n{ended}");
+    }
 }
 
 #[test]
 fn doorbells_of_the_server_end_in_the_kernel() {
     need!(place::kvm());
-    let server = Server::engine(&["--wire", "extended"]);
-    let drive = |number: u32| {
-        let write = format!("W:0:0x804:{number}");
-        let until = format!("u:0:0x84:{number}");
-        let ended = run(&server, "", &[&write, "w:0:0x840:3", &until, "u:0:0xac:1"]);
-        (trapped(&ended, 0).1, ended.stats().exits(), trapped(&ended, 0).0)
-    };
-    let (few, many) = (drive(1), drive(2000));
-    assert_eq!((few.0, many.0), (0, 0), "no write of them is trapped");
-    assert!(many.1 - many.2 < few.1 - few.2 + 100, "{few:?} {many:?}");
+    for library in Library::all() {
+        let server = library.engine(&["--wire", "extended"]);
+        let drive = |number: u32| {
+            let write = format!("W:0:0x804:{number}");
+            let until = format!("u:0:0x84:{number}");
+            let ended = run(&server, "", &[&write, "w:0:0x840:3", &until, "u:0:0xac:1"]);
+            (trapped(&ended, 0).1, ended.stats().exits(), trapped(&ended, 0).0)
+        };
+        let (few, many) = (drive(1), drive(2000));
+        assert_eq!((few.0, many.0), (0, 0), "no write of them is trapped");
+        assert!(many.1 - many.2 < few.1 - few.2 + 100, "{few:?} {many:?}");
+    }
 }
 
 #[test]
 fn posted_writes_do_not_wait_and_others_do() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    let waits = |more: &str| {
-        let ended = run(&server, more, &["W:0:0x50:1000", "r:0:0x54", "r:0:0x58"]);
-        assert_eq!(values(&ended), [1000, 500_500], "each arrives, and before what is read later\n{ended}");
-        ended.stats().number("/devices/0/peer/waits")
-    };
-    let (posted, answered) = (waits(""), waits(",posted-writes=off"));
-    assert!(answered >= posted + 1000, "{posted} waits, then {answered}");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        let waits = |more: &str| {
+            let ended = run(&server, more, &["W:0:0x50:1000", "r:0:0x54", "r:0:0x58"]);
+            assert_eq!(
+                values(&ended),
+                [1000, 500_500],
+                "each arrives, and before what is read later\n{ended}"
+            );
+            ended.stats().number("/devices/0/peer/waits")
+        };
+        let (posted, answered) = (waits(",posted-writes=on"), waits(",posted-writes=off"));
+        assert!(answered >= posted + 1000, "{posted} waits, then {answered}");
+    }
 }
 
 #[test]
 fn a_server_that_dies_or_hangs_is_all_ones_and_the_machine_goes_on() {
     need!(place::kvm());
-    let gone = ["r:0:0", "c:0", "w:0:8:1", "r:1:0x1000", "w:1:0x1000:1", "r:4:0", "x:0x8000", "C:4:0"];
-    for (fault, why) in [("w:0:0xf4:1", "closed"), ("w:0:0xf8:3000", "within 300 ms")] {
-        let server = Server::engine(&[]);
-        let steps: Vec<_> = ["v:3:0", "x:0x8000", fault].iter().chain(&gone[..6]).copied().collect();
-        let ended = run(&server, ",deadline=300", &steps);
-        assert_eq!(values(&ended), [u32::MAX; 4], "{ended}");
-        assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
-        assert!(ended.stats().text("/devices/0/broken").contains(why), "{ended}");
-        assert!(ended.log.contains("x-DEVICE_BROKEN device engine"), "{ended}");
+    for library in Library::all() {
+        let gone = ["r:0:0", "c:0", "w:0:8:1", "r:1:0x1000", "w:1:0x1000:1", "r:4:0", "x:0x8000", "C:4:0"];
+        for (fault, why) in [("w:0:0xf4:1", "closed"), ("w:0:0xf8:3000", "within 300 ms")] {
+            let server = library.engine(&[]);
+            let steps: Vec<_> = ["v:3:0", "x:0x8000", fault].iter().chain(&gone[..6]).copied().collect();
+            let ended = run(&server, ",deadline=300", &steps);
+            assert_eq!(values(&ended), [u32::MAX; 4], "{ended}");
+            assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+            assert!(ended.stats().text("/devices/0/broken").contains(why), "{ended}");
+            assert!(ended.log.contains("x-DEVICE_BROKEN device engine"), "{ended}");
+        }
     }
 }
 
 #[test]
 fn a_server_that_makes_its_file_shorter_breaks_its_device_alone() {
     need!(place::kvm());
-    let (server, other) = (Server::engine(&[]), Server::engine(&[]));
-    let steps = ["w:1:0x1000:5", "r:1:0x1000", "u:1:0x1000:0xffffffff", "r:0:0"];
-    let vm = launch(&server, "", &steps).arg("--vfio-user").arg(other.device(",id=other")).start();
-    vm.expect("value=0x5");
-    server.truncate("engine-bar1");
-    let ended = vm.end(STEP).with_code(0);
-    assert_eq!(values(&ended), [5, u32::MAX], "{ended}");
-    assert!(ended.stats().text("/devices/0/broken").contains("shorter"), "{ended}");
-    assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
+    for library in Library::all() {
+        let (server, other) = (library.engine(&[]), library.engine(&[]));
+        let steps = ["w:1:0x1000:5", "r:1:0x1000", "u:1:0x1000:0xffffffff", "r:0:0"];
+        let vm = launch(&server, "", &steps).arg("--vfio-user").arg(other.device(",id=other")).start();
+        vm.expect("value=0x5");
+        server.truncate("engine-bar1");
+        let ended = vm.end(STEP).with_code(0);
+        assert_eq!(values(&ended), [5, u32::MAX], "{ended}");
+        assert!(ended.stats().text("/devices/0/broken").contains("shorter"), "{ended}");
+        assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
+    }
 }
 
 #[test]
 fn servers_that_are_stopped_hold_up_neither_the_guest_nor_the_end() {
     need!(place::kvm());
-    let (server, other) = (Server::engine(&[]), Server::engine(&[]));
-    let steps = ["r:0:0", "u:0:8:0xffffffff", "r:0:0"];
-    let other_one = other.device(",id=other,deadline=1000");
-    let vm = launch(&server, ",deadline=1000", &steps).arg("--vfio-user").arg(other_one).start();
-    vm.expect("value=0x4e474e45");
-    let begun = Instant::now();
-    server.signal(Signal::STOP);
-    other.signal(Signal::STOP);
-    let ended = vm.end(STEP).with_code(0);
-    assert_eq!(values(&ended), [MAGIC, u32::MAX], "{ended}");
-    for device in [0, 1] {
-        let why = ended.stats().text(&format!("/devices/{device}/broken"));
-        assert!(why.contains("within 1000 ms"), "{ended}");
+    for library in Library::all() {
+        let (server, other) = (library.engine(&[]), library.engine(&[]));
+        let steps = ["r:0:0", "u:0:8:0xffffffff", "r:0:0"];
+        let other_one = other.device(",id=other,deadline=1000");
+        let vm = launch(&server, ",deadline=1000", &steps).arg("--vfio-user").arg(other_one).start();
+        vm.expect("value=0x4e474e45");
+        let begun = Instant::now();
+        server.signal(Signal::STOP);
+        other.signal(Signal::STOP);
+        let ended = vm.end(STEP).with_code(0);
+        assert_eq!(values(&ended), [MAGIC, u32::MAX], "{ended}");
+        for device in [0, 1] {
+            let why = ended.stats().text(&format!("/devices/{device}/broken"));
+            assert!(why.contains("within 1000 ms"), "{ended}");
+        }
+        // One deadline for the guest's read, one for the end of the other device.
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     }
-    // One deadline for the guest's read, one for the end of the other device.
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }
 
 #[test]
 fn a_reset_of_the_function_masks_its_vectors_and_forgets_its_bars() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    // The device control register is at 0x64; BARs 5 and 0 are placed anew.
-    let steps = [
-        "v:3:0",
-        "x:0x8000",
-        "r:5:0x3c",
-        "C:0x64:0x8000",
-        "c:0x24",
-        "C:0x24:0xc8000000",
-        "C:0x10:0xc9000000",
-        "C:4:7",
-        "r:5:0x3c",
-        "r:0:0x48",
-        "v:3:0",
-        "x:0x8000",
-        "w:0:0x38:3",
-        "i:1",
-    ];
-    let ended = run(&server, "", &steps);
-    assert_eq!(values(&ended), [0, 0, 1, 1], "unmasked, nowhere, masked, reset once\n{ended}");
-    assert_eq!(ended.field("interrupts"), 1, "{ended}");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        // The device control register is at 0x64; BARs 5 and 0 are placed anew.
+        let steps = [
+            "v:3:0",
+            "x:0x8000",
+            "r:5:0x3c",
+            "h:0x64:0x8000",
+            "c:0x24",
+            "C:0x24:0xc8000000",
+            "C:0x10:0xc9000000",
+            "C:4:7",
+            "r:5:0x3c",
+            "r:0:0x48",
+            "v:3:0",
+            "x:0x8000",
+            "w:0:0x38:3",
+            "i:1",
+        ];
+        let ended = run(&server, "", &steps);
+        assert_eq!(values(&ended), [0, 0, 1, 1], "unmasked, nowhere, masked, reset once\n{ended}");
+        assert_eq!(ended.field("interrupts"), 1, "{ended}");
+    }
 }
 
 #[test]
 fn fifty_reboots_leave_the_device_as_after_power_on() {
     need!(place::kvm());
-    let server = Server::engine(&[]);
-    let before = server.descriptors();
-    let steps = ["r:0:8", "w:0:8:1", "v:3:0", "x:0x8000", "w:0:0x38:3", "i:1", "w:1:0x1000:5", "z:0:0x48:50"];
-    let ended = run(&server, "", &steps);
-    assert_eq!(ended.stats().number("/boots"), 51, "{ended}");
-    assert_eq!(values(&ended), [0; 51], "the scratch register is clear each time\n{ended}");
-    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
-    assert_eq!(server.descriptors(), before, "the server has as many descriptors as before");
+    for library in Library::all() {
+        let server = library.engine(&[]);
+        let before = server.descriptors();
+        let steps =
+            ["r:0:8", "w:0:8:1", "v:3:0", "x:0x8000", "w:0:0x38:3", "i:1", "w:1:0x1000:5", "z:0:0x48:50"];
+        let ended = run(&server, "", &steps);
+        assert_eq!(ended.stats().number("/boots"), 51, "{ended}");
+        assert_eq!(values(&ended), [0; 51], "the scratch register is clear each time\n{ended}");
+        assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+        assert_eq!(server.descriptors(), before, "the server has as many descriptors as before");
+    }
 }
 
 #[test]
 fn reboots_keep_no_descriptors() {
     need!(place::kvm());
-    let descriptors = |boots: u32| {
-        let server = Server::engine(&["--wire", "extended"]);
-        let until = format!("z:0:0x48:{boots}");
-        let steps = ["v:3:0", "x:0x8000", "w:0:0x38:3", "i:1", "w:1:0x1000:5", &until, "c:0x2c"];
-        let line = steps
-            .iter()
-            .fold(CommandLine::new("pci").arg("end", "hang"), |line, step| line.arg("step", step));
-        let vm = Launch::payload(&line).arg("--vfio-user").arg(server.device("")).start();
-        vm.expect("at=0x2c");
-        std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().count()
-    };
-    assert_eq!(descriptors(1), descriptors(20));
+    for library in Library::all() {
+        let descriptors = |boots: u32| {
+            let server = library.engine(&["--wire", "extended"]);
+            let until = format!("z:0:0x48:{boots}");
+            let steps = ["v:3:0", "x:0x8000", "w:0:0x38:3", "i:1", "w:1:0x1000:5", &until, "c:0x2c"];
+            let line = steps
+                .iter()
+                .fold(CommandLine::new("pci").arg("end", "hang"), |line, step| line.arg("step", step));
+            let vm = Launch::payload(&line).arg("--vfio-user").arg(server.device("")).start();
+            vm.expect("at=0x2c");
+            std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().count()
+        };
+        assert_eq!(descriptors(1), descriptors(20));
+    }
 }
 
 #[test]
 fn a_server_that_dies_while_the_machine_reboots_is_broken_on_the_next_board() {
     need!(place::kvm());
-    let mut server = Server::engine(&[]);
-    let vm = launch(&server, "", &["r:0:0", "w:1:0x1000:5", "z:0:0x48:100000", "c:0"]).start();
-    // Some boots later, wherever the machine is.
-    vm.expect("value=0x4e474e45");
-    std::thread::sleep(Duration::from_millis(500));
-    server.kill();
-    let ended = vm.end(STEP).with_code(0);
-    assert_eq!(values(&ended).last(), Some(&u32::MAX), "{ended}");
-    assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+    for library in Library::all() {
+        let mut server = library.engine(&[]);
+        let vm = launch(&server, "", &["r:0:0", "w:1:0x1000:5", "z:0:0x48:100000", "c:0"]).start();
+        // Some boots later, wherever the machine is.
+        vm.expect("value=0x4e474e45");
+        std::thread::sleep(Duration::from_millis(500));
+        server.kill();
+        let ended = vm.end(STEP).with_code(0);
+        assert_eq!(values(&ended).last(), Some(&u32::MAX), "{ended}");
+        assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+    }
 }
 
 #[test]

@@ -170,7 +170,11 @@ fn bars_are_as_large_as_their_regions_rounded_up() {
     }
     assert_eq!(Space::new().bar(4, 0x4, 0).judge().unwrap().bars[4], None);
     let ports = Space::new().bar(1, 0x1, 0x3000).judge().unwrap().bars[1].unwrap();
-    assert_eq!((ports.kind, ports.size), (BarKind::Io, 0x4000), "as the sample server of libvfio-user has them");
+    assert_eq!(
+        (ports.kind, ports.size),
+        (BarKind::Io, 0x4000),
+        "as the sample server of libvfio-user has them"
+    );
     for region in [LARGEST + 1, 1 << 52, 1 << 63, u64::MAX] {
         let refused = Unfit::Bar(BarError::TooLarge { index: BarIndex::ALL[4], size: region, most: LARGEST });
         assert_eq!(Space::new().bar(4, 0x4, region).judge(), Err(refused));

@@ -216,8 +216,26 @@ impl Device {
         self.remote.arm(None);
     }
 
+    /// Of a dword, the half that is the server's, where the other one is ours alone: libvfio-user refuses writes that
+    /// reach the header of a capability, and loses the enable bit of MSI-X with it.
+    fn servers_half<'a>(&self, offset: u16, data: &'a [u8]) -> (u16, &'a [u8]) {
+        let overlay = &self.remote.contents.overlay;
+        let half = |at: u16| overlay.needs_server(at, 2);
+        match data.split_at_checked(2) {
+            Some((low, high)) if high.len() == 2 && bar_number(offset & !3).is_none() => {
+                match (half(offset), half(offset.saturating_add(2))) {
+                    (false, true) => (offset.saturating_add(2), high),
+                    (true, false) => (offset, low),
+                    _ => (offset, data),
+                }
+            }
+            _ => (offset, data),
+        }
+    }
+
     /// Forwards a configuration write in naturally aligned pieces.
     fn forward(&self, offset: u16, data: &[u8]) {
+        let (offset, data) = self.servers_half(offset, data);
         let natural = matches!(data.len(), 1 | 2 | 4) && usize::from(offset).is_multiple_of(data.len());
         let size = if natural { data.len() } else { 1 };
         for (piece, at) in data.chunks(size.max(1)).zip((u64::from(offset)..).step_by(size.max(1))) {

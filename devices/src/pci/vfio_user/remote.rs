@@ -178,7 +178,19 @@ impl Remote {
         if self.link.write(CONFIG_REGION, COMMAND, &[0, 0], Writes::Answered) == Done::No {
             log::debug!("device {}: the command register could not be cleared", self.link.name());
         }
+        let armed = *lock(&self.armed);
         self.arm(None);
+        // The next guest finds them off; a server that keeps its configuration over a reset must not think otherwise.
+        let capability = match armed {
+            Some(Irq::MsiX) => self.contents.msix.map(|msix| msix.at),
+            Some(Irq::Msi) => self.contents.msi.map(|msi| msi.at),
+            Some(Irq::Intx) | None => None,
+        };
+        if let Some(at) = capability
+            && self.link.write(CONFIG_REGION, u64::from(at) + 2, &[0, 0], Writes::Answered) == Done::No
+        {
+            log::debug!("device {}: {armed:?} could not be switched off", self.link.name());
+        }
         if self.reset == Reset::Offered && self.link.reset() == Done::No {
             log::warn!("device {} was not reset", self.link.name());
         }

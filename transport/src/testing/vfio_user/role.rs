@@ -248,7 +248,10 @@ impl State {
             info.cap_offset = 0;
             return bytes(info);
         }
-        Ok(([info.as_bytes(), &capability].concat(), region.file.iter().chain(&region.more_files).cloned().collect()))
+        Ok((
+            [info.as_bytes(), &capability].concat(),
+            region.file.iter().chain(&region.more_files).cloned().collect(),
+        ))
     }
 
     fn io_fds(&self, payload: &[u8]) -> Answered {
