@@ -15,7 +15,7 @@ use outboard_tests::launch::{Ended, Launch, STEP};
 use outboard_tests::payload::{self, CommandLine};
 use outboard_tests::peer::{Peer, stale_socket};
 use outboard_tests::scratch::Scratch;
-use outboard_tests::{need, place};
+use outboard_tests::{need, place, wait};
 
 /// Usage or configuration; this host; a peer.
 const USAGE: i32 = 2;
@@ -111,6 +111,34 @@ fn a_file_that_is_no_kernel() {
     }
     let folder = refuse(&["--kernel", scratch.folder().to_str().unwrap()]).with_code(USAGE);
     assert!(folder.log.contains("  because: "), "{folder}");
+}
+
+#[test]
+fn a_kernel_that_is_made_shorter_while_it_is_loaded() {
+    const SEGMENT: u64 = 480 << 20;
+    const START: u64 = 0x1000;
+    need!(place::kvm());
+    let scratch = Scratch::new();
+    // One writable segment of nothing but zeros, which takes a while to be looked through.
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+    elf.resize(16, 0);
+    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    elf.extend(words(&[1 << 20, 64, 0]));
+    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    elf.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+    elf.extend(words(&[START, 1 << 20, 1 << 20, SEGMENT, SEGMENT, START]));
+    let path = scratch.file("kernel", &elf);
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(START + SEGMENT).unwrap();
+    let vm = Launch::new(["run", "--memory", "512M", "--kernel"]).arg(&path).start();
+    let maps = format!("/proc/{}/maps", vm.pid());
+    wait::until("the kernel is looked at", STEP, || {
+        fs::read_to_string(&maps).ok()?.contains(path.to_str()?).then_some(())
+    });
+    file.set_len(START).unwrap();
+    let ended = vm.end(STEP);
+    assert_explained(ended, USAGE, "cannot boot", "the file was made shorter while it was read", "writing");
 }
 
 #[test]

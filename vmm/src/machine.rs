@@ -28,7 +28,7 @@ use crate::error::Error;
 use crate::huge_memory::HugeMemory;
 use crate::kvm;
 use crate::lifecycle::Request;
-use crate::memory::Mapping;
+use crate::memory::{Mapping, mind_shorter_files};
 use crate::peers::{Heard, Peers};
 use crate::recovery::{Plan, Stop};
 use crate::stats::{Startup, Stats};
@@ -385,9 +385,14 @@ impl Files {
             initramfs: self.initramfs.as_ref().map(|(file, _)| file),
             cmdline: &cmdline,
         };
-        arch::boot::load(ram, &image, platform).map_err(|error| {
+        let cannot = || Error::usage(format!("cannot boot {}", self.kernel.1));
+        let loaded = mind_shorter_files(|| arch::boot::load(ram, &image, platform));
+        let loaded = loaded.map_err(|shorter| {
+            cannot().because(shorter).hint("who is writing to it? begin again when that has ended")
+        })?;
+        loaded.map_err(|error| {
             let hint = error.hint();
-            let failed = Error::usage(format!("cannot boot {}", self.kernel.1)).because(error);
+            let failed = cannot().because(error);
             match hint {
                 Some(hint) => failed.hint(hint),
                 None => failed,

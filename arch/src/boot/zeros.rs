@@ -2,9 +2,9 @@
 //! quarter of Debian's); guest memory reads as zeros anyway, so that these need neither pages nor copying, which
 //! would cost a tenth of the time from exec to the guest's first instruction.
 //!
-//! The file is looked at through a mapping: reading it would cost as much as moving it. Somebody who truncates the
-//! file in those few milliseconds ends the process, as with every mapped file; the owner of the kernel is trusted
-//! that far, and nobody else can.
+//! The file is looked at through a mapping: reading it would cost as much as moving it. When somebody makes the file
+//! shorter in those few milliseconds the look ends in SIGBUS, as with every mapped file: whoever loads a kernel that
+//! others may write to is prepared for that (`vmm` is).
 
 use std::fs::File;
 use std::ops::Range;
