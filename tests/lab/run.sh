@@ -6,7 +6,7 @@
 lab_run() {
     LAB_FILES=() LAB_BINS=() LAB_ENV=() LAB_LAYERS=()
     LAB_MEM=${OUTBOARD_LAB_MEM:-2G} LAB_ICOUNT="" LAB_TIMEOUT=${OUTBOARD_LAB_TIMEOUT:-600} LAB_TTY="" LAB_VERBOSE=""
-    LAB_OUT="" LAB_CWD=/root LAB_OUTER=6.12 LAB_WORDS="" LAB_ACCEL=tcg
+    LAB_OUT="" LAB_CWD=/root LAB_OUTER=${OUTBOARD_LAB_KERNEL:-6.12} LAB_WORDS="" LAB_ACCEL=tcg
     while [ $# -gt 0 ]; do
         case $1 in
             --file) LAB_FILES+=("$2"); shift 2 ;;

@@ -7,6 +7,11 @@ LAB_KERNELS="6.12 6.1"
 # Modules of the lab's own kernel, in the order of loading. Those built into a kernel are skipped by themselves.
 LAB_OUTER_MODULES="virtio virtio_ring virtio_pci virtio_console irqbypass kvm kvm-amd"
 LAB_OUTER_EXTRA_MODULES="tun vhost_net vhost_vsock overlay"
+# Debian's generic kernel of this series has the drivers that the cloud kernels leave out: more for guests, and for the lab itself
+# stand-ins for hardware. Only fetched for those who ask (`lab generic`).
+LAB_GENERIC_SERIES=6.12
+LAB_GENERIC_GUEST_DRIVERS="virtio_input evdev virtio_crypto algif_skcipher virtio_snd virtio-gpu"
+LAB_GENERIC_OUTER_MODULES="uinput evdev"
 LAB_RECIPE=1
 
 lab_setup() {
@@ -32,6 +37,30 @@ lab_setup() {
         say "ready in $LAB_CACHE"
     fi
     exec 9>&-
+}
+
+# The generic kernel, for those who want its drivers: in the guest (kernel/generic/elf, initramfs, drivers) or in the lab
+# (`--kernel generic`). 100 MB are downloaded, once.
+lab_generic() {
+    local kernel=$LAB_CACHE/kernel/generic stamp
+    stamp=$(lab_generic_stamp)
+    if [ "$(cat "$kernel/ready" 2>/dev/null)" = "$stamp" ]; then return; fi
+    exec 9>"$LAB_CACHE/lock"
+    flock 9
+    LAB_WORK=$(mktemp -d "$LAB_CACHE/setup.XXXXXX")
+    trap 'rm -rf "$LAB_WORK"' EXIT
+    [ -s "$kernel/bzimage" ] || lab_fetch_kernel "$LAB_GENERIC_SERIES" amd64 generic || die "no generic Debian kernel here"
+    # shellcheck disable=SC2086
+    "$LAB_ROOT/resources/guest/make-initramfs" "$kernel" "$kernel/initramfs" "$kernel/drivers" $LAB_GENERIC_GUEST_DRIVERS
+    lab_outer_modules generic "$LAB_OUTER_MODULES $LAB_GENERIC_OUTER_MODULES"
+    rm -rf "$LAB_WORK" "$LAB_CACHE/apt"
+    trap - EXIT
+    lab_generic_stamp >"$kernel/ready"
+    exec 9>&-
+}
+
+lab_generic_stamp() {
+    stat -L -c '%n %a %s %Y' "$LAB_DIR"/setup.sh "$LAB_ROOT"/resources/guest/* "$LAB_CACHE/kernel/generic/bzimage" 2>/dev/null || true
 }
 
 # Everything the images are made of, as name, size and time: cheap to take, and it changes with every edit or upgrade.
@@ -103,13 +132,13 @@ lab_kernels() {
 
 # The newest package of a series as the metapackage names it, or by version where there is no such metapackage.
 lab_kernel_package() {
-    local series=$1 meta name
-    for meta in "linux-image-$series-cloud-amd64" linux-image-cloud-amd64; do
+    local series=$1 flavour=$2 meta name
+    for meta in "linux-image-$series-$flavour" "linux-image-$flavour"; do
         name=$(lab_apt apt-cache depends "$meta" 2>/dev/null | sed -n 's/^ *Depends: *\(linux-image-'"${series//./\\.}"'\.[^ ]*\)$/\1/p' | tail -n 1)
         if [ -n "$name" ]; then echo "$name"; return; fi
     done
     lab_apt apt-cache pkgnames "linux-image-$series." 2>/dev/null |
-        grep -E '^linux-image-[0-9.]+(-[0-9]+)?(\+deb[0-9]+(u[0-9]+)?)?(-[0-9]+)?-cloud-amd64$' | sort -V | tail -n 1
+        grep -E '^linux-image-[0-9.]+(-[0-9]+)?(\+deb[0-9]+(u[0-9]+)?)?(-[0-9]+)?-'"$flavour"'$' | sort -V | tail -n 1
 }
 
 # apt with the system's package lists, or with lists of our own (which need no root) once those have failed.
@@ -136,18 +165,19 @@ END
     lab_apt apt-get update -q >"$LAB_WORK/apt.log" 2>&1 || { cat "$LAB_WORK/apt.log" >&2; return 1; }
 }
 
+# A kernel of a series and a flavour (cloud-amd64), into kernel/NAME (the series).
 lab_fetch_kernel() {
-    local series=$1 package dir
-    dir=$LAB_WORK/kernel-$series
+    local series=$1 flavour=${2:-cloud-amd64} name=${3:-$1} package dir
+    dir=$LAB_WORK/kernel-$name
     mkdir -p "$dir/deb"
-    package=$(lab_kernel_package "$series")
+    package=$(lab_kernel_package "$series" "$flavour")
     if [ -n "$package" ]; then
         say "downloading $package"
         (cd "$dir/deb" && lab_apt apt-get download -q "$package") >"$LAB_WORK/apt.log" 2>&1 || package=""
     fi
     if [ -z "$package" ]; then
         [ -e "$LAB_CACHE/apt/lists.conf" ] || lab_own_package_lists || return 1
-        package=$(lab_kernel_package "$series")
+        package=$(lab_kernel_package "$series" "$flavour")
         [ -n "$package" ] || return 1
         say "downloading $package"
         (cd "$dir/deb" && lab_apt apt-get download -q "$package") >"$LAB_WORK/apt.log" 2>&1 ||
@@ -157,8 +187,8 @@ lab_fetch_kernel() {
     dpkg-deb -x "$dir"/deb/*.deb "$dir/root"
     lab_unpack_kernel "$dir/root" "$dir/ready"
     mkdir -p "$LAB_CACHE/kernel"
-    rm -rf "${LAB_CACHE:?}/kernel/$series"
-    mv "$dir/ready" "$LAB_CACHE/kernel/$series"
+    rm -rf "${LAB_CACHE:?}/kernel/$name"
+    mv "$dir/ready" "$LAB_CACHE/kernel/$name"
     rm -rf "$dir"
 }
 
@@ -262,13 +292,7 @@ lab_outer_images() {
     mkdir -p "$LAB_CACHE/image"
     for series in $LAB_KERNELS; do
         [ -s "$LAB_CACHE/kernel/$series/bzimage" ] || continue
-        rm -rf "$LAB_WORK/modules-tree"
-        # shellcheck disable=SC2086
-        lab_copy_modules "$series" "$LAB_WORK/modules-tree/lab/modules" $LAB_OUTER_MODULES
-        # shellcheck disable=SC2086
-        lab_copy_modules "$series" "$LAB_WORK/modules-tree/lab/modules/extra" $LAB_OUTER_EXTRA_MODULES
-        lab_pack "$LAB_WORK/modules-tree" | lz4 -l -9 -q >"$LAB_CACHE/image/modules-$series.new"
-        mv "$LAB_CACHE/image/modules-$series.new" "$LAB_CACHE/image/modules-$series"
+        lab_outer_modules "$series" "$LAB_OUTER_MODULES"
         for file in bzimage elf initramfs drivers; do
             lab_stage "$tree" "$LAB_CACHE/kernel/$series/$file" "/lab/kernel/$series/$file"
         done
@@ -280,6 +304,18 @@ lab_outer_images() {
     (cd "$tree" && find . -type l | sed 's/^\.//') >"$LAB_CACHE/image/base.list"
     mv "$LAB_CACHE/image/base.new" "$LAB_CACHE/image/base"
     lab_qemu_image
+}
+
+# What the lab loads when this kernel is its own.
+lab_outer_modules() {
+    local series=$1 tree=$LAB_WORK/modules-tree
+    rm -rf "$tree"
+    # shellcheck disable=SC2086
+    lab_copy_modules "$series" "$tree/lab/modules" $2
+    # shellcheck disable=SC2086
+    lab_copy_modules "$series" "$tree/lab/modules/extra" $LAB_OUTER_EXTRA_MODULES
+    lab_pack "$tree" | lz4 -l -9 -q >"$LAB_CACHE/image/modules-$series.new"
+    mv "$LAB_CACHE/image/modules-$series.new" "$LAB_CACHE/image/modules-$series"
 }
 
 # Debian's QEMU as a VMM to compare with: its own layer, for it doubles the image.
@@ -319,6 +355,13 @@ lab_disk() {
     mke2fs -q -F -t ext4 -O ^metadata_csum_seed,^orphan_file -E root_owner=0:0,lazy_itable_init=1,hash_seed=00000000-0000-4000-8000-000000000000 \
         -L outboard ${3:+-d "$3"} "$1" "$2" 2>/dev/null ||
         mke2fs -q -F -t ext4 -E root_owner=0:0 -L outboard ${3:+-d "$3"} "$1" "$2"
+}
+
+# The generic kernel's files as variables that a cargo runner takes along, which it does not with the lab's own.
+lab_generic_env() {
+    local kernel=$LAB_CACHE/kernel/generic
+    [ -e "$kernel/ready" ] || return 0
+    echo "export OUTBOARD_GENERIC_KERNEL='$kernel/elf' OUTBOARD_GENERIC_INITRAMFS='$kernel/initramfs' OUTBOARD_GENERIC_DRIVERS='$kernel/drivers'"
 }
 
 # The variables that tests see, NAME=VALUE lines; $1 is the folder that holds the kernels.

@@ -80,6 +80,8 @@ impl Backend {
             // Drivers that lie beside it are named without their path: DPDK takes none from below a folder that everybody
             // may write to, as /tmp is.
             .env("LD_LIBRARY_PATH", program.parent().unwrap_or(Path::new("/")))
+            // The lab has OpenSSL's library, but not its modules.
+            .env("OPENSSL_MODULES", program.parent().unwrap_or(Path::new("/")))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -167,18 +169,36 @@ pub fn echo(listener: UnixListener) -> JoinHandle<u64> {
 /// # Panics
 /// When the lab's files cannot be read.
 pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
+    let files = ["OUTBOARD_KERNEL_6_12_ELF", "OUTBOARD_GUEST_INITRAMFS_6_12", "OUTBOARD_GUEST_DRIVERS_6_12"];
+    guest_with(files, drivers, script)
+}
+
+/// As [`guest`], with Debian's generic kernel, which has drivers that its cloud kernels leave out.
+///
+/// # Errors
+/// When `tests/backends/run` did not fetch it.
+///
+/// # Panics
+/// When its files cannot be read.
+pub fn generic_guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
+    let files = ["OUTBOARD_GENERIC_KERNEL", "OUTBOARD_GENERIC_INITRAMFS", "OUTBOARD_GENERIC_DRIVERS"];
+    guest_with(files, drivers, script)
+}
+
+/// `files` are the variables of a kernel, its initramfs and the archive of its drivers.
+fn guest_with(files: [&str; 3], drivers: &str, script: &str) -> Result<Launch, Missing> {
     let variable = |name: &str| {
         let found = env::var_os(name).map(PathBuf::from);
         found.ok_or_else(|| Missing::new(format!("{name} is not set: run by tests/lab/runner")))
     };
-    let kernel = variable("OUTBOARD_KERNEL_6_12_ELF")?;
-    let mut image =
-        archive(&[variable("OUTBOARD_GUEST_INITRAMFS_6_12")?, variable("OUTBOARD_GUEST_DRIVERS_6_12")?]);
+    let [kernel, initramfs, more] = files;
+    let kernel = variable(kernel)?;
+    let mut image = archive(&[variable(initramfs)?, variable(more)?]);
     const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-program"));
     cpio_entry(&mut image, "bin/guest", 0o100_755, PROGRAM);
     cpio_entry(&mut image, "guest.sh", 0o100_644, script.as_bytes());
     cpio_entry(&mut image, "TRAILER!!!", 0, &[]);
-    let line = format!("console=ttyS0 quiet panic=-1 outboard.modules={drivers}");
+    let line = format!("console=ttyS0 quiet panic=-1 cryptomgr.notests outboard.modules={drivers}");
     let launch = Launch::kernel(&kernel, &line);
     let initramfs = launch.scratch().file("initramfs", &image);
     Ok(launch.arg("--initramfs").arg(initramfs))

@@ -16,7 +16,7 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 const PEERS: &[(&str, &[&str])] = &[
     ("libvhost-user", &["qemu_storage_daemon", "recovery", "patience", "machine_backends_blk"]),
     ("vhost-user-backend", &["rust_backend", "machine_shared_memory"]),
-    ("DPDK", &["dpdk", "machine_backends_net"]),
+    ("DPDK", &["dpdk", "dpdk_crypto", "machine_backends_net", "machine_backends_crypto"]),
 ];
 const SCRIPTED: &[&str] =
     &["every_request", "every_backend_request", "conversation", "configuration", "refusals"];

@@ -468,6 +468,11 @@ impl DeviceType {
         for feature in self.features.iter().filter(|f| f.passage == Passage::OnRequest) {
             text.push_str(&format!("-bit{}", feature.bit));
         }
+        if self.control {
+            // Its configuration is the front end's: the reference front end never asks, and DPDK, which offers CONFIG with
+            // any type, hangs up when it is asked.
+            text.push_str("-config");
+        }
         // Split so that each piece keeps its sign.
         for piece in changes.split_inclusive(['+', '-']) {
             let (name, sign) = match piece.char_indices().next_back() {

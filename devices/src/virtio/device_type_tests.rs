@@ -155,6 +155,10 @@ fn features_change_by_the_names_of_the_type_and_of_the_transport() {
     assert!(!blk.device().has(9) && !blk.device().has(29) && blk.device().has(5));
     let net = named("net");
     assert!(!net.wanted("").unwrap().device().has(17));
+    let asks = |kind: &str, changes: &str| {
+        named(kind).wanted(changes).unwrap().protocol().contains(ProtocolFeatures::CONFIG)
+    };
+    assert!(asks("blk", "") && !asks("crypto", "") && asks("crypto", "+config"), "a crypto device's is ours");
     assert!(net.wanted("+ctrl_vq").unwrap().device().has(17));
     assert_eq!(named("blk").wanted("-wings").unwrap_err().0, "wings");
     assert!(named("blk").wanted("flush").is_err());
