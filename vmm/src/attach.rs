@@ -17,7 +17,7 @@ use devices::virtio::device_type::Model;
 use devices::virtio::iommu::Iommu;
 use devices::virtio::mmio::{self, MmioDevice, Place};
 use devices::virtio::revival::{Seeker, Trial};
-use devices::virtio::shared_memory::SharedRegions;
+use devices::virtio::shared_memory::{FixedWindows, SharedRegions};
 use devices::virtio::vhost_user::{self, Opened};
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
 use transport::memory_map::{GuestAddr, MemoryMap};
@@ -210,7 +210,8 @@ impl Detached {
     /// function on the PCI bus.
     pub(crate) fn attach(self, ports: &Ports, site: Site<'_>) -> Result<Attached, Error> {
         let Detached { lasting, backend, hang_up, state } = self;
-        let Lasting { id, transport, model, memory, shared, calls, notifiers, plan, counted: _ } = &lasting;
+        let Lasting { id, transport: _, model, memory, shared, calls, notifiers, plan, counted: _ } =
+            &lasting;
         let cannot = || format!("cannot wire device {id}");
         let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
         let failed = |error| Error::host(cannot()).because(error);
@@ -219,6 +220,8 @@ impl Detached {
                 let place = Place { base: GuestAddr(place.base.0), gsi: place.gsi.0 };
                 let device = MmioDevice::new(parts, place, ports).map_err(failed)?;
                 let handle = device.handle();
+                let places = model.shared_memory.clone();
+                shared.put(Arc::new(FixedWindows::new(Arc::clone(&ports.memory), places)));
                 bus.insert(place.base.0, mmio::LENGTH, id.clone(), Arc::new(device))
                     .map_err(|error| Error::internal(cannot()).because(error))?;
                 handle
@@ -230,6 +233,9 @@ impl Detached {
                 let device = PciDevice::new(parts, number, bridge, ports).map_err(failed)?;
                 let handle = device.handle();
                 notifiers.put(Some(device.notifiers()));
+                if let Some(windows) = device.windows() {
+                    shared.put(windows);
+                }
                 bridge
                     .insert(Some(number), Arc::new(device))
                     .map_err(|error| Error::internal(cannot()).because(error))?;
@@ -237,9 +243,6 @@ impl Detached {
                 handle
             }
         };
-        // Windows are told by virtio-mmio's registers; a PCI function shows none yet.
-        let places = if *transport == Transport::Mmio { model.shared_memory.clone() } else { Vec::new() };
-        shared.put(Arc::clone(&ports.memory), places);
         if let Some(plan) = plan {
             handle.on_loss(if plan.patience.is_some() { OnLoss::Recover } else { OnLoss::Break });
             let (peers, index) = (Arc::clone(&plan.peers), plan.index);

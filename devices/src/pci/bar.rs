@@ -306,6 +306,12 @@ impl Bars {
         }
     }
 
+    /// Whether the function has this BAR, and it is somewhere.
+    #[must_use]
+    pub fn is_placed(&self, index: BarIndex) -> bool {
+        self.bars.get(index.at()).copied().flatten().is_some_and(|bar| bar.base != 0)
+    }
+
     /// The size of a BAR, a power of two; `None` when the function has not got it.
     #[must_use]
     pub fn size(&self, index: BarIndex) -> Option<u64> {

@@ -44,6 +44,7 @@ pub mod opening;
 pub mod order;
 pub mod pci;
 mod pci_state;
+mod pci_windows;
 pub mod phase;
 pub mod probation;
 pub mod queue;

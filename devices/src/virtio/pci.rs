@@ -7,6 +7,8 @@
 //! 0_2000           device configuration
 //! 0_4000, 0_8000   MSI-X pending bits, MSI-X table            pci::msix
 //! 1_0000 + n·1000  notifications of queue n, a page each      KVM: an eventfd; or the backend's own page
+//!
+//! BAR 2            shared memory regions, if it has any       KVM: what the backend maps there
 //! ```
 //! A queue that runs causes no exit: its page is bound to the kick eventfd, its vector's message is injected by KVM.
 //!
@@ -24,7 +26,9 @@ use super::face::Face;
 use super::handle::DeviceHandle;
 pub use super::pci_state::Notifiers;
 use super::pci_state::{NO_VECTOR, NOTIFY, PAGE, Source, State, notify_offset};
+use super::pci_windows::{BarWindows, Layout};
 use super::registers::{Half, Reg, Registers};
+use super::shared_memory::RegionWindows;
 use crate::lock;
 use crate::pci::{
     BarIndex, BarKind, BarSpec, Bars, ConfigSpace, Decoded, DeviceNumber, Fixture, FixtureId, Fixtures,
@@ -154,13 +158,15 @@ pub struct PciDevice {
     handle: DeviceHandle,
     state: Arc<Mutex<State>>,
     queues: u16,
+    windows: Option<Arc<dyn RegionWindows>>,
 }
 
 impl PciDevice {
-    /// Makes a device whose BAR `bridge` places. The caller inserts it, at this number.
+    /// Makes a device whose BARs `bridge` places. The caller inserts it, at this number.
     ///
     /// # Errors
-    /// When it has more queues than a function can describe, eventfds run out or the machine refuses an interrupt.
+    /// When it has more queues or shared memory regions (three) than a function can describe, the bus has no room,
+    /// eventfds run out or the machine refuses an interrupt.
     pub fn new(
         parts: Parts,
         number: DeviceNumber,
@@ -170,9 +176,18 @@ impl PciDevice {
         let describe = |error: Box<dyn std::error::Error + Send + Sync>| NewError::Describe(error);
         let (queues, device_type) = (parts.model.queues, parts.model.device_type.id());
         let index = BarIndex::FIRST;
-        let spec = BarSpec { index, kind: BarKind::Memory64, size: notify_offset(queues) };
-        let mut bars = Bars::new(&[spec], bridge.windows()).map_err(|error| describe(error.into()))?;
+        let mut specs = vec![BarSpec { index, kind: BarKind::Memory64, size: notify_offset(queues) }];
+        let shared = Layout::of(&parts.model.shared_memory).zip(Layout::bar());
+        specs.extend(shared.iter().map(|(layout, bar)| layout.spec(*bar)));
+        let mut bars = Bars::new(&specs, bridge.windows()).map_err(|error| describe(error.into()))?;
         bridge.assign(&mut bars);
+        if let Some((_, bar)) = &shared
+            && !bars.is_placed(*bar)
+        {
+            return Err(describe(
+                "there is no room for its shared memory: features=-shmem does without".into(),
+            ));
+        }
         let device = u16::try_from(device_type).ok().and_then(|id| FIRST_DEVICE.checked_add(id));
         let identity = Identity {
             vendor: VENDOR,
@@ -187,19 +202,35 @@ impl PciDevice {
         let msix = Msix::new(queues.saturating_add(1), Arc::clone(&ports.interrupts));
         let capabilities = capabilities(&mut config, &msix, queues);
         let (msix_at, window_at) = capabilities.map_err(|error| describe(error.into()))?;
+        if let Some((layout, bar)) = &shared {
+            for body in layout.capabilities(*bar) {
+                config.add_capability(VENDOR_SPECIFIC, &body, &[]).map_err(|error| describe(error.into()))?;
+            }
+        }
         let state = Arc::new(Mutex::new(State {
             name: parts.name.clone(),
             config,
             msix,
             pin,
             fixtures: Fixtures::new(index, ports.clone()),
+            windows: shared.as_ref().map(|(_, bar)| Fixtures::new(*bar, ports.clone())),
             sources: (0..=queues).map(|_| Source::unused()).collect(),
             msix_at,
             window_at,
         }));
         let face = PciFace { state: Arc::clone(&state), config_source: usize::from(queues) };
         let handle = DeviceHandle::new(Device::new(parts, Box::new(face))?);
-        Ok(Self { handle, state, queues })
+        let windows = shared.map(|(layout, _)| {
+            let windows: Arc<dyn RegionWindows> = Arc::new(BarWindows { state: Arc::clone(&state), layout });
+            windows
+        });
+        Ok(Self { handle, state, queues, windows })
+    }
+
+    /// Where its backend may show the guest files, if it has shared memory regions.
+    #[must_use]
+    pub fn windows(&self) -> Option<Arc<dyn RegionWindows>> {
+        self.windows.clone()
     }
 
     /// The device, for the control loop.
@@ -397,10 +428,8 @@ impl Function for PciDevice {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
         state.config.write(offset, data);
-        let decoded = state.config.decoded();
-        let placed = state.fixtures.place(&decoded);
+        state.place();
         let routed = state.switch_interrupts();
-        state.check(placed);
         state.check(routed);
     }
 
@@ -408,8 +437,10 @@ impl Function for PciDevice {
         lock(&self.state).config.decoded()
     }
 
-    fn bar_read(&self, _: BarIndex, offset: u64, data: &mut [u8]) {
+    fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
         match offset {
+            // A place in a region where nothing is mapped.
+            _ if bar != BarIndex::FIRST => data.fill(0xff),
             COMMON..ISR => self.read_common(offset, data),
             ISR => {
                 data.fill(0);
@@ -427,8 +458,13 @@ impl Function for PciDevice {
         }
     }
 
-    fn bar_write(&self, _: BarIndex, offset: u64, data: &[u8]) {
+    fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
         match offset {
+            _ if bar != BarIndex::FIRST => self.handle.with(|device| {
+                device.note(
+                    "the driver wrote to shared memory where nothing is mapped, or that it may only read",
+                );
+            }),
             COMMON..ISR => self.write_common(offset, data),
             DEVICE..0x3000 => {
                 let at = usize::try_from(offset - DEVICE).unwrap_or(usize::MAX);

@@ -47,6 +47,8 @@ pub(super) struct State {
     /// The lines, and the GSI of the function's.
     pub(super) pin: Option<(Arc<IntxLines>, u32)>,
     pub(super) fixtures: Fixtures,
+    /// What the backend shows in the BAR of its shared memory regions, if it has any.
+    pub(super) windows: Option<Fixtures>,
     /// The queues', and last the configuration's.
     pub(super) sources: Vec<Source>,
     /// Where the MSI-X capability is.
@@ -56,7 +58,7 @@ pub(super) struct State {
 }
 
 impl State {
-    /// A route was refused: its interrupts stay pending, which the log should say.
+    /// A route or a place was refused: interrupts stay pending, or accesses come to us, which the log should say.
     pub(super) fn check(&self, done: Result<(), PortError>) {
         if let Err(error) = done {
             log::error!("{}: {}", self.name, chain(&error));
@@ -97,6 +99,17 @@ impl State {
         }
         if let Some((id, _)) = source.call.take() {
             self.msix.disconnect(id);
+        }
+    }
+
+    /// The guest wrote the configuration space: what is in the BARs goes where they are now.
+    pub(super) fn place(&mut self) {
+        let decoded = self.config.decoded();
+        let placed = self.fixtures.place(&decoded);
+        self.check(placed);
+        if let Some(windows) = &mut self.windows {
+            let placed = windows.place(&decoded);
+            self.check(placed);
         }
     }
 

@@ -1,5 +1,6 @@
 use transport::memory_map::GuestAddr;
 use transport::vhost_user::NotifierArea;
+use transport::vhost_user::message::ShmemArea;
 
 use super::*;
 use crate::bus::BusDevice;
@@ -9,6 +10,9 @@ use crate::ports::{Route, WriteMatch};
 use crate::testing::{Outcome, Recorder, Scripted, Shown, disk, memory};
 use crate::virtio::PhaseReport;
 use crate::virtio::answers::Answers;
+use crate::virtio::device_type::Model;
+use crate::virtio::registers::SharedMemory;
+use crate::virtio::shared_memory::SharedRegions;
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
@@ -26,15 +30,14 @@ struct Rig {
 }
 
 fn rig(queues: u16) -> Rig {
+    rig_of(disk(queues))
+}
+
+fn rig_of(model: Model) -> Rig {
     let (machine, backend) = (Recorder::default(), Scripted::default());
     let lines = IntxLines::new(machine.ports().interrupts).unwrap();
     let bridge = HostBridge::with_lines(WINDOWS, Intx { lines, gsis: [20, 21, 22, 23] });
-    let parts = Parts {
-        name: "disk0".into(),
-        model: disk(queues),
-        backend: Box::new(backend.clone()),
-        memory: memory(),
-    };
+    let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend.clone()), memory: memory() };
     let device = Arc::new(PciDevice::new(parts, bridge.free().unwrap(), &bridge, &machine.ports()).unwrap());
     bridge.insert(bridge.free(), device.clone()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
@@ -242,6 +245,125 @@ fn a_backend_s_notifier_by_message_finds_its_place_and_is_refused_without_one() 
     assert!(rig.machine.shown().is_empty() && rig.doorbells().len() == 1);
     answers.notifiers.put(None);
     assert!(answers.host_notifier(0, area()).is_err(), "on no board");
+}
+
+/// Regions 1 and 3 of a disk.
+fn with_shared_memory(small: u64, large: u64) -> Model {
+    let region = |length| Some(SharedMemory { base: GuestAddr(0), length });
+    Model { shared_memory: vec![None, region(small), None, region(large)], ..disk(1) }
+}
+
+#[test]
+fn shared_memory_regions_are_told_with_their_bar() {
+    let rig = rig_of(with_shared_memory(0x3000, 2 << 20));
+    let mut at = rig.capability(8);
+    let mut found = Vec::new();
+    loop {
+        let words: Vec<u32> = (0..24).step_by(4).map(|offset| rig.config(at + offset)).collect();
+        if words[0] & 0xff == 9 && words[0] >> 24 == 8 {
+            assert_eq!(words[0] >> 16 & 0xff, 24, "its length");
+            assert_eq!((words[4], words[5]), (0, 0), "the upper halves");
+            found.push((words[1], words[2], words[3]));
+        }
+        match words[0] >> 8 & 0xff {
+            0 => break,
+            next => at = next.into(),
+        }
+    }
+    assert_eq!(found, [(0x102, 0, 0x3000), (0x302, 2 << 20, 2 << 20)], "id and BAR, offset, length");
+    assert_eq!((rig.config(0x18), rig.config(0x1c)), (0xc, 0x80), "prefetchable, 64 bits, above 4 GiB");
+    rig.set_config(0x18, u32::MAX);
+    rig.set_config(0x1c, u32::MAX);
+    assert_eq!((rig.config(0x18), rig.config(0x1c)), (0xffc0_000c, u32::MAX), "4 MiB");
+    // Without regions there is no such BAR.
+    let plain = self::rig(1);
+    plain.set_config(0x18, u32::MAX);
+    assert_eq!((plain.config(0x18), plain.device.windows().is_some()), (0, false));
+}
+
+#[test]
+fn halves_of_large_regions_are_told_and_too_many_or_too_large_ones_refused() {
+    let rig = rig_of(with_shared_memory(5 << 30, 16 << 30));
+    let (first, second) = (rig.capability(8), rig.capability(8) + 24);
+    let words = |at: u64| [8, 12, 16, 20].map(|offset| rig.config(at + offset));
+    assert_eq!(words(first), [0, 1 << 30, 0, 1]);
+    assert_eq!(words(second), [1 << 30, 0, 1, 4]);
+    let make = |model| {
+        let (machine, bridge) = (Recorder::default(), HostBridge::new(WINDOWS));
+        let backend = Box::new(Scripted::default());
+        let parts = Parts { name: "disk0".into(), model, backend, memory: memory() };
+        PciDevice::new(parts, bridge.free().unwrap(), &bridge, &machine.ports()).map(drop)
+    };
+    let region = Some(SharedMemory { base: GuestAddr(0), length: 4096 });
+    make(Model { shared_memory: vec![region; 3], ..disk(1) }).unwrap();
+    make(Model { shared_memory: vec![region; 4], ..disk(1) }).unwrap_err();
+    let refused = make(with_shared_memory(4096, 1 << 40)).unwrap_err();
+    let why = std::error::Error::source(&refused).unwrap().to_string();
+    assert!(why.contains("no room for its shared memory"), "{why}");
+}
+
+#[test]
+fn what_a_backend_maps_goes_where_the_bar_goes() {
+    let rig = rig_of(with_shared_memory(0x3000, 2 << 20));
+    let regions = SharedRegions::new(vec![0, 0x3000, 0, 2 << 20]);
+    regions.put(rig.device.windows().unwrap());
+    let tenancy = regions.tenancy();
+    tenancy.begin();
+    let area = |shmid, shm_offset, len| ShmemArea {
+        shmid,
+        padding: [0; 7],
+        fd_offset: 0x1000,
+        shm_offset,
+        len,
+        flags: 1,
+    };
+    let map = |area: &ShmemArea| {
+        let fd = rustix::fs::memfd_create("window", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 0x4000).unwrap();
+        tenancy.map(area, fd)
+    };
+    map(&area(1, 0x1000, 0x2000)).unwrap();
+    assert!(rig.machine.shown().is_empty(), "the function decodes nothing");
+    rig.enable();
+    map(&area(3, 0, 0x1000)).unwrap();
+    assert!(map(&area(3, 0, 0x1000)).is_err() && map(&area(2, 0, 0x1000)).is_err());
+    let expected = |base: u64| {
+        [(base + 0x1000, 0x2000), (base + (2 << 20), 0x1000)].map(|(at, size)| Shown {
+            at: GuestAddr(at),
+            offset: 0x1000,
+            size,
+            read_only: false,
+        })
+    };
+    assert_eq!(rig.machine.shown(), expected(0x80_0000_0000));
+    // The guest sizes it, as it does at every boot, and puts it elsewhere: below 4 GiB.
+    rig.set_config(4, 4);
+    assert!(rig.machine.shown().is_empty(), "memory decoding is off");
+    rig.set_config(0x1c, 0);
+    rig.set_config(0x18, 0xc840_0000);
+    rig.enable();
+    assert_eq!(rig.machine.shown(), expected(0xc840_0000));
+    rig.set_config(0x18, 0xd000_0000);
+    assert!(rig.machine.shown().is_empty(), "outside the bus's addresses");
+    rig.set_config(0x18, 0xc800_0000);
+    // What is mapped nowhere reads all ones, and is no register.
+    let (bar, mut data) = (BarIndex::new(2).unwrap(), [0; 4]);
+    rig.device.bar_read(bar, 0, &mut data);
+    rig.device.bar_write(bar, 0x14, &[1]);
+    assert_eq!((data, rig.read(0x14, 1)), ([0xff; 4], 0));
+    // A file made shorter is gone for good; a reset takes all.
+    rig.machine.vanish_all();
+    rig.set_config(0x18, 0xc840_0000);
+    assert!(rig.machine.shown().is_empty());
+    tenancy.unmap(&area(1, 0, 0x3000)).unwrap();
+    map(&area(1, 0x1000, 0x1000)).unwrap();
+    assert_eq!(rig.machine.shown().len(), 1);
+    tenancy.end();
+    assert!(rig.machine.shown().is_empty());
+    tenancy.begin();
+    map(&area(1, 0, 0x1000)).unwrap();
+    regions.remove();
+    assert!(rig.machine.shown().is_empty(), "off its board");
 }
 
 #[test]

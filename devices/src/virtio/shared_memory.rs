@@ -1,5 +1,5 @@
 //! Virtio 1.2 §2.10, vhost-user SHMEM_MAP and SHMEM_UNMAP: ranges of guest addresses into which a backend
-//! has pieces of its files mapped. Called on the thread that serves the backends' channels; must never take
+//! has pieces of its files mapped. Where the ranges are is the transport's: fixed on virtio-mmio, in a BAR on virtio-pci. Called on the thread that serves the backends' channels; must never take
 //! a device's lock, nor show the guest anything outside the ranges.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use transport::vhost_user::shmem::{Placement, Protection, ShmemFault, ShmemRegio
 
 use super::registers::SharedMemory;
 use crate::lock;
-use crate::ports::{Access, DeviceMemory, FileRange, Guard, PortError};
+use crate::ports::{Access, DeviceMemory, FileRange, Guard, OnVanished, PortError};
 
 /// Why a backend's piece is not shown.
 #[derive(Debug, thiserror::Error)]
@@ -27,9 +27,57 @@ enum MapError {
     Port(#[from] PortError),
 }
 
+/// The regions of a device, on one board. Called on the thread that serves the backends' channels.
+pub trait RegionWindows: Send + Sync {
+    /// Shows the guest `piece` at `at` in the region with this id, until the guard is dropped. See
+    /// [`DeviceMemory::map`].
+    ///
+    /// # Errors
+    /// When there is no such place, or the machine refuses.
+    fn show(
+        &self,
+        region: u8,
+        at: u64,
+        piece: &FileRange,
+        access: Access,
+        vanished: OnVanished,
+    ) -> Result<Guard, PortError>;
+}
+
+/// Regions at guest addresses that never change.
+pub struct FixedWindows {
+    memory: Arc<dyn DeviceMemory>,
+    places: Vec<Option<SharedMemory>>,
+}
+
+impl FixedWindows {
+    /// Regions at `places`, by id, of a machine with `memory`.
+    #[must_use]
+    pub fn new(memory: Arc<dyn DeviceMemory>, places: Vec<Option<SharedMemory>>) -> Self {
+        Self { memory, places }
+    }
+}
+
+impl RegionWindows for FixedWindows {
+    fn show(
+        &self,
+        region: u8,
+        at: u64,
+        piece: &FileRange,
+        access: Access,
+        vanished: OnVanished,
+    ) -> Result<Guard, PortError> {
+        let place = self.places.get(usize::from(region)).copied().flatten();
+        let guest = place.and_then(|place| place.base.checked_add(at)).ok_or_else(|| {
+            PortError::new("show shared memory there", std::io::ErrorKind::InvalidInput.into())
+        })?;
+        self.memory.map(piece, guest, access, vanished)
+    }
+}
+
 /// The shared memory regions of one device, for its whole life. Clones are the same.
 ///
-/// Its lock is held for a moment, after the device's or without it.
+/// Its lock is held for a moment, after the device's or without it, and before that of a transport.
 #[derive(Clone, Default)]
 pub struct SharedRegions(Arc<Mutex<State>>);
 
@@ -43,8 +91,7 @@ pub struct Tenancy {
 #[derive(Default)]
 struct State {
     sizes: Vec<u64>,
-    places: Vec<Option<SharedMemory>>,
-    memory: Option<Arc<dyn DeviceMemory>>,
+    windows: Option<Arc<dyn RegionWindows>>,
     judge: ShmemRegions,
     shown: BTreeMap<(u8, u64), Guard>,
     /// The connection that may map, by number, and whether its queues run.
@@ -74,18 +121,18 @@ impl SharedRegions {
         lock(&self.0).sizes.clone()
     }
 
-    /// Shows what is mapped from now on to the guest of a machine with `memory`, at `places` (by id).
-    pub fn put(&self, memory: Arc<dyn DeviceMemory>, places: Vec<Option<SharedMemory>>) {
-        let mut state = lock(&self.0);
-        (state.memory, state.places) = (Some(memory), places);
+    /// Shows what is mapped from now on in these windows.
+    pub fn put(&self, windows: Arc<dyn RegionWindows>) {
+        let before = lock(&self.0).windows.replace(windows);
+        drop(before);
     }
 
     /// Takes everything off that machine.
     pub fn remove(&self) {
         let mut state = lock(&self.0);
-        let (shown, memory) = (state.take_down(), state.memory.take());
+        let (shown, windows) = (state.take_down(), state.windows.take());
         drop(state);
-        drop((shown, memory));
+        drop((shown, windows));
     }
 
     /// Another connection takes the place of the last one, whose maps go.
@@ -159,9 +206,7 @@ impl Tenancy {
         self.admitted(&state)?;
         let Placement { region, at, size, file_offset, protection } =
             state.judge.map(area, file_size(&fd))?;
-        let place = state.places.get(usize::from(region)).copied().flatten();
-        let guest = place.and_then(|place| place.base.checked_add(at));
-        let Some((memory, guest)) = state.memory.clone().zip(guest) else {
+        let Some(windows) = state.windows.clone() else {
             let _forgotten = state.judge.unmap(area);
             return Err(MapError::Stopped);
         };
@@ -177,7 +222,7 @@ impl Tenancy {
             let gone = regions.upgrade().and_then(|state| lock(&state).shown.remove(&(region, at)));
             drop(gone);
         });
-        match memory.map(&piece, guest, access, vanished) {
+        match windows.show(region, at, &piece, access, vanished) {
             Ok(guard) => {
                 state.shown.insert((region, at), guard);
                 Ok(())

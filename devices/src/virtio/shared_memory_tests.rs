@@ -20,7 +20,7 @@ fn file(size: u64) -> OwnedFd {
 fn rig() -> (Recorder, SharedRegions, Tenancy) {
     let (machine, regions) = (Recorder::default(), SharedRegions::new(vec![0, 0x4000]));
     let place = SharedMemory { base: GuestAddr(BASE), length: 0x4000 };
-    regions.put(machine.ports().memory, vec![None, Some(place)]);
+    regions.put(Arc::new(FixedWindows::new(machine.ports().memory, vec![None, Some(place)])));
     let tenancy = regions.tenancy();
     tenancy.begin();
     (machine, regions, tenancy)
