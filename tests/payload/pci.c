@@ -2,6 +2,7 @@
 #include "modes.h"
 
 #include "machine.h"
+#include "virtio.h"
 
 enum { COMMAND = 0x04, BARS = 0x10, CAPABILITIES = 0x34, MSI_X = 0x11, MSI = 0x05, MESSAGE = 0xfee00000 };
 
@@ -150,6 +151,13 @@ static void run(char what, const char *text)
 		break;
 	case 'i':			/* i:N waits for so many interrupts in all */
 		wait_for(number(&text), number_arg("timeout", 5));
+		break;
+	case 's':			/* s starts the virtio device that pci= names, and rings its queue */
+		device_open();
+		device_negotiate();
+		queue_setup();
+		device_driver_ok();
+		set_reg(REG_QUEUE_NOTIFY, 0);
 		break;
 	case 'u':			/* u:BAR:OFFSET:VALUE waits until that is read */
 		a = number(&text);

@@ -206,6 +206,10 @@ impl Tenancy {
         self.admitted(&state)?;
         let Placement { region, at, size, file_offset, protection } =
             state.judge.map(area, file_size(&fd))?;
+        if !protection.is_open_for(&fd) {
+            let _forgotten = state.judge.unmap(area);
+            return Err(ShmemFault::NotOpened.into());
+        }
         let Some(windows) = state.windows.clone() else {
             let _forgotten = state.judge.unmap(area);
             return Err(MapError::Stopped);

@@ -1,5 +1,7 @@
 use super::*;
 
+use std::os::fd::AsRawFd;
+
 use transport::memory_map::GuestAddr;
 
 use crate::testing::{Recorder, Shown};
@@ -78,6 +80,12 @@ fn pieces_outside_the_region_over_others_empty_or_wrapping_are_refused_and_leave
     {
         assert_eq!(tenancy.map(&area(1, 0, 0x1000, 1), not_a_file), Err(Refused));
     }
+    // Whether it is shown now or when a BAR is there.
+    let own = file(0x1000);
+    let read_only = std::fs::File::open(format!("/proc/self/fd/{}", own.as_raw_fd())).unwrap();
+    assert_eq!(tenancy.map(&area(1, 0, 0x1000, 1), read_only.try_clone().unwrap().into()), Err(Refused));
+    tenancy.map(&area(1, 0, 0x1000, 0), read_only.into()).unwrap();
+    tenancy.unmap(&area(1, 0, 0x1000, 0)).unwrap();
     for bad in
         [area(1, 0, 0x1000, 0), area(1, 0, 0, 0), area(7, 0x1000, 0x1000, 0), area(1, 0x1000, u64::MAX, 0)]
     {

@@ -6,7 +6,6 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{OFlags, fcntl_getfl};
 use zerocopy::IntoBytes;
 
 use super::channel::{Answered, Channel};
@@ -14,7 +13,7 @@ use super::error::{Cause, Error};
 use super::message::{Fault, Inflight, length, parse};
 use super::request::Request;
 use super::session::Session;
-use super::shmem::file_size;
+use super::shmem::{Protection, file_size};
 use super::vring::Ring;
 use crate::deadline::Deadline;
 
@@ -107,16 +106,12 @@ fn get(
         let fault = Fault::Value { field: "inflight area that ends at", value: area.end() };
         return Err(channel.malformed(REQUEST, fault));
     }
-    if !is_writable(&area) {
+    if !Protection::ReadWrite.is_open_for(&area) {
         // The next one could not map it.
         let fault = Fault::Value { field: "read-only inflight area of size", value: area.size() };
         return Err(channel.malformed(REQUEST, fault));
     }
     Ok(area)
-}
-
-fn is_writable(fd: impl AsFd) -> bool {
-    fcntl_getfl(fd).is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
 }
 
 /// Gives the back-end the area `kept` from its predecessor, or a fresh one of its own, before the rings start.

@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
+use rustix::fs::{OFlags, fcntl_getfl};
+
 use super::error::Error;
 use super::message::{Fault, ShmemArea, ShmemHead, parse_front};
 use super::request::Request;
@@ -62,6 +64,9 @@ pub enum ShmemFault {
     /// Beyond the end of its file.
     #[error("the area ends beyond its file")]
     BeyondFile,
+    /// The file was not opened for what the guest may do.
+    #[error("the file was not opened for that")]
+    NotOpened,
     /// It shares pages with another map.
     #[error("the area overlaps another one")]
     Overlap,
@@ -185,6 +190,16 @@ impl ShmemRegions {
     }
 }
 
+impl Protection {
+    /// Whether `fd` was opened in a way that lets it be mapped like this.
+    pub fn is_open_for(self, fd: impl AsFd) -> bool {
+        let Ok(flags) = fcntl_getfl(fd) else { return false };
+        let mode = flags & OFlags::RWMODE;
+        let enough = mode == OFlags::RDWR || (self == Self::ReadOnly && mode == OFlags::RDONLY);
+        enough && !flags.contains(OFlags::PATH)
+    }
+}
+
 /// The bytes that a regular file holds; 0 for what is no such file (mapping it would fault or fail).
 pub fn file_size(fd: impl AsFd) -> u64 {
     let Ok(stat) = rustix::fs::fstat(fd) else { return 0 };
@@ -255,6 +270,21 @@ mod tests {
         assert!(config(1, &[0x1001]).is_err(), "not whole pages");
         assert!(parse_config(&[0; 7]).is_err());
         assert!(parse_config(&[0; 12]).is_err());
+    }
+
+    #[test]
+    fn files_are_mapped_as_they_were_opened() {
+        let path = std::env::temp_dir().join(format!("outboard-shmem-{}", std::process::id()));
+        let writable = std::fs::File::create_new(&path).unwrap();
+        let both = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let read_only = std::fs::File::open(&path).unwrap();
+        let named = rustix::fs::open(&path, OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let opened = |fd: &dyn Fn(Protection) -> bool| (fd(Protection::ReadOnly), fd(Protection::ReadWrite));
+        assert_eq!(opened(&|what| what.is_open_for(&both)), (true, true));
+        assert_eq!(opened(&|what| what.is_open_for(&read_only)), (true, false));
+        assert_eq!(opened(&|what| what.is_open_for(&writable)), (false, false));
+        assert_eq!(opened(&|what| what.is_open_for(&named)), (false, false));
     }
 
     #[test]
