@@ -104,6 +104,10 @@ pub const PCI_CONFIG_PORTS_SIZE: u16 = 8;
 pub const PCI_IO: u16 = 0x1000;
 /// How many there are.
 pub const PCI_IO_SIZE: u16 = 0xf000;
+/// First of the ports of [`crate::platform::PciRoot::removable`]: what has gone, what is there, what to eject.
+pub const PCI_HOTPLUG_PORTS: u16 = 0x610;
+/// How many there are.
+pub const PCI_HOTPLUG_PORTS_SIZE: u16 = 12;
 /// ACPI sleep control register, one byte. See [`SLEEP_POWER_OFF`].
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register, one byte; the guest writes 0x80 to it, reads may give 0.
@@ -127,10 +131,12 @@ pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 pub const IOAPIC_PINS: u32 = 24;
 /// Interrupt line of COM1.
 pub const COM1_GSI: Gsi = Gsi(4);
+/// Interrupt line of the ACPI event device, level-triggered.
+pub const EVENT_GSI: Gsi = Gsi(9);
 
 /// Pins for virtio-mmio devices, in the order of use; the last four are those of INTx. Left out: 0 and 2 (timer and cascade of kernels without
-/// ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel without ACPI would look for; 9 waits for
-/// the ACPI event device).
+/// ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel without ACPI would look for; 9 is
+/// [`EVENT_GSI`]).
 const VIRTIO_MMIO_PINS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Lines of INTx, which are level-triggered: no virtio-mmio device has one of them on a machine with PCI.
@@ -176,7 +182,7 @@ mod tests {
     #[test]
     fn the_first_sixteen_virtio_mmio_devices_have_pins_of_their_own() {
         let mut pins: Vec<_> = (0..16).map(|n| virtio_mmio_slot(n).unwrap().gsi.0).collect();
-        assert!(pins.iter().all(|pin| *pin < IOAPIC_PINS && *pin != COM1_GSI.0));
+        assert!(pins.iter().all(|pin| *pin < IOAPIC_PINS && ![COM1_GSI.0, EVENT_GSI.0].contains(pin)));
         pins.sort_unstable();
         pins.dedup();
         assert_eq!(pins.len(), 16);

@@ -57,6 +57,31 @@ pub struct PciRoot {
     pub io_size: u16,
     /// Level-triggered lines: pin INTA of device n leads to number n modulo 4, INTB to the next, and so on.
     pub intx: [Gsi; 4],
+    /// Devices that a guest of ACPI can be told to let go of.
+    pub removable: PciSlots,
+}
+
+/// Numbers of devices on the root bus, each 1 to 31.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PciSlots(u32);
+
+impl PciSlots {
+    /// With one more. A number that no device can have changes nothing.
+    #[must_use]
+    pub fn with(self, number: u8) -> Self {
+        let bit = 1_u32.checked_shl(number.into()).unwrap_or(0) & !1;
+        Self(self.0 | bit)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// In order.
+    pub fn iter(self) -> impl Iterator<Item = u8> {
+        (1..32).filter(move |number| self.0 & 1 << number != 0)
+    }
 }
 
 impl PciRoot {
@@ -70,6 +95,7 @@ impl PciRoot {
             io: PCI_IO,
             io_size: PCI_IO_SIZE,
             intx: INTX_PINS.map(Gsi),
+            removable: PciSlots::default(),
         }
     }
 }
@@ -117,6 +143,13 @@ impl Platform {
 mod tests {
     use super::*;
     use crate::layout::virtio_mmio_slot;
+
+    #[test]
+    fn slots_are_one_to_thirty_one() {
+        let slots = [0, 31, 1, 32, 255, 7, 7].into_iter().fold(PciSlots::default(), PciSlots::with);
+        assert_eq!(slots.iter().collect::<Vec<_>>(), [1, 7, 31]);
+        assert!(!slots.is_empty() && PciSlots::default().with(0).is_empty());
+    }
 
     #[test]
     fn only_cmdline_discovery_names_devices_in_parameters() {

@@ -4,6 +4,7 @@
 //! serves the queue; afterwards only to find out what was in flight when a backend died.
 
 pub mod bus;
+pub mod event_line;
 pub mod pci;
 pub mod ports;
 pub mod reset;

@@ -25,6 +25,9 @@ pub(super) fn table(platform: &Platform) -> Result<Sdt, Error> {
     }
     if let Some(root) = &platform.pci {
         super::pci::root(root, &mut devices)?;
+        if !root.removable.is_empty() {
+            super::hotplug::event_device(&mut devices);
+        }
     }
 
     let mut table = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -83,6 +86,7 @@ mod tests {
     use super::*;
     use crate::irq::Gsi;
     use crate::layout::Gpa;
+    use crate::platform::{Discovery, PciRoot, PciSlots};
 
     fn contains(haystack: &[u8], needle: &[u8]) -> bool {
         haystack.windows(needle.len()).any(|window| window == needle)
@@ -99,6 +103,42 @@ mod tests {
         aml.clear();
         virtio_mmio(1, &device, true, &mut aml).unwrap();
         assert!(contains(&aml, &[0x89, 6, 0, 0b1011, 1, 6, 0, 0, 0]));
+    }
+
+    /// The compiler of ACPICA takes the table apart and puts it together again.
+    #[test]
+    fn acpica_takes_the_table_of_a_machine_with_everything() {
+        use std::process::{Command, Stdio};
+        let works = Command::new("iasl").arg("-v").stdout(Stdio::null()).status();
+        if !works.is_ok_and(|status| status.success()) {
+            println!("skipped: there is no iasl (Debian's acpica-tools)");
+            return;
+        }
+        let slots = (1..32).fold(PciSlots::default(), PciSlots::with);
+        let platform = Platform {
+            cpus: 1,
+            virtio_mmio: vec![VirtioMmio { base: Gpa(0xd000_1000), size: 4096, gsi: Gsi(6) }],
+            pci: Some(PciRoot { removable: slots, ..PciRoot::new(46, Gpa(1 << 32)) }),
+            serial: Some(SerialPort::COM1),
+            discovery: Discovery::Acpi,
+        };
+        let mut bytes = Vec::new();
+        table(&platform).unwrap().to_aml_bytes(&mut bytes);
+        let folder = std::env::temp_dir().join(format!("outboard-dsdt-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("dsdt.aml"), &bytes).unwrap();
+        let run = |arguments: &[&str]| {
+            let done = Command::new("iasl").args(arguments).current_dir(&folder).output().unwrap();
+            let said = [done.stdout, done.stderr].concat();
+            (done.status.success(), String::from_utf8_lossy(&said).into_owned())
+        };
+        let (apart, together) = (run(&["-d", "dsdt.aml"]), run(&["-we", "-p", "again", "dsdt.dsl"]));
+        let source = std::fs::read_to_string(folder.join("dsdt.dsl")).unwrap_or_default();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(apart.0 && together.0, "{}\n{}\n{source}", apart.1, together.1);
+        for part in ["Notify (S1F, 0x03)", "Device (GED)", "Local0 = GONE", "EJCT = 0x80000000"] {
+            assert!(source.contains(part), "{part} is not in\n{source}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Pure but for [`load`].
 
 mod dsdt;
+mod hotplug;
 mod pci;
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -149,7 +150,7 @@ fn madt(cpus: u8) -> impl Aml {
 mod tests {
     use super::*;
     use crate::layout::virtio_mmio_slot;
-    use crate::platform::{Discovery, PciRoot, SerialPort};
+    use crate::platform::{Discovery, PciRoot, PciSlots, SerialPort};
 
     fn platform(cpus: u8, devices: usize) -> Platform {
         Platform {
@@ -221,7 +222,8 @@ mod tests {
 
     #[test]
     fn the_largest_machine_still_fits_its_area() {
-        let pci = Some(PciRoot::new(46, HIGH_MEMORY));
+        let removable = (1..32).fold(PciSlots::default(), PciSlots::with);
+        let pci = Some(PciRoot { removable, ..PciRoot::new(46, HIGH_MEMORY) });
         let bytes = tables(&Platform { pci, ..platform(255, crate::layout::VIRTIO_MMIO_MAX) }).unwrap();
         assert!(bytes.len() <= usize::try_from(HIGH_MEMORY.0 - ACPI_TABLES.0).unwrap());
     }

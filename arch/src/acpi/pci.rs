@@ -1,5 +1,5 @@
 //! The PCI root in ACPI (PCI Firmware 3.3 §4): its configuration space in the MCFG and as a reserved resource, its
-//! windows and interrupt lines in the DSDT.
+//! windows, interrupt lines and slots in the DSDT.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -8,8 +8,11 @@ use acpi_tables::aml::{
 };
 use acpi_tables::mcfg::MCFG;
 
+use super::hotplug::{Bytes, slots};
 use super::{Error, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::layout::{PCI_CONFIG_PORTS, PCI_CONFIG_PORTS_SIZE, intx_gsi};
+use crate::layout::{
+    PCI_CONFIG_PORTS, PCI_CONFIG_PORTS_SIZE, PCI_HOTPLUG_PORTS, PCI_HOTPLUG_PORTS_SIZE, intx_gsi,
+};
 use crate::platform::{AddressRange, PciRoot};
 
 /// Devices on a bus.
@@ -45,6 +48,8 @@ pub(super) fn root(root: &PciRoot, aml: &mut Vec<u8>) -> Result<(), Error> {
     let lines = routes();
     let lines: Vec<Package<'_>> =
         lines.iter().map(|(address, pin, gsi)| Package::new(vec![address, pin, &ZERO, gsi])).collect();
+    let removable = !root.removable.is_empty();
+    let slots = Bytes(if removable { slots(root.removable) } else { Vec::new() });
     Device::new(
         Path::new("PCI0"),
         vec![
@@ -56,23 +61,24 @@ pub(super) fn root(root: &PciRoot, aml: &mut Vec<u8>) -> Result<(), Error> {
             &Name::new(Path::new("_CCA"), &ONE),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
             &Name::new(Path::new("_PRT"), &Package::new(lines.iter().map(|line| line as &dyn Aml).collect())),
+            &slots,
         ],
     )
     .to_aml_bytes(aml);
 
+    let ecam = Memory32Fixed::new(true, low(root.ecam.base.0)?, low(root.ecam.size)?);
+    let ports = u8::try_from(PCI_HOTPLUG_PORTS_SIZE).unwrap_or(u8::MAX);
+    let hotplug = IO::new(PCI_HOTPLUG_PORTS, PCI_HOTPLUG_PORTS, 1, ports);
+    let mut reserved: Vec<&dyn Aml> = vec![&ecam];
+    if removable {
+        reserved.push(&hotplug);
+    }
     Device::new(
         Path::new("ECAM"),
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
             &Name::new(Path::new("_UID"), &ZERO),
-            &Name::new(
-                Path::new("_CRS"),
-                &ResourceTemplate::new(vec![&Memory32Fixed::new(
-                    true,
-                    low(root.ecam.base.0)?,
-                    low(root.ecam.size)?,
-                )]),
-            ),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(reserved)),
         ],
     )
     .to_aml_bytes(aml);
@@ -93,6 +99,7 @@ fn routes() -> Vec<(u32, u8, u32)> {
 mod tests {
     use super::*;
     use crate::layout::Gpa;
+    use crate::platform::PciSlots;
 
     #[test]
     fn every_device_but_the_bridge_has_four_pins_with_a_line_each() {
@@ -100,6 +107,21 @@ mod tests {
         assert_eq!(routes.len(), 31 * 4);
         assert_eq!(routes[0], (0x1_ffff, 0, 21));
         assert_eq!(routes[123], (0x1f_ffff, 3, 22));
+    }
+
+    #[test]
+    fn slots_are_described_where_a_device_can_go_and_nowhere_else() {
+        let aml = |removable| {
+            let mut aml = Vec::new();
+            root(&PciRoot { removable, ..PciRoot::new(40, Gpa(1 << 32)) }, &mut aml).unwrap();
+            aml
+        };
+        let has = |aml: &[u8], name: &[u8]| aml.windows(name.len()).any(|window| window == name);
+        let (none, some) = (aml(PciSlots::default()), aml(PciSlots::default().with(3)));
+        for name in [b"PHPR".as_slice(), b"_EJ0", b"PCNT", &[0x47, 1, 0x10, 6, 0x10, 6, 1, 12]] {
+            assert!(!has(&none, name) && has(&some, name), "{name:x?}");
+        }
+        assert!(has(&some, b"S03_") && !has(&some, b"S02_"));
     }
 
     #[test]

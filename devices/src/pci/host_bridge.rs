@@ -39,11 +39,18 @@ pub enum InsertError {
     Taken(DeviceNumber),
 }
 
+/// Whether configuration writes still reach a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    OnTheBus,
+    TakenOff,
+}
+
 /// A function on the bus.
 struct Entry {
     function: Arc<dyn Function>,
     /// Held across a configuration write, so that what is noted of its BARs is what the guest wrote last.
-    order: Mutex<()>,
+    order: Mutex<Place>,
     /// Never held while the function is called.
     decoded: Mutex<Vec<Decoded>>,
 }
@@ -155,8 +162,8 @@ impl HostBridge {
                 all.into_iter().find(free).ok_or(InsertError::Full)?
             }
         };
-        let entry =
-            Arc::new(Entry { decoded: Mutex::new(function.decoded()), order: Mutex::new(()), function });
+        let decoded = Mutex::new(function.decoded());
+        let entry = Arc::new(Entry { decoded, order: Mutex::new(Place::OnTheBus), function });
         if let Some(place) = entries.get_mut(usize::from(number.get())) {
             *place = Some(entry);
         }
@@ -176,13 +183,17 @@ impl HostBridge {
         DeviceNumber::ALL.filter_map(DeviceNumber::new).find(free).ok_or(InsertError::Full)
     }
 
-    /// Takes a function off the bus. A call of it that has begun on another vCPU may still be under way.
+    /// Takes a function off the bus. Waits for a configuration write that is under way on another vCPU, and none
+    /// comes afterwards; another call that has begun there may still be under way.
     pub fn remove(&self, number: DeviceNumber) -> Option<Arc<dyn Function>> {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         let entry = entries.get_mut(usize::from(number.get())).and_then(Option::take);
         drop(entries);
         self.reroute();
-        entry.map(|entry| Arc::clone(&entry.function))
+        entry.map(|entry| {
+            *lock(&entry.order) = Place::TakenOff;
+            Arc::clone(&entry.function)
+        })
     }
 
     /// Takes all functions off the bus.
@@ -248,7 +259,10 @@ impl HostBridge {
             return;
         }
         let Some(entry) = self.entry(device) else { return };
-        let _order = lock(&entry.order);
+        let place = lock(&entry.order);
+        if *place == Place::TakenOff {
+            return;
+        }
         entry.function.config_write(offset, data);
         let now = entry.function.decoded();
         let before = std::mem::replace(&mut *lock(&entry.decoded), now.clone());

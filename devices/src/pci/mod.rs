@@ -9,6 +9,7 @@
 //! | [`msix`] | MSI-X: table, pending bits, routes |
 //! | [`msi`] | MSI: registers, routes |
 //! | [`intx`] | level-triggered lines, shared |
+//! | [`hotplug`] | which functions are there, and how a guest lets go of one |
 //! | [`vfio_user`] | what a vfio-user server's function is |
 //!
 //! # How a function is made
@@ -28,6 +29,7 @@ pub mod bar;
 pub mod config_space;
 pub mod fixtures;
 pub mod host_bridge;
+pub mod hotplug;
 pub mod intx;
 pub mod msi;
 pub mod msix;
@@ -38,6 +40,7 @@ pub use bar::{BarIndex, BarKind, BarSpec, Bars, Decoded, Space, Window, Windows}
 pub use config_space::{Change, ConfigSpace, Identity};
 pub use fixtures::{Fixture, FixtureId, Fixtures};
 pub use host_bridge::{HostBridge, Intx};
+pub use hotplug::Hotplug;
 pub use intx::IntxLines;
 pub use msi::{Msi, MsiSpec};
 pub use msix::Msix;

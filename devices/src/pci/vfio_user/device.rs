@@ -14,6 +14,7 @@ use super::remote::{Region, Remote};
 use super::server::{CONFIG_REGION, Irq};
 use crate::lock;
 use crate::pci::bar::{BarError, Command};
+use crate::pci::hotplug::Occupant;
 use crate::pci::{BarIndex, Bars, Decoded, Fixture, Fixtures, Function, HostBridge};
 use crate::ports::{Access, FileRange, PortError, Ports};
 
@@ -391,6 +392,12 @@ impl Function for Device {
             log::debug!("device {}: a write to {bar}+{offset:#x} was dropped", self.link().name());
         }
         self.tidy();
+    }
+}
+
+impl Occupant for Device {
+    fn unplug(&self) {
+        self.retire();
     }
 }
 

@@ -1,0 +1,129 @@
+//! Hot-unplug by ACPI (ACPI 6.5 §6.3): the registers that the methods of a slot read and write. Slots whose device can
+//! go are named to [`Hotplug::occupy`]; others the guest cannot switch off.
+//!
+//! ```text
+//!              lost: bit in GONE, event line                   a write to EJECT
+//!    present ───────────────────────────────▶ gone, all ones ─────────────────▶ off the bus
+//!       └────────────────────────────────────────────────────────────────────────▲
+//!                     the guest switches a working device off by itself
+//! ```
+//! | offset | access | bit n is |
+//! |--|--|--|
+//! | 0 | read, which clears it | GONE: device n was lost since the last read |
+//! | 4 | read | PRESENT: device n is there (`_STA`) |
+//! | 8 | write | EJECT: take device n off the bus (`_EJ0`) |
+//!
+//! What the guest is told is an *eject request*. ACPI would have a *device check* for what has vanished by itself, but
+//! Linux's acpiphp looks at a slot again only for what is new there: it keeps a device that answers no more. After an
+//! eject request it unbinds the driver, forgets the function, and says by `_EJ0` that it has.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use super::{DeviceNumber, HostBridge};
+use crate::bus::BusDevice;
+use crate::event_line::EventLine;
+use crate::lock;
+
+/// What is in a slot, beside its function on the bus.
+pub trait Occupant: Send + Sync {
+    /// The function is off the bus, and no configuration access of it under way: nothing of it may stay registered
+    /// with the machine. Called on a vCPU thread; may wait for a peer, up to the deadline.
+    fn unplug(&self);
+}
+
+#[derive(Default)]
+struct State {
+    /// Devices that are on the bus, lost or not.
+    occupants: BTreeMap<DeviceNumber, Arc<dyn Occupant>>,
+    present: u32,
+    gone: u32,
+}
+
+/// The registers. Their lock is held for a few instructions only, never while an occupant or the bridge is called.
+pub struct Hotplug {
+    bridge: Arc<HostBridge>,
+    line: Arc<EventLine>,
+    state: Mutex<State>,
+}
+
+impl Hotplug {
+    /// Length of the registers.
+    pub const LENGTH: u64 = 12;
+    /// Offset of GONE.
+    pub const GONE: u64 = 0;
+    /// Offset of PRESENT.
+    pub const PRESENT: u64 = 4;
+    /// Offset of EJECT.
+    pub const EJECT: u64 = 8;
+
+    /// The registers of this bus, no slot in use.
+    #[must_use]
+    pub fn new(bridge: Arc<HostBridge>, line: Arc<EventLine>) -> Arc<Self> {
+        Arc::new(Self { bridge, line, state: Mutex::default() })
+    }
+
+    /// `occupant` has this number on the bus, and may go.
+    pub fn occupy(&self, number: DeviceNumber, occupant: Arc<dyn Occupant>) {
+        let mut state = lock(&self.state);
+        state.occupants.insert(number, occupant);
+        state.present |= bit(number);
+        state.gone &= !bit(number);
+    }
+
+    /// The device has vanished: has the guest let go of it. Does nothing the second time, and when the guest has let
+    /// go already. Called on any thread; does not wait.
+    pub fn lost(&self, number: DeviceNumber) {
+        let mut state = lock(&self.state);
+        if state.present & bit(number) == 0 {
+            return;
+        }
+        state.present &= !bit(number);
+        state.gone |= bit(number);
+        drop(state);
+        self.line.raise();
+    }
+
+    fn eject(&self, number: DeviceNumber) {
+        let mut state = lock(&self.state);
+        let occupant = state.occupants.remove(&number);
+        state.present &= !bit(number);
+        state.gone &= !bit(number);
+        drop(state);
+        if let Some(occupant) = occupant {
+            self.bridge.remove(number);
+            occupant.unplug();
+            log::info!("the guest has let go of PCI device {number}");
+        }
+    }
+}
+
+fn bit(number: DeviceNumber) -> u32 {
+    1 << number.get()
+}
+
+impl BusDevice for Hotplug {
+    /// Other accesses than whole registers read zero: nothing has happened, nothing is there.
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let Ok(register) = <&mut [u8; 4]>::try_from(&mut *data) else { return data.fill(0) };
+        let mut state = lock(&self.state);
+        let value = match offset {
+            Self::GONE => std::mem::take(&mut state.gone),
+            Self::PRESENT => state.present,
+            _ => 0,
+        };
+        *register = value.to_le_bytes();
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (Self::EJECT, Ok(bytes)) = (offset, <[u8; 4]>::try_from(data)) {
+            let asked = u32::from_le_bytes(bytes);
+            let numbers = DeviceNumber::ALL.filter_map(DeviceNumber::new);
+            numbers.filter(|number| asked & bit(*number) != 0).for_each(|number| self.eject(number));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "hotplug_tests.rs"]
+mod tests;
