@@ -2,6 +2,7 @@
 //! happened. Rare; must never carry what a source cannot say again when it is asked.
 
 use std::os::fd::AsFd;
+use std::sync::Mutex;
 
 use transport::vhost_user::vring::{Call, Kick};
 
@@ -15,7 +16,8 @@ pub struct EventLine {
     raise: Call,
     /// Signalled by the machine at each end of an interrupt, and read by nobody.
     _ended: Kick,
-    _route: Guard,
+    /// For its drop; nobody locks it.
+    _route: Mutex<Guard>,
 }
 
 impl EventLine {
@@ -27,7 +29,7 @@ impl EventLine {
         let cannot = |error| PortError::new("make an eventfd", error);
         let (raise, ended) = (Call::new().map_err(cannot)?, Kick::new().map_err(cannot)?);
         let route = interrupts.attach_level(raise.as_fd(), gsi, ended.as_fd())?;
-        Ok(Self { raise, _ended: ended, _route: route })
+        Ok(Self { raise, _ended: ended, _route: Mutex::new(route) })
     }
 
     /// Has the guest ask every source. Called after the source has noted its event, on any thread; does not wait.

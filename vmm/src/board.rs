@@ -16,8 +16,9 @@ use arch::layout;
 use arch::platform::{AddressRange, Discovery, PciRoot, Platform};
 use arch::ram::Ram;
 use devices::bus::{Bus, BusCounters};
+use devices::event_line::EventLine;
 use devices::pci::host_bridge::{CONFIG_PORTS, CONFIG_PORTS_LENGTH};
-use devices::pci::{HostBridge, Intx, IntxLines, Window, Windows};
+use devices::pci::{HostBridge, Hotplug, Intx, IntxLines, Window, Windows};
 use devices::ports::{Guard, Ports, Route};
 use devices::reset::{I8042, ResetKind, ResetPort};
 use devices::serial::Serial;
@@ -103,6 +104,8 @@ impl Board {
             Some(root) => Some(pci_root(root, &ports, &mut mmio, &mut pio)?),
             None => None,
         };
+        let removable = parts.platform.pci.filter(|root| !root.removable.is_empty()).and(bridge.as_ref());
+        let hotplug = removable.map(|bridge| hotplug(bridge, &ports, &mut pio)).transpose()?;
         let mut pages = parts.platform.virtio_mmio.iter();
         let mut attached = Vec::new();
         for device in devices {
@@ -116,7 +119,7 @@ impl Board {
         let mut placed = Vec::new();
         for function in functions {
             let bridge = bridge.as_ref().ok_or_else(|| Error::internal("there is no PCI root"))?;
-            placed.push(function.place(&ports, bridge)?);
+            placed.push(function.place(&ports, bridge, hotplug.as_ref())?);
         }
 
         // 5. The vCPUs, last: their threads share the finished buses.
@@ -297,6 +300,16 @@ fn pci_root(root: &PciRoot, ports: &Ports, mmio: &mut Bus, pio: &mut Bus) -> Res
     pio.insert(CONFIG_PORTS, CONFIG_PORTS_LENGTH, "pci-config", bridge.config_ports()).map_err(cannot)?;
     pio.insert(windows.io.base, windows.io.size, "pci-io", bridge.io()).map_err(cannot)?;
     Ok(bridge)
+}
+
+/// The registers by which a guest lets go of devices on this bus, and its interrupt.
+fn hotplug(bridge: &Arc<HostBridge>, ports: &Ports, pio: &mut Bus) -> Result<Arc<Hotplug>, Error> {
+    let line = EventLine::new(ports.interrupts.as_ref(), layout::EVENT_GSI.0)
+        .map_err(|error| Error::host("cannot wire the ACPI event device").because(error))?;
+    let hotplug = Hotplug::new(Arc::clone(bridge), Arc::new(line));
+    pio.insert(u64::from(layout::PCI_HOTPLUG_PORTS), Hotplug::LENGTH, "pci-hotplug", hotplug.clone())
+        .map_err(|error| Error::internal("cannot place the registers of PCI hot-plug").because(error))?;
+    Ok(hotplug)
 }
 
 fn legacy_devices(

@@ -10,8 +10,9 @@ use std::time::Instant;
 use arch::boot::{BootImage, Entry};
 use arch::cpu::HostCpu;
 use arch::layout::{self, Gpa};
-use arch::platform::{PciRoot, Platform, SerialPort};
+use arch::platform::{Discovery, PciRoot, PciSlots, Platform, SerialPort};
 use arch::ram::{Hugepages, Ram};
+use devices::pci::DeviceNumber;
 use devices::virtio::DeviceHandle;
 use devices::virtio::revival::Trial;
 use kvm_ioctls::Kvm;
@@ -122,7 +123,8 @@ impl Machine {
         let kvm = kvm::open()?;
         let host_cpu =
             HostCpu::probe(&kvm).map_err(|error| Error::host("cannot use KVM's CPUs").because(error))?;
-        let platform = describe(&config, &host_cpu)?;
+        let numbers = function_numbers(&config)?;
+        let platform = describe(&config, &host_cpu, &numbers)?;
         log::info!(
             "{} vCPU(s), {} MiB, {} virtio device(s), {} PCI device(s) of servers",
             config.cpus,
@@ -167,7 +169,7 @@ impl Machine {
         let bases = ram.regions().iter().map(|region| region.guest.0);
         let huge = (config.memory.hugepages != Hugepages::Off)
             .then(|| HugeMemory::new(bases.zip(ram_mappings.iter().cloned()).collect()));
-        for (index, device) in config.vfio_user.into_iter().enumerate() {
+        for ((index, device), number) in config.vfio_user.into_iter().enumerate().zip(numbers) {
             let id = device.id.clone().unwrap_or_else(|| format!("vfio-user{index}"));
             let taken = devices.iter().map(Detached::id).chain(functions.iter().map(Spare::id));
             if taken.into_iter().any(|other| other == id) {
@@ -184,7 +186,7 @@ impl Machine {
                 Some(huge) => limits.with_memory(huge.clone()),
                 None => limits,
             };
-            let (function, receiver) = Spare::connect(device, id, &memory, limits)?;
+            let (function, receiver) = Spare::connect(device, id, number, &memory, limits)?;
             peers.listen(Heard::Server(receiver, Arc::clone(function.remote()))).map_err(no_thread)?;
             if function.remote().contents.pin.is_some() {
                 peers.listen(Heard::Pin(Arc::clone(function.remote()))).map_err(no_thread)?;
@@ -425,13 +427,36 @@ fn fits(config: &Config, host: &HostCpu) -> Result<(), Error> {
     Ok(())
 }
 
+/// Where vfio-user servers' devices are on the PCI bus, behind the virtio devices: at the same place on every board,
+/// whether or not those before are there.
+fn function_numbers(config: &Config) -> Result<Vec<DeviceNumber>, Error> {
+    let virtio = config.vhost_user.iter().filter(|device| device.transport == Transport::Pci).count();
+    let numbers = DeviceNumber::ALL.skip(virtio).filter_map(DeviceNumber::new).take(config.vfio_user.len());
+    let numbers: Vec<_> = numbers.collect();
+    if numbers.len() < config.vfio_user.len() {
+        let count = virtio.saturating_add(config.vfio_user.len());
+        return Err(Error::usage(format!("{count} PCI devices are too many"))
+            .hint("a machine takes 31 on its PCI bus"));
+    }
+    Ok(numbers)
+}
+
 /// What the guest will be told of.
-fn describe(config: &Config, host: &HostCpu) -> Result<Platform, Error> {
+fn describe(config: &Config, host: &HostCpu, functions: &[DeviceNumber]) -> Result<Platform, Error> {
     if config.cpus == 0 {
         return Err(Error::usage("a machine needs at least one vCPU"));
     }
     let ram_end = config.memory.size.saturating_add(layout::HOLE_END.0 - layout::HOLE_START.0);
-    let pci = config.has_pci().then(|| PciRoot::new(host.physical_address_bits(), Gpa(ram_end)));
+    let removable = match config.discovery {
+        Discovery::Acpi => {
+            functions.iter().fold(PciSlots::default(), |slots, number| slots.with(number.get()))
+        }
+        // There is nothing to tell the guest with.
+        Discovery::Cmdline => PciSlots::default(),
+    };
+    let pci = config
+        .has_pci()
+        .then(|| PciRoot { removable, ..PciRoot::new(host.physical_address_bits(), Gpa(ram_end)) });
     let slot = if pci.is_some() { layout::virtio_mmio_slot_beside_pci } else { layout::virtio_mmio_slot };
     let count = config.vhost_user.iter().filter(|device| device.transport == Transport::Mmio).count();
     let virtio_mmio = (0..count).map(slot).collect::<Option<Vec<_>>>().ok_or_else(|| {

@@ -1,14 +1,16 @@
 //! A PCI device of a vfio-user server between boots and on a board.
 //!
 //! `Spare → Placed` puts it on a board, `Placed → Spare` takes it off again, reset. Its connection lives as long as
-//! the machine: a server that is lost leaves a broken device.
+//! the machine. A server that is lost leaves a broken device, which the guest is asked to let go of; it is on no board
+//! that is built afterwards, while a device that the guest itself has switched off is on the next one again.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use arch::layout;
+use devices::pci::hotplug::{Hotplug, Occupant};
 use devices::pci::vfio_user::{self, Device, Opened, Remote};
-use devices::pci::{Function, HostBridge};
+use devices::pci::{DeviceNumber, Function, HostBridge};
 use devices::ports::Ports;
 use transport::memory_map::MemoryMap;
 use transport::vfio_user::{Client, Limits, Receiver};
@@ -20,22 +22,25 @@ use crate::stats::{DeviceStats, PciStats, PeerStats};
 /// A device that is on no board.
 pub(crate) struct Spare {
     id: String,
+    number: DeviceNumber,
     remote: Arc<Remote>,
     hang_up: Arc<OwnedFd>,
 }
 
-/// A device on a board.
+/// A device on a board, or a broken one beside it.
 pub(crate) struct Placed {
     spare: Spare,
-    device: Arc<Device>,
+    device: Option<Arc<Device>>,
+    hotplug: Option<Arc<Hotplug>>,
 }
 
 impl Spare {
     /// Connects to the server within these limits, asks what its function is, and gives it guest memory. The receiver wants to be served
-    /// from now on.
+    /// from now on. `number` is the device's on every board.
     pub(crate) fn connect(
         config: VfioUser,
         id: String,
+        number: DeviceNumber,
         memory: &MemoryMap,
         limits: Limits,
     ) -> Result<(Self, Receiver), Error> {
@@ -57,7 +62,7 @@ impl Spare {
             }
         })?;
         log::info!("device {id}: {}", remote.contents.identity);
-        Ok((Spare { id, remote, hang_up: Arc::new(hang_up) }, receiver))
+        Ok((Spare { id, number, remote, hang_up: Arc::new(hang_up) }, receiver))
     }
 
     /// Its name.
@@ -70,19 +75,30 @@ impl Spare {
         &self.remote
     }
 
-    /// Puts the device on a board.
-    pub(crate) fn place(self, ports: &Ports, bridge: &HostBridge) -> Result<Placed, Error> {
+    /// Puts the device on a board, unless it is broken: who reads nothing but ones is not there.
+    pub(crate) fn place(
+        self,
+        ports: &Ports,
+        bridge: &HostBridge,
+        hotplug: Option<&Arc<Hotplug>>,
+    ) -> Result<Placed, Error> {
         let cannot = || format!("cannot wire device {}", self.id);
-        let full =
-            |error| Error::usage(cannot()).because(error).hint("a machine takes 31 devices on its PCI bus");
-        let number = bridge.next_free().map_err(full)?;
+        if let Some(why) = self.remote.link.broken() {
+            log::info!("device {} is not there any more: {why}", self.id);
+            return Ok(Placed { spare: self, device: None, hotplug: None });
+        }
+        let number = self.number;
         let pin = self.remote.contents.pin.and_then(|pin| layout::intx_gsi(number.get(), pin));
         let device = Device::new(Arc::clone(&self.remote), ports, bridge, pin.map(|gsi| gsi.0))
             .map_err(|error| Error::host(cannot()).because(error))?;
         let function: Arc<dyn Function> = device.clone();
-        bridge.insert(Some(number), function).map_err(full)?;
+        bridge.insert(Some(number), function).map_err(|error| Error::internal(cannot()).because(error))?;
+        if let Some(hotplug) = hotplug {
+            let occupant: Arc<dyn Occupant> = device.clone();
+            hotplug.occupy(number, occupant);
+        }
         log::info!("device {} is PCI device {number}", self.id);
-        Ok(Placed { spare: self, device })
+        Ok(Placed { spare: self, device: Some(device), hotplug: hotplug.cloned() })
     }
 
     /// The end: the server sees us go. What was counted over the device's whole life.
@@ -121,24 +137,32 @@ impl Placed {
         Arc::clone(&self.spare.hang_up)
     }
 
-    /// The connection is gone: the guest sees the device gone. Called by the control loop.
+    /// The connection is gone, of itself or as the device broke: the guest sees the device gone, and is asked to let
+    /// go of it. Called by the control loop.
     pub(crate) fn hung_up(&self) {
-        self.device.give_up("the server closed the connection");
+        if let Some(device) = &self.device {
+            device.give_up("the server closed the connection");
+        }
+        if let Some(hotplug) = &self.hotplug {
+            hotplug.lost(self.spare.number);
+        }
     }
 
     /// Takes all devices off their board at the same time: of several hung servers the deadline is waited for once.
     pub(crate) fn remove_all(placed: Vec<Placed>) -> Vec<Spare> {
         std::thread::scope(|scope| {
+            let mut devices = placed.iter().filter_map(|placed| placed.device.as_deref());
             // One is as well retired here.
-            for other in placed.iter().skip(1) {
+            let first = devices.next();
+            for other in devices {
                 let thread = std::thread::Builder::new().name("retire".to_owned());
-                if let Err(error) = thread.spawn_scoped(scope, || other.device.retire()) {
+                if let Err(error) = thread.spawn_scoped(scope, || other.retire()) {
                     log::debug!("a device is retired after the others: {error}");
-                    other.device.retire();
+                    other.retire();
                 }
             }
-            if let Some(first) = placed.first() {
-                first.device.retire();
+            if let Some(first) = first {
+                first.retire();
             }
         });
         placed.into_iter().map(|placed| placed.spare).collect()

@@ -172,17 +172,6 @@ impl HostBridge {
         Ok(number)
     }
 
-    /// The lowest number that is free.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn next_free(&self) -> Result<DeviceNumber, InsertError> {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
-        let free =
-            |number: &DeviceNumber| entries.get(usize::from(number.get())).is_some_and(Option::is_none);
-        DeviceNumber::ALL.filter_map(DeviceNumber::new).find(free).ok_or(InsertError::Full)
-    }
-
     /// Takes a function off the bus. Waits for a configuration write that is under way on another vCPU, and none
     /// comes afterwards; another call that has begun there may still be under way.
     pub fn remove(&self, number: DeviceNumber) -> Option<Arc<dyn Function>> {

@@ -205,6 +205,50 @@ fn thirty_one_devices_fit_and_a_removed_one_is_gone() {
     assert_eq!(machine.read32(1, 0), u32::MAX);
 }
 
+/// A function that takes its time for a configuration write, and counts those that began and those that ended.
+#[derive(Default)]
+struct Slow {
+    begun: std::sync::atomic::AtomicU32,
+    ended: std::sync::atomic::AtomicU32,
+}
+
+impl Function for Slow {
+    fn config_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0);
+    }
+    fn config_write(&self, _: u16, _: &[u8]) {
+        self.begun.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        self.ended.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+    }
+    fn decoded(&self) -> Vec<Decoded> {
+        Vec::new()
+    }
+    fn bar_read(&self, _: BarIndex, _: u64, _: &mut [u8]) {}
+    fn bar_write(&self, _: BarIndex, _: u64, _: &[u8]) {}
+}
+
+#[test]
+fn a_removed_function_has_no_configuration_write_under_way_and_gets_no_other() {
+    let machine = Machine::new();
+    let slow = Arc::new(Slow::default());
+    let number = machine.bridge.insert(None, slow.clone()).unwrap();
+    let counts = || [&slow.begun, &slow.ended].map(|count| count.load(std::sync::atomic::Ordering::SeqCst));
+    let then = std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| machine.write32(1, 4, 7));
+        }
+        while counts()[0] == 0 {
+            std::thread::yield_now();
+        }
+        assert!(machine.bridge.remove(number).is_some());
+        counts()
+    });
+    assert_eq!(then[0], then[1], "one is under way");
+    assert_eq!(counts(), then, "another one came");
+    assert_eq!(machine.read32(1, 0), u32::MAX);
+}
+
 #[test]
 fn bars_move_while_other_vcpus_read_them() {
     let machine = Machine::new();
