@@ -149,6 +149,26 @@ static void run(char what, const char *text)
 		released_at = place(a, b);
 		ioapic_route_level(n, VECTOR_DEVICE);
 		break;
+	case 'l':			/* l:GSI: another level-triggered line, which lowers itself */
+		released_at = 0;
+		ioapic_route_level(number(&text), VECTOR_DEVICE);
+		break;
+	case 'o':			/* o:PORT reads a port, O:PORT:VALUE writes it */
+		put_hex_field("value", in32((uint16_t)number(&text)));
+		put_char('\n');
+		break;
+	case 'O':
+		a = number(&text);
+		out32((uint16_t)a, number(&text));
+		break;
+	case 'U':			/* U:PORT:VALUE waits until that is read */
+		a = number(&text);
+		n = number(&text);
+		watchdog_pet();
+		while (in32((uint16_t)a) != n)
+			if (watchdog_age() > number_arg("timeout", 5))
+				fail("the value never came");
+		break;
 	case 'i':			/* i:N waits for so many interrupts in all */
 		wait_for(number(&text), number_arg("timeout", 5));
 		break;

@@ -234,8 +234,20 @@ impl Drop for Server {
 /// # Panics
 /// When the lab's files cannot be read.
 pub fn guest(drivers: &str, words: &str, script: Option<&str>) -> Result<Launch, Missing> {
-    let (_, initramfs) = files(script)?;
-    let kernel = variable("OUTBOARD_KERNEL_6_12_ELF")?;
+    guest_of("6.12", drivers, words, script)
+}
+
+/// The same with the Debian kernel of a series.
+///
+/// # Errors
+/// When the variables of the lab are not set.
+///
+/// # Panics
+/// When the lab's files cannot be read.
+pub fn guest_of(series: &str, drivers: &str, words: &str, script: Option<&str>) -> Result<Launch, Missing> {
+    let number = series.replace('.', "_");
+    let initramfs = initramfs(&number, script)?;
+    let kernel = variable(&format!("OUTBOARD_KERNEL_{number}_ELF"))?;
     let mode = if script.is_none() { " outboard.mode=exec" } else { "" };
     let drivers = if drivers.is_empty() { String::new() } else { format!(" outboard.modules={drivers}") };
     let line = format!("console=ttyS0 quiet panic=-1{mode}{drivers} {words}");
@@ -257,9 +269,13 @@ fn variable(name: &str) -> Result<PathBuf, Missing> {
 /// # Panics
 /// When the lab's files cannot be read.
 pub fn files(script: Option<&str>) -> Result<(PathBuf, Vec<u8>), Missing> {
-    let kernel = variable("OUTBOARD_KERNEL_6_12_BZIMAGE")?;
-    let mut image =
-        archive(&[variable("OUTBOARD_GUEST_INITRAMFS_6_12")?, variable("OUTBOARD_GUEST_DRIVERS_6_12")?]);
+    Ok((variable("OUTBOARD_KERNEL_6_12_BZIMAGE")?, initramfs("6_12", script)?))
+}
+
+fn initramfs(number: &str, script: Option<&str>) -> Result<Vec<u8>, Missing> {
+    let parts = ["INITRAMFS", "DRIVERS"].map(|part| variable(&format!("OUTBOARD_GUEST_{part}_{number}")));
+    let [base, drivers] = parts;
+    let mut image = archive(&[base?, drivers?]);
     const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/engine-program"));
     cpio_entry(&mut image, "bin/engine", 0o100_755, PROGRAM);
     cpio_entry(&mut image, "functions", 0o100_644, SHELL.as_bytes());
@@ -267,5 +283,5 @@ pub fn files(script: Option<&str>) -> Result<(PathBuf, Vec<u8>), Missing> {
         cpio_entry(&mut image, "guest.sh", 0o100_644, format!("{SHELL}{script}").as_bytes());
     }
     cpio_entry(&mut image, "TRAILER!!!", 0, &[]);
-    Ok((kernel, image))
+    Ok(image)
 }

@@ -225,6 +225,71 @@ fn a_server_killed_under_load_leaves_a_machine_that_lives_and_reads_all_ones() {
     }
 }
 
+/// The driver of a disk under load lets go of it when its server is killed, and nothing is left of the function; the
+/// guest itself switches another device off, which is there again after a reboot.
+fn loses_a_disk(series: &str) {
+    let mut server = Server::nvme(&vec![0; 16 * MIB], &[]);
+    let engine = Server::engine(&[]);
+    let launch = vfio::guest_of(series, "", "", None).unwrap().args(["--cpus", "2", "-v"]);
+    let mut guest = Guest::boot(with(with(launch, &server, ",id=disk"), &engine, ""));
+    guest.run(
+        ". /functions; wait_for [ -b /dev/nvme0n1 ]; [ $(ls /sys/bus/pci/slots | wc -l) = 2 ] && \
+         [ $(cat /sys/bus/pci/slots/1/address) = 0000:00:01 ] && [ $(function_of 0x0b0e) = 0000:00:01.0 ]",
+    );
+    let events = "grep ACPI:Ged /proc/interrupts | awk '{ print $2 + $3 }'";
+    assert_eq!(guest.run(events), "0");
+    guest.run(
+        "(while dd if=/dev/nvme0n1 of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done; echo >/tmp/end) >/dev/null 2>&1 </dev/null &",
+    );
+    guest.run("sleep 1");
+    server.kill();
+    // Long before the driver's own patience, which is 30 s.
+    let gone = guest.exec(
+        ". /functions; wait_for [ ! -e /sys/bus/pci/devices/0000:00:01.0 ]; wait_for [ ! -e /dev/nvme0 ]; \
+         wait_for [ -e /tmp/end ]; [ ! -e /sys/block/nvme0n1 ] && [ $(cat /sys/bus/pci/slots/1/power) = 0 ]",
+        SCRIPT,
+    );
+    assert_eq!(gone.status, 0, "{}", gone.text);
+    let count: u32 = guest.run(events).parse().unwrap();
+    assert!((1..10).contains(&count), "{count} events");
+    let other = guest
+        .run(". /functions; f=$(function_of 0x0b0f); echo 1 >/sys/bus/pci/devices/$f/enable; engine $f dma");
+    assert!(other.contains("dma=ok"), "{other}");
+    let rescan = "echo 1 >/sys/bus/pci/rescan; ls /sys/bus/pci/devices";
+    assert_eq!(guest.run(rescan), "0000:00:00.0  0000:00:02.0");
+    assert_eq!(guest.run(&format!("echo 0 >/sys/bus/pci/slots/2/power; {rescan}")), "0000:00:00.0");
+    assert_eq!(guest.exec(&format!("{COMPLAINTS} | grep -v 'I/O error'"), SCRIPT).text.trim(), "");
+    guest.last_words("reboot -f");
+    guest.wait_ready();
+    let other = guest.run(&format!(
+        ". /functions; {rescan}; f=$(function_of 0x0b0f); echo 1 >/sys/bus/pci/devices/$f/enable; engine $f dma"
+    ));
+    assert!(other.contains("0000:00:00.0  0000:00:02.0") && other.contains("dma=ok"), "{other}");
+    guest.last_words("poweroff -f");
+    let ended = guest.into_vm().end(SCRIPT).with_code(0);
+    assert_eq!(ended.stats().text("/end"), "power-off");
+    assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+    assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
+    for said in
+        ["x-DEVICE_BROKEN device disk", "let go of PCI device 00:01.0", "let go of PCI device 00:02.0"]
+    {
+        assert!(ended.log.contains(said), "{said}\n{ended}");
+    }
+    assert!(!ended.log.contains("warn: "), "the VMM complains\n{ended}");
+}
+
+#[test]
+fn a_guest_lets_go_of_a_disk_whose_server_is_killed() {
+    need!(ready());
+    loses_a_disk("6.12");
+}
+
+#[test]
+fn an_older_guest_lets_go_of_a_disk_whose_server_is_killed() {
+    need!(ready());
+    loses_a_disk("6.1");
+}
+
 /// The engine's programs, one after another.
 fn drives(server: &Server, more: &str, programs: &[&str]) -> Ended {
     let mut script = String::from("f=$(function_of 0x0b0f); d=/sys/bus/pci/devices/$f; echo 1 >$d/enable\n");

@@ -217,6 +217,48 @@ fn a_server_that_dies_or_hangs_is_all_ones_and_the_machine_goes_on() {
     }
 }
 
+/// The registers of hot-unplug, where the DSDT has them: GONE, PRESENT, EJECT.
+const SLOTS: [&str; 3] = ["0x610", "0x614", "0x618"];
+
+#[test]
+fn the_loss_of_a_server_is_an_acpi_event_and_the_guest_lets_go_of_the_device() {
+    need!(place::kvm());
+    let [gone, present, eject] = SLOTS;
+    let (is_gone, is_present) = (format!("o:{gone}"), format!("o:{present}"));
+    let (until_lost, let_go) = (format!("U:{present}:4"), format!("O:{eject}:2"));
+    let lost = [is_present.as_str(), "w:0:0xf4:1", &until_lost];
+    let told = ["i:1", &is_gone, &is_gone, &let_go, "c:0", &is_present];
+    // A guest that listens, and one that begins to when all is over.
+    for steps in [[&["l:9"], &lost[..], &told].concat(), [&lost[..], &["l:9"], &told].concat()] {
+        let (server, other) = (Server::engine(&[]), Server::engine(&[]));
+        let launch = launch(&server, "", &steps).arg("--vfio-user").arg(other.device(",id=other"));
+        let ended = launch.arg("-v").run().with_code(0);
+        assert_eq!(values(&ended), [6, 2, 0, u32::MAX, 4], "{ended}");
+        assert!(ended.field("interrupts") >= 1, "{ended}");
+        assert!(ended.log.contains("the guest has let go of PCI device 00:01.0"), "{ended}");
+        assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+        assert_eq!(ended.stats().text("/devices/1/state"), "idle", "{ended}");
+    }
+}
+
+#[test]
+fn a_guest_may_let_go_of_a_working_device_and_is_not_told_of_what_cannot_be_told() {
+    need!(place::kvm());
+    let server = Server::engine(&["--wire", "extended"]);
+    let [_, present, eject] = SLOTS;
+    let (is_present, let_go) = (format!("o:{present}"), format!("O:{eject}:2"));
+    let steps = ["v:3:0", "x:0x8000", "w:1:0x1000:5", "r:1:0x1000", &let_go, "c:0", "r:0:0", &is_present];
+    let ended = run(&server, "", &steps);
+    assert_eq!(values(&ended), [5, u32::MAX, u32::MAX, 0], "{ended}");
+    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+    // Without ACPI there are no such registers.
+    let line = CommandLine::new("pci").arg("off", "port:0x600,0x34");
+    let steps = ["c:0", &is_present, &let_go, "c:0"].iter().fold(line, |line, step| line.arg("step", step));
+    let launch = Launch::payload(&steps).arg("--vfio-user").arg(server.device(""));
+    let ended = launch.args(["--discovery", "cmdline"]).run().with_code(0);
+    assert_eq!(values(&ended), [0x0b0f_1234, u32::MAX, 0x0b0f_1234], "{ended}");
+}
+
 #[test]
 fn a_server_that_makes_its_file_shorter_breaks_its_device_alone() {
     need!(place::kvm());

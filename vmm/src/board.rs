@@ -59,6 +59,7 @@ pub(crate) struct Board {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     bridge: Option<Arc<HostBridge>>,
+    hotplug: Option<Arc<Hotplug>>,
     peer_memory: Arc<PeerMemory>,
     // Dropped after the devices: what a device registered goes before what it registered with.
     _interrupt: Guard,
@@ -133,6 +134,7 @@ impl Board {
             pio,
             mmio,
             bridge,
+            hotplug,
             peer_memory,
             _interrupt: interrupt,
             _ram: ram,
@@ -185,6 +187,11 @@ impl Board {
     /// The PCI devices of vfio-user servers, in the order of the configuration.
     pub(crate) fn functions(&self) -> &[Placed] {
         &self.functions
+    }
+
+    /// What tells the guest that one of them is gone.
+    pub(crate) fn hotplug(&self) -> Option<&Hotplug> {
+        self.hotplug.as_deref()
     }
 
     /// Exits to userspace by range so far: ports, then memory.

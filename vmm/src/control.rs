@@ -25,6 +25,7 @@ mod token {
     pub(super) const INPUT_SPACE: u32 = 2;
     pub(super) const CLIENT: u32 = 3;
     pub(super) const NEWS: u32 = 4;
+    pub(super) const EVENT_LINE: u32 = 5;
     pub(super) const SIGNAL: u32 = 0x100;
     pub(super) const HANG_UP: u32 = 0x1000;
     pub(super) const FUNCTION: u32 = 0x2000;
@@ -216,6 +217,9 @@ impl MutEventSubscriber for Control<'_> {
         watch(ops, Events::with_data(self.board.lifecycle().wake(), token::REQUEST, EventSet::IN));
         watch(ops, Events::with_data(&self.board.serial().input_space(), token::INPUT_SPACE, EventSet::IN));
         watch(ops, Events::with_data(self.peers.news(), token::NEWS, EventSet::IN));
+        if let Some(hotplug) = self.board.hotplug() {
+            watch(ops, Events::with_data(&hotplug.line().lowered(), token::EVENT_LINE, EventSet::IN));
+        }
         for (index, (_, stream)) in (0..).zip(self.signals) {
             watch(ops, Events::with_data(stream, token::SIGNAL + index, EventSet::IN));
         }
@@ -250,6 +254,11 @@ impl MutEventSubscriber for Control<'_> {
             token::NEWS => {
                 for news in self.peers.take_news() {
                     self.hear(news, ops);
+                }
+            }
+            token::EVENT_LINE => {
+                if let Some(hotplug) = self.board.hotplug() {
+                    hotplug.line_lowered();
                 }
             }
             signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {

@@ -23,7 +23,7 @@ const EJECT_REQUEST: u8 = 3;
 /// `_STA` of a device that is present, enabled, shown and working.
 const WORKS: u8 = 0xf;
 
-/// The event device. Its line is level-triggered, so that an event waits until there is a driver.
+/// The event device. Its line is level-triggered: an event waits until there is a driver.
 pub(super) fn event_device(aml: &mut Vec<u8>) {
     Device::new(
         Path::new("GED_"),

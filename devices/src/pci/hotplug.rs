@@ -84,6 +84,20 @@ impl Hotplug {
         self.line.raise();
     }
 
+    /// The event line.
+    #[must_use]
+    pub fn line(&self) -> &EventLine {
+        &self.line
+    }
+
+    /// The line was lowered: raises it again as long as there is something in GONE. Called on any thread; does not wait.
+    pub fn line_lowered(&self) {
+        self.line.clear_lowered();
+        if lock(&self.state).gone != 0 {
+            self.line.raise();
+        }
+    }
+
     fn eject(&self, number: DeviceNumber) {
         let mut state = lock(&self.state);
         let occupant = state.occupants.remove(&number);

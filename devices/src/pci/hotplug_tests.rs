@@ -103,6 +103,22 @@ fn a_lost_device_is_told_of_once_and_leaves_the_bus_when_the_guest_lets_go_of_it
 }
 
 #[test]
+fn the_line_is_high_again_until_the_guest_has_asked() {
+    let machine = Machine::new();
+    let (number, _) = machine.add(1);
+    machine.hotplug.lost(number);
+    for _ in 0..3 {
+        assert_eq!(machine.raised(), 1);
+        machine.recorder.end_of_interrupt(LINE);
+        machine.hotplug.line_lowered();
+    }
+    assert_eq!((machine.raised(), machine.register(Hotplug::GONE)), (1, 2));
+    machine.recorder.end_of_interrupt(LINE);
+    machine.hotplug.line_lowered();
+    assert_eq!(machine.raised(), 0);
+}
+
+#[test]
 fn losses_that_come_together_are_read_together() {
     let machine = Machine::new();
     let numbers: Vec<_> = (1..=31).map(|at| machine.add(at).0).collect();

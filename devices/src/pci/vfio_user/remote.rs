@@ -172,9 +172,12 @@ impl Remote {
     }
 
     /// The device as it is after power-on: it accesses no memory, interrupts nobody, and is reset if it can be.
-    /// Waits for the server.
+    /// Waits for the server, unless that is lost.
     pub fn power_on(&self) {
         const COMMAND: u64 = 4;
+        if self.link.is_broken() {
+            return;
+        }
         if self.link.write(CONFIG_REGION, COMMAND, &[0, 0], Writes::Answered) == Done::No {
             log::debug!("device {}: the command register could not be cleared", self.link.name());
         }
