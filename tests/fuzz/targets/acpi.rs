@@ -3,7 +3,7 @@
 
 use arch::irq::Gsi;
 use arch::layout::{ACPI_TABLES, Gpa, virtio_mmio_slot};
-use arch::platform::{Discovery, PciRoot, Platform, SerialPort, VirtioMmio};
+use arch::platform::{Discovery, PciRoot, PciSlots, Platform, SerialPort, VirtioMmio};
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
 
@@ -30,7 +30,11 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(madt.len(), 44 + 8 * usize::from(platform.cpus) + 12);
     let dsdt = table(&bytes, u64_at(fadt, 140), b"DSDT");
     let nodes = aml(&dsdt[36..]);
-    assert_eq!(nodes, platform.virtio_mmio.len() + usize::from(platform.serial.is_some()) + 2 * more);
+    let events = usize::from(platform.pci.is_some_and(|root| !root.removable.is_empty()));
+    assert_eq!(
+        nodes,
+        platform.virtio_mmio.len() + usize::from(platform.serial.is_some()) + 2 * more + events
+    );
 });
 
 fn platform(input: &mut Input) -> Platform {
@@ -43,7 +47,10 @@ fn platform(input: &mut Input) -> Platform {
         _ => VirtioMmio { base: Gpa(input.number()), size: input.number(), gsi: Gsi(input.number() as u32) },
     };
     let virtio_mmio = (0..count).map(&mut device).collect();
-    let pci = input.rarely(2).then(|| PciRoot::new(input.byte(), Gpa(input.number())));
+    let pci = input.rarely(2).then(|| {
+        let slots = (0..input.byte() % 32).map(|_| input.byte()).fold(PciSlots::default(), PciSlots::with);
+        PciRoot { removable: slots, ..PciRoot::new(input.byte(), Gpa(input.number())) }
+    });
     Platform { cpus, virtio_mmio, pci, serial, discovery }
 }
 

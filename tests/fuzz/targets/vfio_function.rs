@@ -5,13 +5,15 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
+use devices::bus::BusDevice;
+use devices::event_line::EventLine;
 use devices::pci::vfio_user::areas::mappable;
 use devices::pci::vfio_user::contents::{Contents, Said};
 use devices::pci::vfio_user::link::Writes;
 use devices::pci::vfio_user::remote::{Doorbell, Piece, Region, Reset};
 use devices::pci::vfio_user::server::{Irq, Server, ServerError, ServerStats};
 use devices::pci::vfio_user::{Device, Remote};
-use devices::pci::{BarIndex, Function, HostBridge, Space, Window, Windows};
+use devices::pci::{BarIndex, DeviceNumber, Function, HostBridge, Hotplug, Space, Window, Windows};
 use devices::ports::WriteWidth;
 use fuzz::descriptors::memory_file;
 use fuzz::input::Input;
@@ -180,13 +182,18 @@ fuzz_target!(|data: &[u8]| {
     let remote = Arc::new(remote);
     let bridge = HostBridge::new(WINDOWS);
     let Ok(device) = Device::new(Arc::clone(&remote), &machine.ports(), &bridge, Some(20)) else { return };
+    let number = bridge.insert(None, device.clone()).expect("an empty bus");
+    let line = EventLine::new(&Recorder::default(), 9).expect("nothing is refused");
+    let hotplug = Hotplug::new(Arc::clone(&bridge), Arc::new(line));
+    hotplug.occupy(number, device.clone());
+    let mut ejected = false;
     let ids = dword(&device, 0);
     loop {
         let mut now = input.lock().expect("no panic");
         if now.is_empty() {
             break;
         }
-        let (op, bar, offset, value) = (now.byte() % 8, now.byte() % 7, now.u16(), now.u64());
+        let (op, bar, offset, value) = (now.byte() % 11, now.byte() % 7, now.u16(), now.u64());
         let length = 1 << now.below(4);
         drop(now);
         let (at, word) = (offset & 0xfff, value.to_le_bytes());
@@ -201,6 +208,13 @@ fuzz_target!(|data: &[u8]| {
             4 => device.bar_read(bar, offset.into(), &mut [0; 8][..length]),
             5 => device.bar_write(bar, offset.into(), &word[..length]),
             6 => device.bar_write(bar, u64::from(offset) & 0x3f, &word[..4]),
+            7 => hotplug.lost(DeviceNumber::new(value as u8).unwrap_or(number)),
+            8 => hotplug.read(offset.into(), &mut [0; 8][..length]),
+            9 => {
+                hotplug.write(u64::from(offset) & 0xf, &word[..length]);
+                ejected |=
+                    bridge.remove(number).is_none() || bridge.insert(Some(number), device.clone()).is_err();
+            }
             _ => remote.pin_served(),
         }
         assert!([ids, u32::MAX].contains(&dword(&device, 0)));
@@ -215,10 +229,12 @@ fuzz_target!(|data: &[u8]| {
         }
         if remote.link.is_broken() {
             assert_eq!((dword(&device, 0x40), device.decoded().len()), (u32::MAX, 0));
+        }
+        if remote.link.is_broken() || ejected {
             assert_eq!(
                 (machine.counts(), machine.shown().len()),
                 ((0, 0), 0),
-                "a broken device left something"
+                "a broken or ejected device left something"
             );
         }
     }

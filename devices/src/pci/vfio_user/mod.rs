@@ -26,6 +26,8 @@
 //! | another write of a BAR | an exit and one message; a round trip with `posted-writes=off`, or where memory of the BAR is mapped |
 //! | switching MSI-X, MSI or the pin on and off | an exit and two round trips and more: eventfds in batches as the server takes them |
 //!
+//! A server that is lost leaves a function that reads all ones; [`crate::pci::hotplug`] has the guest let go of it.
+//!
 //! Not there: the expansion ROM; virtual functions, resizable BARs and alternative routing ids, whose capabilities are
 //! hidden; a server that takes over from a lost one.
 
