@@ -6,7 +6,7 @@
 
 enum { COMMAND = 0x04, BARS = 0x10, CAPABILITIES = 0x34, MSI_X = 0x11, MSI = 0x05, MESSAGE = 0xfee00000 };
 
-static uint32_t device, released_at;
+static uint32_t device, released_at, release;
 static volatile uint32_t interrupts;
 
 static uint32_t address(uint32_t at) { return 0x80000000u | device << 11 | (at & 0xfc); }
@@ -60,7 +60,7 @@ static void on_interrupt(void)
 {
 	interrupts++;
 	if (released_at)
-		store32(released_at, 0);
+		store32(released_at, release);
 }
 
 static void wait_for(uint32_t wanted, uint32_t timeout)
@@ -142,10 +142,11 @@ static void run(char what, const char *text)
 		set_config(at + 12, VECTOR_DEVICE);
 		set_config(at, number(&text) << 16);
 		break;
-	case 'p':			/* p:GSI:BAR:OFFSET: the pin, which a write there releases */
+	case 'p':			/* p:GSI:BAR:OFFSET:VALUE: the pin, which writing that there releases */
 		n = number(&text);
 		a = number(&text);
 		b = number(&text);
+		release = number(&text);
 		released_at = place(a, b);
 		ioapic_route_level(n, VECTOR_DEVICE);
 		break;

@@ -13,6 +13,7 @@
 //! | [`gadget`] | the same with what few backends do: shared memory, shared objects |
 //! | [`served`] | how both start and end |
 //! | [`backends`] | backends that others wrote, and guests with the drivers for them |
+//! | [`qemu_server`] | QEMU as a vfio-user server of its own devices |
 //! | [`vfio`] | our vfio-user servers on the crate `vfio_user`, and guests that drive them |
 //! | [`peer`], [`proxy`] | backends that do not what they should; one that listens in |
 //! | [`library`] | a `vmm::Machine` in this process |
@@ -37,6 +38,7 @@ pub mod peer;
 pub mod place;
 pub mod proxy;
 pub mod pty;
+pub mod qemu_server;
 pub mod qmp;
 pub mod scratch;
 pub mod served;

@@ -297,6 +297,29 @@ fn an_error_in_the_middle_of_arming_disables_the_whole_index() {
 }
 
 #[test]
+fn the_vectors_of_msix_are_unmasked_with_their_eventfds() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    // 6 eventfds take two messages. A server without masks may refuse the third.
+    for script in [Script::normal(), Script::normal().on_nth(C::DEVICE_SET_IRQS, 2, Act::Refuse(22))] {
+        let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
+        let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+        let events = eventfds(6);
+        let fds: Vec<_> = events.iter().map(AsFd::as_fd).collect();
+        client.arm_irqs(IrqIndex::MSIX, &fds).unwrap();
+        let seen = server.seen().into_iter().filter(|seen| seen.command == C::DEVICE_SET_IRQS);
+        let said: Vec<_> = seen.map(|seen| seen.payload).collect();
+        const NONE_AND_UNMASK: u32 = 1 | 16;
+        assert_eq!(said.len(), 3);
+        assert_eq!(
+            said[2],
+            words(&[20, NONE_AND_UNMASK, 2, 0, 6]),
+            "all at once: QEMU takes the count for the end"
+        );
+        assert_eq!(server.armed().len(), 6);
+    }
+}
+
+#[test]
 fn a_map_that_is_refused_half_way_leaves_nothing_mapped() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let before = open_fds();

@@ -92,12 +92,22 @@ impl Client {
     }
 
     /// Has the server signal `fds` for the interrupts of `index`, from the first on. In as many messages as the
-    /// server's limit of fds asks for. What was armed before must be disabled first ([`Client::disable_irqs`]).
+    /// server's limit of fds asks for. What was armed before must be disabled first ([`Client::disable_irqs`]). The
+    /// vectors of MSI-X are unmasked besides, as far as the server has masks of its own.
     ///
     /// # Errors
     /// When the server refuses or fails in any of them: then the whole index is disabled again.
     pub fn arm_irqs(&self, index: IrqIndex, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
-        let armed = self.set_eventfds(index, 0, fds, IrqEvent::Trigger);
+        let mut armed = self.set_eventfds(index, 0, fds, IrqEvent::Trigger);
+        // QEMU's server asks the table that it keeps, where every vector is masked after a reset. All at once: of a range
+        // that does not begin at 0 it takes the count for the end. Who refuses has no such table.
+        if armed.is_ok() && index == IrqIndex::MSIX {
+            match self.unmask_irqs(index, 0, length(fds.len())) {
+                Err(error) if error.is_fatal() => armed = Err(error),
+                Err(error) => log::debug!("no masks there: {error}"),
+                Ok(()) => {}
+            }
+        }
         if let Err(error) = &armed
             && !error.is_fatal()
             && let Err(second) = self.disable_irqs(index)

@@ -79,7 +79,20 @@ impl Device {
             }
         }
         lock(&device.state).fixtures = fixtures;
+        device.tell_places();
         Ok(device)
+    }
+
+    /// The server's BARs are where the guest finds them: a guest that takes them as they are never writes them, and
+    /// QEMU's server answers for a BAR only where its own register says that it is. Waits for the server.
+    fn tell_places(&self) {
+        for bar in self.remote.contents.bars.iter().flatten() {
+            let first = bar.index.get();
+            for number in first..=first.saturating_add(u8::from(bar.kind.is_wide())) {
+                let register = lock(&self.state).bars.read(number);
+                self.forward(register::BARS + 4 * u16::from(number), &register.to_le_bytes());
+            }
+        }
     }
 
     fn link(&self) -> &Link {

@@ -28,6 +28,7 @@ impl Guest {
         let (server, machine) = (Scripted::default(), Recorder::default());
         let bridge = HostBridge::new(WINDOWS);
         let device = Device::new(remote(&server), &machine.ports(), &bridge, Some(PIN)).unwrap();
+        server.calls();
         Guest { server, machine, device }
     }
 
@@ -93,6 +94,21 @@ fn what_is_ours_is_answered_without_the_server_and_the_rest_is_asked() {
     guest.set(0x30, u32::MAX);
     assert_eq!(guest.config(0x30), 0);
     assert!(guest.server.calls().is_empty(), "what never changes is not forwarded");
+}
+
+#[test]
+fn the_server_is_told_where_its_bars_are_at_once() {
+    let guest = Guest::new();
+    let server = guest.server.clone();
+    let bridge = HostBridge::new(WINDOWS);
+    let remote = Arc::clone(&guest.device.remote);
+    let device = Device::new(remote, &guest.machine.ports(), &bridge, Some(PIN)).unwrap();
+    let guest = Guest { device, ..guest };
+    let told = |at: u16| format!("write 7+{at:x} {:02x?}", guest.config(at).to_le_bytes());
+    // BAR 2 has 64 bits.
+    let expected = [0x10, 0x18, 0x1c, 0x20].map(told);
+    assert_eq!(server.calls(), expected, "a guest that keeps them never writes them");
+    assert!(guest.config(0x10) & !15 != 0);
 }
 
 #[test]
@@ -321,7 +337,7 @@ fn what_is_signalled_while_it_is_off_is_forgotten() {
     );
     let guest = Guest { device: device.unwrap(), ..guest };
     let calls = guest.server.calls();
-    assert_eq!(&calls[calls.len() - 3..], ["disarm MsiX", "write 7+42 [00, 00]", "reset"]);
+    assert_eq!(&calls[calls.len() - 7..calls.len() - 4], ["disarm MsiX", "write 7+42 [00, 00]", "reset"]);
     guest.entry(0, 0);
     guest.set(MSIX, MSIX_ON);
     assert_eq!((guest.machine.routes(), guest.machine.take_interrupts()), (vec![message(0)], 0));

@@ -1,0 +1,50 @@
+//! QEMU's own devices under the tiny kernel, served by QEMU over vfio-user. Needs KVM's interface only, and that QEMU.
+
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use outboard_tests::launch::{Ended, Launch};
+use outboard_tests::payload::CommandLine;
+use outboard_tests::qemu_server::QemuServer;
+use outboard_tests::scratch::Scratch;
+use outboard_tests::{need, place};
+
+fn edu() -> Option<QemuServer> {
+    QemuServer::start(Scratch::new(), &["-device edu,id=edu"])
+}
+
+fn run(server: &QemuServer, steps: &[&str]) -> Ended {
+    let line = steps.iter().fold(CommandLine::new("pci"), |line, step| line.arg("step", step));
+    Launch::payload(&line).arg("--vfio-user").arg(server.device(0, ",id=edu")).run().with_code(0)
+}
+
+/// What the guest printed as `value=`, in order.
+fn values(ended: &Ended) -> Vec<u32> {
+    let words = ended.console.split_whitespace().filter_map(|word| word.strip_prefix("value="));
+    words.map(|word| u32::from_str_radix(word.trim_start_matches("0x"), 16).unwrap()).collect()
+}
+
+#[test]
+fn a_device_of_qemu_answers_and_reaches_memory() {
+    need!(place::kvm());
+    let Some(server) = edu() else { return };
+    let ended =
+        run(&server, &["c:0", "r:0:0", "w:0:4:0x12345678", "r:0:4", "w:0:8:5", "u:0:0x20:0", "r:0:8"]);
+    assert_eq!(values(&ended), [0x11e8_1234, 0x0100_00ed, !0x1234_5678, 120], "{ended}");
+}
+
+/// Registers of the device: what raises, shows and ends interrupts.
+const RAISE: &str = "w:0:0x60";
+const END: &str = "w:0:0x64";
+
+#[test]
+fn msi_and_the_pin_of_a_device_of_qemu_interrupt() {
+    need!(place::kvm());
+    let Some(server) = edu() else { return };
+    let [raise, end] = [RAISE, END].map(|what| format!("{what}:1"));
+    let ended = run(&server, &["m:1", &raise, "i:1", "r:0:0x24", &end, &raise, "i:2", &end]);
+    assert_eq!((ended.field("interrupts"), values(&ended)), (2, vec![1]), "{ended}");
+    let Some(server) = edu() else { return };
+    let ended = run(&server, &["p:21:0:0x64:1", &raise, "i:1", "r:0:0x24", &raise, "i:2", &raise, "i:3"]);
+    assert_eq!((ended.field("interrupts"), values(&ended)), (3, vec![0]), "{ended}");
+}
