@@ -189,18 +189,30 @@ impl Device {
             _ if self.config_source == ConfigSource::Fixed || !self.phase.has_backend() => {
                 self.note("a configuration write goes nowhere");
             }
-            _ => match u32::try_from(offset) {
-                // What the backend makes of it is read back: there are devices whose configuration is
-                // a window that such a write moves.
-                Ok(offset) => match self.backend.write_config(offset, data) {
-                    Ok(()) => {
-                        self.reload_config();
-                    }
-                    Err(BackendError::Refused(_)) => self.note("the backend refused a configuration write"),
-                    Err(lost) => self.lose_by(&lost),
+            _ => match self.device_type.whole_after(self.registers.config(), offset, data) {
+                Some(whole) => {
+                    self.registers.end_config_change(&whole);
+                    self.tell_config(0, &whole);
+                    self.face.show_config(self.registers.config());
+                    self.face.show_registers(&self.registers);
+                }
+                None => match u32::try_from(offset) {
+                    Ok(offset) => self.tell_config(offset, data),
+                    Err(_) => self.note_refusal(Refusal::ConfigBounds),
                 },
-                Err(_) => self.note_refusal(Refusal::ConfigBounds),
             },
+        }
+    }
+
+    /// Tells the backend of a write. What it makes of it is read back: there are devices whose configuration is a window
+    /// that such a write moves.
+    fn tell_config(&mut self, offset: u32, bytes: &[u8]) {
+        match self.backend.write_config(offset, bytes) {
+            Ok(()) => {
+                self.reload_config();
+            }
+            Err(BackendError::Refused(_)) => self.note("the backend refused a configuration write"),
+            Err(lost) => self.lose_by(&lost),
         }
     }
 
@@ -388,6 +400,7 @@ impl Device {
         let old = self.registers.config();
         config.truncate(old.len());
         config.extend_from_slice(old.get(config.len()..).unwrap_or_default());
+        self.device_type.keep_written(old, &mut config);
         let queues = u16::try_from(self.registers.queues().len()).unwrap_or(u16::MAX);
         self.device_type.patch(&mut config, self.registers.offered(), queues);
         if config == self.registers.config() {

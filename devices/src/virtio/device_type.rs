@@ -95,6 +95,19 @@ enum Writable {
     /// These fields, and the backend need not hear of a value that it has already: drivers write the defaults
     /// there, the reference front end keeps them to itself, and so a backend may die of the first such message.
     Settings(&'static [WritableField]),
+    /// These fields, and the backend is told the whole configuration with the change in it, as by the reference front end:
+    /// backends look for a field at its own place, whatever offset the message names, and die of a message that ends
+    /// before it. What the driver wrote there stays, whatever the backend shows.
+    Window(&'static [WritableField]),
+}
+
+impl Writable {
+    fn fields(self) -> Option<&'static [WritableField]> {
+        match self {
+            Self::Anything => None,
+            Self::Fields(fields) | Self::Settings(fields) | Self::Window(fields) => Some(fields),
+        }
+    }
 }
 
 const fn writable(offset: usize, width: usize) -> WritableField {
@@ -255,10 +268,10 @@ const TYPES: &[DeviceType] = &[
         ..row("scsi", 8, 3, 36)
     },
     // events_clear
-    DeviceType { writable: Writable::Fields(&[writable(4, 4)]), ..row("gpu", 16, 2, 16) },
+    DeviceType { writable: Writable::Window(&[writable(4, 4)]), ..row("gpu", 16, 2, 16) },
     row("rtc", 17, 2, 0),
     // select, subsel
-    DeviceType { writable: Writable::Fields(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
+    DeviceType { writable: Writable::Window(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
     row("vsock", 19, 3, 8),
     DeviceType {
         control: true,
@@ -419,7 +432,7 @@ impl DeviceType {
     /// `offset`: all of them within one field that is there.
     #[must_use]
     pub fn driver_may_write(&self, features: DeviceFeatures, offset: usize, length: usize) -> bool {
-        let (Writable::Fields(fields) | Writable::Settings(fields)) = self.writable else { return true };
+        let Some(fields) = self.writable.fields() else { return true };
         let within = |field: &WritableField| {
             let start = offset.checked_sub(field.offset);
             start.and_then(|start| start.checked_add(length)).is_some_and(|end| end <= field.width)
@@ -439,6 +452,27 @@ impl DeviceType {
     pub fn is_settled(&self, config: &[u8], offset: usize, data: &[u8]) -> bool {
         matches!(self.writable, Writable::Settings(_))
             && config.get(offset..).is_some_and(|rest| rest.starts_with(data))
+    }
+
+    /// The whole of `config` with `data` at `offset`, when that is what the backend is to be told of such a write.
+    #[must_use]
+    pub fn whole_after(&self, config: &[u8], offset: usize, data: &[u8]) -> Option<Vec<u8>> {
+        let Writable::Window(_) = self.writable else { return None };
+        let mut config = config.to_vec();
+        let place = config.get_mut(offset..offset.checked_add(data.len())?)?;
+        place.copy_from_slice(data);
+        Some(config)
+    }
+
+    /// Puts what the driver wrote into a window's fields, which `old` has, into the `config` that the backend shows.
+    pub fn keep_written(&self, old: &[u8], config: &mut [u8]) {
+        let Writable::Window(fields) = self.writable else { return };
+        for field in fields {
+            let place = field.offset..field.offset.saturating_add(field.width);
+            if let (Some(kept), Some(place)) = (old.get(place.clone()), config.get_mut(place)) {
+                place.copy_from_slice(kept);
+            }
+        }
     }
 
     /// What to negotiate with a backend of this type: the defaults, less what is only had on request,

@@ -106,6 +106,20 @@ fn scsi_settings_that_change_nothing_are_known_to_the_backend() {
 }
 
 #[test]
+fn window_is_told_whole_and_keeps_what_the_driver_wrote() {
+    let input = named("input");
+    assert_eq!(input.whole_after(&[0x11, 1, 8, 7], 1, &[3]), Some(vec![0x11, 3, 8, 7]));
+    assert_eq!(input.whole_after(&[0x11, 1], 1, &[3, 4]), None);
+    let mut shown = [0, 0, 5, 6];
+    input.keep_written(&[0x11, 3, 8, 7], &mut shown);
+    assert_eq!(shown, [0x11, 3, 5, 6]);
+    let blk = named("blk");
+    assert_eq!(blk.whole_after(&[1; 60], 32, &[0]), None);
+    blk.keep_written(&[1; 60], &mut shown);
+    assert_eq!(shown, [0x11, 3, 5, 6]);
+}
+
+#[test]
 fn console_with_ports_has_queues_for_all_of_them_or_no_ports() {
     let multiport = 1 << 1;
     let model = |ports: u32, served: u16, wanted: Option<u16>| {

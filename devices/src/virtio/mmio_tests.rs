@@ -4,8 +4,8 @@ use transport::vhost_user::DeviceFeatures;
 use crate::lock;
 use crate::ports::WriteAddress;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
-use crate::virtio::PhaseReport;
 use crate::virtio::device_type::Model;
+use crate::virtio::{DeviceType, PhaseReport};
 
 const BASE: u64 = 0xd000_0000;
 const PLACE: Place = Place { base: GuestAddr(BASE), gsi: 5 };
@@ -332,6 +332,31 @@ fn driver_writes_to_the_configuration_reach_the_backend_and_are_read_back_withou
     lock(&rig.backend.0).on_write = Outcome::Lost;
     rig.device.write(0x120, &[0]);
     assert_eq!(rig.machine.page_u32(0x70), 0x4f);
+}
+
+#[test]
+fn window_of_an_input_device_is_told_whole_and_the_choice_of_the_driver_stays() {
+    let device_type = DeviceType::named("input").unwrap();
+    let rig = rig_of(Model { device_type, config: vec![0; 136], ..disk(2) });
+    rig.start_driver();
+    rig.backend.calls();
+    let told = |select: u8, subsel: u8, rest: u8| {
+        let mut whole = vec![rest; 136];
+        whole[..2].copy_from_slice(&[select, subsel]);
+        format!("write 0 {whole:?}")
+    };
+    // The backend knows nothing of what is half chosen, and shows zeroes.
+    lock(&rig.backend.0).config = vec![0; 136];
+    rig.device.write(0x100, &[0x11]);
+    rig.page_is_current();
+    assert_eq!(rig.backend.calls(), [told(0x11, 0, 0), "read".into()]);
+    lock(&rig.backend.0).config = vec![5; 136];
+    rig.device.write(0x101, &[1]);
+    rig.page_is_current();
+    assert_eq!(rig.backend.calls(), [told(0x11, 1, 0), "read".into()]);
+    assert_eq!(rig.machine.page_bytes(0x100, 4), [0x11, 1, 5, 5]);
+    rig.device.write(0x100, &[1]);
+    assert_eq!(rig.backend.calls(), [told(1, 1, 5), "read".into()]);
 }
 
 #[test]
