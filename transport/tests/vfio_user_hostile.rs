@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use support::vfio_user::End::{Fails, Lost, LostAnywhere, Works};
 use support::vfio_user::{ALONE, BRIEF, End, PATIENT, row};
+use transport::testing::FdKind;
 use transport::testing::vfio_user::{Act, Offer, Script, ScriptedServer};
 use transport::vfio_user::message::Command;
 use transport::vfio_user::{Cause, Client, Limits, RegionIndex};
@@ -219,6 +220,14 @@ fn versions_that_cannot_be_meant_end_the_connection() {
     let offer = || Offer { twin: true, ..Offer::default() };
     let extra = Script::normal().on(C::VERSION, Act::NoFds);
     row("a twin socket without its fd", offer, extra, PATIENT, &Lost(C::VERSION, "fd_index"));
+    for kind in [FdKind::Eventfd, FdKind::Pipe, FdKind::Directory, FdKind::Path, FdKind::Memfd(4096)] {
+        let wrong = Script::normal().on(C::VERSION, Act::FdOf(kind));
+        let end = Lost(C::VERSION, "a twin socket that is none");
+        row(&format!("{kind:?} for a twin socket"), offer, wrong, PATIENT, &end);
+    }
+    // A socket whose other end is gone already.
+    let dead = Script::normal().on(C::VERSION, Act::FdOf(FdKind::Socket));
+    row("a dead twin socket", offer, dead, PATIENT, &LostAnywhere("closed"));
     let not = Script::normal().on(
         C::VERSION,
         Act::Payload(with(b"{\"capabilities\":{\"twin_socket\":{\"supported\":true,\"fd_index\":1}}}\0")),

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::super::script::FdKind;
 use crate::vfio_user::message::Command;
 
 /// What a scripted server says of itself.
@@ -188,6 +189,8 @@ pub enum Act {
     Fds(usize),
     /// No fds with the reply.
     NoFds,
+    /// One fd of this kind with the reply, in place of all others.
+    FdOf(FdKind),
     /// This many fds with the payload's first byte, sent apart from the header.
     FdsWithBody(usize),
     /// Answers twice.

@@ -344,6 +344,7 @@ impl<'a> Conversation<'a> {
             }
             Some(Act::Fds(count)) => reply.fds.extend(spare_fds(count)?.into_iter().map(Arc::new)),
             Some(Act::NoFds) => reply.fds.clear(),
+            Some(Act::FdOf(kind)) => reply.fds = vec![kind.make()?.into()],
             Some(Act::FdsWithBody(count)) => {
                 send_all(&self.stream, reply.header.as_bytes(), &[])?;
                 let fds = spare_fds(count)?;
