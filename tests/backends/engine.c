@@ -86,6 +86,9 @@ static int memory(uint64_t at, void *data, size_t size, int prot) {
         }
         if (entries != 1) return -1;
         if (now.mode != 0 || !vfu_sg_is_mappable(ctx, list)) {
+            /* This libvfio-user sends messages for the first byte of the region, wherever the memory is: its entry, of which the
+             * address is the first field, is set right. */
+            *(uint64_t *)list = at;
             int failed = prot == PROT_WRITE ? vfu_sgl_write(ctx, list, 1, data) : vfu_sgl_read(ctx, list, 1, data);
             if (failed < 0) return -1;
         } else {

@@ -164,6 +164,63 @@ fn mapped_memory_of_a_bar_causes_no_exit_and_moves_with_it() {
     }
 }
 
+/// How often the server sent this command.
+fn asked(ended: &Ended, command: &str) -> usize {
+    let trace = std::fs::read_to_string(ended.files.path("trace")).unwrap();
+    trace.matches(&format!("<< {command}")).count()
+}
+
+/// Has the engine fill memory with a pattern, add it up, and bring it to BAR 2.
+const FILL_AND_SUM: [&str; 13] = [
+    "w:0:0x20:0x2345000",
+    "w:0:0x28:0x40000",
+    "w:0:0x30:0xfeedc0de",
+    "w:0:0x10:2",
+    "u:0:0x0c:2",
+    "w:0:0x18:0x2345000",
+    "w:0:0x10:3",
+    "u:0:0x0c:2",
+    "r:0:0x34",
+    "w:0:0x20:0x1000",
+    "w:0:0x10:5",
+    "u:0:0x0c:2",
+    "r:2:0x40ffc",
+];
+
+#[test]
+fn the_server_reaches_memory_by_mapping_and_by_messages() {
+    need!(place::kvm());
+    for library in Library::all() {
+        let server = library.engine(&["--wire", "extended"]);
+        for mode in [0, 1] {
+            let set = format!("w:0:0x4c:{mode}");
+            let steps: Vec<_> = std::iter::once(&set[..]).chain(FILL_AND_SUM).collect();
+            let ended = run(&server, "", &steps);
+            assert_eq!(values(&ended), [0xc0de_0000, 0xfeed_c0de], "{library:?} mode {mode}\n{ended}");
+            let asked = |command| asked(&ended, command);
+            let pieces = if mode == 0 { 0 } else { 4 };
+            assert_eq!((asked("DMA_WRITE"), asked("DMA_READ")), (pieces, 2 * pieces), "{library:?}\n{ended}");
+        }
+    }
+}
+
+#[test]
+fn a_write_of_more_than_a_message_takes_reaches_memory_whole() {
+    need!(place::kvm());
+    if !Library::all().contains(&Library::LibvfioUser) {
+        return;
+    }
+    let server = Library::LibvfioUser.engine(&[]);
+    // 1.5 MiB at once: libvfio-user's second message has the size of the first, and counts half of it.
+    let sum = &FILL_AND_SUM[4..9];
+    let steps =
+        [&["w:0:0x4c:2", FILL_AND_SUM[0], "w:0:0x28:0x180000", FILL_AND_SUM[2], "w:0:0x10:2"], sum].concat();
+    let ended = run(&server, "", &[&steps[..6], &["w:0:0x4c:0"], &steps[6..]].concat());
+    let due = 0x6_0000_u32.wrapping_mul(0xfeed_c0de);
+    assert_eq!(values(&ended), [due], "{ended}");
+    assert_eq!(asked(&ended, "DMA_WRITE"), 2, "{ended}");
+}
+
 #[test]
 fn doorbells_of_the_server_end_in_the_kernel() {
     need!(place::kvm());

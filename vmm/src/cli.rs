@@ -93,7 +93,7 @@ struct Run {
     vhost_user: Vec<String>,
     /// A PCI device served by a vfio-user server (may be given again). Keys: id=NAME, deadline=MS,
     /// posted-writes=on|off (whether a write to a BAR waits for the server; by default it does where
-    /// memory of the BAR is mapped into the guest); socket=fd=N takes an inherited descriptor
+    /// memory of the BAR is mapped into the guest, and with old libvfio-user); socket=fd=N takes an inherited descriptor
     #[arg(long, value_name = "socket=PATH[,KEY=VALUE]")]
     vfio_user: Vec<String>,
     /// Where the serial console goes: stdio, null, file=PATH or socket=PATH (we listen) [default: stdio]

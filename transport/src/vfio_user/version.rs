@@ -106,6 +106,13 @@ impl Version {
         self.server.1 > 0 || self.theirs.write_multiple || self.theirs.twin_socket
     }
 
+    /// True when a command of ours that crosses one of the server's would derail it: while it waits for our reply, it
+    /// takes whatever comes for that. So do servers on libvfio-user whose commands have no socket of their own (there
+    /// was none before REGION_WRITE_MULTI). Those of version 0.0 have no commands.
+    pub fn must_not_cross(&self) -> bool {
+        self.server.1 > 0 && !self.agreed.twin_socket && !self.agreed.write_multiple
+    }
+
     /// The largest payload of a command of the server.
     pub(super) fn largest_server_payload(&self) -> u32 {
         let transfer = u32::try_from(self.ours.max_data_xfer_size).unwrap_or(u32::MAX);
@@ -256,6 +263,17 @@ mod tests {
         assert_eq!(huge.agreed.max_data_xfer_size, 1 << 20);
         assert_eq!(with("\"pgsizes\":2097152").unwrap().agreed.page_size(), 2 << 20);
         assert!(with("\"write_multiple\":true").unwrap().agreed.write_multiple);
+    }
+
+    #[test]
+    fn only_servers_that_ask_where_they_are_asked_must_not_be_crossed() {
+        let libvfio_user = "\"max_msg_fds\":8,\"max_data_xfer_size\":1048576";
+        assert!(with(libvfio_user).unwrap().must_not_cross(), "that of QEMU 7.2");
+        let twin = "\"twin_socket\":{\"supported\":true,\"fd_index\":0}";
+        assert!(!with(twin).unwrap().must_not_cross());
+        assert!(!with("\"write_multiple\":true").unwrap().must_not_cross());
+        let (the_crate, _) = parse_reply(&[0, 0, 0, 0]).unwrap();
+        assert!(!the_crate.must_not_cross());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A server over vfio-user: asked what its function is, then for whatever the device wants of it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use transport::memory_map::MemoryMap;
 use transport::vfio_user::{
@@ -16,12 +16,14 @@ use super::contents::{Contents, MsixShape, Said, Unfit};
 use super::link::Writes;
 use super::remote::{Doorbell, Piece, Region, Remote, Reset};
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
+use crate::lock;
 use crate::ports::WriteWidth;
 
 /// What the user may ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wishes {
-    /// How BARs are written; by default posted where nothing of the BAR is memory of the guest.
+    /// How BARs are written; by default posted where nothing of the BAR is memory of the guest, and the server can be
+    /// told something while it asks us.
     pub writes: Option<Writes>,
 }
 
@@ -113,7 +115,8 @@ fn ask(client: &Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Res
     let reset = if info.can_reset() { Reset::Offered } else { Reset::NotOffered };
     let receiver = client.receiver()?;
     let hang_up = client.hang_up()?;
-    let session = Arc::new(Session(client.clone()));
+    let turn = client.version().must_not_cross().then(Mutex::default);
+    let session = Arc::new(Session { client: client.clone(), turn });
     let remote = Remote::new(name, session, contents, regions, reset)
         .map_err(|error| OpenError::Duplicate(peer(), error))?;
     Ok(Opened { remote: Arc::new(remote), receiver, hang_up })
@@ -201,7 +204,8 @@ fn region(
         let kept = doorbell(fd).transpose();
         doorbells.extend(kept.map_err(|error| OpenError::Duplicate(client.peer().to_owned(), error))?);
     }
-    let default = if pieces.is_empty() { Writes::Posted } else { Writes::Answered };
+    let posted = pieces.is_empty() && !client.version().must_not_cross();
+    let default = if posted { Writes::Posted } else { Writes::Answered };
     Ok(Region {
         readable: info.is_readable(),
         writable: info.is_writable(),
@@ -231,7 +235,18 @@ fn doorbell(fd: &IoFd) -> Option<std::io::Result<Doorbell>> {
 }
 
 /// One connection.
-struct Session(Client);
+struct Session {
+    client: Client,
+    /// Who asks, where nothing may be asked while an answer is due: the server may have something to ask meanwhile, and
+    /// takes what comes for our reply. Held for one exchange.
+    turn: Option<Mutex<()>>,
+}
+
+impl Session {
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        self.turn.as_ref().map(lock)
+    }
+}
 
 fn sort(error: Error) -> ServerError {
     if error.is_fatal() { ServerError::Lost(error.into()) } else { ServerError::Refused(error.into()) }
@@ -247,27 +262,33 @@ fn index(kind: Irq) -> IrqIndex {
 
 impl Server for Session {
     fn read(&self, region: u8, offset: u64, data: &mut [u8]) -> Result<(), ServerError> {
-        self.0.read(RegionIndex(region.into()), offset, data).map_err(sort)
+        let _turn = self.turn();
+        self.client.read(RegionIndex(region.into()), offset, data).map_err(sort)
     }
 
     fn write(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
-        self.0.write(RegionIndex(region.into()), offset, data).map_err(sort)
+        let _turn = self.turn();
+        self.client.write(RegionIndex(region.into()), offset, data).map_err(sort)
     }
 
     fn post(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
-        self.0.post_write(RegionIndex(region.into()), offset, data).map_err(sort)
+        let _turn = self.turn();
+        self.client.post_write(RegionIndex(region.into()), offset, data).map_err(sort)
     }
 
     fn arm(&self, kind: Irq, calls: &[BorrowedFd<'_>]) -> Result<(), ServerError> {
-        self.0.arm_irqs(index(kind), calls).map_err(sort)
+        let _turn = self.turn();
+        self.client.arm_irqs(index(kind), calls).map_err(sort)
     }
 
     fn disarm(&self, kind: Irq) -> Result<(), ServerError> {
-        self.0.disable_irqs(index(kind)).map_err(sort)
+        let _turn = self.turn();
+        self.client.disable_irqs(index(kind)).map_err(sort)
     }
 
     fn unmask_pin(&self) -> Result<(), ServerError> {
-        match self.0.unmask_irqs_soon(IrqIndex::INTX, 0, 1) {
+        // Nobody may wait for a turn here.
+        match self.client.unmask_irqs_soon(IrqIndex::INTX, 0, 1) {
             // It has other things to read first. If it hangs, whoever waits for it will know.
             Err(error) if error.is_hung() => Err(ServerError::Refused(error.into())),
             done => done.map_err(sort),
@@ -275,15 +296,16 @@ impl Server for Session {
     }
 
     fn reset(&self) -> Result<(), ServerError> {
-        self.0.reset().map_err(sort)
+        let _turn = self.turn();
+        self.client.reset().map_err(sort)
     }
 
     fn shut_down(&self) {
-        self.0.shut_down();
+        self.client.shut_down();
     }
 
     fn stats(&self) -> ServerStats {
-        let stats = self.0.stats();
+        let stats = self.client.stats();
         ServerStats {
             messages: stats.sent.saturating_add(stats.posted),
             waits: stats.answers.saturating_add(stats.failures),
