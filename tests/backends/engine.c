@@ -57,16 +57,16 @@ static void raise_vector(uint32_t vector) {
     }
     now.pin = 1;
     config()->hdr.sts.is = 1;
-    if (config()->hdr.cmd.id) return;
-    if (pin_masked) pin_pending = 1;
+    if (pin_masked || config()->hdr.cmd.id) pin_pending = 1;
     else signal_vector(0);
 }
 
 static void pin_state(vfu_ctx_t *_ctx, uint32_t start, uint32_t count, bool mask) {
     (void)_ctx, (void)start, (void)count;
     pin_masked = mask;
-    if (!mask && pin_pending) signal_vector(0);
-    if (!mask) pin_pending = 0;
+    if (mask || !pin_pending || config()->hdr.cmd.id) return;
+    pin_pending = 0;
+    signal_vector(0);
 }
 
 /* One piece of guest memory, into or out of `data`. */
@@ -211,7 +211,7 @@ static int set(uint64_t at, uint32_t value) {
     case 0x30: now.pattern = value; break;
     case 0x38: raise_vector(value); break;
     case 0x3c:
-        now.pin = 0;
+        now.pin = pin_pending = 0;
         config()->hdr.sts.is = 0;
         break;
     case 0x4c: now.mode = value; break;

@@ -63,6 +63,18 @@ impl Library {
     }
 }
 
+/// A sample of libvfio-user: `gpio`, `server`. Says so when it is not here.
+///
+/// # Panics
+/// When it does not start, or is not here although all backends are wanted.
+#[must_use]
+pub fn sample(name: &str) -> Option<Server> {
+    let program = backends::program(&format!("libvfio-user-{name}"))?;
+    let scratch = Scratch::new();
+    let socket = scratch.path("socket").to_str().unwrap().to_owned();
+    Some(Server::start_with(&program, scratch, vec!["-v".to_owned(), socket]))
+}
+
 /// A running server. Killed when dropped; a test that panics meanwhile prints the end of what it said.
 #[derive(Debug)]
 pub struct Server {
@@ -96,8 +108,17 @@ impl Server {
     }
 
     fn start(program: &Path, scratch: Scratch, arguments: &[&str]) -> Self {
-        let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let (child, log) = spawn(program, &scratch, &arguments);
+        let socket = scratch.path("socket").to_str().unwrap().to_owned();
+        let own = arguments.iter().map(|&argument| argument.to_owned());
+        Self::start_with(
+            program,
+            scratch,
+            ["--socket".to_owned(), socket, "-v".to_owned()].into_iter().chain(own).collect(),
+        )
+    }
+
+    fn start_with(program: &Path, scratch: Scratch, arguments: Vec<String>) -> Self {
+        let (child, log) = spawn(program, &arguments);
         let mut server = Self { program: program.to_owned(), arguments, child, log, scratch };
         server.wait_listening();
         server
@@ -156,7 +177,7 @@ impl Server {
     /// When it does not start.
     pub fn restart(&mut self) {
         fs::remove_file(self.socket()).unwrap_or_default();
-        (self.child, self.log) = spawn(&self.program, &self.scratch, &self.arguments);
+        (self.child, self.log) = spawn(&self.program, &self.arguments);
         self.wait_listening();
     }
 
@@ -199,11 +220,8 @@ impl Server {
     }
 }
 
-fn spawn(program: &Path, scratch: &Scratch, arguments: &[String]) -> (Child, Capture) {
+fn spawn(program: &Path, arguments: &[String]) -> (Child, Capture) {
     let child = Command::new(program)
-        .arg("--socket")
-        .arg(scratch.path("socket"))
-        .arg("-v")
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

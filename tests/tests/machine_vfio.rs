@@ -1,5 +1,6 @@
 //! PCI devices in vfio-user servers, on the crate `vfio_user`: an NVMe controller under a stock driver, and a DMA engine under a
-//! program of ours. Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! program of ours; the engine on libvfio-user, and that library's samples, too. Needs a KVM that runs stock kernels: this
+//! host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -11,7 +12,7 @@ use std::time::Duration;
 use outboard_tests::guest::{COMPLAINTS, Done, Guest};
 use outboard_tests::launch::{Ended, Launch};
 use outboard_tests::place::Missing;
-use outboard_tests::vfio::{self, Server};
+use outboard_tests::vfio::{self, Library, Server};
 use outboard_tests::{need, place};
 
 const MIB: usize = 1 << 20;
@@ -310,6 +311,87 @@ fn an_engine_reaches_memory_and_its_memory_is_reached() {
         let server = Server::engine(&["--wire", wire]);
         drives(&server, more, &["dma", "areas", "posted 500", "reads 100", "doorbells 20", "store 1000"]);
     }
+}
+
+/// The engine on libvfio-user; says so when it is not here.
+fn libvfio_user() -> Option<Server> {
+    Library::all().contains(&Library::LibvfioUser).then(|| Library::LibvfioUser.engine(&[]))
+}
+
+#[test]
+fn an_engine_on_libvfio_user_does_what_the_other_does() {
+    need!(ready());
+    let Some(server) = libvfio_user() else { return };
+    let each =
+        ["dma", "areas", "posted 500", "reads 100", "doorbells 20", "store 1000", "irq msix 300", "dma"];
+    let ended = drives(&server, "", &each);
+    assert!(ended.field("interrupts") > 0, "{ended}");
+    let run = |stores: u32, doorbells: u32| {
+        let programs = [format!("store {stores:06}"), format!("doorbells {doorbells:04}")];
+        drives(&server, "", &programs.each_ref().map(String::as_str))
+    };
+    let (few, many) = (run(1, 1), run(100_000, 500));
+    let more = many.stats().exits().saturating_sub(few.stats().exits());
+    println!("{more} more exits for 400 000 accesses and 8 000 doorbells");
+    assert!(more < 2500, "{more} more exits\n{many}");
+}
+
+#[test]
+fn an_engine_on_libvfio_user_is_shown_with_all_its_capabilities_and_reset() {
+    need!(ready());
+    let Some(server) = libvfio_user() else { return };
+    let script = format!(
+        r#"f=$(function_of 0x0b0f); d=/sys/bus/pci/devices/$f; echo 1 >$d/enable
+[ $(cat $d/vendor) = 0x1234 ] && [ $(cat $d/class) = 0xff0000 ] && [ $(cat $d/revision) = 0x01 ] || exit 1
+while read begin end flags; do [ $begin = 0x0000000000000000 ] || echo bar=$((end - begin + 1)),$((flags & 0x20000f)); done <$d/resource
+at() {{ od -An -tx$2 -j$1 -N$2 $d/config | tr -d ' '; }}
+next=0x$(at 0x34 1); caps=
+while [ $next != 0x00 ]; do caps="$caps $(at $next 1)"; next=0x$(at $((next + 1)) 1); done
+echo "caps$caps extended $(at 0x100 4) $(at 0x104 4) $(at 0x108 4)"
+for n in $(seq 3); do
+    engine $f write 8 0x1234; [ $(engine $f read 8) = 0x1234 ] || exit 2
+    resets=$(engine $f read 0x48) before=$(cat $d/resource)
+    echo 1 >$d/reset || exit 3
+    [ "$before" = "$(cat $d/resource)" ] || exit 4
+    [ $(engine $f read 8) = 0 ] && [ $(($(engine $f read 0x48) - resets)) = 1 ] || exit 5
+    engine $f dma && engine $f areas && engine $f irq msix 10 || exit 6
+done
+# Later, while the guest looks at a register, it would take that for the answer.
+MESSAGES=1 AT_ONCE=1 engine $f dma || exit 7
+echo 1 >$d/remove; echo 1 >/sys/bus/pci/rescan; f=$(function_of 0x0b0f); d=/sys/bus/pci/devices/$f
+echo uio_pci_generic >$d/driver_override; echo $f >/sys/bus/pci/drivers_probe; wait_for [ -e /dev/uio0 ]
+engine $f irq intx 100 || exit 8
+{COMPLAINTS} && exit 9; true"#
+    );
+    let ended = finish(with(guest("uio_pci_generic", "", Some(&script)), &server, ""));
+    let console = ended.console.replace('\r', "");
+    // MSI-X, the vendor's, PCI Express, power management; a serial number.
+    assert!(console.contains("caps 11 09 10 01 extended 00010003 0b0f1234 11223344"), "{ended}");
+    let bars: Vec<_> = console.lines().filter_map(|line| line.strip_prefix("bar=")).collect();
+    assert_eq!(bars, ["4096,0", "65536,0", "1048576,12", "32,1", "8192,0"], "{ended}");
+}
+
+/// The samples of libvfio-user, as they are.
+#[test]
+fn samples_of_libvfio_user_are_enumerated_and_answer() {
+    need!(ready());
+    let (Some(gpio), Some(server)) = (vfio::sample("gpio"), vfio::sample("server")) else { return };
+    let script = format!(
+        r#"f=$(function_of 0x0dc8); d=/sys/bus/pci/devices/$f; echo 1 >$d/enable
+[ $(cat $d/vendor) = 0x494f ] || exit 1
+pins=; for n in 1 2 3 4 5 6 7; do pins="$pins$(dd if=$d/resource2 bs=1 count=1 2>/dev/null | od -An -tu1)"; done
+echo pins=$pins
+f=$(function_of 0xbeef); d=/sys/bus/pci/devices/$f; echo 1 >$d/enable
+[ $(cat $d/subsystem_device) = 0xbabe ] || exit 2
+printf abcd | dd of=$d/resource1 bs=4 count=1 seek=1 conv=notrunc 2>/dev/null || exit 3
+printf wxyz | dd of=$d/resource1 bs=4 count=1 conv=notrunc 2>/dev/null || exit 4
+echo memory=$(dd if=$d/resource1 bs=4 count=1 2>/dev/null)
+{COMPLAINTS} && exit 9; true"#
+    );
+    let ended = finish(with(with(guest("", "", Some(&script)), &gpio, ""), &server, ""));
+    let console = ended.console.replace('\r', "");
+    assert!(console.contains("pins= 0 0 0 1 1 1 2") || console.contains("pins=0 0 0 1 1 1 2"), "{ended}");
+    assert!(console.contains("memory=wxyz"), "{ended}");
 }
 
 #[test]

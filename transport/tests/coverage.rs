@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use transport::vfio_user::message::Command;
 use transport::vhost_user::backend_req::BackendRequest;
 use transport::vhost_user::request::TABLE;
 
@@ -17,9 +18,19 @@ const PEERS: &[(&str, &[&str])] = &[
     ("libvhost-user", &["qemu_storage_daemon", "recovery", "patience", "machine_backends_blk"]),
     ("vhost-user-backend", &["rust_backend", "machine_shared_memory"]),
     ("DPDK", &["dpdk", "dpdk_crypto", "machine_backends_net", "machine_backends_crypto"]),
+    ("libvfio-user", &["libvfio_user", "vfio"]),
+    ("crate vfio_user", &["vfio_user_rust_server"]),
 ];
-const SCRIPTED: &[&str] =
-    &["every_request", "every_backend_request", "conversation", "configuration", "refusals"];
+const SCRIPTED: &[&str] = &[
+    "every_request",
+    "every_backend_request",
+    "conversation",
+    "configuration",
+    "refusals",
+    "vfio_user_hostile",
+    "vfio_user_hostile_device",
+    "vfio_user_together",
+];
 
 /// Rows of the table under a heading: code and name, and the two cells with tests.
 fn rows<'a>(text: &'a str, heading: &str) -> BTreeMap<&'a str, (&'a str, &'a str)> {
@@ -88,4 +99,6 @@ fn every_request_has_a_row_whose_tests_exist() {
     check(&rows(&text, "## Requests of the front end"), TABLE.iter().map(|row| (row.request.0, row.name)));
     let back = (1..=64).filter_map(|code| Some((code, BackendRequest(code).name()?)));
     check(&rows(&text, "## Requests of the back end"), back);
+    let vfio_user = Command::ALL.iter().filter_map(|command| Some((command.0.into(), command.name()?)));
+    check(&rows(&text, "## Commands of vfio-user"), vfio_user);
 }

@@ -40,6 +40,10 @@ const CAP_SPARSE_MMAP: u16 = 1;
 /// The largest number of bytes in flight for one read or write that is cut up.
 const WINDOW: usize = 8;
 
+/// Bytes of data in one message of a large write: what the kernel keeps in one piece, header included. libvfio-user reads
+/// what follows a header with one call, and takes what is not there yet for lost.
+const WRITE_PIECE: usize = 16 << 10;
+
 /// Which region: as in kernel VFIO PCI, 0-5 BARs, 6 ROM, 7 configuration space, 8 VGA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionIndex(pub u32);
@@ -385,7 +389,7 @@ impl Client {
     /// # Errors
     /// When the server refuses or fails.
     pub fn write(&self, region: RegionIndex, offset: u64, data: &[u8]) -> Result<(), Error> {
-        let piece = self.transfer();
+        let piece = self.transfer().min(WRITE_PIECE);
         let deadline = self.deadline();
         let mut at = offset;
         for chunk in data.chunks(piece.saturating_mul(WINDOW)) {

@@ -33,7 +33,7 @@ pub enum AttachError {
 }
 
 struct State {
-    /// Only the bits that are ours.
+    /// As the guest wrote it, the server's bits included; only some are read from here.
     command: u16,
     line: u8,
     bars: Bars,
@@ -146,7 +146,7 @@ impl Device {
             register::COMMAND => {
                 let [low, high, ..] = &mut dword;
                 let servers = u16::from_le_bytes([*low, *high]) & !COMMAND_OURS;
-                [*low, *high] = (servers | state.command).to_le_bytes();
+                [*low, *high] = (servers | state.command & COMMAND_OURS).to_le_bytes();
             }
             register::LINE => {
                 let [line, ..] = &mut dword;
@@ -187,7 +187,11 @@ impl Device {
             register::COMMAND => {
                 let [low, high] = state.command.to_le_bytes();
                 let [low, high, ..] = merged([low, high, 0, 0]);
-                state.command = u16::from_le_bytes([low, high]) & COMMAND_OURS;
+                state.command = u16::from_le_bytes([low, high]);
+                // One of its bytes alone is refused by libvfio-user.
+                if data.len() == 1 && offset < register::STATUS {
+                    return Some((register::COMMAND, vec![low, high]));
+                }
             }
             register::LINE => [state.line, ..] = merged([state.line, 0, 0, 0]),
             _ => {}
@@ -195,8 +199,8 @@ impl Device {
         self.remote.contents.overlay.needs_server(offset, data.len()).then_some(whole)
     }
 
-    /// The server signals what the guest has switched on. Waits for the server.
-    fn rearm(&self, wanted: Option<(Irq, u16)>) {
+    /// The server signals what the guest has switched on; what it was given eventfds for just now. Waits for the server.
+    fn rearm(&self, wanted: Option<(Irq, u16)>) -> Option<Irq> {
         let calls = self.remote.arm(wanted);
         let mut state = lock(&self.state);
         if wanted.is_none_or(|(kind, _)| kind != Irq::Intx) {
@@ -207,6 +211,7 @@ impl Device {
         {
             log::warn!("device {}: {error}", self.link().name());
         }
+        wanted.map(|(kind, _)| kind).filter(|_| !calls.is_empty())
     }
 
     /// Whether a write resets the function (PCI Express 4.0 §6.6.2).
@@ -357,9 +362,13 @@ impl Function for Device {
         let wanted = state.delivery.on(state.command);
         drop(state);
         // The old kind goes first, then the new one comes, then the server hears that it is on.
-        self.rearm(wanted);
+        let armed = self.rearm(wanted);
         if let Some((offset, data)) = told {
             self.forward(offset, &data);
+        }
+        // A pin that was asserted while it was off is heard now.
+        if armed == Some(Irq::Intx) && self.link().unmask_pin() == Done::No {
+            log::debug!("device {}: the pin was not unmasked", self.link().name());
         }
         if after != stays {
             self.place(&mut lock(&self.state), &after);

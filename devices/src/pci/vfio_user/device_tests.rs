@@ -133,6 +133,12 @@ fn the_command_register_is_kept_and_forwarded() {
     assert_eq!(guest.server.calls(), ["write 7+4 [47, 05]"]);
     // The server has the rest; our scripted one forgets it.
     assert_eq!(guest.config(4), 0x0010_0407);
+    guest.device.config_write(register::COMMAND + 1, &[0x01]);
+    guest.device.config_write(register::COMMAND, &[0x06]);
+    let calls = guest.server.calls();
+    let written: Vec<_> = calls.iter().filter(|call| call.starts_with("write")).collect();
+    assert_eq!(written, ["write 7+4 [47, 01]", "write 7+4 [06, 01]"], "never half of it");
+    guest.command(0x0407);
     guest.device.config_write(register::LINE, &[11]);
     assert_eq!(guest.config(0x3c) & 0xffff, 0x010b);
 }
@@ -274,7 +280,7 @@ fn msix_is_armed_before_the_server_hears_that_it_is_on() {
     assert_eq!(guest.machine.take_interrupts(), 1);
     guest.server.calls();
     guest.set(MSIX, 0);
-    assert_eq!(guest.server.calls(), ["disarm MsiX", "arm Intx 1", "write 7+42 [00, 00]"]);
+    assert_eq!(guest.server.calls(), ["disarm MsiX", "arm Intx 1", "write 7+42 [00, 00]", "unmask"]);
     assert!(guest.machine.routes().is_empty());
 }
 
@@ -298,7 +304,7 @@ fn the_pin_is_a_level_that_the_server_raises_again() {
     let guest = Guest::new();
     guest.set(0x18, 0);
     guest.command(Command::MEMORY);
-    assert_eq!(guest.server.calls()[1..], ["arm Intx 1", "write 7+4 [02, 00]"]);
+    assert_eq!(guest.server.calls()[1..], ["arm Intx 1", "write 7+4 [02, 00]", "unmask"]);
     guest.server.signal(0);
     assert_eq!(guest.machine.take_raised(), [(PIN, 1)]);
     guest.machine.end_of_interrupt(PIN);
