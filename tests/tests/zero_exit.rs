@@ -179,3 +179,18 @@ fn a_device_on_the_pci_bus_is_as_free() {
         assert!(more < 100, "{more} more exits for {REQUESTS} requests\n{many}");
     }
 }
+
+#[test]
+fn a_driver_that_uses_msix_has_no_thread_watch_interrupt_lines() {
+    need!(place::kvm());
+    let disk = need!(StorageDaemon::start(DISK));
+    let line = CommandLine::new("blk").arg("pci", 1).arg("n", 20).arg("end", "hang");
+    let device = format!("blk,socket={},transport=pci", disk.socket().display());
+    let vm = Launch::payload(&line).arg("--vhost-user").arg(device).start();
+    vm.expect("errors=0");
+    let names: Vec<_> = vm.threads().into_iter().map(|thread| thread.name).collect();
+    assert!(
+        names.iter().any(|name| name == "vcpu-0") && !names.iter().any(|name| name == "intx"),
+        "{names:?}"
+    );
+}

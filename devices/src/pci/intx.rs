@@ -9,7 +9,7 @@
 //! ```
 //! KVM lowers a line at the guest's end of interrupt, whoever signalled meanwhile; without the memory such a signal
 //! would be lost. A guest that uses message interrupts never comes here: the thread that watches begins with the first
-//! function that does, and ends with the lines.
+//! driver that is ready without them, and ends with the lines.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;

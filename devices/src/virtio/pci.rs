@@ -118,8 +118,10 @@ impl Face for PciFace {
         Ok(self.guard(self.config_source, None))
     }
 
-    /// Every register is read through the device.
-    fn show_registers(&self, _: &Registers) {}
+    /// Every register is read through the device; the status says whether there is somebody to interrupt.
+    fn show_registers(&self, registers: &Registers) {
+        lock(&self.state).follow(registers.status());
+    }
 
     fn show_config(&self, _: &[u8]) {}
 }
@@ -211,6 +213,7 @@ impl PciDevice {
             name: parts.name.clone(),
             config,
             msix,
+            live: false,
             pin,
             fixtures: Fixtures::new(index, ports.clone()),
             windows: shared.as_ref().map(|(_, bar)| Fixtures::new(*bar, ports.clone())),

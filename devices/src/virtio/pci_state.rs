@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use transport::vhost_user::vring::Call;
 
 use super::device::chain;
+use super::status::Status;
 use crate::lock;
 use crate::pci::bar::Command;
 use crate::pci::{ConfigSpace, ConnectionId, Fixture, FixtureId, Fixtures, IntxLines, Msix, msix};
@@ -44,6 +45,8 @@ pub(super) struct State {
     pub(super) name: String,
     pub(super) config: ConfigSpace,
     pub(super) msix: Msix,
+    /// The driver is ready: before, nothing interrupts.
+    pub(super) live: bool,
     /// The lines, and the GSI of the function's.
     pub(super) pin: Option<(Arc<IntxLines>, u32)>,
     pub(super) fixtures: Fixtures,
@@ -125,9 +128,24 @@ impl State {
         routed.and(self.pull_lines())
     }
 
-    /// Without MSI-X, every source raises the function's line.
+    /// The device's status is this now: what it says of itself before the driver is ready waits in its eventfds. So
+    /// the lines, and the thread that watches them, are there only for drivers that do without MSI-X.
+    pub(super) fn follow(&mut self, status: Status) {
+        let live = status.has(Status::DRIVER_OK);
+        if std::mem::replace(&mut self.live, live) == live {
+            return;
+        }
+        if live {
+            let done = self.pull_lines();
+            self.check(done);
+        } else {
+            self.sources.iter_mut().for_each(|source| source.line = None);
+        }
+    }
+
+    /// Without MSI-X, every source of a ready driver's device raises the function's line.
     fn pull_lines(&mut self) -> Result<(), PortError> {
-        let Some((lines, gsi)) = &self.pin else { return Ok(()) };
+        let Some((lines, gsi)) = self.pin.as_ref().filter(|_| self.live) else { return Ok(()) };
         if self.msix.is_enabled() || self.config.command().has(Command::INTX_DISABLE) {
             return Ok(());
         }

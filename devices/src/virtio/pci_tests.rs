@@ -416,6 +416,27 @@ fn without_msix_the_pin_interrupts_and_msix_takes_over() {
 }
 
 #[test]
+fn no_line_is_used_before_the_driver_is_ready_nor_beside_msix() {
+    let rig = rig(1);
+    rig.enable();
+    for offset in [1, 3, 0xb] {
+        rig.write(0x14, 1, offset);
+    }
+    assert!(rig.machine.take_raised().is_empty(), "a line before DRIVER_OK");
+    rig.msix_on(2);
+    rig.start_driver(1);
+    rig.write(0x14, 1, 0);
+    rig.set_config(u64::from(rig.config(0x34)), 0);
+    assert!(rig.machine.take_raised().is_empty(), "a line for a driver of MSI-X, or for none");
+    rig.start_driver(1);
+    assert_eq!(rig.machine.take_raised(), [(21, 0)]);
+    let connected = || lock(&rig.device.state).sources.iter().filter(|source| source.line.is_some()).count();
+    assert_eq!(connected(), 2);
+    rig.write(0x14, 1, 0);
+    assert_eq!(connected(), 0);
+}
+
+#[test]
 fn configuration_is_read_through_the_device_and_its_changes_interrupt() {
     let rig = rig(1);
     rig.enable();
