@@ -218,7 +218,7 @@ impl Function for Slow {
     }
     fn config_write(&self, _: u16, _: &[u8]) {
         self.begun.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::yield_now();
         self.ended.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     }
     fn decoded(&self) -> Vec<Decoded> {
@@ -231,22 +231,28 @@ impl Function for Slow {
 #[test]
 fn a_removed_function_has_no_configuration_write_under_way_and_gets_no_other() {
     let machine = Machine::new();
-    let slow = Arc::new(Slow::default());
-    let number = machine.bridge.insert(None, slow.clone()).unwrap();
-    let counts = || [&slow.begun, &slow.ended].map(|count| count.load(std::sync::atomic::Ordering::SeqCst));
-    let then = std::thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| machine.write32(1, 4, 7));
-        }
-        while counts()[0] == 0 {
-            std::thread::yield_now();
-        }
-        assert!(machine.bridge.remove(number).is_some());
-        counts()
-    });
-    assert_eq!(then[0], then[1], "one is under way");
-    assert_eq!(counts(), then, "another one came");
-    assert_eq!(machine.read32(1, 0), u32::MAX);
+    for _ in 0..1000 {
+        let slow = Arc::new(Slow::default());
+        let number = machine.bridge.insert(None, slow.clone()).unwrap();
+        let counts = || [&slow.begun, &slow.ended].map(|n| n.load(std::sync::atomic::Ordering::SeqCst));
+        let then = std::thread::scope(|scope| {
+            for _ in 0..3 {
+                // Until nothing is there.
+                scope.spawn(|| {
+                    while machine.read32(1, 0) == 0 {
+                        machine.write32(1, 4, 7);
+                    }
+                });
+            }
+            while counts()[0] < 3 {
+                std::thread::yield_now();
+            }
+            assert!(machine.bridge.remove(number).is_some());
+            counts()
+        });
+        assert_eq!(then[0], then[1], "one was under way");
+        assert_eq!(counts(), then, "another one came");
+    }
 }
 
 #[test]
