@@ -3,13 +3,15 @@ use super::*;
 use std::sync::Arc;
 use std::time::Duration;
 
-use transport::memory_map::{GuestAddr, SharedRegion};
+use transport::memory_map::{GuestAddr, SharedRegion, USER_BIAS};
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
+use transport::vhost_user::features::bit;
 use transport::vhost_user::request::Request;
 use transport::vhost_user::{Connection, Limits, ProtocolFeatures};
 
 use crate::testing::RAM;
 use crate::virtio::PhaseReport;
+use crate::virtio::iommu::Iommu;
 use crate::virtio::vhost_user::open;
 use crate::virtio::vhost_user::tests::{Daemon, Guest, order};
 
@@ -79,6 +81,93 @@ fn without_slots_the_queues_stop_for_a_moment_and_go_on_where_they_were() {
     assert_eq!(said[place(Request::SET_MEM_TABLE)].payload[0], 2);
     assert_eq!((handle.phase(), guest.machine.page_u32(0x70)), (PhaseReport::Running, 0xf));
     assert_eq!((handle.stats().activations, backend.breaches()), (1, vec![]));
+}
+
+/// The same behind an IOMMU whose addresses are shuffled.
+fn rig_behind(features: &str, offer: Offer, script: Script) -> (ScriptedBackend, Guest) {
+    let offer = Offer { features: offer.features | 1 << bit::ACCESS_PLATFORM, ..offer };
+    let (backend, socket) = ScriptedBackend::pair(offer, script).unwrap();
+    let connection =
+        Connection::from_stream(socket, "scripted", &Limits::new(Duration::from_secs(5))).unwrap();
+    let order = order(features).behind(Arc::new(Iommu::Shuffled.map(&crate::testing::memory())));
+    let (guest, _channel, _hang_up) = Guest::new(open(connection, &order).unwrap());
+    guest.takes_high.store(3, std::sync::atomic::Ordering::Relaxed);
+    guest.start_driver();
+    assert_eq!(guest.device.handle().phase(), PhaseReport::Running);
+    (backend, guest)
+}
+
+/// The translations that were told since `before` messages: address, size, where it leads, kind.
+fn translations(backend: &ScriptedBackend, before: usize) -> Vec<(u64, u64, u64, u8)> {
+    let told = backend.seen().split_off(before);
+    let told = told.iter().filter(|seen| seen.request == Request::IOTLB_MSG);
+    told.map(|seen| {
+        let word = |n: usize| u64::from_ne_bytes(seen.payload[8 * n..8 * n + 8].try_into().unwrap());
+        (word(0), word(1), word(2).saturating_sub(USER_BIAS), seen.payload[25])
+    })
+    .collect()
+}
+
+const UPDATE: u8 = 2;
+const INVALIDATE: u8 = 3;
+
+#[test]
+fn behind_an_iommu_memory_that_comes_is_translated_and_what_goes_is_not() {
+    let (backend, guest) = rig_behind("+configure_mem_slots", with_slots(), Script::normal());
+    let handle = guest.device.handle();
+    let (more, _region) = grown(guest.ram());
+    let before = backend.conversation().len();
+    handle.change_memory(&more).unwrap();
+    assert_eq!(since(&backend, before), ["ADD_MEM_REG", "IOTLB_MSG"]);
+    assert_eq!(translations(&backend, before), [(MORE, 2 << 20, MORE, UPDATE)], "itself");
+    let before = backend.conversation().len();
+    handle.change_memory(guest.ram()).unwrap();
+    assert_eq!(
+        since(&backend, before),
+        ["IOTLB_MSG", "REM_MEM_REG"],
+        "first the translation, then the memory"
+    );
+    assert_eq!(translations(&backend, before), [(MORE, 2 << 20, 0, INVALIDATE)]);
+    // What comes while the queues stand is told at the next start, and the old pieces are where they were.
+    guest.write(0x70, 0);
+    handle.change_memory(&more).unwrap();
+    let before = backend.conversation().len();
+    guest.start_driver();
+    let pieces =
+        [(0, 2 << 20, 2 << 20, UPDATE), (2 << 20, 2 << 20, 0, UPDATE), (MORE, 2 << 20, MORE, UPDATE)];
+    assert_eq!(translations(&backend, before), pieces);
+    assert_eq!((handle.phase(), backend.breaches()), (PhaseReport::Running, vec![]));
+}
+
+#[test]
+fn behind_an_iommu_queues_without_slots_stop_for_the_memory_and_are_told_all_anew() {
+    let (backend, guest) = rig_behind("", Offer::default(), Script::normal());
+    let (more, _region) = grown(guest.ram());
+    let before = backend.conversation().len();
+    guest.device.handle().change_memory(&more).unwrap();
+    let pieces = [
+        (0, 4 << 20, 0, INVALIDATE),
+        (0, 2 << 20, 2 << 20, UPDATE),
+        (2 << 20, 2 << 20, 0, UPDATE),
+        (MORE, 2 << 20, MORE, UPDATE),
+    ];
+    assert_eq!(translations(&backend, before), pieces);
+    assert_eq!((guest.device.handle().phase(), backend.breaches()), (PhaseReport::Running, vec![]));
+}
+
+#[test]
+fn backend_that_takes_memory_but_no_translation_of_it_keeps_what_it_has() {
+    // The first two are those of the start.
+    let refuses = Script::normal().on_nth(Request::IOTLB_MSG, 2, Act::Refuse(1));
+    let (backend, guest) = rig_behind("+configure_mem_slots", with_slots(), refuses);
+    let handle = guest.device.handle();
+    let (more, _region) = grown(guest.ram());
+    let before = backend.conversation().len();
+    assert_eq!(handle.change_memory(&more), Err(Refused));
+    assert_eq!(since(&backend, before), ["ADD_MEM_REG", "IOTLB_MSG", "IOTLB_MSG", "REM_MEM_REG"]);
+    handle.change_memory(&more).unwrap();
+    assert_eq!(translations(&backend, before).last(), Some(&(MORE, 2 << 20, MORE, UPDATE)));
+    assert_eq!((handle.phase(), backend.breaches()), (PhaseReport::Running, vec![]));
 }
 
 #[test]

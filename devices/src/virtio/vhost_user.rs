@@ -48,24 +48,58 @@ pub struct VhostUser {
     kept: Arc<Mutex<Kept>>,
 }
 
-/// Tells the backend what came and what went. A refusal leaves it with what it had.
-fn slots(live: &mut LiveSession, old: Option<&MemoryMap>, new: &MemoryMap) -> Result<(), Error> {
-    let old = old.map(MemoryMap::regions).unwrap_or_default();
+/// Tells the backend what came and what went, and of its translations. A refusal leaves it with what it had.
+fn slots(
+    live: &mut LiveSession,
+    old: &MemoryMap,
+    new: &MemoryMap,
+    map: Option<&IovaMap>,
+) -> Result<(), BackendError> {
     let lacks =
-        |regions: &[SharedRegion], one: &SharedRegion| !regions.iter().any(|other| other.is_same(one));
+        |memory: &MemoryMap, one: &SharedRegion| !memory.regions().iter().any(|other| other.is_same(one));
     let mut added: Vec<&SharedRegion> = Vec::new();
     for region in new.regions().iter().filter(|region| lacks(old, region)) {
-        match live.add_region(region) {
-            Ok(()) => added.push(region),
-            Err(error) => {
-                if !error.is_fatal() {
-                    added.iter().try_for_each(|region| live.remove_region(region))?;
-                }
-                return Err(error);
+        let outcome = live.add_region(region).map_err(failed);
+        if outcome.is_ok() {
+            added.push(region);
+        }
+        let told = outcome.and_then(|()| translate(live, region, map));
+        if let Err(error) = told {
+            if let BackendError::Refused(_) = error {
+                forget(live, old, map)?;
+                added.iter().try_for_each(|region| live.remove_region(region)).map_err(failed)?;
             }
+            return Err(error);
         }
     }
-    old.iter().filter(|region| lacks(new.regions(), region)).try_for_each(|region| live.remove_region(region))
+    // Nothing that goes is still translated.
+    forget(live, new, map)?;
+    let gone = old.regions().iter().filter(|region| lacks(new, region));
+    gone.map(|region| live.remove_region(region)).try_for_each(|removed| removed.map_err(failed))
+}
+
+/// Memory that came means itself.
+fn translate(
+    live: &mut LiveSession,
+    region: &SharedRegion,
+    map: Option<&IovaMap>,
+) -> Result<(), BackendError> {
+    let Some(map) = map else { return Ok(()) };
+    match map.add(region).map_err(|fault| BackendError::Refused(fault.into()))? {
+        Some(range) => live.announce(&range).map_err(failed),
+        None => Ok(()),
+    }
+}
+
+/// Takes the translations of all but `memory` back. A backend that has none may say no.
+fn forget(live: &mut LiveSession, memory: &MemoryMap, map: Option<&IovaMap>) -> Result<(), BackendError> {
+    for range in map.map(|map| map.keep(memory)).unwrap_or_default() {
+        match live.revoke(&range) {
+            Err(error) if error.is_fatal() => return Err(failed(error)),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 fn failed(error: Error) -> BackendError {
@@ -162,19 +196,15 @@ impl VhostUser {
         memory: &MemoryMap,
         rings: &[Ring<'_>],
     ) -> Result<Vec<RingBase>, BackendError> {
-        if self.translations.is_some() {
-            return Err(BackendError::Refused(
-                "a device behind an IOMMU keeps the memory that it was started with".into(),
-            ));
-        }
         let Link::Live(live) = &mut self.link else {
             // It is told at the next start.
             return Ok(Vec::new());
         };
         live.session().holds(memory).map_err(failed)?;
         if live.has_mem_slots() {
-            return slots(live, self.memory.as_ref(), memory)
-                .map_err(failed)
+            // It runs, so it was told of some memory.
+            let old = self.memory.as_ref().ok_or_else(BackendError::gone)?;
+            return slots(live, old, memory, self.translations.as_deref())
                 .inspect(|()| self.memory = Some(memory.clone()))
                 .map(|()| Vec::new());
         }
@@ -221,6 +251,9 @@ impl Backend for VhostUser {
                 return Err(BackendError::gone());
             }
         };
+        if let Some(Err(fault)) = self.translations.as_ref().map(|map| map.follow(start.memory)) {
+            log::warn!("a device behind an IOMMU does not reach all memory: {fault}");
+        }
         // A driver that starts anew has nothing in flight.
         let inflight = lock(&self.kept).inflight.take().filter(|_| start.begin == Begin::Resumed);
         if let Some(area) = inflight.clone() {

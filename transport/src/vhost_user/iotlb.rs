@@ -8,20 +8,21 @@ use zerocopy::IntoBytes;
 use super::backend_req::Refused;
 use super::channel::Channel;
 use super::error::Error;
+use super::features::bit;
 use super::live::LiveSession;
 use super::message::{Header, Iotlb, length};
 use super::request::Request;
 use super::session::Session;
 use super::trace::{Direction, Trace, TraceEvent};
 use crate::deadline::Deadline;
-use crate::memory_map::{GuestAddr, Iova, MemoryMap, UserAddr};
+use crate::memory_map::{GuestAddr, Iova, MemoryMap, SharedRegion, UserAddr};
 use crate::scm;
 
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 const MISS: u8 = 1;
@@ -80,22 +81,38 @@ pub enum IovaFault {
     Overlap(u64),
 }
 
-/// All translations of a device.
-#[derive(Clone, Debug)]
-pub struct IovaMap {
+/// All translations of a device. They follow guest memory that comes and goes; shared by all who need them.
+///
+/// Its lock is held for a moment, and nobody is called meanwhile.
+#[derive(Debug)]
+pub struct IovaMap(RwLock<Translations>);
+
+#[derive(Debug)]
+struct Translations {
+    /// Sorted.
     ranges: Vec<IovaRange>,
+    /// The regions of memory that the ranges are about, by their first address and size.
+    known: Vec<(GuestAddr, u64)>,
+}
+
+fn extent(region: &SharedRegion) -> (GuestAddr, u64) {
+    (region.guest(), region.size())
+}
+
+fn identity(region: &SharedRegion) -> IovaRange {
+    let (guest, size) = extent(region);
+    IovaRange { iova: Iova(guest.raw()), size, guest, access: Access::ReadWrite }
 }
 
 impl IovaMap {
     /// Every guest address means itself.
     pub fn identity(memory: &MemoryMap) -> Self {
-        let ranges = memory.regions().iter().map(|region| IovaRange {
-            iova: Iova(region.guest().raw()),
-            size: region.size(),
-            guest: region.guest(),
-            access: Access::ReadWrite,
-        });
-        Self { ranges: ranges.collect() }
+        Self::of(memory.regions().iter().map(identity).collect(), memory)
+    }
+
+    fn of(ranges: Vec<IovaRange>, memory: &MemoryMap) -> Self {
+        let known = memory.regions().iter().map(extent).collect();
+        Self(RwLock::new(Translations { ranges, known }))
     }
 
     /// Checks and sorts `ranges`, all of them inside `memory`.
@@ -110,12 +127,55 @@ impl IovaMap {
                 return Err(IovaFault::Outside(range.iova.0));
             }
         }
-        for (low, high) in ranges.iter().zip(ranges.iter().skip(1)) {
-            if low.iova.0.saturating_add(low.size) > high.iova.0 {
-                return Err(IovaFault::Overlap(high.iova.0));
-            }
+        check_overlap(&ranges)?;
+        Ok(Self::of(ranges, memory))
+    }
+
+    /// All of them, by address.
+    pub fn ranges(&self) -> Vec<IovaRange> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).ranges.clone()
+    }
+
+    /// Memory came: it means itself, and is announced by whoever adds it. `None` when it was there before.
+    ///
+    /// # Errors
+    /// When its addresses are taken, or there are too many ranges.
+    pub fn add(&self, region: &SharedRegion) -> Result<Option<IovaRange>, IovaFault> {
+        let mut now = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if now.known.contains(&extent(region)) {
+            return Ok(None);
         }
-        Ok(Self { ranges })
+        if now.ranges.len() >= RANGES_MAX {
+            return Err(IovaFault::TooMany);
+        }
+        let range = identity(region);
+        let mut ranges = now.ranges.clone();
+        ranges.push(range);
+        ranges.sort_by_key(|range| range.iova);
+        check_overlap(&ranges)?;
+        now.ranges = ranges;
+        now.known.push(extent(region));
+        Ok(Some(range))
+    }
+
+    /// Forgets memory that is not in `memory`: the translations that went with it.
+    pub fn keep(&self, memory: &MemoryMap) -> Vec<IovaRange> {
+        let mut now = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        now.known.retain(|known| memory.regions().iter().any(|region| extent(region) == *known));
+        let (stay, gone) = std::mem::take(&mut now.ranges)
+            .into_iter()
+            .partition(|range| memory.user_addr(range.guest, range.size).is_some());
+        now.ranges = stay;
+        gone
+    }
+
+    /// Becomes what it is to be with `memory`, while no back-end is told anything.
+    ///
+    /// # Errors
+    /// See [`IovaMap::add`].
+    pub fn follow(&self, memory: &MemoryMap) -> Result<(), IovaFault> {
+        drop(self.keep(memory));
+        memory.regions().iter().try_for_each(|region| self.add(region).map(drop))
     }
 
     /// The guest address behind `at`, when all of `bytes` lie inside one range.
@@ -131,7 +191,7 @@ impl IovaMap {
     /// The ranges, those that touch as one.
     fn spans(&self) -> Vec<(Iova, u64)> {
         let mut spans: Vec<(Iova, u64)> = Vec::new();
-        for range in &self.ranges {
+        for range in self.ranges() {
             match spans.last_mut() {
                 Some((at, size)) if at.0.checked_add(*size) == Some(range.iova.0) => {
                     *size = size.saturating_add(range.size);
@@ -142,10 +202,11 @@ impl IovaMap {
         spans
     }
 
-    fn range(&self, at: Iova) -> Option<&IovaRange> {
-        self.ranges
-            .iter()
-            .find(|range| at.0.checked_sub(range.iova.0).is_some_and(|inside| inside < range.size))
+    fn range(&self, at: Iova) -> Option<IovaRange> {
+        let now = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let holds =
+            |range: &&IovaRange| at.0.checked_sub(range.iova.0).is_some_and(|inside| inside < range.size);
+        now.ranges.iter().find(holds).copied()
     }
 
     /// The update that answers a miss; `None` when the access is not allowed or the message is no miss.
@@ -155,8 +216,17 @@ impl IovaMap {
         if miss.kind != MISS || wanted & !range.access.bits() != 0 {
             return None;
         }
-        update(range)
+        update(&range)
     }
+}
+
+fn check_overlap(sorted: &[IovaRange]) -> Result<(), IovaFault> {
+    for (low, high) in sorted.iter().zip(sorted.iter().skip(1)) {
+        if low.iova.0.saturating_add(low.size) > high.iova.0 {
+            return Err(IovaFault::Overlap(high.iova.0));
+        }
+    }
+    Ok(())
 }
 
 fn update(range: &IovaRange) -> Option<Iotlb> {
@@ -174,7 +244,7 @@ fn update(range: &IovaRange) -> Option<Iotlb> {
 
 /// Tells the back-end every range.
 pub(super) fn announce(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) -> Result<(), Error> {
-    for message in map.ranges.iter().filter_map(update) {
+    for message in map.ranges().iter().filter_map(update) {
         channel.exchange(Request::IOTLB_MSG, message.as_bytes(), &[], deadline)?;
     }
     Ok(())
@@ -264,6 +334,22 @@ impl LiveSession {
         self.send_iotlb(&message)
     }
 
+    /// Tells the back-end of a range that came to its map. Nothing is said to a driver without ACCESS_PLATFORM.
+    pub fn announce(&mut self, range: &IovaRange) -> Result<(), Error> {
+        match update(range).filter(|_| self.features.has(bit::ACCESS_PLATFORM)) {
+            Some(message) => self.send_iotlb(&message),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes back a range that went from its map, likewise.
+    pub fn revoke(&mut self, range: &IovaRange) -> Result<(), Error> {
+        if !self.features.has(bit::ACCESS_PLATFORM) {
+            return Ok(());
+        }
+        self.iotlb_invalidate(range.iova, range.size)
+    }
+
     /// Takes translations back; when this returns, the back-end uses them no more.
     pub fn iotlb_invalidate(&mut self, at: Iova, size: u64) -> Result<(), Error> {
         self.send_iotlb(&invalidation(at, size))
@@ -279,7 +365,7 @@ impl LiveSession {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory_map::{SharedRegion, USER_BIAS};
+    use crate::memory_map::USER_BIAS;
 
     fn memory() -> MemoryMap {
         let fd = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
@@ -309,6 +395,29 @@ mod tests {
         assert_eq!(map.answer(&miss(0x8123, 2)), None, "a write where only reads are allowed");
         assert_eq!(map.answer(&miss(0x9000, 1)), None);
         assert_eq!(map.answer(&Iotlb { kind: 4, ..miss(0x8123, 1) }), None);
+    }
+
+    #[test]
+    fn a_map_follows_memory_that_comes_and_goes_and_keeps_what_it_was_made_of() {
+        let fd: Arc<std::os::fd::OwnedFd> = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let region = |at: u64| SharedRegion::new(GuestAddr(at), 0x10_0000, Arc::clone(&fd), 0);
+        let memory = |at: &[u64]| MemoryMap::new(at.iter().map(|at| region(*at)).collect()).unwrap();
+        // The second region means nothing on purpose.
+        let two = memory(&[0, 0x10_0000]);
+        let map = IovaMap::new(vec![range(0x8000, 0x1000, 0, Access::Read)], &two).unwrap();
+        map.follow(&two).unwrap();
+        assert_eq!(map.ranges(), [range(0x8000, 0x1000, 0, Access::Read)]);
+        let came = map.add(&region(1 << 32)).unwrap();
+        assert_eq!(came, Some(range(1 << 32, 0x10_0000, 1 << 32, Access::ReadWrite)));
+        assert_eq!(map.add(&region(1 << 32)), Ok(None), "it is there");
+        assert_eq!(map.translate(Iova(1 << 32), 0x10_0000), Some(GuestAddr(1 << 32)));
+        assert_eq!(map.keep(&two), Vec::from_iter(came));
+        assert_eq!(map.translate(Iova(1 << 32), 1), None);
+        map.follow(&memory(&[0x20_0000])).unwrap();
+        assert_eq!(map.ranges(), [range(0x20_0000, 0x10_0000, 0x20_0000, Access::ReadWrite)]);
+        let taken = IovaMap::new(vec![range(1 << 32, 0x1000, 0, Access::Read)], &two).unwrap();
+        assert_eq!(taken.add(&region(1 << 32)), Err(IovaFault::Overlap(1 << 32)));
+        assert_eq!(taken.ranges().len(), 1);
     }
 
     #[test]

@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn files_are_mapped_as_they_were_opened() {
         let path = std::env::temp_dir().join(format!("outboard-shmem-{}", std::process::id()));
-        let writable = std::fs::File::create_new(&path).unwrap();
+        let writable = std::fs::File::options().write(true).create_new(true).open(&path).unwrap();
         let both = std::fs::File::options().read(true).write(true).open(&path).unwrap();
         let read_only = std::fs::File::open(&path).unwrap();
         let named = rustix::fs::open(&path, OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
