@@ -299,6 +299,28 @@ fn the_loss_of_a_server_is_an_acpi_event_and_the_guest_lets_go_of_the_device() {
 }
 
 #[test]
+fn a_server_that_hangs_or_makes_its_file_shorter_is_an_acpi_event_too() {
+    need!(place::kvm());
+    let [gone, present, eject] = SLOTS;
+    let until_lost = format!("U:{present}:0");
+    let told = ["l:9", "i:1", &format!("o:{gone}"), &format!("O:{eject}:2"), "c:0"];
+    let hang = [&["w:0:0xf8:3000", "r:0:0", until_lost.as_str()], &told[..]].concat();
+    let server = Server::engine(&[]);
+    let ended = run(&server, ",deadline=300", &hang);
+    assert_eq!(values(&ended), [u32::MAX, 2, u32::MAX], "{ended}");
+    assert!(ended.field("interrupts") >= 1, "{ended}");
+
+    let shorter = [&["r:1:0x1000", "u:1:0x1000:0xffffffff", until_lost.as_str()], &told[..]].concat();
+    let server = Server::engine(&[]);
+    let vm = launch(&server, "", &shorter).start();
+    vm.expect("value=0x0");
+    server.truncate("engine-bar1");
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(values(&ended), [0, 2, u32::MAX], "{ended}");
+    assert!(ended.stats().text("/devices/0/broken").contains("shorter"), "{ended}");
+}
+
+#[test]
 fn a_guest_may_let_go_of_a_working_device_and_is_not_told_of_what_cannot_be_told() {
     need!(place::kvm());
     let server = Server::engine(&["--wire", "extended"]);
