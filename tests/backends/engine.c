@@ -1,8 +1,9 @@
 /* The DMA engine of tests/servers on libvfio-user, by its public interface alone: the same registers (tests/servers/README.md),
  * so that one guest and one set of tests drive both. What libvfio-user of QEMU 7.2 cannot be told is not there: MSI, shadow
  * doorbells, a socket of the server's own.
- *   engine [-v]... --socket PATH
- * One client after another. A single thread: messages, doorbells, and what a command leaves for later. */
+ *   engine [-v]... [--quiesce MS] --socket PATH
+ * One client after another. A single thread: messages, doorbells, and what a command leaves for later. With --quiesce it takes
+ * that long before memory may come or go, or the device be reset, as SPDK does while requests are on their way. */
 #include <err.h>
 #include <errno.h>
 #include <poll.h>
@@ -13,6 +14,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/param.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "libvfio-user.h"
@@ -31,7 +33,8 @@ static struct {
     uint64_t source, destination, length;
 } now;
 static uint32_t reads, writes, resets, maps, raised, dropped, waiting, pin_masked, pin_pending;
-static int verbose, bells[2 * DOORBELLS];
+static int verbose, bells[2 * DOORBELLS], quiesce_time, quiescing;
+static struct timespec quiet_at;
 static uint8_t *sparse, *large;
 static vfu_ctx_t *ctx;
 static ssize_t msix_at;
@@ -315,6 +318,22 @@ static int reset(vfu_ctx_t *_ctx, vfu_reset_type_t type) {
     return 0;
 }
 
+static int quiesce(vfu_ctx_t *_ctx) {
+    (void)_ctx;
+    clock_gettime(CLOCK_MONOTONIC, &quiet_at);
+    quiescing = 1;
+    errno = EBUSY;
+    return -1;
+}
+
+/* Milliseconds until the device is quiet. */
+static int until_quiet(void) {
+    struct timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    int64_t gone = (at.tv_sec - quiet_at.tv_sec) * 1000 + (at.tv_nsec - quiet_at.tv_nsec) / 1000000;
+    return gone >= quiesce_time ? 0 : (int)(quiesce_time - gone);
+}
+
 static void mapped(vfu_ctx_t *_ctx, vfu_dma_info_t *info) { (void)_ctx, (void)info, maps++; }
 static void unmapped(vfu_ctx_t *_ctx, vfu_dma_info_t *info) { (void)_ctx, (void)info, maps--; }
 
@@ -367,6 +386,7 @@ static void describe(void) {
     must(vfu_setup_irq_state_callback(ctx, VFU_DEV_INTX_IRQ, pin_state), "INTx");
     must(vfu_setup_device_reset_cb(ctx, reset), "reset");
     must(vfu_setup_device_dma(ctx, mapped, unmapped), "DMA");
+    if (quiesce_time) vfu_setup_device_quiesce_cb(ctx, quiesce);
     must(vfu_realize_ctx(ctx), "realize");
 }
 
@@ -376,27 +396,36 @@ int main(int argc, char *argv[]) {
     for (int n = 1; n < argc; n++) {
         if (!strcmp(argv[n], "-v")) verbose++;
         else if (!strcmp(argv[n], "--socket") && n + 1 < argc) path = argv[++n];
-        else errx(2, "usage: engine [-v]... --socket PATH");
+        else if (!strcmp(argv[n], "--quiesce") && n + 1 < argc) quiesce_time = atoi(argv[++n]);
+        else errx(2, "usage: engine [-v]... [--quiesce MS] --socket PATH");
     }
     if (path == NULL) errx(2, "--socket is missing");
     ctx = vfu_create_ctx(VFU_TRANS_SOCK, path, LIBVFIO_USER_FLAG_ATTACH_NB, NULL, VFU_DEV_TYPE_PCI);
     if (ctx == NULL) err(1, "%s", path);
     must(vfu_setup_log(ctx, say, verbose > 1 ? 7 : verbose ? 6 : 3), "log");
     describe();
+    int listening = vfu_get_poll_fd(ctx);
     for (;;) {
-        struct pollfd wait[1 + 2 * DOORBELLS] = { { vfu_get_poll_fd(ctx), POLLIN, 0 } };
+        /* While the device is not quiet yet, nothing is read. */
+        struct pollfd wait[1 + 2 * DOORBELLS] = { { quiescing ? -1 : vfu_get_poll_fd(ctx), POLLIN, 0 } };
         for (int n = 0; n < 2 * DOORBELLS; n++) wait[1 + n] = (struct pollfd){ bells[n], POLLIN, 0 };
-        if (poll(wait, 1 + 2 * DOORBELLS, waiting ? 0 : -1) < 0 && errno != EINTR) err(1, "poll");
+        if (poll(wait, 1 + 2 * DOORBELLS, waiting ? 0 : quiescing ? until_quiet() : -1) < 0 && errno != EINTR) err(1, "poll");
         drain();
+        if (quiescing && until_quiet() == 0) {
+            quiescing = 0;
+            /* Of the last client's end there is nobody to tell. */
+            if (vfu_device_quiesced(ctx, 0) < 0 && errno != ENOTCONN) err(1, "quiesced");
+            connected = vfu_get_poll_fd(ctx) != listening;
+            continue;
+        }
         if (!connected) {
             /* Who goes before anything was agreed on is no reason to end. */
             if (wait[0].revents) connected = vfu_attach_ctx(ctx) == 0;
             continue;
         }
         if (wait[0].revents && vfu_run_ctx(ctx) < 0) {
-            if (errno != ENOTCONN) fprintf(stderr, "engine: the client is lost: %s\n", strerror(errno));
             if (errno == ENOTCONN) connected = 0;
-            else err(1, "libvfio-user");
+            else if (errno != EBUSY) err(1, "libvfio-user");
         }
         if (waiting) {
             uint32_t command = waiting;

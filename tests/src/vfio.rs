@@ -46,18 +46,19 @@ impl Library {
         all
     }
 
-    /// An engine. That of the crate has doorbells without messages with `--wire extended` alone, and takes no messages
-    /// for DMA otherwise; the other one always.
+    /// An engine with arguments of its own. That of the crate has doorbells without messages with `--wire extended` alone,
+    /// and takes no messages for DMA otherwise; the other one always.
     ///
     /// # Panics
     /// When it does not start.
     #[must_use]
-    pub fn engine(self, of_the_crate: &[&str]) -> Server {
+    pub fn engine(self, arguments: &[&str]) -> Server {
         match self {
-            Self::Crate => Server::engine(of_the_crate),
+            Self::Crate => Server::engine(arguments),
             Self::LibvfioUser => {
                 let program = backends::program("libvfio-user-engine").expect("it was there before");
-                Server::start(&program, Scratch::new(), &[])
+                let arguments = if arguments.contains(&"--wire") { &[] } else { arguments };
+                Server::start(&program, Scratch::new(), arguments)
             }
         }
     }

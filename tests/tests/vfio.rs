@@ -164,6 +164,32 @@ fn mapped_memory_of_a_bar_causes_no_exit_and_moves_with_it() {
     }
 }
 
+#[test]
+fn a_server_that_must_be_quiet_first_holds_up_a_reboot_and_no_more() {
+    need!(place::kvm());
+    if !Library::all().contains(&Library::LibvfioUser) {
+        return;
+    }
+    let server = Library::LibvfioUser.engine(&["--quiesce", "100"]);
+    let steps = [
+        "r:0:8",
+        "w:0:8:1",
+        "v:3:0",
+        "x:0x8000",
+        "w:0:0x38:3",
+        "i:1",
+        "h:0x64:0x8000",
+        "C:0x10:0xc9000000",
+        "C:4:7",
+        "r:0:8",
+        "z:0:0x48:6",
+    ];
+    let ended = run(&server, "", &steps);
+    // Two resets a boot: of the function, and with the machine.
+    assert_eq!((values(&ended), ended.stats().number("/boots")), (vec![0; 8], 4), "{ended}");
+    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+}
+
 /// How often the server sent this command.
 fn asked(ended: &Ended, command: &str) -> usize {
     let trace = std::fs::read_to_string(ended.files.path("trace")).unwrap();

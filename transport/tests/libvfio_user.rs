@@ -299,6 +299,33 @@ fn a_reset_and_the_next_client_find_the_device_as_new() {
 }
 
 #[test]
+fn a_device_that_must_be_quiet_first_takes_its_time() {
+    let Some(running) = Running::start("engine", &["--quiesce", "60", "--socket"]) else { return };
+    for _ in 0..3 {
+        let client = running.client();
+        let memory = GuestMemory::new(2 << 20);
+        let slow = |what: &dyn Fn() -> Result<(), Error>| {
+            let begun = std::time::Instant::now();
+            what().unwrap();
+            begun.elapsed() >= Duration::from_millis(50)
+        };
+        assert!(slow(&|| client.dma_map_all(&memory.map, Sharing::Descriptor)));
+        assert!(!slow(&|| client.read(REGISTERS, 0, &mut [0; 4])));
+        set(&client, 8, 5);
+        assert!(slow(&|| client.write(RegionIndex::CONFIG, 0x64, &[0, 0x80])), "a function level reset");
+        assert!(slow(&|| client.reset()));
+        assert_eq!((get(&client, 8), get(&client, 0x5c)), (0, 1));
+        memory.write(0, b"quiet");
+        assert_eq!((copy(&client, 0, 0x1000, 5), memory.read(0x1000, 5)), (2, b"quiet".to_vec()));
+        // What it was asked before it was quiet is answered in order.
+        let pending = client.begin_read(REGISTERS, 0, 4).unwrap();
+        assert!(slow(&|| client.dma_unmap_all()));
+        pending.wait(&mut [0; 4]).unwrap();
+        assert_eq!(get(&client, 0x5c), 0);
+    }
+}
+
+#[test]
 fn the_migration_region_of_a_sample_is_seen_and_left_alone() {
     let Some(running) = Running::start("server", &[]) else { return };
     let client = running.client();
