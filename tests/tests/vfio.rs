@@ -448,6 +448,50 @@ fn fifty_reboots_leave_the_device_as_after_power_on() {
 }
 
 #[test]
+fn a_machine_that_is_killed_leaves_a_server_for_the_next() {
+    need!(place::kvm());
+    for library in Library::all() {
+        let server = library.engine(&["--wire", "extended"]);
+        let before = server.descriptors();
+        for _ in 0..3 {
+            let steps = ["w:0:8:7", "r:0:8", "v:3:0", "x:0x8000", "w:1:0x1000:5", "u:0:8:0"];
+            let vm = launch(&server, "", &steps).start();
+            vm.expect("value=0x7");
+            vm.signal(Signal::KILL);
+            drop(vm);
+        }
+        let ended =
+            run(&server, "", &["r:0:8", "r:1:0x1000", "c:4", "r:0:0x5c", "p:21:0:0x3c", "w:0:0x38:0", "i:1"]);
+        assert_eq!((values(&ended), ended.field("interrupts")), (vec![0, 0, 0x0010_0007, 1], 1), "{ended}");
+        let lets_go = || (server.descriptors() == before).then_some(());
+        outboard_tests::wait::until("the server lets go", STEP, lets_go);
+    }
+}
+
+#[test]
+fn probe_tells_of_both_libraries_what_they_offer() {
+    need!(place::kvm());
+    for library in Library::all() {
+        let server = library.engine(&["--wire", "extended"]);
+        let socket = server.socket();
+        let told = Launch::new(["probe", "vfio-user", socket.to_str().unwrap()]).run().with_code(0).console;
+        for part in [
+            "1234:0b0f class ff0000",
+            "16 doorbells",
+            "mapped 0x1000+0x2000, mapped 0x8000+0x8000",
+            "mapped 0x0+0x100000",
+            "MSI-X              32",
+        ] {
+            assert!(told.contains(part), "{library:?}: no {part}\n{told}");
+        }
+        let alone = told.contains("no writes are posted");
+        assert_eq!(alone, library == Library::LibvfioUser, "{told}");
+        let told = Launch::new(["probe", "vfio-user", socket.to_str().unwrap(), "--json"]).run().with_code(0);
+        serde_json::from_str::<serde_json::Value>(&told.console).unwrap();
+    }
+}
+
+#[test]
 fn reboots_keep_no_descriptors() {
     need!(place::kvm());
     for library in Library::all() {

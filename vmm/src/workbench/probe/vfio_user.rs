@@ -304,7 +304,7 @@ fn notice(
 ) {
     let version = client.version();
     let has = |index: u32| regions.iter().any(|region| region.index == index);
-    let unusual: [(bool, &str); 5] = [
+    let unusual: [(bool, &str); 6] = [
         (!info.is_pci(), "is no PCI device: a machine cannot take it"),
         (!has(RegionIndex::CONFIG.0), "has no configuration space: a machine cannot take it"),
         (!info.can_reset(), "cannot be reset: its guest reboots at its own risk"),
@@ -315,6 +315,10 @@ fn notice(
         (
             version.theirs.max_msg_fds == 1,
             "takes one descriptor in a message: arming many interrupts takes as many messages",
+        ),
+        (
+            version.must_not_cross(),
+            "takes what it is told while it asks for memory for the answer: no writes are posted, unless posted-writes=on",
         ),
     ];
     quirks.extend(unusual.into_iter().filter(|(is, _)| *is).map(|(_, what)| what.to_owned()));
@@ -362,7 +366,9 @@ fn describe(report: &VfioUserReport) -> String {
     }
     line("reset", if report.reset { "yes" } else { "no" });
     for region in &report.regions {
-        let mut value = format!("{:#x} bytes, {}", region.size, region.flags.join(" "));
+        let flags =
+            if region.flags.is_empty() { "nothing said of it".to_owned() } else { region.flags.join(" ") };
+        let mut value = format!("{:#x} bytes, {flags}", region.size);
         for (offset, size) in &region.areas {
             write!(value, ", mapped {offset:#x}+{size:#x}").unwrap_or_default();
         }
