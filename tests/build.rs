@@ -71,10 +71,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         );
     }
     guest_program(&compiler, "backends/guest.c", "guest-program")?;
+    guest_program(&compiler, "backends/keyboard.c", "keyboard-program")?;
     guest_program(&compiler, "servers/guest.c", "engine-program")
 }
 
-/// What stock guests run to try their devices, in `OUT_DIR`.
+/// What stock guests, and the lab, run to try devices, in `OUT_DIR`.
 fn guest_program(compiler: &OsStr, source: &str, name: &str) -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={source}");
     let output = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?).join(name);

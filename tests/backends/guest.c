@@ -3,12 +3,14 @@
  *   guest vsock-echo PORT            echoes what one connection from the host sends, until it ends
  *   guest frames INTERFACE COUNT     sends COUNT Ethernet frames and wants each back, in order, unchanged
  *   guest cipher DRIVER COUNT        AES-CBC by this driver of the kernel: known vectors, then COUNT KiB there and back
+ *   guest keys DEVICE COUNT          waits for the keys 1 to COUNT of an input device, each pressed and let go, in this order
  *   guest kexec KERNEL INITRD LINE   starts another kernel (a bzImage) in place of this one
  * Status 0 when all came as it must; else one line says what did not. */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/if_alg.h>
+#include <linux/input.h>
 #include <linux/reboot.h>
 #include <linux/if_packet.h>
 #include <linux/vm_sockets.h>
@@ -17,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -111,6 +114,29 @@ static int frames(const char *interface, int count) {
     return 0;
 }
 
+static int keys(const char *device, int count) {
+    struct input_event event;
+    struct input_id id;
+    unsigned char bits[KEY_CNT / 8] = { 0 };
+    char name[80] = "";
+    int fd = open(device, O_RDONLY), known = 0;
+    if (fd < 0) return fail("open");
+    if (ioctl(fd, EVIOCGNAME(sizeof name), name) < 0 || ioctl(fd, EVIOCGID, &id) || ioctl(fd, EVIOCGBIT(EV_KEY, sizeof bits), bits) < 0)
+        return fail("ioctl");
+    for (int key = 0; key < KEY_CNT; key++) known += bits[key / 8] >> (key % 8) & 1;
+    printf("name: %s, vendor %#x, product %#x\nknown=%d\nwaiting\n", name, id.vendor, id.product, known);
+    fflush(stdout);
+    for (int at = 0; at < 2 * count;) {
+        if (!whole(fd, (char *)&event, sizeof event)) return fail("read");
+        if (event.type != EV_KEY) continue;
+        errno = 0;
+        if (event.code != 1 + at / 2 || event.value != !(at % 2)) return fail("key");
+        at++;
+    }
+    printf("keys=%d\n", count);
+    return 0;
+}
+
 /* One operation of a cipher whose key is set. */
 static int cipher_once(int cipher, unsigned operation, const unsigned char *iv, const void *from, void *to, size_t size) {
     union {
@@ -196,6 +222,7 @@ int main(int argc, char **argv) {
     if (argc == 5 && !strcmp(argv[1], "kexec")) return start_kernel(argv[2], argv[3], argv[4]);
     if (argc == 4 && !strcmp(argv[1], "vsock-connect")) return vsock_connect((unsigned)atoi(argv[2]), atoi(argv[3]));
     if (argc == 3 && !strcmp(argv[1], "vsock-echo")) return vsock_echo((unsigned)atoi(argv[2]));
+    if (argc == 4 && !strcmp(argv[1], "keys")) return keys(argv[2], atoi(argv[3]));
     if (argc == 4 && !strcmp(argv[1], "cipher")) return cipher(argv[2], atoi(argv[3]));
     if (argc == 4 && !strcmp(argv[1], "frames")) return frames(argv[2], atoi(argv[3]));
     return 2;

@@ -15,7 +15,7 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
 /// The files in which a peer's tests are.
 const PEERS: &[(&str, &[&str])] = &[
-    ("libvhost-user", &["qemu_storage_daemon", "recovery", "patience", "machine_backends_blk"]),
+    ("libvhost-user", &["qemu_storage_daemon", "recovery", "patience", "machine_backends_blk", "qemu_gpu"]),
     ("vhost-user-backend", &["rust_backend", "machine_shared_memory", "windows"]),
     ("DPDK", &["dpdk", "dpdk_crypto", "machine_backends_net", "machine_backends_crypto"]),
     ("libvfio-user", &["libvfio_user", "vfio"]),

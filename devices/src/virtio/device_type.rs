@@ -144,6 +144,8 @@ pub struct DeviceType {
     features: &'static [Feature],
     /// The last queue is the control queue of a crypto device, which is ours to serve.
     control: bool,
+    /// Where the number of screens is: one, when a backend leaves it to the front end as QEMU's does (§5.7.4).
+    screens: Option<usize>,
     /// The MTU that a network card shows, in place of the backend's.
     mtu: Option<u16>,
     /// What a file system is mounted by, in place of the backend's own word for it.
@@ -164,6 +166,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         writable: Writable::Fields(&[]),
         features: &[],
         control: false,
+        screens: None,
         mtu: None,
         tag: None,
     }
@@ -268,7 +271,7 @@ const TYPES: &[DeviceType] = &[
         ..row("scsi", 8, 3, 36)
     },
     // events_clear
-    DeviceType { writable: Writable::Window(&[writable(4, 4)]), ..row("gpu", 16, 2, 16) },
+    DeviceType { screens: Some(8), writable: Writable::Window(&[writable(4, 4)]), ..row("gpu", 16, 2, 16) },
     row("rtc", 17, 2, 0),
     // select, subsel
     DeviceType { writable: Writable::Window(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
@@ -279,14 +282,15 @@ const TYPES: &[DeviceType] = &[
         queue_count: Some(QueueCountField { offset: 4, width: 4, others: 1, group: 1, feature: None }),
         ..row("crypto", 20, 2, 56)
     },
-    row("sound", 25, 4, 12),
+    // Their backends of today refuse larger queues; the reference front end has those.
+    DeviceType { queue_size: 64, ..row("sound", 25, 4, 12) },
     DeviceType {
         queue_count: Some(QueueCountField { offset: 36, width: 4, others: 1, group: 1, feature: None }),
         ..row("fs", FILE_SYSTEM, 2, 40)
     },
     row("scmi", 32, 2, 0),
     row("i2c", 34, 1, 0),
-    DeviceType { no_config: NoConfig::Instead(&[]), ..row("can", 36, 3, 2) },
+    DeviceType { queue_size: 64, no_config: NoConfig::Instead(&[]), ..row("can", 36, 3, 2) },
     row("gpio", 41, 2, 8),
     row("spi", 45, 1, 32),
 ];

@@ -106,6 +106,17 @@ fn scsi_settings_that_change_nothing_are_known_to_the_backend() {
 }
 
 #[test]
+fn gpu_has_a_screen_when_its_backend_leaves_that_to_us() {
+    let mut config = [0; 16];
+    named("gpu").patch(&mut config, DeviceFeatures::from_bits(V1), 2);
+    assert_eq!(config[8..12], [1, 0, 0, 0]);
+    config[8] = 3;
+    named("gpu").patch(&mut config, DeviceFeatures::from_bits(V1), 2);
+    assert_eq!(config[8..12], [3, 0, 0, 0]);
+    named("gpu").patch(&mut config[..9], DeviceFeatures::from_bits(V1), 2);
+}
+
+#[test]
 fn window_is_told_whole_and_keeps_what_the_driver_wrote() {
     let input = named("input");
     assert_eq!(input.whole_after(&[0x11, 1, 8, 7], 1, &[3]), Some(vec![0x11, 3, 8, 7]));

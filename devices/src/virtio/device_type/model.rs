@@ -178,7 +178,7 @@ impl DeviceType {
         DeviceFeatures::from_bits(lacking.fold(features.bits() & !unserved, |bits, f| bits & !(1 << f.bit)))
     }
 
-    /// Writes what we know better than the backend: the user's tag, and the number of queues where the
+    /// Writes what we know better than the backend: the user's tag, a screen, and the number of queues where the
     /// driver looks for it; the backend's own number may be another than that of the queues we show.
     pub fn patch(&self, config: &mut [u8], features: DeviceFeatures, queues: u16) {
         if let (Some(tag), Some(place)) = (self.tag, config.get_mut(..TAG_SIZE)) {
@@ -186,6 +186,10 @@ impl DeviceType {
         }
         if let (Some(mtu), Some(place)) = (self.mtu, config.get_mut(MTU_PLACE)) {
             place.copy_from_slice(&mtu.to_le_bytes());
+        }
+        let screens = self.screens.and_then(|at| config.get_mut(at..)?.first_chunk_mut::<4>());
+        if let Some(none @ [0, 0, 0, 0]) = screens {
+            *none = 1_u32.to_le_bytes();
         }
         let Some(field) = self.queue_count else { return };
         if field.feature.is_some_and(|bit| !features.has(bit)) {
