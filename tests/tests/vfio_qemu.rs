@@ -38,6 +38,16 @@ const RAISE: &str = "w:0:0x60";
 const END: &str = "w:0:0x64";
 
 #[test]
+fn a_pin_that_stays_asserted_interrupts_again_and_again() {
+    need!(place::kvm());
+    let Some(server) = edu() else { return };
+    // Two causes, of which the handler ends one: QEMU signals the level once.
+    let ended = run(&server, &["p:21:0:0x64:1", "w:0:0x60:3", "i:10", "w:0:0x64:2", "r:0:0x24"]);
+    assert!(ended.field("interrupts") >= 10, "{ended}");
+    assert_eq!(values(&ended), [0], "{ended}");
+}
+
+#[test]
 fn msi_and_the_pin_of_a_device_of_qemu_interrupt() {
     need!(place::kvm());
     let Some(server) = edu() else { return };

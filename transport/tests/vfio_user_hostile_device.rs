@@ -297,6 +297,36 @@ fn an_error_in_the_middle_of_arming_disables_the_whole_index() {
 }
 
 #[test]
+fn what_is_to_be_done_with_a_reply_is_done_by_who_reads_it_or_never() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let script = Script::normal().on_nth(C::REGION_READ, 1, Act::Refuse(5));
+    let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+    let (done, told) = std::sync::mpsc::channel();
+    let ask = |at: u64| {
+        let done = done.clone();
+        client.read_then(RegionIndex(0), at, 4, move |data| done.send((at, data.to_vec())).unwrap())
+    };
+    client.write(RegionIndex(0), 0x20, &[1, 2, 3, 4]).unwrap();
+    ask(0x20).unwrap();
+    ask(0x24).unwrap();
+    // Whoever waits reads for all; the second was refused.
+    client.device_info().unwrap();
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [(0x20, vec![1, 2, 3, 4])]);
+    let mut receiver = client.receiver().unwrap();
+    ask(0x22).unwrap();
+    while told.try_recv().map(|heard| assert_eq!(heard, (0x22, vec![3, 4, 0, 0]))).is_err() {
+        receiver.serve().unwrap();
+    }
+    // The end leaves the rest undone, and forgets it.
+    server.hang_up();
+    while receiver.serve().is_ok_and(|served| served != Served::HungUp) {}
+    ask(0x20).unwrap_err();
+    drop((client, receiver, done));
+    assert_eq!(told.recv(), Err(std::sync::mpsc::RecvError), "nothing is kept");
+}
+
+#[test]
 fn the_vectors_of_msix_are_unmasked_with_their_eventfds() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // 6 eventfds take two messages. A server without masks may refuse the third.

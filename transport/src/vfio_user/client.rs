@@ -14,7 +14,7 @@ use super::error::{Cause, Error, Step};
 use super::limits::{Limits, Stats};
 use super::message::{Command, DeviceInfoPayload, Fault, length, parse_front};
 use super::receiver::Receiver;
-use super::table::{Expected, Reply};
+use super::table::{Expected, Reply, Then};
 use super::version::{self, Version};
 use crate::deadline::Deadline;
 use crate::socket;
@@ -199,6 +199,18 @@ impl Client {
     ) -> Result<Reply, Error> {
         let submitted = self.shared.submit(command, payload, fds, expected, deadline)?;
         self.shared.wait(&submitted, deadline)
+    }
+
+    /// Sends a command that `then` is done after, if there is room for it now.
+    pub(super) fn begin_then(
+        &self,
+        command: Command,
+        payload: &[&[u8]],
+        expected: Expected,
+        then: Then,
+    ) -> Result<(), Error> {
+        self.shared.make_room(command, &Deadline::after(Duration::ZERO))?;
+        self.shared.submit_now(command, payload, &[], expected, Some(then)).map(drop)
     }
 
     /// Sends a command whose reply is waited for later.

@@ -23,7 +23,7 @@ use super::limits::{Limits, Stats};
 use super::message::{Command, Fault, Header, MultiWrite, RegionAccess, length};
 use super::outgoing::{Join, Outgoing};
 use super::receiver::Watch;
-use super::table::{Expected, Table};
+use super::table::{Expected, Table, Then};
 use super::trace::{Direction, TraceEvent};
 use super::version::Version;
 use crate::deadline::Deadline;
@@ -127,10 +127,26 @@ impl Shared {
         deadline: &Deadline,
     ) -> Result<Submitted, Error> {
         self.make_room(command, deadline)?;
+        self.submit_now(command, payload, fds, expected, None)
+    }
+
+    /// The same without a wait for room. With `then`, nobody is to wait for the reply.
+    pub(super) fn submit_now(
+        &self,
+        command: Command,
+        payload: &[&[u8]],
+        fds: &[BorrowedFd<'_>],
+        expected: Expected,
+        then: Option<Then>,
+    ) -> Result<Submitted, Error> {
         let id = {
             let mut table = lock(&self.table);
             table.refuse(&self.peer, command)?;
-            table.open(command, expected).map_err(|cause| self.error(command, cause))?
+            let id = table.open(command, expected).map_err(|cause| self.error(command, cause))?;
+            if let Some(then) = then {
+                table.then(id, then);
+            }
+            id
         };
         let payload = payload.concat();
         let header = Header::command(id, command, length(payload.len()));

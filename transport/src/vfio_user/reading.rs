@@ -108,7 +108,9 @@ impl Shared {
                 match table.deliver(&self.peer, &header, kind, Reply { payload, fds }) {
                     Ok(delivered) => {
                         let wake = table.followers > 0;
+                        let due = std::mem::take(&mut table.due);
                         drop(table);
+                        due.into_iter().for_each(|(then, payload)| then(&payload));
                         if wake {
                             self.answered.notify_all();
                         }

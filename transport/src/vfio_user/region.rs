@@ -370,6 +370,30 @@ impl Client {
         self.begin_read_until(region, offset, size, self.deadline())
     }
 
+    /// Asks for `size` bytes from `offset` of `region`, at most what one message transfers, and goes on: neither the
+    /// room in the socket nor the reply is waited for. `then` gets the data, on whatever thread reads the reply: it must
+    /// not block, nor ask the server. A server that refuses or goes leaves it undone.
+    ///
+    /// # Errors
+    /// When the connection ended, too much is in flight, or the server does not read: then nothing was sent.
+    pub fn read_then(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        size: usize,
+        then: impl FnOnce(&[u8]) + Send + 'static,
+    ) -> Result<(), Error> {
+        let command = Command::REGION_READ;
+        let access = self.access(command, region, offset, size)?;
+        let most = length(size_of::<RegionAccess>()).saturating_add(access.count);
+        let peer = self.peer().to_owned();
+        let then = move |payload: &[u8]| match parse_front::<RegionAccess>(payload) {
+            Ok((echo, bytes)) if check_echo(&echo, &access).is_ok() && bytes.len() == size => then(bytes),
+            _ => log::debug!("{peer}: a reply to another {command}"),
+        };
+        self.begin_then(command, &[access.as_bytes()], Expected::bytes(most), Box::new(then))
+    }
+
     fn begin_read_until(
         &self,
         region: RegionIndex,

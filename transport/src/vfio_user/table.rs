@@ -47,8 +47,13 @@ struct Entry {
     state: State,
 }
 
+/// What is done with the payload of a reply that says yes, by whoever reads it. Must not block.
+pub(super) type Then = Box<dyn FnOnce(&[u8]) + Send>;
+
 enum State {
     Waiting,
+    /// Nobody waits; this is done when it comes.
+    Then(Then),
     Answered(Result<Reply, Error>),
     /// Nobody waits any more.
     Abandoned,
@@ -75,6 +80,8 @@ pub(super) struct Table {
     pub(super) led: bool,
     /// Others who wait.
     pub(super) followers: usize,
+    /// What is to be done with which payloads, once the table is not locked any more.
+    pub(super) due: Vec<(Then, Vec<u8>)>,
     /// Why the connection ended.
     loss: Option<Error>,
     /// Nobody was told so far.
@@ -90,6 +97,7 @@ impl Table {
             with_fds: 0,
             led: false,
             followers: 0,
+            due: Vec::new(),
             loss: None,
             untold: false,
         }
@@ -112,6 +120,13 @@ impl Table {
         let entry = Entry { command, expected, sent: Instant::now(), state: State::Waiting };
         self.entries.insert(id, entry);
         Ok(id)
+    }
+
+    /// When the command with this id, which is about to be sent, is answered with yes, `then` is due.
+    pub(super) fn then(&mut self, id: u16, then: Then) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.state = State::Then(then);
+        }
     }
 
     /// An id for a message that nothing answers.
@@ -188,8 +203,14 @@ impl Table {
             let most = u8::try_from(most).unwrap_or(u8::MAX);
             return Err(Fault::Fds { got: reply.fds.len(), least: 0, most });
         }
-        if matches!(entry.state, State::Abandoned) {
-            self.remove(header.id);
+        if matches!(entry.state, State::Abandoned | State::Then(_)) {
+            let entry = self.remove(header.id);
+            if let Some(Entry { state: State::Then(then), .. }) = entry {
+                if kind == Kind::Reply {
+                    self.due.push((then, reply.payload));
+                }
+                return Ok(Delivered::InTime);
+            }
             return Ok(Delivered::Late);
         }
         entry.state = State::Answered(match kind {
@@ -214,7 +235,7 @@ impl Table {
         }
         match self.remove(id)?.state {
             State::Answered(outcome) => Some(outcome),
-            State::Waiting | State::Abandoned => None,
+            State::Waiting | State::Abandoned | State::Then(_) => None,
         }
     }
 
@@ -256,7 +277,7 @@ impl Table {
         let gone: Vec<u16> = self
             .entries
             .iter()
-            .filter(|(_, entry)| matches!(entry.state, State::Abandoned))
+            .filter(|(_, entry)| matches!(entry.state, State::Abandoned | State::Then(_)))
             .map(|(id, _)| *id)
             .collect();
         for id in gone {

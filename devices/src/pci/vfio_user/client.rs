@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use transport::memory_map::MemoryMap;
+use transport::vhost_user::vring::Call;
 use transport::vfio_user::{
     Client, Error, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing,
 };
@@ -12,7 +13,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use super::areas;
 use super::bars::BarShape;
 use super::chain;
-use super::contents::{Contents, MsixShape, Said, Unfit};
+use super::contents::{Contents, MsixShape, Said, Unfit, register};
 use super::link::Writes;
 use super::remote::{Doorbell, Piece, Region, Remote, Reset};
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
@@ -234,6 +235,9 @@ fn doorbell(fd: &IoFd) -> Option<std::io::Result<Doorbell>> {
     Some(fd.fd.try_clone().map(bell))
 }
 
+/// Of the status register: the device asserts its pin.
+const INTERRUPT_STATUS: u8 = 1 << 3;
+
 /// One connection.
 struct Session {
     client: Client,
@@ -286,9 +290,21 @@ impl Server for Session {
         self.client.disable_irqs(index(kind)).map_err(sort)
     }
 
-    fn unmask_pin(&self) -> Result<(), ServerError> {
+    fn unmask_pin(&self, again: Arc<Call>) -> Result<(), ServerError> {
         // Nobody may wait for a turn here.
-        match self.client.unmask_irqs_soon(IrqIndex::INTX, 0, 1) {
+        let told = self.client.unmask_irqs_soon(IrqIndex::INTX, 0, 1);
+        // libvfio-user does nothing then, and signals a level that stays as it is once. Where the device keeps it, the
+        // status register tells.
+        let look = move |dword: &[u8]| {
+            if dword.get(2).is_some_and(|status| status & INTERRUPT_STATUS != 0)
+                && let Err(error) = again.ring()
+            {
+                log::debug!("the pin is not raised again: {error}");
+            }
+        };
+        // Some servers abort on anything but aligned dwords.
+        let at = register::COMMAND.into();
+        match told.and_then(|()| self.client.read_then(RegionIndex::CONFIG, at, 4, look)) {
             // It has other things to read first. If it hangs, whoever waits for it will know.
             Err(error) if error.is_hung() => Err(ServerError::Refused(error.into())),
             done => done.map_err(sort),

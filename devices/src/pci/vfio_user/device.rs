@@ -367,8 +367,8 @@ impl Function for Device {
             self.forward(offset, &data);
         }
         // A pin that was asserted while it was off is heard now.
-        if armed == Some(Irq::Intx) && self.link().unmask_pin() == Done::No {
-            log::debug!("device {}: the pin was not unmasked", self.link().name());
+        if armed == Some(Irq::Intx) {
+            self.remote.unmask_pin();
         }
         if after != stays {
             self.place(&mut lock(&self.state), &after);

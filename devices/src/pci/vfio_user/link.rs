@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
+use transport::vhost_user::vring::Call;
 
 /// Writes that nobody waits for, or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,8 +176,8 @@ impl Link {
     }
 
     /// See [`Server::unmask_pin`].
-    pub fn unmask_pin(&self) -> Done {
-        self.ask(|server| server.unmask_pin())
+    pub fn unmask_pin(&self, again: Arc<Call>) -> Done {
+        self.ask(|server| server.unmask_pin(again))
     }
 
     /// See [`Server::reset`].

@@ -166,7 +166,15 @@ impl Remote {
             log::debug!("nothing was served: {error}");
             return;
         }
-        if *lock(&self.armed) == Some(Irq::Intx) && self.link.unmask_pin() == Done::No {
+        if *lock(&self.armed) == Some(Irq::Intx) {
+            self.unmask_pin();
+        }
+    }
+
+    /// The server may raise the pin's interrupt, and does if there is a reason. Does not wait.
+    pub fn unmask_pin(&self) {
+        let call = self.calls.of(Irq::Intx, 1).ok().and_then(|calls| calls.into_iter().next());
+        if call.is_some_and(|call| self.link.unmask_pin(call) == Done::No) {
             log::debug!("device {}: the pin was not unmasked", self.link.name());
         }
     }

@@ -2,7 +2,10 @@
 
 use std::error::Error;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
+
+use transport::vhost_user::vring::Call;
 
 /// The region that is the configuration space.
 pub const CONFIG_REGION: u8 = 7;
@@ -71,11 +74,12 @@ pub trait Server: Send + Sync {
     /// When the server refuses or fails.
     fn disarm(&self, kind: Irq) -> Result<(), ServerError>;
 
-    /// The guest has served the pin's interrupt: raise it again if there is still a reason. Does not wait.
+    /// The guest has served the pin's interrupt: raise it again if there is still a reason. Does not wait. A server that
+    /// only says so has `again` signalled, its own eventfd.
     ///
     /// # Errors
     /// When the server is lost.
-    fn unmask_pin(&self) -> Result<(), ServerError>;
+    fn unmask_pin(&self, again: Arc<Call>) -> Result<(), ServerError>;
 
     /// Resets the device; what was mapped and armed stays.
     ///

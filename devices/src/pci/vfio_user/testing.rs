@@ -8,6 +8,7 @@ use super::link::Writes;
 use super::remote::{Piece, Region, Remote, Reset};
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
 use crate::lock;
+use transport::vhost_user::vring::Call;
 
 /// How everything that is asked ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -90,7 +91,7 @@ impl Server for Scripted {
         Ok(())
     }
 
-    fn unmask_pin(&self) -> Result<(), ServerError> {
+    fn unmask_pin(&self, _: Arc<Call>) -> Result<(), ServerError> {
         self.note("unmask".into())
     }
 
