@@ -8,10 +8,11 @@ use std::fs::File;
 use std::io::Read;
 use std::time::Duration;
 
-use outboard_tests::guest::COMPLAINTS;
+use outboard_tests::guest::{COMPLAINTS, Guest};
 use outboard_tests::launch::{Ended, Launch};
 use outboard_tests::place::Missing;
 use outboard_tests::qemu_server::QemuServer;
+use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place, vfio};
 
 const MIB: usize = 1 << 20;
@@ -89,4 +90,168 @@ done
     assert_copied(&server, &bytes, &ended);
     assert!((100..=130).contains(&ended.field("interrupts")), "{ended}");
     assert_eq!(ended.field("vectors"), 2, "a queue and the administrator's\n{ended}");
+}
+
+#[test]
+fn what_a_request_to_qemus_controller_costs() {
+    need!(ready());
+    let run = |requests: u32| {
+        let Some(server) =
+            QemuServer::with_disk(&random(16 * MIB), &["-device nvme,id=nvme,serial=q,drive=disk"])
+        else {
+            return None;
+        };
+        // Both runs print the same number of characters.
+        let script = format!(
+            "wait_for [ -b /dev/nvme0n1 ]; dd if=/dev/nvme0n1 of=/dev/null bs=4k count={requests:04} iflag=direct 2>/dev/null"
+        );
+        let ended = finish(with(vfio::guest("", "", Some(&script)).unwrap(), &server, 0));
+        let trapped = |what: &str| ended.stats().number(&format!("/devices/0/pci/bar_{what}/0"));
+        Some((
+            ended.stats().exits(),
+            trapped("reads"),
+            trapped("writes"),
+            ended.stats().number("/devices/0/peer/waits"),
+        ))
+    };
+    let (Some(few), Some(many)) = (run(1), run(1001)) else { return };
+    let [exits, reads, writes, waits] = [many.0 - few.0, many.1 - few.1, many.2 - few.2, many.3 - few.3]
+        .map(|more| f64::from(u32::try_from(more).unwrap()) / 1000.0);
+    println!(
+        "a request: {exits} exits, {reads} trapped reads, {writes} trapped writes, {waits} answers waited for"
+    );
+    // Two doorbells, which QEMU has no eventfds for, and which nobody waits for.
+    assert!(reads < 0.1 && (1.9..=2.1).contains(&writes) && waits < 0.1, "{few:?} {many:?}");
+    assert!(exits < 2.5, "{few:?} {many:?}");
+}
+
+#[test]
+fn qemus_controller_is_there_after_every_reboot() {
+    need!(ready());
+    let Some(server) =
+        QemuServer::with_disk(&vec![0; 4 * MIB], &["-device nvme,id=nvme,serial=q,drive=disk"])
+    else {
+        return;
+    };
+    // The disk counts the boots.
+    let script = format!(
+        r#"wait_for [ -b /dev/nvme0n1 ]
+n=$(dd if=/dev/nvme0n1 bs=512 count=1 iflag=direct 2>/dev/null | tr -d '\0')
+n=$((${{n:-0}} + 1))
+echo $n | dd of=/dev/nvme0n1 bs=512 count=1 conv=sync oflag=direct 2>/dev/null || exit 1
+dd if=/dev/urandom of=/dev/nvme0n1 bs=64k seek=1 count=10 oflag=direct 2>/dev/null || exit 2
+{COMPLAINTS} && exit 3
+[ $n -gt 5 ] || reboot -f
+echo boots=$n"#
+    );
+    let launch = with(vfio::guest("", "", Some(&script)).unwrap(), &server, 0);
+    let ended = launch.start().end(SCRIPT * 2).with_code(0);
+    assert_eq!(ended.field("boots"), 6, "{ended}");
+    assert!(ended.console.replace('\r', "").contains("@exit 0\n"), "{ended}");
+}
+
+#[test]
+fn qemu_killed_under_load_leaves_a_machine_that_lives() {
+    need!(ready());
+    let Some(mut server) =
+        QemuServer::with_disk(&vec![0; 64 * MIB], &["-device nvme,id=nvme,serial=q,drive=disk"])
+    else {
+        return;
+    };
+    const IMPATIENT: &str = "nvme_core.io_timeout=3 nvme_core.admin_timeout=3";
+    let launch = vfio::guest("", IMPATIENT, None).unwrap().args(["--cpus", "2"]);
+    let mut guest = Guest::boot(with(launch, &server, 0));
+    guest.run(
+        ". /functions; wait_for [ -b /dev/nvme0n1 ]; \
+         (while dd if=/dev/nvme0n1 of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done) >/dev/null 2>&1 </dev/null & \
+         sleep 1",
+    );
+    server.kill();
+    let gone = guest.exec(
+        "for n in $(seq 400); do \
+             [ \"$(dd if=/dev/nvme0n1 bs=4k count=1 iflag=direct 2>/dev/null | wc -c)\" = 4096 ] || exit 0; usleep 50000; \
+         done; exit 9",
+        SCRIPT,
+    );
+    assert_eq!(gone.status, 0, "the disk still answers: {}", gone.text);
+    guest.last_words("poweroff -f");
+    let ended = guest.into_vm().end(SCRIPT).with_code(0);
+    assert_eq!(ended.stats().text("/end"), "power-off");
+    assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+}
+
+/// A disk behind an AHCI controller, read and written; several at a time.
+fn ahci(words: &str, kind: &str) {
+    need!(ready());
+    let bytes = random(8 * MIB);
+    let disk = [&bytes[..], &vec![0; 8 * MIB]].concat();
+    let devices = ["-device ich9-ahci,id=ahci", "-device ide-hd,drive=disk,bus=ahci.0"];
+    let Some(server) = QemuServer::with_disk(&disk, &devices) else { return };
+    let script = format!(
+        r#"wait_for [ -b /dev/sda ]
+{copy}
+for n in 1 2 3 4; do
+    (for m in 1 2; do dd if=/dev/sda of=/dev/null bs=4k count=100 skip=$((n * 500)) iflag=direct 2>/dev/null || echo bad; done) &
+done | grep -q bad && exit 3
+wait
+grep ahci /proc/interrupts; grep ahci /proc/interrupts | grep -q {kind} || exit 4
+{COMPLAINTS} && exit 8; true"#,
+        copy = copy("/dev/sda", 8)
+    );
+    let launch = vfio::guest("ahci,sd_mod", words, Some(&script)).unwrap().args(["--cpus", "2"]);
+    let ended = finish(with(launch, &server, 0));
+    assert_copied(&server, &bytes, &ended);
+}
+
+#[test]
+fn the_stock_ahci_driver_works_with_qemus_controller_by_msi() {
+    ahci("", "MSI");
+}
+
+#[test]
+fn the_stock_ahci_driver_works_with_qemus_controller_by_its_pin() {
+    ahci("pci=nomsi", "IO-APIC");
+}
+
+#[test]
+fn two_network_cards_of_qemu_reach_each_other() {
+    need!(ready());
+    let options = [
+        "-netdev hubport,hubid=0,id=one",
+        "-netdev hubport,hubid=0,id=two",
+        "-device vmxnet3,id=a,netdev=one,mac=52:54:00:00:00:01,romfile=",
+        "-device vmxnet3,id=b,netdev=two,mac=52:54:00:00:00:02,romfile=",
+    ];
+    let Some(server) = QemuServer::start(Scratch::new(), &options) else { return };
+    let script = format!(
+        r#"wait_for [ -e /sys/class/net/eth1 ]
+unshare -n sleep 1000 & other=$!; sleep 1
+ip link set eth1 netns $other || exit 1
+there() {{ nsenter -t $other -n "$@"; }}
+ip addr add 10.0.0.1/24 dev eth0; ip link set eth0 up
+there ip addr add 10.0.0.2/24 dev eth1; there ip link set eth1 up
+wait_for ping -c 1 -W 1 10.0.0.2 >/dev/null
+ping -c 50 -i 0.02 -s 1400 10.0.0.2 | grep -q "50 packets received" || exit 2
+dd if=/dev/urandom of=/tmp/sent bs=64k count=64 2>/dev/null
+there nc -l -p 7 >/tmp/got & n=$!; sleep 1
+nc -w 5 10.0.0.2 7 </tmp/sent; wait $n
+cmp /tmp/sent /tmp/got || exit 3
+grep eth /proc/interrupts; kill $other
+{COMPLAINTS} && exit 8; true"#
+    );
+    let launch = vfio::guest("vmxnet3", "", Some(&script)).unwrap();
+    finish(with(with(launch, &server, 0), &server, 1));
+}
+
+#[test]
+fn a_virtio_disk_of_qemu_works_over_vfio_user() {
+    need!(ready());
+    let bytes = random(16 * MIB);
+    let disk = [&bytes[..], &vec![0; 16 * MIB]].concat();
+    let Some(server) = QemuServer::with_disk(&disk, &["-device virtio-blk-pci,id=blk,drive=disk"]) else {
+        return;
+    };
+    let script = format!("wait_for [ -b /dev/vda ]\n{}{COMPLAINTS} && exit 8; true", copy("/dev/vda", 16));
+    let ended = finish(with(vfio::guest("", "", Some(&script)).unwrap(), &server, 0));
+    assert_copied(&server, &bytes, &ended);
 }

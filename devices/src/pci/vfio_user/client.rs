@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use transport::memory_map::MemoryMap;
-use transport::vhost_user::vring::Call;
 use transport::vfio_user::{
     Client, Error, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing,
 };
+use transport::vhost_user::vring::Call;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
