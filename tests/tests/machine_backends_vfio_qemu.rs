@@ -96,11 +96,7 @@ done
 fn what_a_request_to_qemus_controller_costs() {
     need!(ready());
     let run = |requests: u32| {
-        let Some(server) =
-            QemuServer::with_disk(&random(16 * MIB), &["-device nvme,id=nvme,serial=q,drive=disk"])
-        else {
-            return None;
-        };
+        let server = QemuServer::with_disk(&random(16 * MIB), &["-device nvme,id=nvme,serial=q,drive=disk"])?;
         // Both runs print the same number of characters.
         let script = format!(
             "wait_for [ -b /dev/nvme0n1 ]; dd if=/dev/nvme0n1 of=/dev/null bs=4k count={requests:04} iflag=direct 2>/dev/null"
