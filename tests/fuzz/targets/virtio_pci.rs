@@ -1,4 +1,4 @@
-//! A virtio-pci device under a guest that writes anything into its configuration space and its BAR. What runs has its
+//! A virtio-pci device under a guest that writes anything into its configuration space and its BARs, and a backend that shows it a file. What runs has its
 //! doorbells inside the BAR; nothing is bound that does not run.
 #![no_main]
 
@@ -6,16 +6,22 @@ use std::sync::Arc;
 
 use devices::bus::BusDevice;
 use devices::pci::{HostBridge, Window, Windows};
-use devices::ports::WriteAddress;
+use devices::ports::{Access, FileRange, WriteAddress};
 use devices::virtio::backend::{Backend, BackendError, BackendStats, Start};
 use devices::virtio::device_type::{ConfigSource, DeviceType, Model};
+use devices::virtio::registers::SharedMemory;
 use devices::virtio::{Parts, PciDevice, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
+use transport::memory_map::GuestAddr;
 use transport::vhost_user::DeviceFeatures;
+
+const PAGE: u64 = 4096;
+/// Bytes of the shared memory region.
+const REGION: u64 = 5 * PAGE;
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
@@ -66,7 +72,9 @@ fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
 /// A driver that starts both queues with MSI-X, then moves the BAR.
 fn seeds() -> Vec<Vec<u8>> {
     let start = [&[0, 0, 0][..], &[1, 0], &[2, 0], &[3, 0], &[4, 0, 0], &[4, 0, 1], &[5, 0]].concat();
-    vec![[&start[..], &[6, 0, 5, 5, 0x90, 7, 0]].concat(), start]
+    // The backend shows something, and its BAR goes below 4 GiB.
+    let window = [&start[..], &[16, 1, 8, 1, 7, 6, 3, 0, 0, 0, 0, 0, 0, 0, 0, 17]].concat();
+    vec![[&start[..], &[6, 0, 5, 5, 0x90, 7, 0]].concat(), start, window]
 }
 
 fn drive(data: &[u8]) {
@@ -81,7 +89,7 @@ fn drive(data: &[u8]) {
         queue_size: 256,
         config: vec![0; 60],
         config_source: ConfigSource::Backend,
-        shared_memory: Vec::new(),
+        shared_memory: vec![None, Some(SharedMemory { base: GuestAddr(0), length: REGION })],
     };
     let parts =
         Parts { name: "fuzz".into(), model, backend: Box::new(Works::default()), memory: guest_memory() };
@@ -89,11 +97,23 @@ fn drive(data: &[u8]) {
     let Ok(device) = PciDevice::new(parts, number, &bridge, &machine.ports()) else {
         return assert_eq!(machine.counts(), (0, 0), "what was registered is undone");
     };
-    let handle = device.handle();
+    let (handle, windows) = (device.handle(), device.windows().expect("it has a region"));
+    let file = Arc::new(guest_memory().regions()[0].fd().try_clone_to_owned().expect("a descriptor"));
+    let mut shown = Vec::new();
     bridge.insert(Some(number), Arc::new(device)).expect("there is room");
     let (ecam, memory) = (bridge.ecam(), bridge.memory(WINDOWS.memory32));
     while !input.is_empty() {
-        step(&mut input, ecam.as_ref(), memory.as_ref());
+        match input.byte() % 18 {
+            16 => {
+                // What the backend asks for is on whole pages, and inside the region.
+                let at = u64::from(input.byte() % 5) * PAGE;
+                let piece = FileRange { fd: Arc::clone(&file), offset: 0, size: PAGE };
+                shown.extend(windows.show(1, at, &piece, Access::ReadWrite, Arc::new(|| {})));
+            }
+            17 => drop(shown.pop()),
+            what => step(what, &mut input, ecam.as_ref(), memory.as_ref()),
+        }
+        assert_inside(ecam.as_ref(), &machine.shown());
         let running = matches!(handle.phase(), PhaseReport::Running);
         let doorbells = machine.doorbells();
         assert!(doorbells.len() <= 2 && (running || doorbells.is_empty()));
@@ -104,17 +124,31 @@ fn drive(data: &[u8]) {
             assert!(matches!(at.0 & 0x1_ffff, 0x1_0000 | 0x1_1000));
         }
     }
-    drop(handle);
+    drop((handle, windows, shown));
+    assert!(machine.shown().is_empty());
     drop((ecam, memory));
     bridge.clear();
     drop(bridge);
     assert_eq!(machine.counts(), (0, 0));
 }
 
-fn step(input: &mut Input, ecam: &dyn BusDevice, memory: &dyn BusDevice) {
+/// What a backend shows is in the BAR of its region, while that is decoded.
+fn assert_inside(ecam: &dyn BusDevice, shown: &[(u64, u64)]) {
+    let dword = |offset: u64| {
+        let mut data = [0; 4];
+        ecam.read(0x8000 + offset, &mut data);
+        u64::from(u32::from_le_bytes(data))
+    };
+    let base = dword(0x1c) << 32 | dword(0x18) & !0xf;
+    for (at, size) in shown {
+        assert!(dword(4) & 2 != 0 && base <= *at && at + size <= base + REGION, "{at:#x} {base:#x}");
+    }
+}
+
+fn step(what: u8, input: &mut Input, ecam: &dyn BusDevice, memory: &dyn BusDevice) {
     let config = |offset: u64, data: &[u8]| ecam.write(0x8000 + offset, data);
     let write = |offset: u64, data: &[u8]| memory.write(offset, data);
-    match input.byte() % 16 {
+    match what {
         0 => config(4, &[6 | input.byte() & 1, 0]),
         1 => {
             for vector in 0..3_u64 {
@@ -141,9 +175,12 @@ fn step(input: &mut Input, ecam: &dyn BusDevice, memory: &dyn BusDevice) {
             write(0x1c, &[1, 0]);
         }
         5 => write(0x14, &[0xf]),
-        6 => config(0x10 + 4 * u64::from(input.byte() & 1), &input.number().to_le_bytes()[..4]),
+        6 => config(0x10 + 4 * u64::from(input.byte() & 3), &input.number().to_le_bytes()[..4]),
         7 => config(0x14, &[input.pick(&[0, 0x90, 0x9f, 0xa0]), 0, 0, 0]),
-        8 => config(0x10, &(0xc000_0000_u32 | u32::from(input.byte()) << 17).to_le_bytes()),
+        8 => config(
+            0x10 + 8 * u64::from(input.byte() & 1),
+            &(0xc000_0000_u32 | u32::from(input.byte()) << 17).to_le_bytes(),
+        ),
         9 | 10 => write(u64::from(input.byte() % 0x40), &input.bytes(8)),
         11 => write(u64::from(input.u32() % 0x2_0000), &input.bytes(8)),
         12 => config(u64::from(input.byte()), &input.bytes(4)),
