@@ -3,7 +3,7 @@
  *   guest vsock-echo PORT            echoes what one connection from the host sends, until it ends
  *   guest frames INTERFACE COUNT     sends COUNT Ethernet frames and wants each back, in order, unchanged
  *   guest cipher DRIVER COUNT        AES-CBC by this driver of the kernel: known vectors, then COUNT KiB there and back
- *   guest keys DEVICE COUNT          waits for the keys 1 to COUNT of an input device, each pressed and let go, in this order
+ *   guest keys DEVICE COUNT          waits for the keys 1 to COUNT of an input device, each pressed and let go, in this order; tells each
  *   guest kexec KERNEL INITRD LINE   starts another kernel (a bzImage) in place of this one
  * Status 0 when all came as it must; else one line says what did not. */
 #include <arpa/inet.h>
@@ -129,9 +129,12 @@ static int keys(const char *device, int count) {
     for (int at = 0; at < 2 * count;) {
         if (!whole(fd, (char *)&event, sizeof event)) return fail("read");
         if (event.type != EV_KEY) continue;
-        errno = 0;
-        if (event.code != 1 + at / 2 || event.value != !(at % 2)) return fail("key");
-        at++;
+        if (event.code != 1 + at / 2 || event.value != !(at % 2)) {
+            printf("key %d is %d instead of %d\n", event.code, event.value, 1 + at / 2);
+            return 1;
+        }
+        if (at++ % 2) printf("key %d.\n", event.code);
+        fflush(stdout);
     }
     printf("keys=%d\n", count);
     return 0;

@@ -1,4 +1,4 @@
-/* The well-behaved modes: show, blk, rng, loop and resize. */
+/* The well-behaved modes: show, blk, rng, ask, loop and resize. */
 #include "modes.h"
 
 #include "machine.h"
@@ -249,6 +249,47 @@ void rng(void)
 		put_byte(data[i]);
 	}
 	put_char('\n');
+	print_counts();
+}
+
+/* ---------------------------------------------------------------- ask
+ * A device of any type: what each `request=` spells in hex is sent, and the answer printed. */
+
+static uint32_t digit(char c)
+{
+	return c >= '0' && c <= '9' ? (uint32_t)(c - '0') : c >= 'a' && c <= 'f' ? (uint32_t)(c - 'a' + 10) : 16;
+}
+
+void ask(void)
+{
+	enum { HALF = sizeof data / 2 };
+	uint32_t queue = number_arg("queue", 0), room = number_arg("answer", 64);
+	const char *cursor = command_line, *text;
+
+	if (room > HALF)
+		fail("answer= is too large");
+	device_open();
+	put_field("device", device_identify());
+	device_negotiate();
+	queue_setup();
+	if (queue >= queue_count)
+		fail("there is no such queue=");
+	device_driver_ok();
+	put_char('\n');
+	while ((text = next_arg(&cursor, "request"))) {
+		uint32_t length = 0, answered;
+
+		for (; length < HALF && digit(text[0]) < 16 && digit(text[1]) < 16; text += 2)
+			data[length++] = (uint8_t)(digit(text[0]) << 4 | digit(text[1]));
+		describe(queue, 0, (uint32_t)data, length, DESC_NEXT, 1);
+		describe(queue, 1, (uint32_t)data + HALF, room, DESC_WRITE, 0);
+		answered = queue_submit_and_wait(queue);
+		put_field("used-length", answered);
+		put("answer ");
+		for (uint32_t n = 0; n < room; n++)
+			put_byte(data[HALF + n]);
+		put_char('\n');
+	}
 	print_counts();
 }
 

@@ -4,6 +4,7 @@
 void show(void);
 void blk(void);
 void rng(void);
+void ask(void);
 void loop(void);
 void resize(void);
 void abuse(void);

@@ -166,7 +166,7 @@ void payload_main(const struct start_info *from)
 {
 	static const struct { const char *name; void (*run)(void); } modes[] = {
 		{ "hello", hello }, { "info", info }, { "poke", poke }, { "echo", echo }, { "cpus", cpus },
-		{ "show", show }, { "blk", blk }, { "rng", rng }, { "loop", loop },
+		{ "show", show }, { "blk", blk }, { "rng", rng }, { "ask", ask }, { "loop", loop },
 		{ "resize", resize }, { "abuse", abuse }, { "badring", badring },
 		{ "deep", deep }, { "drive", drive }, { "pci", pci },
 	};

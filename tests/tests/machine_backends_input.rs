@@ -17,7 +17,7 @@ use outboard_tests::place::Missing;
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
 
-const KEYS: u64 = 100;
+const KEYS: u64 = 30;
 
 /// `tests/backends/keyboard.c`.
 struct Keyboard {
@@ -35,9 +35,8 @@ impl Keyboard {
         Self { child, events: output.text().trim().to_owned() }
     }
 
-    fn types(&mut self, keys: impl Iterator<Item = u64>) {
-        let text: String = keys.map(|key| format!("{key}\n")).collect();
-        self.child.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    fn types(&mut self, key: u64) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{key}").unwrap();
     }
 }
 
@@ -68,7 +67,11 @@ fn vhost_device_input_shows_its_keyboard_and_passes_keys_on() {
     let device = format!("input,socket={}", backend.socket().display());
     let vm = launch.arg("--vhost-user").arg(device).start();
     vm.expect("waiting");
-    keyboard.types(1..=KEYS);
+    // One after the other: it drops what the guest has no buffers for.
+    for key in 1..=KEYS {
+        keyboard.types(key);
+        vm.expect(&format!("key {key}."));
+    }
     let ended = vm.end(SCRIPT);
     assert_worked(&ended);
     assert!(ended.console.contains("name: outboard keyboard, vendor 0x1234, product 0x5678"), "{ended}");

@@ -1,0 +1,65 @@
+//! Backends that others wrote for devices that no stock guest of ours has a driver for, or needs one: the tiny kernel asks each
+//! of them something. On any host with KVM.
+
+// Functions beside the tests fail as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::fs;
+use std::time::Duration;
+
+use outboard_tests::backends::{Backend, program};
+use outboard_tests::launch::{Ended, Launch, first_device};
+use outboard_tests::scratch::Scratch;
+use outboard_tests::{need, place};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Words of a message as the tiny kernel takes it.
+fn hex(words: &[u32]) -> String {
+    words.iter().flat_map(|word| word.to_le_bytes()).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Asks a queue of a device, the tiny kernel having set up this many; every acknowledgement must have said yes.
+fn ask(device: &str, backend: &Backend, queues: u32, request: &[u32], answer: usize) -> Ended {
+    let line = first_device("ask").arg("queues", queues).arg("request", hex(request)).arg("answer", answer);
+    let device = format!("{device},socket={}", backend.socket().display());
+    let ended = Launch::payload(&line).arg("--vhost-user").arg(device).start().end(LIMIT);
+    assert_eq!(ended.code, Some(0), "{ended}");
+    assert_eq!((ended.field("requests"), ended.field("errors")), (1, 0), "{ended}");
+    assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0, "{ended}");
+    let trace = fs::read_to_string(ended.files.path("trace")).unwrap();
+    let asked = trace.lines().filter(|line| line.contains("need_reply")).count();
+    let agreed = trace.lines().filter(|line| line.contains("value=0x0 ")).count();
+    assert!(
+        asked > 10 && asked == agreed,
+        "{asked} acknowledgements were asked for, {agreed} were given\n{trace}"
+    );
+    ended
+}
+
+#[test]
+fn vhost_device_sound_tells_of_its_streams() {
+    need!(place::kvm());
+    let Some(sound) = program("vhost-device-sound") else { return };
+    let scratch = Scratch::new();
+    let arguments = [format!("--socket={}", scratch.path("sound").display()), "--backend=null".into()];
+    let backend = Backend::start(&sound, scratch, "sound", &arguments);
+    // VIRTIO_SND_R_PCM_INFO from 0, 2 of 32 bytes: a status and as many structs (virtio 1.2 §5.14.6.6.2).
+    let ended = ask("sound", &backend, 4, &[0x100, 0, 2, 32], 68);
+    assert_eq!((ended.field("device"), ended.field("used-length")), (25, 68), "{ended}");
+    assert!(ended.console.contains("answer 00800000"), "VIRTIO_SND_S_OK\n{ended}");
+}
+
+#[test]
+fn vhost_device_scmi_tells_the_version_of_its_base_protocol() {
+    need!(place::kvm());
+    let Some(scmi) = program("vhost-device-scmi") else { return };
+    let scratch = Scratch::new();
+    let arguments = [format!("--socket-path={}", scratch.path("scmi").display())];
+    let backend = Backend::start(&scmi, scratch, "scmi", &arguments);
+    // PROTOCOL_VERSION (0) of protocol 0x10, token 5: the header, SUCCESS and 2.0 (SCMI 3.2 §4.2.2.2).
+    let header = 0x10 << 10 | 5 << 18;
+    let ended = ask("scmi", &backend, 2, &[header], 12);
+    assert_eq!((ended.field("device"), ended.field("used-length")), (32, 12), "{ended}");
+    assert!(ended.console.contains(&format!("answer {}", hex(&[header, 0, 0x20000]))), "{ended}");
+}
