@@ -24,12 +24,16 @@ const ELSEWHERE: &str = "C:0x18:0xca000000";
 /// A guest that starts its virtio-pci device, has its BAR 2 where it reaches it, and takes these steps.
 fn launch(socket: &Path, kind: &str, steps: &[&str]) -> Launch {
     let line = CommandLine::new("pci").arg("pci", 1).arg("timeout", 30);
-    let line = ["s", "C:0x1c:0", BAR].iter().chain(steps).fold(line, |line, step| line.arg("step", step));
+    let line =
+        ["s", "C:0x1c:0", BAR, "c:0"].iter().chain(steps).fold(line, |line, step| line.arg("step", step));
     let device = format!("{kind},socket={},transport=pci", socket.display());
     Launch::payload(&line).arg("--vhost-user").arg(device)
 }
 
-/// What the guest printed as `value=`, in order.
+/// It says that its device runs, and reaches the BAR.
+const RUNS: &str = "config at=0x0";
+
+/// What the guest printed as `value=`, in order, the first of them the function's ids.
 fn values(ended: &Ended) -> Vec<u32> {
     let words = ended.console.split_whitespace().filter_map(|word| word.strip_prefix("value="));
     words.map(|word| u32::from_str_radix(word.trim_start_matches("0x"), 16).unwrap()).collect()
@@ -56,23 +60,27 @@ fn a_guest_reads_and_writes_the_file_that_its_backend_shows_it_and_it_moves_with
     ];
     let ended = launch(&gadget.socket(), "rng", &steps).run().with_code(0);
     let none = u32::MAX;
-    assert_eq!(values(&ended), [none, none, 0x1234_5678, none, 0x1234_5678], "{ended}");
+    assert_eq!(values(&ended)[1..], [none, none, 0x1234_5678, none, 0x1234_5678], "{ended}");
     assert_eq!((gadget.mapped(), gadget.word(8)), (1, 0x1234_5678), "{ended}");
     assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
     assert!(ended.stats().exits() < 400, "a thousand reads cause none: {}\n{ended}", ended.stats().exits());
 }
 
-/// A backend with 2 MiB of shared memory.
+/// A backend with three times 2 MiB of shared memory.
 fn scripted(scratch: &Scratch) -> ScriptedBackend {
     let offer = Offer::default();
     let protocol = offer.protocol.with(ProtocolFeatures::SHMEM);
-    let offer = Offer { protocol, shmem: vec![2 << 20], ..offer };
+    let offer = Offer { protocol, shmem: vec![2 << 20; 3], ..offer };
     ScriptedBackend::listen(&scratch.path("scripted"), offer, Script::normal()).unwrap()
 }
 
-/// Has a page of `file` mapped for reading and writing; says how that was answered.
+/// Has a page of `file` mapped into region 0 for reading and writing; says how that was answered.
 fn map(backend: &ScriptedBackend, file: &OwnedFd, from: u64, at: u64) -> u64 {
-    let payload: Vec<u8> = [0, from, at, 0x1000, 1].into_iter().flat_map(u64::to_ne_bytes).collect();
+    map_in(0, backend, file, from, at)
+}
+
+fn map_in(region: u64, backend: &ScriptedBackend, file: &OwnedFd, from: u64, at: u64) -> u64 {
+    let payload: Vec<u8> = [region, from, at, 0x1000, 1].into_iter().flat_map(u64::to_ne_bytes).collect();
     backend.request(BackendRequest::SHMEM_MAP, &payload, &[file.as_fd()]).unwrap();
     backend.answer(wait::patience(Duration::from_secs(5))).unwrap().0
 }
@@ -105,9 +113,7 @@ fn files_made_shorter_read_only_ones_and_our_own_memory_are_survived_in_a_window
         "r:2:0",
     ];
     let vm = launch(&scratch.path("scripted"), "blk", &steps).start();
-    wait::until("the rings run", STEP, || {
-        (backend.with_ring(0, |ring| ring.is_enabled()) == Some(true)).then_some(())
-    });
+    vm.expect(RUNS);
     let before = descriptors(&vm);
     let (first, second) = (file(0x11), file(0x22));
     let read_only = format!("/proc/self/fd/{}", first.as_raw_fd());
@@ -138,9 +144,33 @@ fn files_made_shorter_read_only_ones_and_our_own_memory_are_survived_in_a_window
     pwrite(&memory, &0x44_u32.to_le_bytes(), 0x8_0000).unwrap();
     assert_eq!(map(&backend, &memory, 0x8_0000, 0), 0);
     let ended = vm.end(STEP).with_code(0);
-    assert_eq!(values(&ended), [0x11, u32::MAX, 0x44], "{ended}");
+    assert_eq!(values(&ended)[1..], [0x11, u32::MAX, 0x44], "{ended}");
     assert!(ended.log.contains("made a file shorter"), "{ended}");
     assert!(!ended.log.contains("panicked"), "{ended}");
     assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
     assert!(backend.breaches().is_empty(), "{:?}", backend.breaches());
+}
+
+#[test]
+fn a_flood_of_maps_ends_before_the_descriptors_of_the_machine_do() {
+    need!(place::kvm());
+    let scratch = Scratch::new();
+    let backend = scripted(&scratch);
+    let vm = launch(&scratch.path("scripted"), "blk", &["u:2:0:0x55", "r:2:0"]).start();
+    vm.expect(RUNS);
+    let (before, file) = (descriptors(&vm), file(0x55));
+    let mut taken = 0;
+    for region in [1, 2] {
+        for page in 0..200 {
+            taken += usize::from(map_in(region, &backend, &file, 0, page * 0x1000) == 0);
+        }
+    }
+    assert_eq!((taken, descriptors(&vm)), (256, before + 256));
+    let all: Vec<u8> = [1, 0, 0, 2 << 20, 0].into_iter().flat_map(u64::to_ne_bytes).collect();
+    backend.request(BackendRequest::SHMEM_UNMAP, &all, &[]).unwrap();
+    assert_eq!(backend.answer(wait::patience(Duration::from_secs(5))).unwrap().0, 0);
+    assert_eq!(map(&backend, &file, 0, 0), 0);
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(values(&ended)[1..], [0x55], "{ended}");
+    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
 }
