@@ -58,6 +58,7 @@ struct Registered {
     shown: Vec<(Shown, OnVanished)>,
     refuse_doorbell: Option<WriteMatch>,
     refuse_routes: bool,
+    refuse_maps: bool,
 }
 
 /// Ports that remember what is registered now.
@@ -135,6 +136,11 @@ impl Recorder {
 
     pub(crate) fn refuse_doorbell(&self, when: WriteMatch) {
         lock(&self.now).refuse_doorbell = Some(when);
+    }
+
+    /// As with a file that is read-only, or of a kind that is not mapped.
+    pub(crate) fn refuse_maps(&self) {
+        lock(&self.now).refuse_maps = true;
     }
 
     pub(crate) fn refuse_routes(&self) {
@@ -232,7 +238,7 @@ impl DeviceMemory for Recorder {
             at.0 < other.at.0 + other.size && other.at.0 < at.0 + piece.size
         };
         let unaligned = !(at.0 | piece.offset | piece.size).is_multiple_of(4096) || piece.size == 0;
-        if unaligned || now.shown.iter().any(overlaps) {
+        if unaligned || now.refuse_maps || now.shown.iter().any(overlaps) {
             return Err(refusal());
         }
         now.shown.push((shown, vanished));

@@ -141,6 +141,29 @@ fn requests_of_a_backend_with_wrong_fds_are_answered_and_the_channel_goes_on() {
     });
 }
 
+#[test]
+fn descriptors_that_find_no_room_end_the_channel_with_a_hint_and_leak_nothing() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let _alone = ALONE.lock();
+    let before = open_fds();
+    let (backend, mut session) = session(P::SHMEM.with(P::BACKEND_SEND_FD), Script::normal());
+    let mut channel = session.take_backend_channel().unwrap();
+    let fd = FdKind::Memfd(4096).make().unwrap();
+    let words = [0_u64, 0, 0, 4096, 1].into_iter().flat_map(u64::to_ne_bytes).collect::<Vec<_>>();
+    backend.request(BackendRequest::SHMEM_MAP, &words, &[fd.as_fd()]).unwrap();
+    let usual = getrlimit(Resource::Nofile);
+    // Every number is taken: the control data is truncated.
+    setrlimit(Resource::Nofile, Rlimit { current: Some(3), ..usual }).unwrap();
+    let served = channel.serve(&Machine::default());
+    setrlimit(Resource::Nofile, usual).unwrap();
+    let error = served.unwrap_err();
+    assert!(error.to_string().contains("SHMEM_MAP"), "{error}");
+    assert!(error.hint().is_some_and(|hint| hint.contains("ulimit")), "{error:?}");
+    assert_eq!(channel.serve(&Machine::default()).unwrap(), Served::HungUp);
+    drop((backend, session, channel, fd));
+    support::eventually("descriptors are closed", DEADLINE, || open_fds() == before);
+}
+
 /// Resident memory of this process, in KiB.
 fn resident() -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();

@@ -313,8 +313,7 @@ impl BackendChannel {
 
     fn read_message(&mut self) -> Result<Read, (BackendRequest, Cause)> {
         loop {
-            let code = self.partial.first_chunk::<4>().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
-            let request = BackendRequest(code);
+            let request = self.named();
             let due = match Header::read_from_prefix(&self.partial) {
                 Err(_) => HEADER_SIZE,
                 Ok((header, payload)) => {
@@ -335,6 +334,7 @@ impl BackendChannel {
             let outcome = scm::receive(self.socket.as_fd(), rest, &mut self.fds);
             let got = outcome.as_ref().map_or(0, |received| received.bytes);
             self.partial.truncate(have.saturating_add(got));
+            let request = self.named();
             match outcome {
                 Ok(received) if received.fds_truncated => {
                     return Err((request, Cause::Malformed(Fault::FdsTruncated)));
@@ -351,6 +351,11 @@ impl BackendChannel {
                 Err(source) => return Err((request, Cause::Io(source))),
             }
         }
+    }
+
+    /// The request that is being read, as far as it says so yet.
+    fn named(&self) -> BackendRequest {
+        BackendRequest(self.partial.first_chunk::<4>().map_or(0, |bytes| u32::from_ne_bytes(*bytes)))
     }
 
     fn handle(

@@ -212,6 +212,20 @@ fn a_lost_server_leaves_nothing_but_all_ones() {
 }
 
 #[test]
+fn memory_that_cannot_be_mapped_is_the_servers_access_by_access() {
+    let guest = Guest::new();
+    // The server gave a file that is read-only, or our own of huge pages.
+    guest.machine.refuse_maps();
+    guest.enable();
+    assert!(guest.shown().is_empty());
+    guest.server.calls();
+    assert_eq!(guest.bar(2, 0x1000), 0xa2a2_a2a2);
+    guest.set_bar(2, 0x1000, 7);
+    assert_eq!(guest.server.calls(), ["read 2+1000 4", "write 2+1000 [07, 00, 00, 00]"]);
+    assert!(guest.device.remote.report().broken.is_none());
+}
+
+#[test]
 fn a_file_made_shorter_breaks_the_device() {
     let guest = Guest::new();
     guest.enable();
