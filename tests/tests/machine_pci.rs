@@ -140,6 +140,23 @@ echo shared=$(grep -c 'IO-APIC.*fasteoi.*virtio0, virtio4' /proc/interrupts)
 }
 
 #[test]
+fn without_message_interrupts_a_line_that_moves_from_cpu_to_cpu_loses_nothing() {
+    need!(place::kvm());
+    let kernel = need!(Kernel::usual());
+    let disk = need!(StorageDaemon::start(4 * MIB));
+    let script = format!(
+        r#"n=$(grep virtio0 /proc/interrupts | cut -d: -f1 | tr -d ' ')
+(while :; do for cpu in 1 2; do echo $cpu >/proc/irq/$n/smp_affinity; done; done) &
+mover=$!; read_all() {{ for round in 1 2 3 4; do dd if=/dev/vda of=/dev/null bs=4k count=100 iflag=direct 2>/dev/null || exit 1; done; }}
+read_all & one=$!; read_all & two=$!; wait $one && wait $two || exit 1
+kill $mover; grep virtio0 /proc/interrupts
+{COMPLAINTS} && exit 2; true"#
+    );
+    let launch = kernel.launch(&format!("pci=nomsi {}", Kernel::words(&script))).args(["--cpus", "2"]);
+    finish(launch.on_pci(&disk, ""));
+}
+
+#[test]
 fn a_guest_with_pci_devices_reboots_in_place() {
     need!(place::kvm());
     let kernel = need!(Kernel::usual());

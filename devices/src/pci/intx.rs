@@ -2,13 +2,14 @@
 //! "something happened" and never "it is over".
 //!
 //! ```text
-//!            signal: raise                     end of interrupt
+//!            signal: raise                     lowered
 //!    low ───────────────────▶ high ──────────────────────────────▶ low, or high again
-//!                             │ signal: remember ▲                  if a signal came meanwhile
-//!                             └──────────────────┘
+//!                             │ signal: remember ▲                  if a signal came meanwhile, or
+//!                             └──────────────────┘                  the guest has read no status
 //! ```
 //! KVM lowers a line at the guest's end of interrupt, whoever signalled meanwhile; without the memory such a signal
-//! would be lost. A guest that uses message interrupts never comes here: the thread that watches begins with the first
+//! would be lost. It also lowers one that was raised while its pin was masked, when the pin is unmasked, for whoever
+//! still has a reason to raise it again: the guest, which moves interrupts from CPU to CPU like that, has not seen it. A guest that uses message interrupts never comes here: the thread that watches begins with the first
 //! driver that is ready without them, and ends with the lines.
 
 use std::collections::BTreeMap;
@@ -32,6 +33,8 @@ struct Line {
     _route: Guard,
     is_high: bool,
     again: bool,
+    /// Raised, and no function's status has been read since.
+    unread: bool,
     sources: BTreeMap<u64, Arc<Call>>,
 }
 
@@ -40,28 +43,32 @@ impl Line {
         let cannot = |error| PortError::new("make an eventfd", error);
         let (raise, ended) = (Call::new().map_err(cannot)?, Kick::new().map_err(cannot)?);
         let route = interrupts.attach_level(raise.as_fd(), gsi, ended.as_fd())?;
-        Ok(Self { raise, ended, _route: route, is_high: false, again: false, sources: BTreeMap::new() })
+        let sources = BTreeMap::new();
+        Ok(Self { raise, ended, _route: route, is_high: false, again: false, unread: false, sources })
+    }
+
+    fn lift(&mut self) -> io::Result<()> {
+        (self.is_high, self.unread) = (true, true);
+        self.raise.ring()
     }
 
     /// Takes what was signalled, and raises the line if need be.
     fn serve(&mut self) -> io::Result<()> {
         // The end first: what is signalled now belongs to the next time.
         if self.ended.take()? > 0 {
-            self.is_high = std::mem::take(&mut self.again);
-            if self.is_high {
-                self.raise.ring()?;
+            self.is_high = false;
+            if std::mem::take(&mut self.again) || self.unread && !self.sources.is_empty() {
+                self.lift()?;
             }
         }
+        let mut signalled = false;
         for source in self.sources.values() {
-            if source.take()? == 0 {
-                continue;
-            }
-            if self.is_high {
-                self.again = true;
-            } else {
-                self.is_high = true;
-                self.raise.ring()?;
-            }
+            signalled |= source.take()? > 0;
+        }
+        match (signalled, self.is_high) {
+            (true, true) => self.again = true,
+            (true, false) => self.lift()?,
+            (false, _) => {}
         }
         Ok(())
     }
@@ -126,6 +133,14 @@ impl IntxLines {
             drop(state);
             lines.wake();
         }))
+    }
+
+    /// The guest reads why one of the functions on this line interrupts: it has noticed. Called on a vCPU thread; does not
+    /// wait.
+    pub fn status_read(&self, gsi: u32) {
+        if let Some(line) = lock(&self.state).lines.get_mut(&gsi) {
+            line.unread = false;
+        }
     }
 
     fn wake(&self) {

@@ -50,12 +50,47 @@ fn signals_while_the_line_is_high_raise_it_once_more_after_its_end() {
     second.ring().unwrap();
     settle(&lines, &[&first, &second]);
     raised(&machine, 21, 0);
+    lines.status_read(21);
     machine.end_of_interrupt(21);
     raised(&machine, 21, 1);
+    lines.status_read(21);
     machine.end_of_interrupt(21);
     settle(&lines, &[&first, &second]);
     second.ring().unwrap();
     raised(&machine, 21, 1);
+}
+
+#[test]
+fn a_line_that_is_lowered_before_the_guest_has_looked_is_raised_again() {
+    let machine = Recorder::default();
+    let lines = IntxLines::new(machine.ports().interrupts).unwrap();
+    let call = call();
+    let guard = lines.connect(21, Arc::clone(&call)).unwrap();
+    call.ring().unwrap();
+    raised(&machine, 21, 1);
+    // As when the pin was masked.
+    for _ in 0..3 {
+        machine.end_of_interrupt(21);
+        raised(&machine, 21, 1);
+    }
+    lines.status_read(21);
+    machine.end_of_interrupt(21);
+    call.ring().unwrap();
+    raised(&machine, 21, 1);
+    // Who does not interrupt any more has nothing to be looked at.
+    drop(guard);
+    machine.end_of_interrupt(21);
+    let other = self::call();
+    let _guard = lines.connect(22, Arc::clone(&other)).unwrap();
+    other.ring().unwrap();
+    // Both lines are served in one go.
+    let until = Instant::now() + Duration::from_secs(20);
+    let mut seen = Vec::new();
+    while !seen.contains(&(22, 1)) {
+        assert!(Instant::now() < until, "nobody serves the lines");
+        seen.extend(machine.take_raised());
+    }
+    assert!(!seen.iter().any(|(gsi, times)| *gsi == 21 && *times > 0), "{seen:?}");
 }
 
 #[test]

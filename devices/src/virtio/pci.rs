@@ -446,6 +446,8 @@ impl Function for PciDevice {
             _ if bar != BarIndex::FIRST => data.fill(0xff),
             COMMON..ISR => self.read_common(offset, data),
             ISR => {
+                // Noted first: what happens from here on interrupts anew.
+                lock(&self.state).isr_read();
                 data.fill(0);
                 if let Some(first) = data.first_mut() {
                     *first = self.take_isr();

@@ -143,6 +143,13 @@ impl State {
         }
     }
 
+    /// The driver reads the ISR status.
+    pub(super) fn isr_read(&self) {
+        if let Some((lines, gsi)) = self.pin.as_ref().filter(|_| self.live && !self.msix.is_enabled()) {
+            lines.status_read(*gsi);
+        }
+    }
+
     /// Without MSI-X, every source of a ready driver's device raises the function's line.
     fn pull_lines(&mut self) -> Result<(), PortError> {
         let Some((lines, gsi)) = self.pin.as_ref().filter(|_| self.live) else { return Ok(()) };
