@@ -253,7 +253,8 @@ void rng(void)
 }
 
 /* ---------------------------------------------------------------- ask
- * A device of any type: what each `request=` spells in hex is sent, and the answer printed. */
+ * A device of any type: what each `request=` spells in hex is sent, and the answer printed. A digit and a colon before it
+ * name another queue than 0. */
 
 static uint32_t digit(char c)
 {
@@ -263,7 +264,7 @@ static uint32_t digit(char c)
 void ask(void)
 {
 	enum { HALF = sizeof data / 2 };
-	uint32_t queue = number_arg("queue", 0), room = number_arg("answer", 64);
+	uint32_t room = number_arg("answer", 64);
 	const char *cursor = command_line, *text;
 
 	if (room > HALF)
@@ -272,13 +273,17 @@ void ask(void)
 	put_field("device", device_identify());
 	device_negotiate();
 	queue_setup();
-	if (queue >= queue_count)
-		fail("there is no such queue=");
 	device_driver_ok();
 	put_char('\n');
 	while ((text = next_arg(&cursor, "request"))) {
-		uint32_t length = 0, answered;
+		uint32_t length = 0, queue = 0, answered;
 
+		if (text[1] == ':') {
+			queue = digit(text[0]);
+			text += 2;
+		}
+		if (queue >= queue_count)
+			fail("there is no such queue");
 		for (; length < HALF && digit(text[0]) < 16 && digit(text[1]) < 16; text += 2)
 			data[length++] = (uint8_t)(digit(text[0]) << 4 | digit(text[1]));
 		describe(queue, 0, (uint32_t)data, length, DESC_NEXT, 1);

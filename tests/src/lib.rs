@@ -28,6 +28,7 @@ pub mod backends;
 pub mod capture;
 pub mod daemon;
 pub mod disk;
+pub mod display;
 pub mod gadget;
 pub mod guest;
 pub mod launch;

@@ -5,9 +5,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use outboard_tests::backends::{Backend, program};
+use outboard_tests::display::{HEIGHT, WIDTH, display};
 use outboard_tests::launch::{Ended, Launch, first_device};
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
@@ -62,4 +64,20 @@ fn vhost_device_scmi_tells_the_version_of_its_base_protocol() {
     let ended = ask("scmi", &backend, 2, &[header], 12);
     assert_eq!((ended.field("device"), ended.field("used-length")), (32, 12), "{ended}");
     assert!(ended.console.contains(&format!("answer {}", hex(&[header, 0, 0x20000]))), "{ended}");
+}
+
+#[test]
+fn qemu_gpu_asks_the_display_that_it_was_given_for_its_size() {
+    need!(place::kvm());
+    let Some(gpu) = program("vhost-user-gpu") else { return };
+    let scratch = Scratch::new();
+    let seen = scratch.path("display");
+    let _screen = display(UnixListener::bind(&seen).unwrap());
+    let arguments = [format!("--socket-path={}", scratch.path("gpu").display())];
+    let backend = Backend::start(&gpu, scratch, "gpu", &arguments);
+    // VIRTIO_GPU_CMD_GET_DISPLAY_INFO; the answer is the display's (virtio 1.2 §5.7.6.8).
+    let device = format!("gpu,gpu-socket={}", seen.display());
+    let ended = ask(&device, &backend, 2, &[0x100, 0, 0, 0, 0, 0], 408);
+    let [width, height] = [WIDTH, HEIGHT].map(|side| u32::try_from(side).unwrap());
+    assert!(ended.console.contains(&hex(&[0x1101, 0, 0, 0, 0, 0, 0, 0, width, height, 1])), "{ended}");
 }
