@@ -15,14 +15,14 @@ fn a_stock_driver_drives_a_sample_of_libvfio_user() {
     let script = format!(
         r#"{}f=$(function_of 0x0dc8); d=/sys/bus/pci/devices/$f
 wait_for [ -e $d/driver ]
-[ "$(basename "$(readlink $d/driver)")" = gpio-pci-idio-16 ] || exit 1
+[ "$(basename "$(readlink $d/driver)")" = pci-idio-16 ] || exit 1
 chip=$(ls -d $d/gpio/gpiochip* | head -n 1); base=$(cat $chip/base)
 echo lines=$(cat $chip/ngpio)
 cd /sys/class/gpio; for line in 3 8 16 31; do echo $((base + line)) >export || exit 2; done
 echo 1 >gpio$((base + 3))/value && echo 1 >gpio$((base + 8))/value || exit 3
 echo inputs=$(cat gpio$((base + 16))/value)$(cat gpio$((base + 31))/value)
 for n in 1 2 3; do
-    echo $f >$d/driver/unbind && [ ! -e $d/driver ] && echo $f >/sys/bus/pci/drivers/gpio-pci-idio-16/bind || exit 4
+    echo $f >$d/driver/unbind && [ ! -e $d/driver ] && echo $f >/sys/bus/pci/drivers/pci-idio-16/bind || exit 4
 done"#,
         vfio::SHELL
     );
