@@ -19,6 +19,7 @@ use fuzz::descriptors::memory_file;
 use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use libfuzzer_sys::fuzz_target;
+use transport::vhost_user::vring::Call;
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
@@ -77,8 +78,12 @@ impl Server for Whim {
         self.outcome()
     }
 
-    fn unmask_pin(&self) -> Result<(), ServerError> {
-        self.outcome()
+    fn unmask_pin(&self, again: Arc<Call>) -> Result<(), ServerError> {
+        self.outcome()?;
+        if self.input.lock().expect("no panic").rarely(4) {
+            again.ring().expect("an eventfd with room");
+        }
+        Ok(())
     }
 
     fn reset(&self) -> Result<(), ServerError> {
