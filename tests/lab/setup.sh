@@ -10,7 +10,7 @@ LAB_OUTER_EXTRA_MODULES="tun vhost_net vhost_vsock overlay"
 # Debian's generic kernel of this series has the drivers that the cloud kernels leave out: more for guests, and for the lab itself
 # stand-ins for hardware. Only fetched for those who ask (`lab generic`).
 LAB_GENERIC_SERIES=6.12
-LAB_GENERIC_GUEST_DRIVERS="virtio_input evdev virtio_crypto algif_skcipher virtio_snd snd-pcm-oss virtio-gpu gpio-pci-idio-16"
+LAB_GENERIC_GUEST_DRIVERS="virtio_input evdev virtio_crypto algif_skcipher virtio_snd snd-pcm-oss virtio-gpu gpio-pci-idio-16 e1000e xhci_pci usb_storage"
 LAB_GENERIC_OUTER_MODULES="uinput evdev vcan can-raw"
 LAB_RECIPE=1
 
