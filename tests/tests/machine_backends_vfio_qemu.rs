@@ -39,7 +39,11 @@ fn with(launch: Launch, server: &QemuServer, device: usize) -> Launch {
 fn finish(launch: Launch) -> Ended {
     let ended = launch.start().end(SCRIPT).with_code(0);
     assert!(ended.console.replace('\r', "").contains("@exit 0\n"), "the script failed\n{ended}");
-    assert!(!ended.log.contains("warn: ") && !ended.log.contains("error: "), "the VMM complains\n{ended}");
+    // QEMU offers MSI-X or MSI, and not both of a device that has both.
+    let complains =
+        |line: &str| (line.contains("warn: ") || line.contains("error: ")) && !line.contains("MSI is hidden");
+    let complains = ended.log.lines().any(complains);
+    assert!(!complains, "the VMM complains\n{ended}");
     println!("{:?}, {} exits", ended.took, ended.stats().exits());
     ended
 }
@@ -239,8 +243,8 @@ there ip addr add 10.0.0.2/24 dev eth1; there ip link set eth1 up
 wait_for ping -c 1 -W 1 10.0.0.2 >/dev/null
 ping -c 50 -i 0.02 -s 1400 10.0.0.2 | grep -q "50 packets received" || exit 2
 dd if=/dev/urandom of=/tmp/sent bs=64k count=64 2>/dev/null
-there nc -l -p 7 >/tmp/got & n=$!; sleep 1
-nc -w 5 10.0.0.2 7 </tmp/sent; wait $n
+sleep 1000 | there nc -l -p 7 >/tmp/got & n=$!; sleep 1
+nc 10.0.0.2 7 </tmp/sent; wait $n
 cmp /tmp/sent /tmp/got || exit 3
 grep -E "eth[01]" /proc/interrupts; kill $other
 {COMPLAINTS} && exit 8; true"#
