@@ -39,6 +39,22 @@ const RAISE: &str = "w:0:0x60";
 const END: &str = "w:0:0x64";
 
 #[test]
+fn msix_of_a_device_of_qemu_interrupts() {
+    need!(place::kvm());
+    // The cause `other` leads to vector 0, is enabled and set. Masked, it waits.
+    let cause = ["w:0:0xe4:0x80000", "w:0:0xd0:0x1000000", "w:0:0xc8:0x1000000"];
+    let live = [&["v:0:0", "x:0x8000"][..], &cause, &["i:1"]].concat();
+    let masked = [&["v:0:1", "x:0x8000"][..], &cause, &["r:0:0xc0", "v:0:0", "i:1"]].concat();
+    for steps in [live, masked] {
+        let Some(server) = QemuServer::start(Scratch::new(), &["-device e1000e,id=net,romfile="]) else {
+            return;
+        };
+        let ended = run(&server, &steps);
+        assert_eq!(ended.field("interrupts"), 1, "{ended}");
+    }
+}
+
+#[test]
 fn a_pin_that_stays_asserted_interrupts_again_and_again() {
     need!(place::kvm());
     let Some(server) = edu() else { return };
