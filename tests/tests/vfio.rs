@@ -462,7 +462,9 @@ fn a_machine_that_is_killed_leaves_a_server_for_the_next() {
         }
         let ended =
             run(&server, "", &["r:0:8", "r:1:0x1000", "c:4", "r:0:0x5c", "p:21:0:0x3c", "w:0:0x38:0", "i:1"]);
-        assert_eq!((values(&ended), ended.field("interrupts")), (vec![0, 0, 0x0010_0007, 1], 1), "{ended}");
+        assert_eq!(values(&ended), [0, 0, 0x0010_0007, 1], "{ended}");
+        // A level may be seen once more before the server has lowered it.
+        assert!(ended.field("interrupts") >= 1, "{ended}");
         let lets_go = || (server.descriptors() == before).then_some(());
         outboard_tests::wait::until("the server lets go", STEP, lets_go);
     }
