@@ -302,9 +302,12 @@ impl Server for Session {
                 log::debug!("the pin is not raised again: {error}");
             }
         };
-        // Some servers abort on anything but aligned dwords.
+        // Some servers abort on anything but aligned dwords. Those of version 0.0 are not on libvfio-user, and raise it again by
+        // themselves: the guest would be interrupted twice.
         let at = register::COMMAND.into();
-        match told.and_then(|()| self.client.read_then(RegionIndex::CONFIG, at, 4, look)) {
+        let asks = self.client.version().is_extended();
+        let look = || if asks { self.client.read_then(RegionIndex::CONFIG, at, 4, look) } else { Ok(()) };
+        match told.and_then(|()| look()) {
             // It has other things to read first. If it hangs, whoever waits for it will know.
             Err(error) if error.is_hung() => Err(ServerError::Refused(error.into())),
             done => done.map_err(sort),
