@@ -211,6 +211,7 @@ fn probe(
 fn run(options: Run) -> Result<ExitCode, Error> {
     crate::logging::start(options.verbose);
     terminal::restore_on_panic();
+    crate::descriptors::allow_many();
     let Job { config, stats } = options.job()?;
     // Before the machine: a path that cannot be written is better known now than at the end.
     let mut sink = stats.map(StatsSink::open).transpose()?;

@@ -1,5 +1,5 @@
 //! Raw descriptors, here and nowhere else: those that whoever started us left open (`socket=fd=N`), eventfds in
-//! the type that `kvm-ioctls` wants, and the one request to KVM that it cannot make.
+//! the type that `kvm-ioctls` wants, and the one request to KVM that it cannot make. And how many there may be.
 
 #![allow(unsafe_code)]
 
@@ -17,6 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::sockopt::socket_type;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
@@ -24,6 +25,15 @@ use vmm_sys_util::ioctl_iow_nr;
 ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 
 static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+/// Lets this process have as many descriptors open as its user may: a device takes one a queue and more, and shells
+/// give 1 024. (They are low by default for the sake of programs that use `select`.)
+pub(crate) fn allow_many() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::warn!("no more than {:?} descriptors can be open: {error}", limit.current);
+    }
+}
 
 /// Takes over a connected unix stream socket, once. Call it before this process opens descriptors of its own,
 /// that is while the command line is read.
