@@ -178,7 +178,9 @@ pub fn echo(listener: UnixListener) -> JoinHandle<u64> {
 /// When the lab's files cannot be read.
 pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
     let files = ["OUTBOARD_KERNEL_6_12_ELF", "OUTBOARD_GUEST_INITRAMFS_6_12", "OUTBOARD_GUEST_DRIVERS_6_12"];
-    guest_with(files, drivers, script)
+    guest_with(files, drivers, script, |name| {
+        Missing::new(format!("{name} is not set: run by tests/lab/runner"))
+    })
 }
 
 /// As [`guest`], with Debian's generic kernel, which has drivers that its cloud kernels leave out.
@@ -190,15 +192,19 @@ pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
 /// When its files cannot be read.
 pub fn generic_guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
     let files = ["OUTBOARD_GENERIC_KERNEL", "OUTBOARD_GENERIC_INITRAMFS", "OUTBOARD_GENERIC_DRIVERS"];
-    guest_with(files, drivers, script)
+    guest_with(files, drivers, script, |name| {
+        Missing::optional(format!("{name} is not set: it comes with make test-backends"))
+    })
 }
 
 /// `files` are the variables of a kernel, its initramfs and the archive of its drivers.
-fn guest_with(files: [&str; 3], drivers: &str, script: &str) -> Result<Launch, Missing> {
-    let variable = |name: &str| {
-        let found = env::var_os(name).map(PathBuf::from);
-        found.ok_or_else(|| Missing::new(format!("{name} is not set: run by tests/lab/runner")))
-    };
+fn guest_with(
+    files: [&str; 3],
+    drivers: &str,
+    script: &str,
+    missing: fn(&str) -> Missing,
+) -> Result<Launch, Missing> {
+    let variable = |name| env::var_os(name).map(PathBuf::from).ok_or_else(|| missing(name));
     let [kernel, initramfs, more] = files;
     let kernel = variable(kernel)?;
     let mut image = archive(&[variable(initramfs)?, variable(more)?]);

@@ -24,6 +24,17 @@ impl Missing {
         Self(why)
     }
 
+    /// As [`Missing::new`], of something that only `make test-backends` brings: others may lack it inside the lab, too.
+    ///
+    /// # Panics
+    /// With `OUTBOARD_BACKENDS_REQUIRED` set, as `make test-backends` does.
+    #[must_use]
+    pub fn optional(why: impl Into<String>) -> Self {
+        let why = why.into();
+        assert!(env::var_os("OUTBOARD_BACKENDS_REQUIRED").is_none(), "cannot be skipped here: {why}");
+        Self(why)
+    }
+
     /// Says that a test is left out on purpose, also inside the lab.
     pub fn skipped(test: &str, why: &str) {
         Self(why.to_owned()).print(test);
