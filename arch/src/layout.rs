@@ -134,9 +134,9 @@ pub const COM1_GSI: Gsi = Gsi(4);
 /// Interrupt line of the ACPI event device, level-triggered.
 pub const EVENT_GSI: Gsi = Gsi(9);
 
-/// Pins for virtio-mmio devices, in the order of use; the last four are those of INTx. Left out: 0 and 2 (timer and cascade of kernels without
-/// ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel without ACPI would look for; 9 is
-/// [`EVENT_GSI`]).
+/// Pins for virtio-mmio devices, in the order of use; the last four are those of INTx. Left out: 0 and 2 (timer
+/// and cascade of kernels without ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel without ACPI
+/// would look for; 9 is [`EVENT_GSI`]).
 const VIRTIO_MMIO_PINS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Lines of INTx, which are level-triggered: no virtio-mmio device has one of them on a machine with PCI.

@@ -1,5 +1,6 @@
 //! What a stock guest does with virtio-pci devices: the PCI host is enumerated, its devices are driven without exits, and
-//! drivers come and go. (That interrupts move is tested in machine_backends_rng: those of disks are the kernel's own.) Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! drivers come and go. (That interrupts move is tested in machine_backends_rng: those of disks are the kernel's
+//! own.) Needs a KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -9,8 +9,9 @@
 //! ```
 //! KVM lowers a line at the guest's end of interrupt, whoever signalled meanwhile; without the memory such a signal
 //! would be lost. It also lowers one that was raised while its pin was masked, when the pin is unmasked, for whoever
-//! still has a reason to raise it again: the guest, which moves interrupts from CPU to CPU like that, has not seen it. A guest that uses message interrupts never comes here: the thread that watches begins with the first
-//! driver that is ready without them, and ends with the lines.
+//! still has a reason to raise it again: the guest, which moves interrupts from CPU to CPU like that, has not seen it.
+//! A guest that uses message interrupts never comes here: the thread that watches begins with the first driver that is
+//! ready without them, and ends with the lines.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;

@@ -1,5 +1,6 @@
 //! Virtio 1.2 §2.10, vhost-user SHMEM_MAP and SHMEM_UNMAP: ranges of guest addresses into which a backend
-//! has pieces of its files mapped. Where the ranges are is the transport's: fixed on virtio-mmio, in a BAR on virtio-pci. Called on the thread that serves the backends' channels; must never take
+//! has pieces of its files mapped. Where the ranges are is the transport's: fixed on virtio-mmio, in a BAR on
+//! virtio-pci. Called on the thread that serves the backends' channels; must never take
 //! a device's lock, nor show the guest anything outside the ranges.
 
 use std::collections::BTreeMap;

@@ -1,4 +1,5 @@
-//! A whole device with a backend that misbehaves at each step: it ends broken, within the deadline, with nothing left bound and no descriptor left open.
+//! A whole device with a backend that misbehaves at each step: it ends broken, within the deadline, with nothing
+//! left bound and no descriptor left open.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
