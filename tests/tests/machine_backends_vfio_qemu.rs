@@ -242,8 +242,9 @@ ip addr add 10.0.0.1/24 dev eth0; ip link set eth0 up
 there ip addr add 10.0.0.2/24 dev eth1; there ip link set eth1 up
 wait_for ping -c 1 -W 1 10.0.0.2 >/dev/null
 ping -c 50 -i 0.02 -s 1400 10.0.0.2 | grep -q "50 packets received" || exit 2
-dd if=/dev/urandom of=/tmp/sent bs=64k count=64 2>/dev/null
-sleep 1000 | there nc -l -p 7 >/tmp/got & n=$!; sleep 1
+dd if=/dev/urandom of=/tmp/sent bs=64k count=4 2>/dev/null
+mkfifo /tmp/open; exec 9<>/tmp/open
+there nc -l -p 7 <&9 >/tmp/got & n=$!; sleep 1
 nc 10.0.0.2 7 </tmp/sent; wait $n
 cmp /tmp/sent /tmp/got || exit 3
 grep -E "eth[01]" /proc/interrupts; kill $other
