@@ -127,11 +127,12 @@ fn cost(more: &str) -> Option<[f64; 4]> {
 #[test]
 fn what_a_request_to_qemus_controller_costs() {
     need!(ready());
-    // Two doorbells, which QEMU has no eventfds for: each is answered, or posted.
-    for (more, waits) in [(",deadline=20000", 2.0), (",deadline=20000,posted-writes=on", 0.0)] {
+    // QEMU has no eventfds for doorbells. That of the submission queue is rung, and answered or posted; that of the
+    // completion queue is a number in memory (its controller has the Doorbell Buffer Config command).
+    for (more, waits) in [(",deadline=20000", 1.0), (",deadline=20000,posted-writes=on", 0.0)] {
         let Some([exits, reads, writes, waited]) = cost(more) else { return };
-        assert!(reads.abs() < 0.1 && (writes - 2.0).abs() < 0.2, "{reads} reads, {writes} writes");
-        assert!((waited - waits).abs() < 0.2 && exits < 2.5, "{more}: {waited} answers, {exits} exits");
+        assert!(reads.abs() < 0.1 && (writes - 1.0).abs() < 0.2, "{reads} reads, {writes} writes");
+        assert!((waited - waits).abs() < 0.2 && exits < 1.5, "{more}: {waited} answers, {exits} exits");
     }
 }
 
