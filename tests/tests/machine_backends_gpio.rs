@@ -27,7 +27,8 @@ done"#,
         vfio::SHELL
     );
     let launch = need!(generic_guest("gpio-pci-idio-16", &script));
-    let ended = launch.arg("--vfio-user").arg(gpio.device(",deadline=20000")).start().end(SCRIPT * 2).with_code(0);
+    let ended =
+        launch.arg("--vfio-user").arg(gpio.device(",deadline=20000")).start().end(SCRIPT * 2).with_code(0);
     assert!(ended.console.contains("@exit 0"), "the script failed\n{ended}");
     assert_eq!(ended.field("lines"), 32, "{ended}");
     assert!(ended.console.contains("inputs=00"), "{ended}");

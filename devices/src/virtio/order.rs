@@ -119,7 +119,12 @@ impl Display {
     /// A descriptor for the next backend. Waits for `limit` at most.
     pub(super) fn socket(&self, limit: Duration) -> io::Result<OwnedFd> {
         match self {
-            Self::Path(path) => socket::connect(path, &Deadline::after(limit)).map(OwnedFd::from),
+            Self::Path(path) => {
+                let stream = socket::connect(path, &Deadline::after(limit))?;
+                // Ours never wait, but backends write pictures in one go, larger than what a socket holds.
+                stream.set_nonblocking(false)?;
+                Ok(stream.into())
+            }
             Self::Open(fd) => fd.try_clone(),
         }
     }

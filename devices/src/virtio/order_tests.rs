@@ -90,7 +90,12 @@ fn display_is_handed_to_each_backend_anew() {
     let _stale = std::fs::remove_file(&folder);
     let listener = UnixListener::bind(&folder).unwrap();
     let gpu = Order::new(DeviceType::named("gpu").unwrap(), Wishes::default(), "").unwrap();
-    let order = gpu.clone().drawing_on(Display::Path(folder.clone()));
+    let display = Display::Path(folder.clone());
+    // A backend that writes a picture waits until the display has read it.
+    let flags = rustix::fs::fcntl_getfl(display.socket(Duration::from_secs(1)).unwrap()).unwrap();
+    assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
+    listener.accept().unwrap();
+    let order = gpu.clone().drawing_on(display);
     for _ in 0..2 {
         let (backend, opened) = connect(Offer::default(), Script::normal(), &order);
         opened.unwrap();
