@@ -33,7 +33,7 @@ static struct {
     uint64_t source, destination, length;
 } now;
 static uint32_t reads, writes, resets, maps, raised, dropped, waiting, pin_masked, pin_pending;
-static int verbose, bells[2 * DOORBELLS], quiesce_time, quiescing;
+static int verbose, sparse_file, large_file, bells[2 * DOORBELLS], quiesce_time, quiescing;
 static struct timespec quiet_at;
 static uint8_t *sparse, *large;
 static vfu_ctx_t *ctx;
@@ -337,6 +337,10 @@ static int until_quiet(void) {
 static void mapped(vfu_ctx_t *_ctx, vfu_dma_info_t *info) { (void)_ctx, (void)info, maps++; }
 static void unmapped(vfu_ctx_t *_ctx, vfu_dma_info_t *info) { (void)_ctx, (void)info, maps--; }
 
+static void must(int outcome, const char *what) {
+    if (outcome < 0) err(1, "%s", what);
+}
+
 static uint8_t *file(const char *name, size_t size, int *fd) {
     uint8_t *at;
     if ((*fd = memfd_create(name, MFD_CLOEXEC)) < 0 || ftruncate(*fd, (off_t)size) < 0) err(1, "%s", name);
@@ -344,22 +348,23 @@ static uint8_t *file(const char *name, size_t size, int *fd) {
     return at;
 }
 
-static void must(int outcome, const char *what) {
-    if (outcome < 0) err(1, "%s", what);
+/* All descriptors but the sockets. Before there is a socket: who sees this server listen may count them. */
+static void open_all(void) {
+    sparse = file("engine-bar1", SPARSE, &sparse_file);
+    large = file("engine-bar2", LARGE, &large_file);
+    for (int n = 0; n < 2 * DOORBELLS; n++) must(bells[n] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
 }
 
 static void describe(void) {
-    int rw = VFU_REGION_FLAG_RW, fd;
+    int rw = VFU_REGION_FLAG_RW;
     struct iovec pieces[] = { { (void *)0x1000, 0x2000 }, { (void *)0x8000, 0x8000 } };
     must(vfu_pci_init(ctx, VFU_PCI_TYPE_EXPRESS, PCI_HEADER_TYPE_NORMAL, 0), "PCI");
     vfu_pci_set_id(ctx, 0x1234, 0x0b0f, 0x1af4, 0x0b0f);
     vfu_pci_set_class(ctx, 0xff, 0, 0);
     config()->hdr.rid = 1;
     must(vfu_setup_region(ctx, 0, 0x1000, registers, rw | VFU_REGION_FLAG_MEM, NULL, 0, -1, 0), "BAR 0");
-    sparse = file("engine-bar1", SPARSE, &fd);
-    must(vfu_setup_region(ctx, 1, SPARSE, sparse_access, rw | VFU_REGION_FLAG_MEM, pieces, 2, fd, 0), "BAR 1");
-    large = file("engine-bar2", LARGE, &fd);
-    must(vfu_setup_region(ctx, 2, LARGE, large_access, rw | VFU_REGION_FLAG_MEM, NULL, 0, fd, 0), "BAR 2");
+    must(vfu_setup_region(ctx, 1, SPARSE, sparse_access, rw | VFU_REGION_FLAG_MEM, pieces, 2, sparse_file, 0), "BAR 1");
+    must(vfu_setup_region(ctx, 2, LARGE, large_access, rw | VFU_REGION_FLAG_MEM, NULL, 0, large_file, 0), "BAR 2");
     config()->hdr.bars[2].mem.locatable = 2;
     config()->hdr.bars[2].mem.prefetchable = 1;
     must(vfu_setup_region(ctx, 4, 32, ports, rw, NULL, 0, -1, 0), "BAR 4");
@@ -376,7 +381,6 @@ static void describe(void) {
     struct dsncap serial = { { .id = PCI_EXT_CAP_ID_DSN, .version = 1 }, 0x0b0f1234, 0x11223344 };
     must((int)vfu_pci_add_capability(ctx, 0, VFU_CAP_FLAG_EXTENDED, &serial), "serial number");
     for (int n = 0; n < 2 * DOORBELLS; n++) {
-        must(bells[n] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd");
         int own = n < DOORBELLS;
         size_t at = own ? 0x800 + 4 * (size_t)n : 0x840;
         must(vfu_create_ioeventfd(ctx, 0, bells[n], at, 4, own ? 0 : DATAMATCH, own ? 0 : (uint64_t)n - DOORBELLS), "doorbell");
@@ -400,6 +404,7 @@ int main(int argc, char *argv[]) {
         else errx(2, "usage: engine [-v]... [--quiesce MS] --socket PATH");
     }
     if (path == NULL) errx(2, "--socket is missing");
+    open_all();
     ctx = vfu_create_ctx(VFU_TRANS_SOCK, path, LIBVFIO_USER_FLAG_ATTACH_NB, NULL, VFU_DEV_TYPE_PCI);
     if (ctx == NULL) err(1, "%s", path);
     must(vfu_setup_log(ctx, say, verbose > 1 ? 7 : verbose ? 6 : 3), "log");

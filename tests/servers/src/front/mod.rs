@@ -48,10 +48,10 @@ pub fn listen<D: Device + 'static>(
     irqs: Vec<IrqInfo>,
     regions: Vec<ServerRegion>,
 ) -> Result<Server> {
-    let outer = UnixListener::bind(&common.socket)?;
-    // An abstract name leaves no file.
+    // An abstract name leaves no file. The clients' socket comes last: who sees it listen may count this server's descriptors.
     let inner = SocketAddr::from_abstract_name(format!("outboard-front-{}", std::process::id()))?;
     let server = Server::from_owned_fd(UnixListener::bind_addr(&inner)?.into(), true, irqs, regions);
+    let outer = UnixListener::bind(&common.socket)?;
     let (shared, common) = (shared.clone(), common.clone());
     thread::spawn(move || {
         for client in outer.incoming() {
