@@ -279,6 +279,8 @@ pub(crate) struct Script {
     pub(crate) on_read: Outcome,
     pub(crate) on_write: Outcome,
     pub(crate) config: Vec<u8>,
+    /// It has gone without a word.
+    pub(crate) hung_up: bool,
     /// A start waits until something comes here.
     pub(crate) hold_start: Option<Receiver<()>>,
     /// Looked at in every call: what the machine had registered at that moment.
@@ -323,6 +325,10 @@ impl Backend for Scripted {
         }
         let word = if start.begin == Begin::Resumed { "resume" } else { "start" };
         self.note(format!("{word} {:x} {}", start.features.bits(), rings.join(" ")), |s| s.on_start)
+    }
+
+    fn has_hung_up(&self) -> bool {
+        lock(&self.0).hung_up
     }
 
     fn stop(&mut self) -> Result<(), BackendError> {

@@ -164,11 +164,16 @@ impl Device {
         log::warn!("device {} waits for another backend: {why}", self.name);
         self.backend.disconnect();
         if queues.is_some() {
-            let Self { wiring, registers, memory, backend, .. } = self;
-            wiring.cut(registers, space(registers, memory, backend.as_ref()));
-            self.call_all();
+            self.cut_off();
         }
         self.phase = Phase::Recovering(Absence::new(why, queues));
+    }
+
+    /// Whoever served the queues does so no longer: remembers where they are, and tells the driver of all that was used.
+    pub(super) fn cut_off(&mut self) {
+        let Self { wiring, registers, memory, backend, .. } = self;
+        wiring.cut(registers, space(registers, memory, backend.as_ref()));
+        self.call_all();
     }
 
     /// The device cannot go on.

@@ -102,6 +102,11 @@ pub trait Backend: Send {
         false
     }
 
+    /// Whether it has ended the connection, so that there is no point in starting it.
+    fn has_hung_up(&self) -> bool {
+        false
+    }
+
     /// What stands between the driver's addresses and guest memory, for a driver that takes
     /// ACCESS_PLATFORM. It may be asked for as long as the backend lives, connected or not.
     fn translations(&self) -> Option<&IovaMap> {

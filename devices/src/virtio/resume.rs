@@ -29,14 +29,24 @@ pub(super) struct Indexes {
 }
 
 /// What is remembered of a ring that a backend serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Past {
     /// Where the backend began.
     pub(super) origin: u16,
     /// The ring when the backend was lost.
-    pub(super) cut: Option<Indexes>,
+    pub(super) cut: Option<Contents>,
     /// Where a backend took over that has yet to show that it goes on there.
     pub(super) handed_over: Option<u16>,
+}
+
+/// A ring as it stood at one time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Contents {
+    pub(super) indexes: Indexes,
+    /// The heads in the available ring.
+    pub(super) available: Vec<u16>,
+    /// The ids in the used ring.
+    pub(super) used: Vec<u32>,
 }
 
 /// Why nobody can go on with a ring.
@@ -177,37 +187,39 @@ impl<'a> Orphan<'a> {
     /// in flight. A backend that has no notes of that takes what stands in the available ring there, so
     /// those that were overtaken are put there, in the place of those that overtook them: the driver
     /// does not read these entries, and writes over none before it is used.
-    pub(super) fn resume(&self, notes: Notes, past: Past) -> Result<RingBase, ResumeError> {
+    pub(super) fn resume(&self, notes: Notes, past: &Past) -> Result<RingBase, ResumeError> {
         let Self { queue, state, .. } = *self;
         let memory = |source| ResumeError::Memory { queue, source };
-        for _ in 0..ATTEMPTS {
-            let Indexes { available, used } = self.indexes().map_err(memory)?;
-            let count = available.wrapping_sub(used);
-            if count > state.size {
-                return Err(ResumeError::Indexes { queue, available, used });
-            }
-            if notes == Notes::Backend || count == 0 {
-                return Ok(RingBase(used.into()));
-            }
-            let heads = self.available.entries::<2>(state.size).map_err(memory)?;
-            let ids = self.used.entries::<8>(state.size).map_err(memory)?;
-            if self.available.index().map_err(memory)? != available {
-                continue;
-            }
-            let heads: Vec<u16> = heads.into_iter().map(u16::from_le_bytes).collect();
-            let ids: Vec<u32> =
-                ids.into_iter().map(|[a, b, c, d, ..]| u32::from_le_bytes([a, b, c, d])).collect();
-            let history = History {
-                available: &heads,
-                available_index: available,
-                used: &ids,
-                used_index: used,
-                origin: past.origin,
-                cut: past.cut.filter(|cut| cut.used == used).map(|cut| cut.available),
-            };
+        let now = self.contents()?;
+        let Indexes { available, used } = now.indexes;
+        let count = available.wrapping_sub(used);
+        if count > state.size {
+            return Err(ResumeError::Indexes { queue, available, used });
+        }
+        if notes == Notes::Rings && count > 0 {
+            let history = History { now: &now, origin: past.origin, cut: past.cut.as_ref() };
             let unfinished = history.unfinished().ok_or(ResumeError::Doubt { queue, count })?;
-            self.put_first(used, &heads, &unfinished).map_err(memory)?;
-            return Ok(RingBase(used.into()));
+            self.put_first(used, &now.available, &unfinished).map_err(memory)?;
+        }
+        Ok(RingBase(used.into()))
+    }
+
+    /// The ring at a moment at which the driver did nothing.
+    pub(super) fn contents(&self) -> Result<Contents, ResumeError> {
+        let Self { queue, state, .. } = *self;
+        let read = || -> io::Result<Option<Contents>> {
+            let indexes = self.indexes()?;
+            let heads = self.available.entries::<2>(state.size)?;
+            let ids = self.used.entries::<8>(state.size)?;
+            let available = heads.into_iter().map(u16::from_le_bytes).collect();
+            let id = |[a, b, c, d, ..]: [u8; 8]| u32::from_le_bytes([a, b, c, d]);
+            let contents = Contents { indexes, available, used: ids.into_iter().map(id).collect() };
+            Ok((self.indexes()? == indexes).then_some(contents))
+        };
+        for _ in 0..ATTEMPTS {
+            if let Some(contents) = read().map_err(|source| ResumeError::Memory { queue, source })? {
+                return Ok(contents);
+            }
         }
         Err(ResumeError::Restless(queue))
     }
@@ -250,7 +262,7 @@ mod tests {
     }
 
     fn resume(queue: &QueueState, memory: &MemoryMap, notes: Notes) -> Result<RingBase, ResumeError> {
-        Orphan::new(3, queue, RingLayout::Split, memory.into())?.resume(notes, Past::default())
+        Orphan::new(3, queue, RingLayout::Split, memory.into())?.resume(notes, &Past::default())
     }
 
     /// Fills the rings with these heads, from index 0 on.

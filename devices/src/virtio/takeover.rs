@@ -12,8 +12,10 @@
 
 use std::error::Error;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::sleep;
 use std::time::Duration;
 
+use transport::deadline::Deadline;
 use transport::memory_map::MemoryMap;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
@@ -24,7 +26,7 @@ use super::device::{Device, chain};
 use super::device_type::{ConfigSource, Model};
 use super::handle::DeviceHandle;
 use super::phase::{Absence, Phase};
-use super::resume::Notes;
+use super::resume::{Notes, ResumeError};
 use super::wiring::{OwnedRing, RingsError};
 use crate::lock;
 
@@ -187,28 +189,65 @@ impl Job {
     }
 }
 
+/// What comes of a candidate that fits.
+enum Begun {
+    /// It serves the device; there is nothing to start.
+    Installed,
+    /// It is to be started.
+    Starts(Job),
+    /// The rings do not tell yet what was in flight.
+    InDoubt(Candidate),
+}
+
+/// For how long a driver is waited for whose rings leave a doubt, and how often they are looked at. Its interrupt has told it
+/// of all that was used when the backend was lost. What it makes available after that is in flight for certain, and when all its
+/// requests are, no doubt is left: most drivers need no more than to be scheduled once.
+const DOUBT: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(2);
+
 impl DeviceHandle {
     /// Makes `candidate` the backend of a device that waits for one, and starts the queues there if the
-    /// driver is ready. Called on a thread that may wait: up to the peer's deadline. The device's lock
-    /// is not held meanwhile.
+    /// driver is ready. Called on a thread that may wait: up to the peer's deadline, and some seconds when
+    /// only the driver can tell what was in flight. The device's lock is not held meanwhile.
     ///
     /// # Errors
     /// When the device waits for none, or the candidate does not fit (the device is broken then), or
     /// fails (the device goes on waiting).
     pub fn take_over(&self, candidate: Candidate) -> Result<(), TakeOverError> {
-        match self.with(|device| device.begin_take_over(candidate))? {
-            None => Ok(()),
-            Some(job) => {
-                let starting = job.run();
-                self.with(|device| device.finish_take_over(&starting))
+        self.take_over_within(DOUBT, candidate)
+    }
+
+    fn take_over_within(&self, doubt: Duration, mut candidate: Candidate) -> Result<(), TakeOverError> {
+        let deadline = Deadline::after(doubt);
+        let mut waited = false;
+        let job = loop {
+            match self.with(|device| device.begin_take_over(candidate, deadline.remaining()))? {
+                Begun::Installed => return Ok(()),
+                Begun::Starts(job) => break job,
+                Begun::InDoubt(again) if again.backend.has_hung_up() => {
+                    return Err(TakeOverError::Failed("it hung up before it was started".into()));
+                }
+                Begun::InDoubt(again) => candidate = again,
             }
-        }
+            if !std::mem::replace(&mut waited, true) {
+                self.with(|device| {
+                    log::debug!("device {}: only its driver can end the doubt about its rings", device.name);
+                });
+            }
+            sleep(LOOK);
+        };
+        let starting = job.run();
+        self.with(|device| device.finish_take_over(&starting))
     }
 }
 
 impl Device {
-    /// `None` when there is nothing to start, and all is done.
-    fn begin_take_over(&mut self, candidate: Candidate) -> Result<Option<Job>, TakeOverError> {
+    /// Rings that leave a doubt need a reset when there is no more `patience` with their driver.
+    fn begin_take_over(
+        &mut self,
+        candidate: Candidate,
+        patience: Option<Duration>,
+    ) -> Result<Begun, TakeOverError> {
         match &self.phase {
             Phase::Recovering(Absence { starting: None, .. }) if !self.retired => {}
             _ => return Err(TakeOverError::NotWanted),
@@ -221,7 +260,7 @@ impl Device {
         let Some((begin, features)) = absence.queues.as_ref().map(|q| q.begin).zip(self.registers.accepted())
         else {
             self.install(candidate);
-            return Ok(None);
+            return Ok(Begun::Installed);
         };
         let notes = if candidate.backend.has_notes() { Notes::Backend } else { Notes::Rings };
         let space = space(&self.registers, &self.memory, candidate.backend.as_ref());
@@ -230,15 +269,18 @@ impl Device {
                 let starting = Starting::new();
                 absence.starting = Some(Arc::clone(&starting));
                 let memory = self.memory.clone();
-                Ok(Some(Job { candidate, starting, features, memory, rings, begin }))
+                Ok(Begun::Starts(Job { candidate, starting, features, memory, rings, begin }))
             }
             Err(RingsError::Fd(error)) => Err(TakeOverError::Failed(error.into())),
+            Err(RingsError::Resume(ResumeError::Doubt { .. })) if patience.is_some() => {
+                Ok(Begun::InDoubt(candidate))
+            }
             Err(RingsError::Resume(error)) => {
                 // The backend is fine, only these rings are beyond help.
                 absence.queues = None;
                 self.install(candidate);
                 self.need_reset(chain(&error));
-                Ok(None)
+                Ok(Begun::Installed)
             }
         }
     }
@@ -275,6 +317,7 @@ impl Device {
                     absence.starting = None;
                     // It may have done something before it failed.
                     absence.queues.iter_mut().for_each(|queues| queues.begin = Begin::Resumed);
+                    self.cut_off();
                 }
                 Err(TakeOverError::Failed(cause))
             }

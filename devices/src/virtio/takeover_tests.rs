@@ -15,6 +15,8 @@ const BASE: u64 = 0xd000_0000;
 const DRIVER: u64 = 0x2000;
 const DEVICE: u64 = 0x3000;
 
+const RIDDLE: [u16; 16] = [0, 0, 1, 2, 0, 2, 1, 1, 0, 1, 2, 0, 2, 1, 1, 2];
+
 /// A guest with a disk that waits for another backend when it loses one.
 struct Rig {
     device: MmioDevice,
@@ -81,14 +83,39 @@ impl Rig {
     }
 
     fn set_indexes(&self, available: u16, used: u16) {
-        let fd = self.ram.regions()[0].fd();
-        rustix::io::pwrite(fd, &available.to_le_bytes(), DRIVER + 2).unwrap();
-        rustix::io::pwrite(fd, &used.to_le_bytes(), DEVICE + 2).unwrap();
         // Each head by turns, all in order.
-        for slot in 0..16_u16 {
-            rustix::io::pwrite(fd, &slot.to_le_bytes(), DRIVER + 4 + 2 * u64::from(slot)).unwrap();
-            rustix::io::pwrite(fd, &u32::from(slot).to_le_bytes(), DEVICE + 4 + 8 * u64::from(slot)).unwrap();
+        let in_order: [u16; 16] = std::array::from_fn(|slot| slot.try_into().unwrap());
+        self.set_rings(available, used, in_order, in_order);
+    }
+
+    fn set_rings(&self, available_index: u16, used_index: u16, available: [u16; 16], used: [u16; 16]) {
+        let fd = self.ram.regions()[0].fd();
+        for ((head, id), slot) in available.into_iter().zip(used).zip(0..) {
+            rustix::io::pwrite(fd, &head.to_le_bytes(), DRIVER + 4 + 2 * slot).unwrap();
+            rustix::io::pwrite(fd, &u32::from(id).to_le_bytes(), DEVICE + 4 + 8 * slot).unwrap();
         }
+        rustix::io::pwrite(fd, &used_index.to_le_bytes(), DEVICE + 2).unwrap();
+        rustix::io::pwrite(fd, &available_index.to_le_bytes(), DRIVER + 2).unwrap();
+    }
+
+    /// Started, then lost with rings that do not tell which two of three requests, 0 and 1, are in flight.
+    fn lose_in_doubt(&self) {
+        self.start_driver();
+        self.set_rings(65022, 65020, RIDDLE, [0, 2, 0, 2, 1, 1, 1, 0, 1, 2, 0, 2, 0, 2, 1, 0]);
+        self.handle.peer_lost("it crashed");
+    }
+
+    /// The driver uses its third head, too.
+    fn end_the_doubt(&self) {
+        let fd = self.ram.regions()[0].fd();
+        rustix::io::pwrite(fd, &2_u16.to_le_bytes(), DRIVER + 4 + 2 * 14).unwrap();
+        rustix::io::pwrite(fd, &65023_u16.to_le_bytes(), DRIVER + 2).unwrap();
+    }
+
+    fn head(&self, slot: u64) -> u16 {
+        let mut head = [0; 2];
+        rustix::io::pread(self.ram.regions()[0].fd(), &mut head, DRIVER + 4 + 2 * slot).unwrap();
+        u16::from_le_bytes(head)
     }
 
     /// The guest's kick, that it ends in the kernel.
@@ -272,6 +299,77 @@ fn ring_that_nobody_can_go_on_with_needs_a_reset_but_keeps_the_new_backend() {
         assert!(!rig.kicks());
         rig.start_driver();
         assert!(second.calls()[0].starts_with("start "));
+    }
+}
+
+#[test]
+fn doubt_ends_when_the_driver_goes_on() {
+    let rig = rig();
+    rig.lose_in_doubt();
+    let (second, candidate) = candidate(disk(2));
+    std::thread::scope(|scope| {
+        let taking_over = scope.spawn(|| rig.handle.take_over_within(Duration::from_secs(60), candidate));
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(rig.handle.phase(), PhaseReport::Recovering("it crashed".into()), "it is waited for");
+        assert!(rig.kicks());
+        rig.end_the_doubt();
+        taking_over.join().unwrap().unwrap();
+    });
+    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+fdfc"]);
+    assert_eq!(rig.handle.phase(), PhaseReport::Running);
+    assert_eq!([12, 13, 14].map(|slot| rig.head(slot)), [0, 1, 2]);
+}
+
+#[test]
+fn driver_whose_rings_stay_in_doubt_needs_a_reset_and_keeps_the_new_backend() {
+    let rig = rig();
+    rig.lose_in_doubt();
+    let (second, candidate) = candidate(disk(2));
+    rig.handle.take_over_within(Duration::from_millis(20), candidate).unwrap();
+    assert!(second.calls().is_empty());
+    let why = "the rings of queue 0 do not tell which 2 requests were in flight";
+    assert_eq!(rig.handle.phase(), PhaseReport::NeedsReset(why.into()));
+    assert_eq!((rig.status(), rig.machine.page_u32(0x60)), (0x4f, 3));
+    assert_eq!([12, 13].map(|slot| rig.head(slot)), [RIDDLE[12], RIDDLE[13]], "nothing was changed");
+}
+
+#[test]
+fn backend_that_goes_while_there_is_doubt_is_none_and_the_next_is_waited_for() {
+    let rig = rig();
+    rig.lose_in_doubt();
+    let (second, candidate) = candidate(disk(2));
+    lock(&second.0).hung_up = true;
+    let begin = Instant::now();
+    let error = rig.handle.take_over_within(Duration::from_secs(60), candidate).unwrap_err();
+    assert!(matches!(error, TakeOverError::Failed(_)), "{error:?}");
+    assert!(begin.elapsed() < Duration::from_secs(30));
+    assert_eq!(rig.handle.phase(), PhaseReport::Recovering("it crashed".into()));
+    let (third, candidate) = self::candidate(disk(2));
+    rig.end_the_doubt();
+    rig.handle.take_over(candidate).unwrap();
+    assert_eq!(third.calls(), ["resume 100000200 0:16@1000,2000,3000+fdfc"]);
+}
+
+#[test]
+fn machine_or_driver_that_is_reset_while_there_is_doubt_is_not_held_up() {
+    for by_driver in [true, false] {
+        let rig = rig();
+        rig.lose_in_doubt();
+        let (second, candidate) = candidate(disk(2));
+        let begin = Instant::now();
+        let outcome = std::thread::scope(|scope| {
+            let taking_over = scope.spawn(|| rig.handle.take_over_within(Duration::from_secs(60), candidate));
+            std::thread::sleep(Duration::from_millis(30));
+            if by_driver {
+                rig.write(0x70, 0);
+            } else {
+                rig.handle.shutdown();
+            }
+            taking_over.join().unwrap()
+        });
+        assert!(begin.elapsed() < Duration::from_secs(30));
+        assert_eq!(outcome.is_ok(), by_driver, "{outcome:?}");
+        assert!(second.calls().is_empty());
     }
 }
 

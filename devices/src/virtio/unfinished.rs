@@ -8,26 +8,26 @@
 //! least `p` less the number of heads. Each head is either finished or not; each of the two says
 //! between which values `Y` must lie at every position of that head, for the turns to come out even.
 //! What contradicts the others is struck out until nothing is left in doubt (§2.7.6, §2.7.8).
+//!
+//! One thing no ring tells: a request that as many others overtook as the ring has entries has left no
+//! trace in it. It is known only by its number, as there is one in flight more than can be found.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// The rings of one queue as they stand in memory, and their indexes.
+use super::resume::{Contents, Indexes};
+
+/// What is known of one queue.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct History<'a> {
-    /// `avail.ring`; its length is the size of the queue.
-    pub(super) available: &'a [u16],
-    /// `avail.idx`
-    pub(super) available_index: u16,
-    /// The ids in `used.ring`.
-    pub(super) used: &'a [u32],
-    /// `used.idx`
-    pub(super) used_index: u16,
+    /// The rings as they stand in memory; as many entries in either as the queue has.
+    pub(super) now: &'a Contents,
     /// Both indexes at a time when nothing was in flight, or all that was in flight was noted in the
     /// available ring from there on. Older entries are of no interest.
     pub(super) origin: u16,
-    /// `avail.idx` at a time when all that is used was used.
-    pub(super) cut: Option<u16>,
+    /// The rings when the backend was lost. What the driver made available since is not used, but may
+    /// stand where something older did.
+    pub(super) cut: Option<&'a Contents>,
 }
 
 /// Entries that a search looks at before it gives up: it must not hold up others.
@@ -166,45 +166,55 @@ impl History<'_> {
     /// The heads in flight, in the order in which they were made available; `None` when the rings leave
     /// that in doubt, or hold what cannot be.
     pub(super) fn unfinished(&self) -> Option<Vec<u16>> {
-        let size = self.available.len();
-        if size == 0 || self.used.len() != size {
+        let size = self.size();
+        if size == 0 || self.now.used.len() != self.now.available.len() {
             return None;
         }
+        let (available, used) = self.ends();
+        let oldest = self.cut().map_or(available, |(at, _)| at) - size;
         // A ring that went on for a multiple of 65536 since its origin looks as if it had just begun.
-        self.since_origin(size).and_then(|window| self.search(&window)).or_else(|| {
-            let size = Position::try_from(size).ok()?;
-            let (available, used) = self.ends();
-            let window =
-                Window { available: available - size..available, used: used - size..used, whole: false };
-            self.search(&window)
+        self.since_origin(oldest).and_then(|window| self.search(&window)).or_else(|| {
+            self.search(&Window { available: oldest..available, used: used - size..used, whole: false })
         })
+    }
+
+    /// Entries of either ring.
+    fn size(&self) -> Position {
+        Position::try_from(self.now.available.len()).unwrap_or(0)
     }
 
     /// Where the rings end.
     fn ends(&self) -> (Position, Position) {
+        let Indexes { available, used } = self.now.indexes;
         // Far enough from zero for everything that is subtracted.
-        let available = Position::from(self.available_index) + (1 << 20);
-        (available, available - Position::from(self.available_index.wrapping_sub(self.used_index)))
+        let end = Position::from(available) + (1 << 20);
+        (end, end - Position::from(available.wrapping_sub(used)))
+    }
+
+    /// Where the available ring ended when the backend was lost, and what it held, if nothing was used since.
+    fn cut(&self) -> Option<(Position, &[u16])> {
+        let cut = self.cut?;
+        let since = Position::from(self.now.indexes.available.wrapping_sub(cut.indexes.available));
+        let fits = cut.indexes.used == self.now.indexes.used
+            && cut.available.len() == self.now.available.len()
+            && since <= self.size();
+        fits.then(|| (self.ends().0 - since, cut.available.as_slice()))
     }
 
     /// Everything since the origin, if that is still there.
-    fn since_origin(&self, size: usize) -> Option<Window> {
-        let length = self.available_index.wrapping_sub(self.origin);
-        if usize::from(length) > size {
-            return None;
-        }
+    fn since_origin(&self, oldest: Position) -> Option<Window> {
         let (available, used) = self.ends();
-        let origin = available - Position::from(length);
-        (origin <= used).then_some(Window { available: origin..available, used: origin..used, whole: true })
+        let origin = available - Position::from(self.now.indexes.available.wrapping_sub(self.origin));
+        let there = oldest <= origin && used - self.size() <= origin && origin <= used;
+        there.then_some(Window { available: origin..available, used: origin..used, whole: true })
     }
 
     fn search(&self, window: &Window) -> Option<Vec<u16>> {
         let heads = self.turns(window)?;
         let due = usize::try_from(window.available.end - window.used.end).ok()?;
         let mut envelope = Envelope::new(window, heads.len())?;
-        if let Some(cut) = self.cut {
-            let since = Position::from(self.available_index.wrapping_sub(cut));
-            envelope.cut(window.available.start.max(window.available.end - since), window.used.end);
+        if let Some((at, _)) = self.cut() {
+            envelope.cut(window.available.start.max(at), window.used.end);
         }
         let mut fate: BTreeMap<u16, bool> = BTreeMap::new();
         let mut open: BTreeMap<u16, Vec<Possible>> = heads
@@ -214,9 +224,7 @@ impl History<'_> {
                 (*head, both.filter_map(|unfinished| turns.as_if(unfinished, window)).collect())
             })
             .collect();
-        let most = Position::try_from(self.available.len()).ok()? / 4 * 3;
-        let overtaken = window.available.end - most;
-        let rounds = EFFORT.checked_div(self.available.len()).unwrap_or(0);
+        let rounds = EFFORT.checked_div(self.now.available.len()).unwrap_or(0);
         for _ in 0..rounds {
             if !envelope.spread() {
                 return None;
@@ -252,36 +260,28 @@ impl History<'_> {
                 }
                 continue;
             }
-            // Where the rings begin, a head that was used just before looks like one that nearly all the
-            // others overtook.
-            let mut rare = false;
-            for (head, possible) in &mut open {
-                let made = heads.get(head).and_then(|turns| turns.available.last());
-                if made.is_some_and(|made| *made < overtaken) {
-                    rare |= possible.iter().any(|possible| possible.unfinished);
-                    possible.retain(|possible| !possible.unfinished);
-                }
-            }
-            if !rare {
-                return None;
-            }
+            return None;
         }
         None
     }
 
     fn turns(&self, window: &Window) -> Option<BTreeMap<u16, Turns>> {
-        let size = Position::try_from(self.available.len()).ok()?;
-        let slot = |at: Position| usize::try_from(at.rem_euclid(size)).ok();
+        let (size, cut) = (self.size(), self.cut());
+        let slot = |at: Position| usize::try_from(at.checked_rem_euclid(size)?).ok();
         let mut heads: BTreeMap<u16, Turns> = BTreeMap::new();
         for at in window.available.clone() {
-            let head = *self.available.get(slot(at)?)?;
+            let ring = match cut {
+                Some((end, then)) if at < end => then,
+                _ => &self.now.available,
+            };
+            let head = *ring.get(slot(at)?)?;
             heads.entry(head).or_default().available.push(at);
         }
         for at in window.used.clone() {
-            let head = u16::try_from(*self.used.get(slot(at)?)?).ok()?;
+            let head = u16::try_from(*self.now.used.get(slot(at)?)?).ok()?;
             heads.entry(head).or_default().used.push(at);
         }
-        heads.keys().all(|head| usize::from(*head) < self.available.len()).then_some(heads)
+        heads.keys().all(|head| usize::from(*head) < self.now.available.len()).then_some(heads)
     }
 }
 

@@ -2,10 +2,11 @@
 //! they run. Must never send a message of its own making: that is the transport's.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use transport::memory_map::{MemoryMap, SharedRegion};
 use transport::vhost_user::crypto::{SessionId, SymmetricSession};
 use transport::vhost_user::features::ProtocolFeatures;
@@ -294,6 +295,17 @@ impl Backend for VhostUser {
 
     fn kick(&mut self, queue: u16) -> Result<(), BackendError> {
         self.live()?.kick_in_band(queue).map_err(failed)
+    }
+
+    fn has_hung_up(&self) -> bool {
+        let socket = match &self.link {
+            Link::Standing(session) => session.as_fd(),
+            Link::Live(session) => session.as_fd(),
+            Link::Gone => return true,
+        };
+        let mut ended = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
+        // An interrupted look is no sign of anything.
+        poll(&mut ended, Some(&Timespec::default())).is_ok_and(|count| count > 0)
     }
 
     fn has_notes(&self) -> bool {

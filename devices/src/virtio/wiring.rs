@@ -137,7 +137,7 @@ impl Wiring {
         let ring = |((index, queue), pair): ((u16, &QueueState), &mut Pair)| {
             let base = match begin {
                 Begin::Fresh => layout.first_base(),
-                Begin::Resumed => Orphan::new(index, queue, layout, space)?.resume(notes, pair.past)?,
+                Begin::Resumed => Orphan::new(index, queue, layout, space)?.resume(notes, &pair.past)?,
             };
             // A packed ring is not resumed: its number is of no interest.
             let origin = u16::try_from(base.0).unwrap_or(0);
@@ -175,7 +175,7 @@ impl Wiring {
         let layout = registers.ring_layout();
         for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.pairs) {
             let orphan = queue.ready.then(|| Orphan::new(index, queue, layout, space).ok()).flatten();
-            pair.past.cut = orphan.and_then(|orphan| orphan.indexes().ok());
+            pair.past.cut = orphan.and_then(|orphan| orphan.contents().ok());
         }
     }
 
