@@ -8,18 +8,18 @@ mod support;
 use std::cell::Cell;
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use support::{GuestMemory, Scratch, eventually};
+use support::queue::{Part, Queue};
+use support::{GuestMemory, Peer, Scratch, connect_patiently, eventually};
 use transport::memory_map::{GuestAddr, Iova};
 use transport::vhost_user::features::bit;
 use transport::vhost_user::iotlb::{Access, IovaRange, MissAnswers};
 use transport::vhost_user::message::Iotlb;
 use transport::vhost_user::{
-    BackendRequests, Call, Connection, IovaMap, Kick, Limits, LiveSession, ProtocolFeatures, Refused, Ring,
-    RingBase, RingError, Session, Wanted,
+    BackendRequests, IovaMap, Limits, LiveSession, ProtocolFeatures, Refused, RingBase, Session, Wanted,
 };
 
 type P = ProtocolFeatures;
@@ -30,7 +30,7 @@ const FRAME: usize = 600;
 const HEADER: usize = 12;
 
 struct Testpmd {
-    child: Child,
+    _process: Peer,
     socket: PathBuf,
     _scratch: Scratch,
 }
@@ -67,120 +67,65 @@ impl Testpmd {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        let process = Peer(child);
         eventually("dpdk-testpmd's socket", Duration::from_secs(30), || socket.exists());
-        Some(Self { child, socket, _scratch: scratch })
+        Some(Self { _process: process, socket, _scratch: scratch })
     }
 
     fn connect(&self, wanted: &Wanted) -> Session {
         let limits = Limits::new(Duration::from_secs(10));
-        let mut attempts = transport::vhost_user::reconnect::Attempts::lasting(Some(Duration::from_secs(20)));
-        let connection = Connection::connect_patiently(&self.socket, &limits, &mut attempts).unwrap();
-        connection.negotiate(wanted).unwrap()
+        connect_patiently(&self.socket, &limits).negotiate(wanted).unwrap()
     }
 }
 
-impl Drop for Testpmd {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
+/// Where the buffers of the two rings are.
+const RECEIVED: u64 = 0x1_5000;
+const SENT: u64 = 0x2_5000;
 
-/// Where the guest keeps things; the IOVA of each is behind [`Driver::iova`].
-const DESC: u64 = 0x1000;
-const AVAIL: u64 = 0x3000;
-const USED: u64 = 0x4000;
-const APART: u64 = 0x1_0000;
-const BUFFER: u64 = 0x5000;
-const SIZE: u16 = 64;
-
-/// The guest's side of a receiving (0) and a sending ring (1), one buffer each.
+/// The guest's side of a receiving and a sending ring, one buffer each.
 struct Driver {
     memory: GuestMemory,
-    kicks: [Kick; 2],
-    calls: [Call; 2],
-    errors: [RingError; 2],
-    /// Added to every address that the driver tells.
-    iova: u64,
-    received: u16,
-    sent: u16,
+    receives: Queue,
+    sends: Queue,
 }
 
 impl Driver {
+    /// One whose addresses are all behind `iova`.
     fn new(iova: u64) -> Self {
-        Self {
-            memory: GuestMemory::new(2 << 20),
-            kicks: [Kick::new().unwrap(), Kick::new().unwrap()],
-            calls: [Call::new().unwrap(), Call::new().unwrap()],
-            errors: [RingError::new().unwrap(), RingError::new().unwrap()],
-            iova,
-            received: 0,
-            sent: 0,
-        }
+        let [receives, sends] = [0, 1].map(|n| Queue::new(n, 0x1_0000 * u64::from(1 + n)).behind(iova));
+        Self { memory: GuestMemory::new(2 << 20), receives, sends }
     }
 
     fn go_live(&self, session: Session, features: u64) -> LiveSession {
         let features = session.offered().accept(features).unwrap();
-        let ring = |index: u16| {
-            let at = self.iova + APART * (1 + u64::from(index));
-            Ring {
-                index,
-                size: SIZE,
-                descriptor: GuestAddr(at + DESC),
-                available: GuestAddr(at + AVAIL),
-                used: GuestAddr(at + USED),
-                base: RingBase(0),
-                kick: &self.kicks[usize::from(index)],
-                call: &self.calls[usize::from(index)],
-                error: Some(&self.errors[usize::from(index)]),
-            }
-        };
-        session.go_live(features, &self.memory.map, &[ring(0), ring(1)]).unwrap()
-    }
-
-    /// Offers the buffer of a ring, so many bytes of it.
-    fn offer(&self, ring: u16, length: usize, count: u16) {
-        let at = APART * (1 + u64::from(ring));
-        let mut descriptor = (self.iova + at + BUFFER).to_le_bytes().to_vec();
-        descriptor.extend(u32::try_from(length).unwrap().to_le_bytes());
-        // Flags: the device writes into what it receives into.
-        descriptor.extend([2 * u8::from(ring == 0), 0, 0, 0]);
-        self.memory.write(at + DESC, &descriptor);
-        self.memory.write(at + AVAIL + 4 + 2 * u64::from((count - 1) % SIZE), &[0, 0]);
-        self.memory.write(at + AVAIL + 2, &count.to_le_bytes());
-        self.kicks[usize::from(ring)].ring().unwrap();
-    }
-
-    fn used(&self, ring: u16) -> u16 {
-        self.memory.read_u16(APART * (1 + u64::from(ring)) + USED + 2)
+        let rings = [self.receives.ring(RingBase(0)), self.sends.ring(RingBase(0))];
+        session.go_live(features, &self.memory.map, &rings).unwrap()
     }
 
     /// Sends a frame and wants it back; meanwhile `serve` does what there is to be done. One that DPDK drops, as it does
     /// while it waits for a translation, is sent again.
     fn loop_back(&mut self, mut serve: impl FnMut()) {
-        self.received += 1;
+        let Self { memory, receives, sends } = self;
+        receives.offer(memory, 0, &[Part::Write(RECEIVED, 2048)]);
+        receives.kick.ring().unwrap();
+        let number = receives.offered;
         let mut frame = vec![0; HEADER];
-        frame.extend((0..FRAME).map(|n| u8::try_from((n + usize::from(self.received)) % 251).unwrap()));
-        self.offer(0, 2048, self.received);
-        self.memory.write(2 * APART + BUFFER, &frame);
+        frame.extend((0..FRAME).map(|n| u8::try_from((n + usize::from(number)) % 251).unwrap()));
+        memory.write(SENT, &frame);
         let begun = Instant::now();
-        while self.used(0) != self.received {
-            assert!(begun.elapsed() < Duration::from_secs(20), "frame {} does not come back", self.received);
-            self.sent += 1;
-            self.offer(1, frame.len(), self.sent);
+        while receives.used(memory) != number {
+            assert!(begun.elapsed() < Duration::from_secs(20), "frame {number} does not come back");
+            sends.offer(memory, 0, &[Part::Read(SENT, u32::try_from(frame.len()).unwrap())]);
+            sends.kick.ring().unwrap();
             let sent = Instant::now();
-            while (self.used(0) != self.received || self.used(1) != self.sent)
+            while (receives.used(memory) != number || sends.used(memory) != sends.offered)
                 && sent.elapsed() < Duration::from_secs(2)
             {
                 serve();
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
-        assert!(
-            self.memory.read(APART + BUFFER + HEADER as u64, FRAME) == frame[HEADER..],
-            "{}",
-            self.received
-        );
+        assert!(memory.read(RECEIVED + HEADER as u64, FRAME) == frame[HEADER..], "{number}");
     }
 }
 
@@ -203,7 +148,7 @@ fn dpdk_takes_mtu_rarp_and_status_and_loops_frames_back() {
     }
     live.send_rarp([2, 0, 0, 0, 0, 7]).unwrap();
     let (mut session, bases) = live.stop().unwrap();
-    assert_eq!(bases, [RingBase(20), RingBase(driver.sent.into())]);
+    assert_eq!(bases, [RingBase(20), RingBase(driver.sends.offered.into())]);
     assert_eq!(session.status().unwrap(), 0, "reset by the end of the rings");
 }
 

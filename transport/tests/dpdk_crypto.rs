@@ -9,15 +9,13 @@ mod support;
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use support::{GuestMemory, Scratch, eventually};
-use transport::memory_map::GuestAddr;
+use support::queue::{Part, Queue};
+use support::{GuestMemory, Peer, Scratch, connect_patiently, eventually};
 use transport::vhost_user::crypto::{SessionId, SymmetricSession};
-use transport::vhost_user::{
-    Call, Connection, Kick, Limits, LiveSession, ProtocolFeatures, Ring, RingBase, Wanted,
-};
+use transport::vhost_user::{Limits, LiveSession, ProtocolFeatures, RingBase, Wanted};
 
 /// VERSION_1 and INDIRECT_DESC.
 const FEATURES: u64 = (1 << 32) | (1 << 28);
@@ -34,7 +32,7 @@ const ENCRYPT: u8 = 1;
 const DECRYPT: u8 = 2;
 
 struct Example {
-    child: Child,
+    _process: Peer,
     socket: PathBuf,
     _scratch: Scratch,
 }
@@ -67,52 +65,26 @@ impl Example {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        let process = Peer(child);
         eventually("dpdk-vhost-crypto's socket", Duration::from_secs(30), || socket.exists());
-        Some(Self { child, socket, _scratch: scratch })
+        Some(Self { _process: process, socket, _scratch: scratch })
     }
 }
 
-impl Drop for Example {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-const DESC: u64 = 0x1000;
-const TABLE: u64 = 0x2000;
-const AVAIL: u64 = 0x3000;
-const USED: u64 = 0x4000;
+const TABLE: u64 = 0x3000;
 const HEADER: u64 = 0x5000;
 const VECTOR: u64 = 0x5100;
 const SOURCE: u64 = 0x6000;
 const TARGET: u64 = 0x7000;
 const STATUS: u64 = 0x8000;
-const SIZE: u16 = 64;
 
 /// The guest's side of the one data queue.
 struct Driver {
     memory: GuestMemory,
-    kick: Kick,
-    call: Call,
-    requests: u16,
+    queue: Queue,
 }
 
 impl Driver {
-    fn ring(&self) -> Ring<'_> {
-        Ring {
-            index: 0,
-            size: SIZE,
-            descriptor: GuestAddr(DESC),
-            available: GuestAddr(AVAIL),
-            used: GuestAddr(USED),
-            base: RingBase(0),
-            kick: &self.kick,
-            call: &self.call,
-            error: None,
-        }
-    }
-
     /// One request of virtio 1.2 §5.9.8.1 of a cipher: its status, and what the backend made of the source.
     fn request(
         &mut self,
@@ -133,26 +105,15 @@ impl Driver {
         self.memory.write(VECTOR, &IV);
         self.memory.write(SOURCE, &source);
         self.memory.write(STATUS, &[0xff]);
-        let buffers = [(HEADER, 72), (VECTOR, 16), (SOURCE, length), (TARGET, length), (STATUS, 1)];
-        let mut whole = TABLE.to_le_bytes().to_vec();
-        whole.extend([16 * 5, 0, 0, 0, 4, 0, 0, 0]);
-        self.memory.write(DESC, &whole);
-        for (n, (at, length)) in (0_u16..).zip(buffers) {
-            // Next, and writable for what the device writes.
-            let flags = u16::from(n != 4) | (2 * u16::from(n > 2));
-            let mut descriptor = at.to_le_bytes().to_vec();
-            descriptor.extend(length.to_le_bytes());
-            descriptor.extend(flags.to_le_bytes());
-            descriptor.extend((n + 1).to_le_bytes());
-            self.memory.write(TABLE + 16 * u64::from(n), &descriptor);
-        }
-        self.memory.write(AVAIL + 4 + 2 * u64::from(self.requests % SIZE), &[0, 0]);
-        self.requests += 1;
-        self.memory.write(AVAIL + 2, &self.requests.to_le_bytes());
-        self.kick.ring().unwrap();
-        eventually("the backend answers", Duration::from_secs(20), || {
-            self.memory.read_u16(USED + 2) == self.requests
-        });
+        let parts = [
+            Part::Read(HEADER, 72),
+            Part::Read(VECTOR, 16),
+            Part::Read(SOURCE, length),
+            Part::Write(TARGET, length),
+            Part::Write(STATUS, 1),
+        ];
+        self.queue.offer_indirect(&self.memory, TABLE, &parts);
+        self.queue.kick_and_wait(&self.memory);
         let answer = self.memory.read(TARGET, 32);
         let block = |at: usize| u128::from_be_bytes(answer[at..at + 16].try_into().unwrap());
         (self.memory.read(STATUS, 1)[0], [block(0), block(16)])
@@ -176,24 +137,17 @@ fn dpdk_opens_sessions_ciphers_with_them_and_closes_them() {
     let Some(example) = Example::start() else { return };
     let wanted = Wanted::default().and(ProtocolFeatures::CRYPTO_SESSION).adjust("-config").unwrap();
     let limits = Limits::new(Duration::from_secs(20));
-    let mut attempts = transport::vhost_user::reconnect::Attempts::lasting(Some(Duration::from_secs(20)));
-    let connection = Connection::connect_patiently(&example.socket, &limits, &mut attempts).unwrap();
-    let session = connection.negotiate(&wanted).unwrap();
+    let session = connect_patiently(&example.socket, &limits).negotiate(&wanted).unwrap();
     assert!(session.protocol().contains(ProtocolFeatures::CRYPTO_SESSION));
-    let mut driver = Driver {
-        memory: GuestMemory::new(2 << 20),
-        kick: Kick::new().unwrap(),
-        call: Call::new().unwrap(),
-        requests: 0,
-    };
+    let mut driver = Driver { memory: GuestMemory::new(2 << 20), queue: Queue::new(0, 0x1000) };
     let features = session.offered().accept(FEATURES).unwrap();
-    let mut live = session.go_live(features, &driver.memory.map, &[driver.ring()]).unwrap();
+    let mut live = session.go_live(features, &driver.memory.map, &[driver.queue.ring(RingBase(0))]).unwrap();
 
     let [forth, back] = [ENCRYPT, DECRYPT].map(|direction| open(&mut live, direction));
     assert_ne!(forth, back);
     assert_eq!(driver.request(forth, ENCRYPT, PLAIN), (0, CODED));
     assert_eq!(driver.request(back, DECRYPT, CODED), (0, PLAIN));
-    assert!(driver.call.take().unwrap() > 0, "it told of them");
+    assert!(driver.queue.call.take().unwrap() > 0, "it told of them");
 
     // A cipher that there is not: refused, and the session lives on.
     let unknown =

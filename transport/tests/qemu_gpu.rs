@@ -10,20 +10,20 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use support::{GuestMemory, Scratch, eventually};
-use transport::memory_map::GuestAddr;
-use transport::vhost_user::{Call, Connection, Kick, Limits, Ring, RingBase, Wanted};
+use support::queue::{Part, Queue};
+use support::{GuestMemory, Peer, Scratch, connect_patiently, eventually};
+use transport::vhost_user::{Limits, RingBase, Wanted};
 
 const VERSION_1: u64 = 1 << 32;
 const WIDTH: u32 = 64;
 const HEIGHT: u32 = 16;
 
 struct Gpu {
-    child: Child,
+    _process: Peer,
     socket: PathBuf,
     _scratch: Scratch,
 }
@@ -45,15 +45,9 @@ impl Gpu {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        let process = Peer(child);
         eventually("vhost-user-gpu's socket", Duration::from_secs(30), || socket.exists());
-        Some(Self { child, socket, _scratch: scratch })
-    }
-}
-
-impl Drop for Gpu {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        Some(Self { _process: process, socket, _scratch: scratch })
     }
 }
 
@@ -98,40 +92,18 @@ fn display(mut stream: UnixStream) -> JoinHandle<Seen> {
     })
 }
 
-const DESC: u64 = 0x1000;
-const AVAIL: u64 = 0x3000;
-const USED: u64 = 0x4000;
 const REQUEST: u64 = 0x5000;
 const ANSWER: u64 = 0x6000;
 const PIXELS: u64 = 0x7000;
-/// Where the other queue is, which nobody uses.
-const CURSOR: u64 = 0x2_0000;
-const SIZE: u16 = 64;
 
-/// The guest's side of the control queue.
+/// The guest's side of the control queue, and of the other one, which nobody uses.
 struct Driver {
     memory: GuestMemory,
-    kicks: [Kick; 2],
-    calls: [Call; 2],
-    requests: u16,
+    control: Queue,
+    cursor: Queue,
 }
 
 impl Driver {
-    fn ring(&self, index: u16) -> Ring<'_> {
-        let at = u64::from(index) * CURSOR;
-        Ring {
-            index,
-            size: SIZE,
-            descriptor: GuestAddr(at + DESC),
-            available: GuestAddr(at + AVAIL),
-            used: GuestAddr(at + USED),
-            base: RingBase(0),
-            kick: &self.kicks[usize::from(index)],
-            call: &self.calls[usize::from(index)],
-            error: None,
-        }
-    }
-
     /// One command of virtio 1.2 §5.7.6.7 and the type of its answer.
     fn command(&mut self, command: u32, body: &[u32]) -> u32 {
         let words = [&[command, 0, 0, 0, 0, 0], body].concat();
@@ -139,19 +111,8 @@ impl Driver {
         self.memory.write(REQUEST, &request);
         self.memory.write(ANSWER, &[0; 4]);
         let length = u32::try_from(request.len()).unwrap();
-        for (n, (at, length, flags)) in
-            [(REQUEST, length, [1, 0, 1, 0]), (ANSWER, 408, [2, 0, 0, 0])].iter().enumerate()
-        {
-            let descriptor = [&at.to_le_bytes()[..], &length.to_le_bytes(), flags].concat();
-            self.memory.write(DESC + 16 * n as u64, &descriptor);
-        }
-        self.memory.write(AVAIL + 4 + 2 * u64::from(self.requests % SIZE), &[0, 0]);
-        self.requests += 1;
-        self.memory.write(AVAIL + 2, &self.requests.to_le_bytes());
-        self.kicks[0].ring().unwrap();
-        eventually("the backend answers", Duration::from_secs(20), || {
-            self.memory.read_u16(USED + 2) == self.requests
-        });
+        self.control.offer(&self.memory, 0, &[Part::Read(REQUEST, length), Part::Write(ANSWER, 408)]);
+        self.control.kick_and_wait(&self.memory);
         words_at(&self.memory, ANSWER, 1)[0]
     }
 }
@@ -164,9 +125,7 @@ fn words_at(memory: &GuestMemory, at: u64, count: usize) -> Vec<u32> {
 fn qemu_gpu_draws_on_the_display_whose_socket_it_was_given() {
     let Some(gpu) = Gpu::start() else { return };
     let limits = Limits::new(Duration::from_secs(20));
-    let mut attempts = transport::vhost_user::reconnect::Attempts::lasting(Some(Duration::from_secs(20)));
-    let connection = Connection::connect_patiently(&gpu.socket, &limits, &mut attempts).unwrap();
-    let mut session = connection.negotiate(&Wanted::default()).unwrap();
+    let mut session = connect_patiently(&gpu.socket, &limits).negotiate(&Wanted::default()).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let seen = display(ours);
     session.set_gpu_socket(theirs.as_fd()).unwrap();
@@ -177,12 +136,11 @@ fn qemu_gpu_draws_on_the_display_whose_socket_it_was_given() {
         "how many screens there are, it leaves to the front end"
     );
 
-    let pair = || (Kick::new().unwrap(), Call::new().unwrap());
-    let ((k0, c0), (k1, c1)) = (pair(), pair());
-    let mut driver =
-        Driver { memory: GuestMemory::new(2 << 20), kicks: [k0, k1], calls: [c0, c1], requests: 0 };
+    let (control, cursor) = (Queue::new(0, 0x1000), Queue::new(1, 0x2_0000));
+    let mut driver = Driver { memory: GuestMemory::new(2 << 20), control, cursor };
     let features = session.offered().accept(VERSION_1).unwrap();
-    let live = session.go_live(features, &driver.memory.map, &[driver.ring(0), driver.ring(1)]).unwrap();
+    let rings = [driver.control.ring(RingBase(0)), driver.cursor.ring(RingBase(0))];
+    let live = session.go_live(features, &driver.memory.map, &rings).unwrap();
 
     const OK: u32 = 0x1100;
     // GET_DISPLAY_INFO comes from the display.

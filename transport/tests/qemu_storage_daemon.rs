@@ -6,23 +6,23 @@ mod support;
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use support::{GuestMemory, Scratch, eventually};
+use support::queue::{Part, Queue};
+use support::{GuestMemory, Peer, Scratch, eventually};
 use transport::memory_map::{GuestAddr, SharedRegion};
 use transport::vhost_user::dirty_log::log_size;
 use transport::vhost_user::features::bit;
 use transport::vhost_user::{
-    Call, Cause, Connection, DirtyLog, Kick, Limits, LiveSession, ProtocolFeatures, Ring, RingBase, Session,
-    Wanted,
+    Cause, Connection, DirtyLog, Limits, LiveSession, ProtocolFeatures, RingBase, Session, Wanted,
 };
 
 const SECTORS: u64 = 2048;
 
 struct Daemon {
-    child: Child,
+    process: Peer,
     socket: PathBuf,
     image: PathBuf,
     scratch: Scratch,
@@ -43,15 +43,13 @@ impl Daemon {
         let image = scratch.path("disk");
         let pattern: Vec<u8> = (0..SECTORS * 512).map(|n| (n / 512 % 251) as u8).collect();
         std::fs::write(&image, pattern).unwrap();
-        let child = launch(&scratch, "s", Speed::Full)?;
-        Some(Self { child, socket: scratch.path("s"), image, scratch })
+        let process = launch(&scratch, "s", Speed::Full)?;
+        Some(Self { process, socket: scratch.path("s"), image, scratch })
     }
 
     /// Kills the daemon and starts another one on the same disk.
     fn replace(&mut self, socket: &str, speed: Speed) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.child = launch(&self.scratch, socket, speed).unwrap();
+        self.process = launch(&self.scratch, socket, speed).unwrap();
         self.socket = self.scratch.path(socket);
     }
 
@@ -70,7 +68,7 @@ impl Daemon {
     }
 }
 
-fn launch(scratch: &Scratch, socket: &str, speed: Speed) -> Option<Child> {
+fn launch(scratch: &Scratch, socket: &str, speed: Speed) -> Option<Peer> {
     let mut command = Command::new("qemu-storage-daemon");
     let image = scratch.path("disk");
     command.args([
@@ -88,8 +86,9 @@ fn launch(scratch: &Scratch, socket: &str, speed: Speed) -> Option<Child> {
     command.args(["--export", &format!("{export},addr.path={}", path.display())]);
     match command.stderr(Stdio::inherit()).spawn() {
         Ok(child) => {
+            let process = Peer(child);
             eventually("the daemon's socket", Duration::from_secs(10), || path.exists());
-            Some(child)
+            Some(process)
         }
         Err(error) => {
             println!("skipped: qemu-storage-daemon does not start: {error}");
@@ -98,81 +97,40 @@ fn launch(scratch: &Scratch, socket: &str, speed: Speed) -> Option<Child> {
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-const DESC: u64 = 0x1000;
-const AVAIL: u64 = 0x3000;
-const USED: u64 = 0x4000;
 const REQUEST: u64 = 0x8000;
-const SIZE: u16 = 64;
 
-/// The guest's side of one split ring, driven through the memfd.
+/// The guest's side of one queue.
 struct Driver {
     memory: GuestMemory,
-    kick: Kick,
-    call: Call,
-    next: u16,
+    queue: Queue,
 }
 
 impl Driver {
     fn new() -> Self {
-        let memory = GuestMemory::new(2 << 20);
-        Self { memory, kick: Kick::new().unwrap(), call: Call::new().unwrap(), next: 0 }
-    }
-
-    fn ring(&self, base: RingBase) -> Ring<'_> {
-        Ring {
-            index: 0,
-            size: SIZE,
-            descriptor: GuestAddr(DESC),
-            available: GuestAddr(AVAIL),
-            used: GuestAddr(USED),
-            base,
-            kick: &self.kick,
-            call: &self.call,
-            error: None,
-        }
+        Self { memory: GuestMemory::new(2 << 20), queue: Queue::new(0, 0x1000) }
     }
 
     fn go_live(&self, session: Session, base: RingBase) -> LiveSession {
         let features = session.offered().accept(1 << bit::VERSION_1).unwrap();
-        session.go_live(features, &self.memory.map, &[self.ring(base)]).unwrap()
-    }
-
-    fn descriptor(&self, index: u16, at: u64, len: u32, flags: u16, next: u16) {
-        let mut bytes = at.to_le_bytes().to_vec();
-        bytes.extend(len.to_le_bytes());
-        bytes.extend(flags.to_le_bytes());
-        bytes.extend(next.to_le_bytes());
-        self.memory.write(DESC + 16 * u64::from(index), &bytes);
+        session.go_live(features, &self.memory.map, &[self.queue.ring(base)]).unwrap()
     }
 
     /// Makes a request available: 0 reads, 1 writes. `slot` is its place in memory and in the table.
     fn submit(&mut self, slot: u16, kind: u32, sector: u64, data: &[u8]) {
         let at = REQUEST + 0x2000 * u64::from(slot);
-        let first = 3 * slot;
         let mut head = kind.to_le_bytes().to_vec();
         head.extend([0; 4]);
         head.extend(sector.to_le_bytes());
         self.memory.write(at, &head);
         self.memory.write(at + 0x1000, data);
         self.memory.write(at + 0x100, &[0xff]);
-        self.descriptor(first, at, 16, 1, first + 1);
         let len = u32::try_from(data.len()).unwrap();
-        self.descriptor(first + 1, at + 0x1000, len, if kind == 0 { 3 } else { 1 }, first + 2);
-        self.descriptor(first + 2, at + 0x100, 1, 2, 0);
-        self.memory.write(AVAIL + 4 + 2 * u64::from(self.next % SIZE), &first.to_le_bytes());
-        self.next = self.next.wrapping_add(1);
-        self.memory.write(AVAIL + 2, &self.next.to_le_bytes());
+        let data = if kind == 0 { Part::Write(at + 0x1000, len) } else { Part::Read(at + 0x1000, len) };
+        self.queue.offer(&self.memory, 3 * slot, &[Part::Read(at, 16), data, Part::Write(at + 0x100, 1)]);
     }
 
     fn used(&self) -> u16 {
-        self.memory.read_u16(USED + 2)
+        self.queue.used(&self.memory)
     }
 
     fn status(&self, slot: u16) -> u8 {
@@ -182,8 +140,7 @@ impl Driver {
     /// One request, from the kick to its data.
     fn request(&mut self, kind: u32, sector: u64, data: &[u8]) -> Vec<u8> {
         self.submit(0, kind, sector, data);
-        self.kick.ring().unwrap();
-        eventually("the used index", Duration::from_secs(5), || self.used() == self.next);
+        self.queue.kick_and_wait(&self.memory);
         assert_eq!(self.status(0), 0, "status of the request");
         self.memory.read(REQUEST + 0x1000, data.len())
     }
@@ -204,7 +161,7 @@ fn blocks_are_read_and_written_and_rings_stop_and_start_again() {
     assert_eq!(driver.request(0, 7, &[0; 512]), [7; 512]);
     driver.request(1, 9, &[0xab; 512]);
     assert_eq!(driver.request(0, 9, &[0; 512]), [0xab; 512]);
-    assert!(driver.call.take().unwrap() > 0, "the back-end rang the call");
+    assert!(driver.queue.call.take().unwrap() > 0, "the back-end rang the call");
 
     let (session, bases) = live.stop().unwrap();
     assert_eq!(bases, [RingBase(3)]);
@@ -215,9 +172,7 @@ fn blocks_are_read_and_written_and_rings_stop_and_start_again() {
 
     // A guest reset begins anew at 0.
     let (session, _) = live.stop().unwrap();
-    driver.memory.write(AVAIL, &[0; 4]);
-    driver.memory.write(USED, &[0; 4]);
-    driver.next = 0;
+    driver.queue.reset(&driver.memory);
     let live = driver.go_live(session, RingBase(0));
     assert_eq!(driver.request(0, 11, &[0; 512]), [11; 512]);
     assert_eq!(live.stop().unwrap().1, [RingBase(1)]);
@@ -265,9 +220,9 @@ fn writes_to_guest_memory_are_logged() {
     };
     // SET_LOG_BASE is answered with a value that is not 0, and that is no refusal.
     live.start_log(Arc::new(DirtyLog::new(fd, size, 0))).unwrap();
-    live.notify_log(driver.call.as_fd()).unwrap();
+    live.notify_log(driver.queue.call.as_fd()).unwrap();
     assert_eq!(driver.request(0, 7, &[0; 512]), [7; 512]);
-    assert!(dirty(USED / 4096), "the used ring");
+    assert!(dirty(driver.queue.used_ring() / 4096), "the used ring");
     assert!(dirty((REQUEST + 0x1000) / 4096), "the data");
     assert!(!dirty(0x10_0000 / 4096), "a page that nobody wrote");
     live.stop_log().unwrap();
@@ -289,7 +244,7 @@ fn requests_in_flight_when_the_backend_is_killed_are_finished_by_the_next_one() 
         for slot in 0..6 {
             driver.submit(slot, 1, 100 + u64::from(slot), &[0xc0 + round; 512]);
         }
-        driver.kick.ring().unwrap();
+        driver.queue.kick.ring().unwrap();
         eventually("the first request", Duration::from_secs(5), || driver.used() > 0);
         let done = driver.used();
         assert!(done < 6, "the disk is too fast for this test");
@@ -351,7 +306,7 @@ fn postcopy_is_advised_listened_for_told_its_memory_and_ended() {
 #[test]
 fn a_stopped_backend_is_a_failure_only_when_a_deadline_passes() {
     let Some(daemon) = Daemon::start() else { return };
-    let pid = rustix::process::Pid::from_child(&daemon.child);
+    let pid = rustix::process::Pid::from_child(&daemon.process.0);
     let limits = Limits::new(Duration::from_millis(400));
     let open = || {
         let mut connection = None;

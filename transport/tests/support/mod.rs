@@ -1,17 +1,20 @@
 //! What several tests of this crate need: guest memory in a memfd, fds counted, a directory that goes away.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
+pub mod queue;
 pub mod vfio_user;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
 use transport::testing::{Offer, Script, ScriptedBackend};
+use transport::vhost_user::reconnect::Attempts;
 use transport::vhost_user::{
     Call, Connection, Error, Kick, Limits, ProtocolFeatures, Ring, RingBase, Session, Wanted,
 };
@@ -72,6 +75,22 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         drop(std::fs::remove_dir_all(&self.0));
     }
+}
+
+/// A process of this test, killed at its end.
+pub struct Peer(pub Child);
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// Connects to a backend that may still be starting.
+pub fn connect_patiently(socket: &Path, limits: &Limits) -> Connection {
+    let mut attempts = Attempts::lasting(Some(Duration::from_secs(20)));
+    Connection::connect_patiently(socket, limits, &mut attempts).unwrap()
 }
 
 /// Waits until `done`, or fails with what was waited for.
