@@ -108,6 +108,8 @@ impl<'a> Rings<'a> {
     fn chain(&self, head: u16) -> io::Result<Vec<Descriptor>> {
         let (mut table, mut entries) = (self.state.desc, self.state.size);
         let (mut index, mut chain) = (head, Vec::new());
+        // The place of the table says nothing: it may be the ring's own.
+        let mut inside = false;
         loop {
             if index >= entries || chain.len() >= CHAIN_MAX {
                 return Err(bad("a chain of descriptors leaves its table, or has no end"));
@@ -116,10 +118,10 @@ impl<'a> Rings<'a> {
             if descriptor.flags & INDIRECT != 0 {
                 let count = u64::from(descriptor.length).checked_div(DESCRIPTOR).unwrap_or(0);
                 let whole = u64::from(descriptor.length).is_multiple_of(DESCRIPTOR);
-                let inside = table != self.state.desc || !chain.is_empty() || descriptor.flags & NEXT != 0;
+                let alone = !inside && chain.is_empty() && descriptor.flags & NEXT == 0;
                 let count = u16::try_from(count).ok().filter(|count| usize::from(*count) <= CHAIN_MAX);
-                match count.filter(|count| *count > 0 && whole && !inside) {
-                    Some(count) => (table, entries, index) = (descriptor.at, count, 0),
+                match count.filter(|count| *count > 0 && whole && alone) {
+                    Some(count) => (table, entries, index, inside) = (descriptor.at, count, 0, true),
                     None => return Err(bad("an indirect table is not one")),
                 }
                 continue;

@@ -100,6 +100,9 @@ fn indirect_tables_are_looked_through_once() {
     }
     rig.describe(DESC, (0x7000, 32, INDIRECT | NEXT, 1));
     assert!(queue.take(rig.rings()).is_err(), "both");
+    // The ring's own table is no indirect one: around and around without a single buffer.
+    rig.describe(DESC, (DESC, 16, INDIRECT, 0));
+    assert!(queue.take(rig.rings()).is_err(), "itself");
 }
 
 #[test]
