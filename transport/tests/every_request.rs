@@ -445,6 +445,37 @@ fn status_and_reset_and_restored_configuration() {
 }
 
 #[test]
+fn a_reset_reaches_the_device_by_its_status_or_by_its_own_request_and_a_stop_does_not() {
+    let said = |protocol: P, script, stop: fn(LiveSession) -> Session| {
+        let mut offer = offer(protocol);
+        offer.protocol = offer.protocol.without(P::RESET_DEVICE).with(protocol);
+        let (backend, fresh) = session_of(offer, script, &Wanted::default());
+        let (running, memory, rings) = live(fresh, 0);
+        let before = backend.seen().len();
+        let stopped = stop(running);
+        let said: Vec<_> = backend.seen()[before..].iter().map(|seen| seen.request).collect();
+        // The session goes on, its features told anew.
+        let features = stopped.offered().accept(1 << 32).unwrap();
+        let again = stopped.go_live(features, &memory.map, &rings.rings(0)).unwrap();
+        assert_eq!(backend.features(), 1 << 32 | 1 << 30);
+        drop(again);
+        done(&backend);
+        said
+    };
+    let rings = [Request::GET_VRING_BASE; 2];
+    let with = |more: &[Request]| [&rings, more].concat();
+    let stop = |live: LiveSession| live.stop().unwrap().0;
+    let reset = |live: LiveSession| live.reset().unwrap();
+    let both = P::STATUS.with(P::RESET_DEVICE);
+    assert_eq!(said(P::RESET_DEVICE, Script::normal(), reset), with(&[Request::RESET_DEVICE]));
+    assert_eq!(said(both, Script::normal(), reset), with(&[Request::SET_STATUS]));
+    assert_eq!(said(P::NONE, Script::normal(), reset), rings);
+    assert_eq!(said(P::RESET_DEVICE, Script::normal(), stop), rings);
+    let refuses = Script::normal().on(Request::RESET_DEVICE, Act::Refuse(1));
+    assert_eq!(said(P::RESET_DEVICE, refuses, reset), with(&[Request::RESET_DEVICE]));
+}
+
+#[test]
 fn a_backend_that_comes_back_must_fit_what_the_driver_relies_on() {
     let (_backend, first) = session(P::NONE, Script::normal());
     let features = first.offered().accept(1 << 28 | 1 << 32).unwrap();

@@ -126,8 +126,8 @@ pub trait Backend: Send {
         Ok(())
     }
 
-    /// Stops the queues; afterwards the backend touches neither memory nor eventfds. A backend that
-    /// has not started has nothing to do.
+    /// Stops the queues and resets the device; afterwards the backend touches neither memory nor eventfds. A
+    /// backend that has not started has nothing to do.
     ///
     /// # Errors
     /// When it cannot be said that they stopped. The backend is lost then.

@@ -320,16 +320,13 @@ impl Backend for VhostUser {
     }
 
     fn stop(&mut self) -> Result<(), BackendError> {
-        let halted = self.halt(LiveSession::stop);
+        let halted = self.halt(|live| live.reset().map(|session| (session, Vec::new())));
         self.shared.iter().for_each(Tenancy::end);
-        match halted? {
-            Some(_bases) => {
-                // It finished what it had in flight.
-                lock(&self.kept).inflight = None;
-                Ok(())
-            }
-            None => Ok(()),
+        if halted?.is_some() {
+            // It finished what it had in flight.
+            lock(&self.kept).inflight = None;
         }
+        Ok(())
     }
 
     fn suspend(&mut self) -> Result<Vec<RingBase>, BackendError> {

@@ -136,14 +136,31 @@ fn backend_that_misbehaves_while_starting_breaks_the_device_in_bounded_time() {
 
 #[test]
 fn backend_that_misbehaves_while_stopping_breaks_the_device_in_bounded_time() {
-    all_at_once(&misdeeds(), |act| {
-        let rig = rig(Script::normal().on(Request::GET_VRING_BASE, act.clone()));
+    let requests = [Request::GET_VRING_BASE, Request::RESET_DEVICE];
+    all_at_once(&cases(&requests, |_, _| true), |(request, act)| {
+        let what = format!("{request} {act:?}");
+        let rig = rig(Script::normal().on(*request, act.clone()));
         rig.guest.start_driver();
-        assert!(!rig.is_broken(), "{act:?}");
+        assert!(!rig.is_broken(), "{what}");
         let begin = Instant::now();
         rig.guest.write(0x70, 0);
-        rig.assert_broken(begin, &format!("{act:?}"));
+        rig.assert_broken(begin, &what);
     });
+}
+
+#[test]
+fn reset_of_the_driver_or_of_the_machine_reaches_the_backends_device() {
+    let rig = rig(Script::normal());
+    let resets = || rig.backend.seen().iter().filter(|seen| seen.request == Request::RESET_DEVICE).count();
+    rig.guest.start_driver();
+    assert_eq!(resets(), 0, "it has only just begun");
+    rig.guest.write(0x70, 0);
+    assert_eq!(resets(), 1);
+    rig.guest.start_driver();
+    rig.guest.device.handle().machine_reset();
+    assert_eq!(resets(), 2);
+    assert_eq!(rig.guest.device.handle().phase(), PhaseReport::Idle);
+    assert_eq!(rig.backend.breaches(), Vec::<String>::new());
 }
 
 #[test]
@@ -306,7 +323,8 @@ fn no_fault_leaks_a_descriptor() {
 #[ignore = "counts descriptors: run by no_fault_leaks_a_descriptor in a process of its own"]
 fn descriptors_come_back_after_every_fault() {
     let before = open_descriptors();
-    let requests: Vec<_> = START.into_iter().chain([(Request::GET_VRING_BASE, 0)]).collect();
+    let stop = [(Request::GET_VRING_BASE, 0), (Request::RESET_DEVICE, 0)];
+    let requests: Vec<_> = START.into_iter().chain(stop).collect();
     all_at_once(&cases(&requests, |_, _| true), |((request, nth), act)| {
         let rig = rig(Script::normal().on_nth(*request, *nth, act.clone()));
         rig.guest.start_driver();

@@ -210,6 +210,8 @@ impl State {
         match request {
             Request::GET_FEATURES => answer = self.offer.features,
             Request::SET_FEATURES => self.features = number,
+            // What was agreed on goes with the rest, as with the rust crate.
+            Request::RESET_DEVICE => self.features = 0,
             Request::GET_PROTOCOL_FEATURES => answer = self.offer.protocol.bits(),
             Request::SET_PROTOCOL_FEATURES => self.negotiated = ProtocolFeatures::from_bits(number),
             Request::GET_QUEUE_NUM => answer = self.offer.queue_num,

@@ -3,6 +3,7 @@
 //! Order of messages, as every known back-end takes it: \[SET_STATUS 3\], SET_FEATURES, \[SET_STATUS 0xb\],
 //! \[GET/SET_INFLIGHT_FD\], SET_MEM_TABLE, \[SET_LOG_BASE\], for each ring NUM, ADDR, BASE, \[ERR\], CALL, KICK,
 //! ENABLE, \[IOTLB_MSG\], \[SET_STATUS 0xf\], one round trip, and one kick a ring. All of it within one deadline.
+//! Stopping: GET_VRING_BASE for each ring, \[IOTLB_MSG\], \[SET_STATUS 0, or at a reset RESET_DEVICE\], likewise.
 //!
 //! Must never send GET_VRING_BASE to a ring that was not started.
 
@@ -172,6 +173,7 @@ pub enum RingSwitch {
 enum Stop {
     Drain,
     Suspend,
+    Reset,
 }
 
 pub(super) fn set_features(
@@ -293,6 +295,12 @@ impl LiveSession {
         self.stop_as(Stop::Drain)
     }
 
+    /// Stops every ring as [`LiveSession::stop`], and has the back-end reset the device, as the guest did: by its status,
+    /// or where it has none by RESET_DEVICE, when it can. One that refuses has stopped all the same.
+    pub fn reset(self) -> Result<Session, Lost> {
+        self.stop_as(Stop::Reset).map(|(session, _)| session)
+    }
+
     /// Stops every ring without waiting for what is in flight, where the back-end can (GET_VRING_BASE_SKIP_DRAIN, or
     /// the older GET_VRING_BASE_INFLIGHT): that stays noted in its inflight area, which the session keeps for the
     /// next start. Elsewhere as [`LiveSession::stop`].
@@ -336,6 +344,12 @@ impl LiveSession {
         }
         if channel.negotiated().contains(ProtocolFeatures::STATUS) {
             set_status(channel, status::RESET, deadline)?;
+        } else if how == Stop::Reset && channel.negotiated().contains(ProtocolFeatures::RESET_DEVICE) {
+            match channel.exchange(Request::RESET_DEVICE, &[], &[], deadline) {
+                Err(error) if error.is_fatal() => return Err(error),
+                Err(error) => log::debug!("{error}"),
+                Ok(_) => {}
+            }
         }
         Ok(bases)
     }
