@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use support::{GuestMemory, eventually};
 use transport::memory_map::{GuestAddr, SharedRegion};
 use transport::testing::vfio_user::{Act, Ask, Offer, Script, ScriptedServer};
@@ -124,6 +124,56 @@ fn posted_writes_are_joined_while_the_server_is_slow_and_keep_their_order() {
     assert_eq!(client.stats().posted, 5001);
     drop(client);
     receiver.join().unwrap();
+}
+
+#[test]
+fn what_is_posted_goes_out_while_another_thread_waits_for_a_slow_answer() {
+    let pause = Act::Delay(Duration::from_millis(300));
+    let script = Script::normal().on_nth(Command::REGION_READ, 0, Act::Silent);
+    let script = script.on_nth(Command::REGION_WRITE, 0, pause);
+    let (server, client) = connect(Offer::default(), script);
+    let receiver = serve(&client);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| client.read(BAR, 0, &mut [0; 4]));
+        eventually("the question came", PATIENT, || server.count(Command::REGION_READ) == 1);
+        // Whose answer the waiting thread reads, too: by now it has nothing to do but to wait.
+        client.read(BAR, 0, &mut [0; 4]).unwrap();
+        // More than the socket holds while the server pauses.
+        for n in 1..=5_000u32 {
+            client.post_write(BAR, 0, &n.to_le_bytes()).unwrap();
+        }
+        eventually("the last write came", PATIENT / 4, || server.region(0)[..4] == 5_000u32.to_le_bytes());
+        assert!(!reader.is_finished());
+        client.shut_down();
+        reader.join().unwrap().unwrap_err();
+    });
+    receiver.join().unwrap();
+}
+
+#[test]
+fn a_server_that_asks_for_much_at_once_is_answered_in_pieces_and_whole() {
+    const ASKS: usize = 200;
+    let (server, client) = connect(Offer::default(), Script::normal());
+    let memory = GuestMemory::new(2 << 20);
+    client.dma_map_all(&memory.map, Sharing::Messages).unwrap();
+    let mut receiver = client.receiver().unwrap();
+    for _ in 0..ASKS {
+        server.ask(&Ask::read(0, 128 << 10)).unwrap();
+    }
+    // Far more than may wait for a server that is slow to take it; and others want to be served meanwhile.
+    let mut most = 0;
+    eventually("all answers came", PATIENT, || {
+        let mut fds = [PollFd::new(&receiver, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 })).unwrap();
+        if fds[0].revents().contains(PollFlags::IN) {
+            let Ok(Served::Messages(count)) = receiver.serve() else { panic!("it is lost") };
+            most = most.max(count);
+        }
+        server.answers().len() == ASKS
+    });
+    assert!(most <= 65, "{most} requests of 128 KiB in one go");
+    assert!(server.answers().iter().all(|answer| answer.payload.len() == 16 + (128 << 10)));
+    client.device_info().unwrap();
 }
 
 /// Memory that is nobody's file.

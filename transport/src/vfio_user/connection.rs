@@ -11,6 +11,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -41,17 +42,39 @@ pub(super) enum Side {
 pub(super) struct Link {
     pub(super) socket: UnixStream,
     pub(super) outgoing: Mutex<Outgoing>,
+    /// Messages that came are left where they are, until the server has taken some of our replies.
+    held: AtomicBool,
+}
+
+/// What is to be done on a link as soon as it can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Interest {
+    /// Reading what comes; otherwise going on with what is held, when there is room to answer it.
+    pub(super) read: bool,
+    /// Sending what waits for room.
+    pub(super) send: bool,
 }
 
 impl Link {
     pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, outgoing: Mutex::default() })
+        Ok(Self { socket, outgoing: Mutex::default(), held: AtomicBool::new(false) })
     }
 
-    /// True when messages wait for room.
-    pub(super) fn has_unsent(&self) -> bool {
-        lock(&self.outgoing).unsent() > 0
+    /// Bytes that wait for room.
+    pub(super) fn unsent(&self) -> usize {
+        lock(&self.outgoing).unsent()
+    }
+
+    /// Holds messages back, or no longer. True when that is new. What is held may be in our memory already, where no
+    /// poll sees it: room to write is what wakes us up for it.
+    pub(super) fn hold(&self, held: bool) -> bool {
+        self.held.swap(held, Ordering::AcqRel) != held
+    }
+
+    /// What there is to do.
+    pub(super) fn interest(&self) -> Interest {
+        Interest { read: !self.held.load(Ordering::Acquire), send: self.unsent() > 0 }
     }
 }
 
@@ -142,7 +165,8 @@ impl Shared {
         let id = {
             let mut table = lock(&self.table);
             table.refuse(&self.peer, command)?;
-            let id = table.open(command, expected).map_err(|cause| self.error(command, cause))?;
+            let opened = table.open(command, expected, self.limits.deadline());
+            let id = opened.map_err(|cause| self.error(command, cause))?;
             if let Some(then) = then {
                 table.then(id, then);
             }

@@ -6,27 +6,32 @@ use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
-use super::connection::{Shared, Side, Streams, ended, lock};
+use super::connection::{Link, Shared, Side, Streams, ended, lock};
 use super::error::{Cause, Error, Step};
 use super::incoming::{Ahead, Incoming, Message, Read};
 use super::message::{Command, Fault, Header, Kind, length};
 use super::table::{Delivered, Reply};
 use super::trace::Direction;
 
-/// Bytes of our replies that may wait for the server to read them; beyond that, the server is broken.
+/// Bytes of our replies that may wait for the server to read them; beyond that, what it asks waits, too. Whoever waits
+/// for its answers finds at the deadline that it is hung.
 const REPLIES_MOST: usize = 4 << 20;
 
 /// Reads of one socket in one go, so that a flood on one does not starve the others.
 const BATCH: usize = 32;
 
+/// Bytes of guest memory that are moved in one go: a message of 32 bytes may ask for a MiB.
+const MOVED_MOST: u64 = 8 << 20;
+
 impl Shared {
-    /// What the [`super::Receiver`] does: nothing while somebody who waits reads.
+    /// What the [`super::Receiver`] does: no more than to send while somebody who waits reads.
     pub(super) fn serve(&self) -> Result<usize, Error> {
         let mut streams = lock(&self.streams);
-        if lock(&self.table).led {
+        // Also while somebody else reads, who may not know that there is something to send by now.
+        let flushed = self.flush(Side::Main).and_then(|()| self.flush(Side::Twin));
+        if flushed.is_ok() && lock(&self.table).led {
             return Ok(0);
         }
-        let flushed = self.flush(Side::Main).and_then(|()| self.flush(Side::Twin));
         let served = flushed.and_then(|()| self.pump(&mut streams, &mut || false));
         served.inspect_err(|_| lock(&self.table).told())
     }
@@ -44,11 +49,19 @@ impl Shared {
                 Side::Main => &mut streams.main,
                 Side::Twin => &mut streams.twin,
             };
-            for _ in 0..BATCH {
-                while let Some(message) = self.next(side, incoming)? {
+            let moved = self.stats().dma_bytes;
+            'reads: for _ in 0..BATCH {
+                loop {
+                    let moved = self.stats().dma_bytes.saturating_sub(moved);
+                    if moved > MOVED_MOST || link.unsent() > REPLIES_MOST {
+                        self.hold(link, true);
+                        break 'reads;
+                    }
+                    let Some(message) = self.next(side, incoming)? else { break };
                     count = usize::saturating_add(count, 1);
                     self.handle(side, message)?;
                 }
+                self.hold(link, false);
                 if enough() {
                     return Ok(count);
                 }
@@ -63,6 +76,12 @@ impl Shared {
             }
         }
         Ok(count)
+    }
+
+    fn hold(&self, link: &Link, held: bool) {
+        if link.hold(held) {
+            self.update_watch();
+        }
     }
 
     fn next(&self, side: Side, incoming: &mut Incoming) -> Result<Option<Message>, Error> {
@@ -159,9 +178,6 @@ impl Shared {
         drop(outgoing);
         let step = Step::ServerCommand(Command(header.command));
         match pushed {
-            Ok(_) if unsent > REPLIES_MOST => {
-                Err(self.lose(Error::new(&self.peer, step, Cause::NotReading(Duration::ZERO))))
-            }
             Ok(_) => {
                 if unsent > 0 {
                     self.update_watch();

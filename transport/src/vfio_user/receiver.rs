@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
-use super::connection::{Link, Shared, lock};
+use super::connection::{Interest, Link, Shared, lock};
 use super::error::{Cause, Error, Step};
 
 /// What one call of [`Receiver::serve`] did.
@@ -105,8 +105,16 @@ impl Watch {
 
     /// Looks what is to be read and sent.
     pub(super) fn update(&mut self, main: &Link, twin: Option<&Link>) {
-        let reading = if self.muted { EventFlags::empty() } else { EventFlags::IN };
-        let wanted = |link: &Link| if link.has_unsent() { reading | EventFlags::OUT } else { reading };
+        let muted = self.muted;
+        let wanted = |link: &Link| {
+            let Interest { read, send } = link.interest();
+            let reading = match (muted, read) {
+                (true, _) => EventFlags::empty(),
+                (false, true) => EventFlags::IN,
+                (false, false) => EventFlags::OUT,
+            };
+            if send { reading | EventFlags::OUT } else { reading }
+        };
         let change = |socket: &UnixStream, old: &mut EventFlags, new: EventFlags| {
             if *old == new {
                 return;

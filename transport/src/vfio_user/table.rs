@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::error::{Cause, Error, Step};
 use super::message::{Command, Fault, Header, Kind};
@@ -45,6 +45,12 @@ struct Entry {
     expected: Expected,
     sent: Instant,
     state: State,
+}
+
+impl Entry {
+    fn is_overdue(&self, patience: Duration) -> bool {
+        !matches!(self.state, State::Answered(_)) && self.sent.elapsed() > patience
+    }
 }
 
 /// What is done with the payload of a reply that says yes, by whoever reads it. Must not block.
@@ -103,14 +109,23 @@ impl Table {
         }
     }
 
-    /// An id for a command that is about to be sent.
-    pub(super) fn open(&mut self, command: Command, expected: Expected) -> Result<u16, Cause> {
+    /// An id for a command that is about to be sent. When all are in use, a server that has left one of them unanswered
+    /// for longer than `patience` is hung: there are commands whose replies nobody waits for.
+    pub(super) fn open(
+        &mut self,
+        command: Command,
+        expected: Expected,
+        patience: Duration,
+    ) -> Result<u16, Cause> {
         if self.loss.is_some() {
             return Err(Cause::AlreadyLost);
         }
         let charge = u64::from(expected.most);
         let full = self.entries.len() >= IN_FLIGHT_MOST
             || !self.entries.is_empty() && self.charged.saturating_add(charge) > REPLIES_MOST;
+        if full && self.entries.values().any(|entry| entry.is_overdue(patience)) {
+            return Err(Cause::Silent(patience));
+        }
         if full {
             return Err(Cause::Invalid("too many commands are unanswered"));
         }
@@ -314,6 +329,8 @@ impl Table {
 mod tests {
     use super::*;
 
+    const PATIENT: Duration = Duration::from_secs(3600);
+
     fn peer() -> Arc<str> {
         Arc::from("peer")
     }
@@ -325,10 +342,10 @@ mod tests {
     #[test]
     fn an_id_is_not_used_again_before_its_late_reply_came() {
         let mut table = Table::new();
-        let first = table.open(Command::REGION_READ, Expected::bytes(8)).unwrap();
+        let first = table.open(Command::REGION_READ, Expected::bytes(8), PATIENT).unwrap();
         table.abandon(first);
         for _ in 0..70_000 {
-            let id = table.open(Command::REGION_READ, Expected::bytes(8)).unwrap();
+            let id = table.open(Command::REGION_READ, Expected::bytes(8), PATIENT).unwrap();
             assert_ne!(id, first);
             table.withdraw(id);
         }
@@ -356,7 +373,7 @@ mod tests {
     fn replies_go_to_who_asked_whatever_their_order() {
         let mut table = Table::new();
         let ids: Vec<u16> =
-            (0..100).map(|_| table.open(Command::REGION_READ, Expected::bytes(8)).unwrap()).collect();
+            (0..100).map(|_| table.open(Command::REGION_READ, Expected::bytes(8), PATIENT).unwrap()).collect();
         for id in ids.iter().rev() {
             let reply_of = Reply { payload: id.to_ne_bytes().to_vec(), fds: Vec::new() };
             let header = reply(*id, Command::REGION_READ);
@@ -371,26 +388,29 @@ mod tests {
     fn numbers_and_bytes_in_flight_are_limited() {
         let mut table = Table::new();
         for _ in 0..IN_FLIGHT_MOST {
-            table.open(Command::DEVICE_RESET, Expected::bytes(0)).unwrap();
+            table.open(Command::DEVICE_RESET, Expected::bytes(0), PATIENT).unwrap();
         }
-        assert!(table.open(Command::DEVICE_RESET, Expected::bytes(0)).is_err());
+        let full = table.open(Command::DEVICE_RESET, Expected::bytes(0), PATIENT);
+        assert!(matches!(full, Err(Cause::Invalid(_))), "{full:?}");
+        let hung = table.open(Command::DEVICE_RESET, Expected::bytes(0), Duration::ZERO);
+        assert!(matches!(hung, Err(Cause::Silent(_))), "{hung:?}");
         let mut table = Table::new();
         let opened =
-            (0..1000).take_while(|_| table.open(Command::REGION_READ, Expected::bytes(1 << 20)).is_ok());
+            (0..1000).take_while(|_| table.open(Command::REGION_READ, Expected::bytes(1 << 20), PATIENT).is_ok());
         assert_eq!(opened.count(), 64);
     }
 
     #[test]
     fn the_end_of_the_connection_answers_everything() {
         let mut table = Table::new();
-        let read = table.open(Command::REGION_READ, Expected::bytes(8)).unwrap();
-        let late = table.open(Command::DEVICE_RESET, Expected::bytes(8)).unwrap();
+        let read = table.open(Command::REGION_READ, Expected::bytes(8), PATIENT).unwrap();
+        let late = table.open(Command::DEVICE_RESET, Expected::bytes(8), PATIENT).unwrap();
         table.abandon(late);
         let error = Error::new(&peer(), Step::Idle, Cause::Closed);
         table.lose(&peer(), &error);
         let told = table.take(read).unwrap().unwrap_err();
         assert_eq!(told.step(), Step::Command(Command::REGION_READ));
-        assert!(matches!(table.open(Command::REGION_READ, Expected::bytes(8)), Err(Cause::AlreadyLost)));
+        assert!(matches!(table.open(Command::REGION_READ, Expected::bytes(8), PATIENT), Err(Cause::AlreadyLost)));
         assert!(table.entries.is_empty());
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::connection::{Link, Shared, Side, Submitted, lock};
+use super::connection::{Interest, Link, Shared, Side, Submitted, lock};
 use super::error::{Cause, Error, Step};
 use super::message::Command;
 use super::table::Reply;
@@ -131,7 +131,9 @@ impl Shared {
             let Some(left) = deadline.remaining() else { return };
             let Ok(timeout) = Timespec::try_from(left) else { return };
             let interest = |link: &Link| {
-                if link.has_unsent() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN }
+                let Interest { read, send } = link.interest();
+                let reading = if read { PollFlags::IN } else { PollFlags::OUT };
+                if send { reading | PollFlags::OUT } else { reading }
             };
             let mut fds = Vec::with_capacity(2);
             fds.push(PollFd::new(&self.main.socket, interest(&self.main)));
