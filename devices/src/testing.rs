@@ -147,6 +147,10 @@ impl Recorder {
         lock(&self.now).refuse_routes = true;
     }
 
+    pub(crate) fn accept_routes(&self) {
+        lock(&self.now).refuse_routes = false;
+    }
+
     /// What the guest reads without an exit.
     pub(crate) fn page_u32(&self, offset: usize) -> u32 {
         u32::from_le_bytes(self.page_bytes(offset, 4).try_into().unwrap())

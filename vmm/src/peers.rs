@@ -90,6 +90,8 @@ struct Shared {
     news: OwnedFd,
     /// "The configuration of device N changed."
     changed: Vec<AtomicBool>,
+    /// "The log knows that a backend found a ring of device N in error."
+    ring_errors: Vec<AtomicBool>,
     /// "Device N wants its backend looked for." At most one a device: it asks again when that search is over.
     wanted: Mutex<Vec<(usize, Trial)>>,
     recovered: Mutex<Vec<(usize, OwnedFd)>>,
@@ -114,6 +116,7 @@ impl Peers {
         let shared = Arc::new(Shared {
             news: eventfd(0, flags)?,
             changed: (0..devices).map(|_| AtomicBool::new(false)).collect(),
+            ring_errors: (0..devices).map(|_| AtomicBool::new(false)).collect(),
             wanted: Mutex::new(Vec::new()),
             recovered: Mutex::new(Vec::new()),
             lookups: Mutex::new(Vec::new()),
@@ -332,7 +335,11 @@ impl BackendRequests for Asked<'_> {
     }
 
     fn vring_error(&self, ring: u32) -> Result<(), Refused> {
-        log::warn!("a backend found ring {ring} of device number {} in error", self.owner.device);
+        let device = self.owner.device;
+        // A backend may say it as often as it likes.
+        if self.shared.ring_errors.get(device).is_some_and(|logged| !logged.swap(true, Ordering::Relaxed)) {
+            log::warn!("a backend found ring {ring} of device number {device} in error (logged once)");
+        }
         Ok(())
     }
 

@@ -82,7 +82,7 @@ impl Fixtures {
         self.fixed.clear();
     }
 
-    /// The BAR is where `decoded` has it, or nowhere. Does nothing when that is where it was.
+    /// The BAR is where `decoded` has it, or nowhere. When that is where it was, only what was refused there is tried again.
     ///
     /// # Errors
     /// The first refusal of the machine, as when the guest puts two BARs on the same addresses. All other fixtures
@@ -90,16 +90,15 @@ impl Fixtures {
     pub fn place(&mut self, decoded: &[Decoded]) -> Result<(), PortError> {
         let mine = decoded.iter().find(|decoded| decoded.bar == self.bar);
         let place = mine.map(|decoded| (decoded.space, decoded.base));
-        if place == self.place {
-            return Ok(());
-        }
-        self.place = place;
-        // All have to be gone from the old place before one is at the new: the two may overlap.
-        for fixed in self.fixed.values_mut() {
-            fixed.guard = None;
+        if place != self.place {
+            self.place = place;
+            // All have to be gone from the old place before one is at the new: the two may overlap.
+            for fixed in self.fixed.values_mut() {
+                fixed.guard = None;
+            }
         }
         let mut result = Ok(());
-        for fixed in self.fixed.values_mut() {
+        for fixed in self.fixed.values_mut().filter(|fixed| fixed.guard.is_none()) {
             result = result.and(fixed.register(place, &self.ports));
         }
         result

@@ -83,6 +83,22 @@ fn a_refused_fixture_does_not_keep_the_others_from_their_places() {
 }
 
 #[test]
+fn what_was_refused_is_there_once_the_bar_in_its_way_has_moved() {
+    let machine = Recorder::default();
+    let (mut one, mut other) = (fixtures(&machine), fixtures(&machine));
+    one.add(0, memory(0, 0x1000)).unwrap();
+    other.add(0, memory(0x1000, 0x1000)).unwrap();
+    // A guest that swaps two BARs while they are decoded.
+    one.place(&at(0xc000_0000)).unwrap();
+    other.place(&at(0xc000_0000)).unwrap_err();
+    one.place(&at(0xc100_0000)).unwrap();
+    other.place(&at(0xc000_0000)).unwrap();
+    assert_eq!(machine.shown().len(), 2);
+    other.place(&at(0xc000_0000)).unwrap();
+    assert_eq!(machine.shown().len(), 2, "and is not there twice");
+}
+
+#[test]
 fn in_a_bar_of_ports_only_doorbells_are_possible() {
     let machine = Recorder::default();
     let mut fixtures = fixtures(&machine);

@@ -30,7 +30,7 @@ struct Line {
     /// Signalled by us: raises it.
     raise: Call,
     /// Signalled by the machine: the guest has ended the interrupt.
-    ended: Kick,
+    ended: Arc<Kick>,
     _route: Guard,
     is_high: bool,
     again: bool,
@@ -44,7 +44,7 @@ impl Line {
         let cannot = |error| PortError::new("make an eventfd", error);
         let (raise, ended) = (Call::new().map_err(cannot)?, Kick::new().map_err(cannot)?);
         let route = interrupts.attach_level(raise.as_fd(), gsi, ended.as_fd())?;
-        let sources = BTreeMap::new();
+        let (ended, sources) = (Arc::new(ended), BTreeMap::new());
         Ok(Self { raise, ended, _route: route, is_high: false, again: false, unread: false, sources })
     }
 
@@ -150,14 +150,15 @@ impl IntxLines {
         }
     }
 
-    /// What the thread waits for.
-    fn watched(&self) -> Vec<Arc<Call>> {
+    /// What the thread waits for. No descriptor is duplicated for it: there may be none left, which is no reason for the
+    /// lines to stop.
+    fn watched(&self) -> (Vec<Arc<Call>>, Vec<Arc<Kick>>) {
         let state = lock(&self.state);
-        state.lines.values().flat_map(|line| line.sources.values().cloned()).collect()
-    }
-
-    fn ends(&self) -> io::Result<Vec<Kick>> {
-        lock(&self.state).lines.values().map(|line| line.ended.try_clone()).collect()
+        let lines = state.lines.values();
+        (
+            lines.clone().flat_map(|line| line.sources.values().cloned()).collect(),
+            lines.map(|line| Arc::clone(&line.ended)).collect(),
+        )
     }
 
     fn serve(&self) -> io::Result<()> {
@@ -175,11 +176,10 @@ impl Drop for IntxLines {
 /// The thread `intx`: serves the lines until they are gone.
 fn watch(lines: &Weak<IntxLines>, changed: &Kick) {
     while let Some(now) = lines.upgrade() {
-        let waited = now.ends().map(|ends| (now.watched(), ends));
+        let (calls, ends) = now.watched();
         drop(now);
-        let done = waited.and_then(|(calls, ends)| {
-            wait(calls.iter().map(|call| call.as_fd()).chain(ends.iter().map(AsFd::as_fd)), changed)
-        });
+        let calls = calls.iter().map(|call| call.as_fd());
+        let done = wait(calls.chain(ends.iter().map(|ended| ended.as_fd())), changed);
         let Some(now) = lines.upgrade() else { return };
         if let Err(error) = done.and_then(|()| changed.take().map(drop)).and_then(|()| now.serve()) {
             log::error!("shared interrupts stop: {error}");

@@ -69,13 +69,13 @@ impl Msi {
         self.control & ENABLE != 0
     }
 
-    /// Puts `call` behind `vector`.
+    /// Puts `call` behind `vector`, for good.
     ///
     /// # Errors
-    /// When the vector is live and the machine refuses the route.
+    /// When the vector is live and the machine refuses the route: it is tried again at the vector's next change.
     pub fn connect(&mut self, vector: u8, call: Arc<Call>) -> Result<(), PortError> {
-        let route = self.route(vector.into());
-        self.vectors.connect(Some(vector.into()), call, route).map(drop)
+        let id = self.vectors.connect(None, call, None)?;
+        self.vectors.retarget(id, Some(vector.into()), self.route(vector.into()))
     }
 
     fn register(&self, offset: u8) -> Option<Register> {

@@ -17,6 +17,7 @@
 //! Locks: the device's, then the state's. The state's is never held while the device is called.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::vring::{Call, Kick};
@@ -220,6 +221,7 @@ impl PciDevice {
             sources: (0..=queues).map(|_| Source::unused()).collect(),
             msix_at,
             window_at,
+            refusal_logged: AtomicBool::new(false),
         }));
         let face = PciFace { state: Arc::clone(&state), config_source: usize::from(queues) };
         let handle = DeviceHandle::new(Device::new(parts, Box::new(face))?);

@@ -2,6 +2,7 @@
 //! BAR. Called under its own lock, with or without the device's; never waits, and never calls the device.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::vring::Call;
@@ -58,13 +59,18 @@ pub(super) struct State {
     pub(super) msix_at: u16,
     /// Where the window into the BAR is (§4.1.4.9).
     pub(super) window_at: u16,
+    /// The log knows that the machine refused something.
+    pub(super) refusal_logged: AtomicBool,
 }
 
 impl State {
-    /// A route or a place was refused: interrupts stay pending, or accesses come to us, which the log should say.
+    /// A route or a place was refused: interrupts stay pending, or accesses come to us, which the log should say: once, as
+    /// a guest can bring it about as often as it likes.
     pub(super) fn check(&self, done: Result<(), PortError>) {
-        if let Err(error) = done {
-            log::error!("{}: {}", self.name, chain(&error));
+        if let Err(error) = done
+            && !self.refusal_logged.swap(true, Ordering::Relaxed)
+        {
+            log::error!("{}: {} (logged once)", self.name, chain(&error));
         }
     }
 

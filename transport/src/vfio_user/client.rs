@@ -95,6 +95,11 @@ impl Client {
         Self { deadline, ..self.clone() }
     }
 
+    /// For how long each method blocks at most.
+    pub fn limit(&self) -> Duration {
+        self.deadline
+    }
+
     /// The peer's name: usually the path of its socket.
     pub fn peer(&self) -> &str {
         &self.shared.peer

@@ -372,8 +372,9 @@ mod tests {
     #[test]
     fn replies_go_to_who_asked_whatever_their_order() {
         let mut table = Table::new();
-        let ids: Vec<u16> =
-            (0..100).map(|_| table.open(Command::REGION_READ, Expected::bytes(8), PATIENT).unwrap()).collect();
+        let ids: Vec<u16> = (0..100)
+            .map(|_| table.open(Command::REGION_READ, Expected::bytes(8), PATIENT).unwrap())
+            .collect();
         for id in ids.iter().rev() {
             let reply_of = Reply { payload: id.to_ne_bytes().to_vec(), fds: Vec::new() };
             let header = reply(*id, Command::REGION_READ);
@@ -395,8 +396,8 @@ mod tests {
         let hung = table.open(Command::DEVICE_RESET, Expected::bytes(0), Duration::ZERO);
         assert!(matches!(hung, Err(Cause::Silent(_))), "{hung:?}");
         let mut table = Table::new();
-        let opened =
-            (0..1000).take_while(|_| table.open(Command::REGION_READ, Expected::bytes(1 << 20), PATIENT).is_ok());
+        let opened = (0..1000)
+            .take_while(|_| table.open(Command::REGION_READ, Expected::bytes(1 << 20), PATIENT).is_ok());
         assert_eq!(opened.count(), 64);
     }
 
@@ -410,7 +411,10 @@ mod tests {
         table.lose(&peer(), &error);
         let told = table.take(read).unwrap().unwrap_err();
         assert_eq!(told.step(), Step::Command(Command::REGION_READ));
-        assert!(matches!(table.open(Command::REGION_READ, Expected::bytes(8), PATIENT), Err(Cause::AlreadyLost)));
+        assert!(matches!(
+            table.open(Command::REGION_READ, Expected::bytes(8), PATIENT),
+            Err(Cause::AlreadyLost)
+        ));
         assert!(table.entries.is_empty());
     }
 }

@@ -261,6 +261,8 @@ pub struct BackendChannel {
     fds: Vec<OwnedFd>,
     /// Out of step: what still lies in the socket must not be taken for requests.
     lost: bool,
+    /// The log knows that its requests are malformed.
+    fault_logged: bool,
 }
 
 impl BackendChannel {
@@ -271,7 +273,8 @@ impl BackendChannel {
         trace: Option<Arc<dyn Trace>>,
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, peer, negotiated, trace, partial: Vec::new(), fds: Vec::new(), lost: false })
+        let (partial, fds) = (Vec::new(), Vec::new());
+        Ok(Self { socket, peer, negotiated, trace, partial, fds, lost: false, fault_logged: false })
     }
 
     /// The peer's name.
@@ -375,7 +378,10 @@ impl BackendChannel {
                 }
                 Ok(message) => dispatch(message, handler),
                 Err(fault) => {
-                    log::warn!("vhost-user backend {} sent {request} {fault}", self.peer);
+                    // As many as it likes.
+                    if !std::mem::replace(&mut self.fault_logged, true) {
+                        log::warn!("vhost-user backend {} sent {request} {fault} (logged once)", self.peer);
+                    }
                     Err(Refused)
                 }
             }

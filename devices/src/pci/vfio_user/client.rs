@@ -9,11 +9,12 @@ use transport::vfio_user::{
 use transport::vhost_user::vring::Call;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Instant;
 
 use super::areas;
 use super::bars::BarShape;
 use super::chain;
-use super::contents::{Contents, MsixShape, Said, Unfit, register};
+use super::contents::{COMMAND_OURS, Contents, MsixShape, Said, Unfit, register};
 use super::link::Writes;
 use super::remote::{Doorbell, Piece, Region, Remote, Reset};
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
@@ -106,6 +107,7 @@ fn ask(client: &Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Res
     for oddity in &contents.oddities {
         log::warn!("device {name}: {oddity}");
     }
+    quieten(client, &bytes, &contents)?;
     let sharing = if client.version().agreed.fds() == 0 { Sharing::Messages } else { Sharing::Descriptor };
     client.dma_map_all(memory, sharing)?;
     let mut regions = Vec::new();
@@ -121,6 +123,27 @@ fn ask(client: &Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Res
     let remote = Remote::new(name, session, contents, regions, reset)
         .map_err(|error| OpenError::Duplicate(peer(), error))?;
     Ok(Opened { remote: Arc::new(remote), receiver, hang_up })
+}
+
+/// Who was served before may have left the function at work, as some servers keep its configuration: it must not go on in
+/// the memory that it is given now, nor hold on to a kind of interrupts that the guest, who sees all of them off, does not
+/// want.
+fn quieten(client: &Client, config: &[u8], contents: &Contents) -> Result<(), OpenError> {
+    const MSI_ENABLE: u16 = 1;
+    const MSIX_ENABLE: u16 = 1 << 15;
+    let capabilities = [
+        contents.msi.map(|msi| (u16::from(msi.at) + 2, MSI_ENABLE)),
+        contents.msix.map(|msix| (u16::from(msix.at) + 2, MSIX_ENABLE)),
+    ];
+    let switches = [(register::COMMAND, COMMAND_OURS)].into_iter().chain(capabilities.into_iter().flatten());
+    for (at, _) in switches.filter(|(at, bits)| chain::u16_at(config, *at).unwrap_or(0) & bits != 0) {
+        match client.write(RegionIndex::CONFIG, at.into(), &[0, 0]) {
+            Ok(()) => {}
+            Err(error) if error.is_fatal() => return Err(error.into()),
+            Err(error) => log::debug!("what was on stays on at {at:#x}: {error}"),
+        }
+    }
+    Ok(())
 }
 
 /// The configuration space: the first 256 bytes, and of the rest what capability lists are made of. By naturally
@@ -144,9 +167,14 @@ fn config_bytes(client: &Client, size: u64) -> Result<Vec<u8>, OpenError> {
         read.wait(dword)?;
     }
     let mut next: u16 = if size > 0x100 { 0x100 } else { 0 };
-    let mut seen = 0;
-    // No list has more members than that; what lies about it is judged afterwards.
-    while (0x100..0x1000).contains(&next) && next.is_multiple_of(4) && seen < 960 {
+    let (mut seen, begun) = (0, Instant::now());
+    // No list has more members than that; what lies about it is judged afterwards. Nor is a server that makes one last
+    // listened to for long: what was not read is cut off.
+    while (0x100..0x1000).contains(&next)
+        && next.is_multiple_of(4)
+        && seen < 960
+        && begun.elapsed() < client.limit()
+    {
         let at = usize::from(next);
         let Some(dword) = bytes.get_mut(at..at + 4) else { break };
         match client.read(RegionIndex::CONFIG, next.into(), dword) {
@@ -332,3 +360,7 @@ impl Server for Session {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;

@@ -6,6 +6,7 @@ use std::fmt;
 use super::bars::{self, BarError, BarShape};
 use super::chain::{self, Capability, extended_id, id, u8_at, u16_at, u32_at};
 use super::overlay::Overlay;
+use crate::pci::bar::Command;
 use crate::pci::{BarIndex, Msi, MsiSpec, Space};
 
 /// Offsets in the header that concern us.
@@ -34,8 +35,8 @@ pub mod register {
     pub const PIN: u16 = 0x3d;
 }
 
-/// The bits of the command register that the client acts upon: I/O and memory decode, INTx disable.
-pub const COMMAND_OURS: u16 = 0x0001 | 0x0002 | 0x0004 | 0x0400;
+/// The bits of the command register that the client answers itself: I/O and memory decode, bus master, INTx disable.
+pub const COMMAND_OURS: u16 = Command::IO | Command::MEMORY | Command::MASTER | Command::INTX_DISABLE;
 
 /// What a server says of its function.
 #[derive(Debug, Clone, Copy)]

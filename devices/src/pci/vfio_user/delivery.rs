@@ -184,7 +184,10 @@ impl Delivery {
                 self.connected_msix = true;
                 let mut done = Ok(());
                 for (vector, call) in (0..).zip(calls) {
-                    done = done.and(msix.connect(Some(vector), Arc::clone(call)).map(drop));
+                    // Behind no vector first, where nothing is refused: a route that is refused now is tried again at
+                    // the vector's next change.
+                    let known = msix.connect(None, Arc::clone(call));
+                    done = done.and(known.and_then(|id| msix.retarget(id, Some(vector))));
                 }
                 done
             }

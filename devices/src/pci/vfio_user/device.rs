@@ -47,6 +47,10 @@ pub struct Device {
     state: Mutex<State>,
     /// What was registered with the machine is gone, for good.
     dismantled: AtomicBool,
+    /// The log knows that the machine refused something of a BAR.
+    place_refused: AtomicBool,
+    /// It knows that the machine refused a route.
+    route_refused: AtomicBool,
 }
 
 impl Device {
@@ -71,6 +75,8 @@ impl Device {
             remote: Arc::clone(&remote),
             state: Mutex::new(state),
             dismantled: AtomicBool::new(false),
+            place_refused: AtomicBool::new(false),
+            route_refused: AtomicBool::new(false),
         });
         let mut fixtures = Vec::new();
         for (bar, region) in remote.contents.bars.iter().zip(&remote.regions) {
@@ -97,6 +103,13 @@ impl Device {
 
     fn link(&self) -> &Link {
         &self.remote.link
+    }
+
+    /// The machine refused a route: the vector's signals stay pending. A guest can bring that about as often as it likes.
+    fn route_refused(&self, error: &PortError) {
+        if !self.route_refused.swap(true, Ordering::Relaxed) {
+            log::warn!("device {}: {error} (logged once)", self.link().name());
+        }
     }
 
     /// The server is gone, or is to be. Called on any thread without the device's lock; does not wait.
@@ -179,7 +192,7 @@ impl Device {
             let mut dword = [0; 4];
             state.delivery.cover(at, &mut dword);
             if let Err(error) = state.delivery.write(at, u32::from_le_bytes(merged(dword))) {
-                log::warn!("device {}: {error}", self.link().name());
+                self.route_refused(&error);
             }
             return Some(whole);
         }
@@ -209,7 +222,7 @@ impl Device {
         if let Some((kind, _)) = wanted
             && let Err(error) = state.delivery.connect(kind, &calls)
         {
-            log::warn!("device {}: {error}", self.link().name());
+            self.route_refused(&error);
         }
         wanted.map(|(kind, _)| kind).filter(|_| !calls.is_empty())
     }
@@ -266,9 +279,11 @@ impl Device {
 
     fn place(&self, state: &mut State, decoded: &[Decoded]) {
         for fixtures in &mut state.fixtures {
-            if let Err(error) = fixtures.place(decoded) {
+            if let Err(error) = fixtures.place(decoded)
+                && !self.place_refused.swap(true, Ordering::Relaxed)
+            {
                 log::warn!(
-                    "device {}: {error}; the server is asked for each access there",
+                    "device {}: {error}; the server is asked for each access there (logged once)",
                     self.link().name()
                 );
             }
@@ -288,7 +303,7 @@ impl Device {
     fn write_msix(&self, at: u64, data: &[u8]) {
         let mut state = lock(&self.state);
         if let Some(Err(error)) = state.delivery.msix().map(|msix| msix.write_table(at, data)) {
-            log::warn!("device {}: {error}", self.link().name());
+            self.route_refused(&error);
         }
     }
 

@@ -398,3 +398,28 @@ fn a_reset_of_the_function_leaves_it_as_after_power_on() {
     guest.server.signal(0);
     assert_eq!(guest.machine.take_interrupts(), 1);
 }
+
+#[test]
+fn a_vector_whose_route_was_refused_has_it_at_its_next_change() {
+    for capability in [0x40_u16, 0x50] {
+        let guest = Guest::new();
+        guest.enable();
+        // Vector 0 of MSI-X leads somewhere before MSI-X comes on.
+        for (at, value) in [(0, 0xfee0_0000), (8, 0x40), (12, 0)] {
+            guest.set_bar(4, at, value);
+        }
+        guest.set(0x54, 0xfee0_0000);
+        guest.machine.refuse_routes();
+        let on = if capability == 0x40 { [0x00, 0x80] } else { [0x01, 0x00] };
+        guest.device.config_write(capability + 2, &on);
+        assert!(guest.machine.routes().is_empty());
+        guest.machine.accept_routes();
+        if capability == 0x40 {
+            guest.set_bar(4, 12, 1);
+            guest.set_bar(4, 12, 0);
+        } else {
+            guest.set(0x54, 0xfee0_1000);
+        }
+        assert_eq!(guest.machine.routes().len(), 1, "{capability:#x}");
+    }
+}

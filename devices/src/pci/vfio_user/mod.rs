@@ -13,7 +13,6 @@
 //! | [`remote`] | the function between boards |
 //! | [`delivery`] | how interrupts reach the guest |
 //! | [`device`] | the function on a board |
-
 //!
 //! # What a guest's access costs
 //! | access | cost |
