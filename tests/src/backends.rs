@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::capture::{Capture, tail};
 use crate::daemon::is_listening;
 use crate::launch::{Ended, Launch};
-use crate::place::Missing;
+use crate::place::{self, Missing};
 use crate::scratch::Scratch;
 use crate::wait;
 
@@ -44,6 +44,18 @@ pub fn optional_program(name: &str) -> Option<PathBuf> {
         Missing::skipped(thread::current().name().unwrap_or("test"), &why);
     }
     found
+}
+
+/// What stands in for hardware beside a backend, when it was `found`: a lab whose own kernel is the generic one has it.
+///
+/// # Errors
+/// When it is not here, with the reason.
+///
+/// # Panics
+/// When it is not here although this is a lab that `make test-backends` made for it.
+pub fn hardware<T>(found: Option<T>, what: &str) -> Result<T, Missing> {
+    let missing = if place::in_lab() { Missing::optional } else { Missing::new };
+    found.ok_or_else(|| missing(format!("no {what} here: OUTBOARD_LAB_KERNEL=generic")))
 }
 
 /// A running backend. Killed when dropped; a test that panics meanwhile prints the end of what it said.

@@ -219,6 +219,15 @@ impl Server {
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
+
+    /// Waits until it holds as many descriptors as `before` its clients: it closes theirs some time after they have gone.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn lets_go(&self, before: usize) {
+        let what = format!("{} lets go of its clients' descriptors", self.program.display());
+        wait::until(&what, STARTS, || (self.descriptors() == before).then_some(()));
+    }
 }
 
 fn spawn(program: &Path, arguments: &[String]) -> (Child, Capture) {

@@ -7,9 +7,8 @@
 use std::fs;
 use std::process::Command;
 
-use outboard_tests::backends::{Backend, SCRIPT, program};
+use outboard_tests::backends::{Backend, SCRIPT, hardware, program};
 use outboard_tests::launch::{Launch, first_device};
-use outboard_tests::place::Missing;
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
 
@@ -23,10 +22,7 @@ fn vhost_device_can_sends_a_frame() {
             .status()
             .unwrap()
             .success();
-    if !made {
-        Missing::skipped("machine_backends_can", "no vcan here: OUTBOARD_LAB_KERNEL=generic");
-        return;
-    }
+    need!(hardware(made.then_some(()), "vcan"));
     let scratch = Scratch::new();
     let arguments =
         [format!("--socket-path={}", scratch.path("can").display()), "--can-devices=vcan0".into()];

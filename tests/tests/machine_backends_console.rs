@@ -26,10 +26,10 @@ fn vhost_device_console_carries_a_key_in_and_lines_out() {
     let script = "exec 3<>/dev/hvc0 && stty raw -echo <&3 || exit 1\n\
                   echo ready >&3\n\
                   dd bs=1 count=1 <&3 >&3 2>/dev/null || exit 2\n\
-                  for n in $(seq 200); do echo line $n >&3; done; sleep 1";
+                  for n in $(seq 200); do echo line $n >&3; done; read line";
     let launch = need!(guest("virtio_console", script));
     let device = format!("console,socket={}", backend.socket().display());
-    let vm = launch.arg("--vhost-user").arg(device).start();
+    let mut vm = launch.arg("--vhost-user").arg(device).start();
     // Its port opens with the device.
     let mut stream = wait::until("the console's port opens", Duration::from_secs(30), || {
         TcpStream::connect(("127.0.0.1", PORT)).ok()
@@ -51,6 +51,8 @@ fn vhost_device_console_carries_a_key_in_and_lines_out() {
         answers.read_line(&mut line).unwrap();
         assert_eq!(line.trim_end(), format!("line {number}"));
     }
+    // Not before all lines are here: it drops what it still holds when the machine ends.
+    vm.send(b"\n");
     let ended = vm.end(SCRIPT);
     assert_worked(&ended);
 }

@@ -7,13 +7,11 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use outboard_tests::backends::{Backend, SCRIPT, assert_worked, generic_guest, program};
+use outboard_tests::backends::{Backend, SCRIPT, assert_worked, generic_guest, hardware, program};
 use outboard_tests::capture::Capture;
-use outboard_tests::place::Missing;
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
 
@@ -51,10 +49,7 @@ impl Drop for Keyboard {
 fn vhost_device_input_shows_its_keyboard_and_passes_keys_on() {
     need!(place::kvm());
     let Some(input) = program("vhost-device-input") else { return };
-    if !Path::new("/dev/uinput").exists() {
-        Missing::skipped("machine_backends_input", "there is no /dev/uinput: OUTBOARD_LAB_KERNEL=generic");
-        return;
-    }
+    need!(hardware(fs::metadata("/dev/uinput").ok(), "/dev/uinput"));
     let scratch = Scratch::new();
     let mut keyboard = Keyboard::new(&scratch);
     let arguments = [

@@ -236,7 +236,9 @@ fn network(model: &str, guest: impl FnOnce(&str) -> Launch) {
     let Some(server) = QemuServer::start(Scratch::new(), &[&hub[..], &[&one, &two]].concat()) else { return };
     let script = format!(
         r#"{SHELL}wait_for [ -e /sys/class/net/eth1 ]
-unshare -n sleep 1000 & other=$!; sleep 1
+unshare -n sleep 1000 & other=$!
+apart() {{ [ $(readlink /proc/$other/ns/net) != $(readlink /proc/self/ns/net) ]; }}
+wait_for apart
 ip link set eth1 netns $other || exit 1
 there() {{ nsenter -t $other -n "$@"; }}
 ip addr add 10.0.0.1/24 dev eth0; ip link set eth0 up
@@ -245,7 +247,9 @@ wait_for ping -c 1 -W 1 10.0.0.2 >/dev/null
 ping -c 50 -i 0.02 -s 1400 10.0.0.2 | grep -q "50 packets received" || exit 2
 dd if=/dev/urandom of=/tmp/sent bs=64k count=4 2>/dev/null
 mkfifo /tmp/open; exec 9<>/tmp/open
-there nc -l -p 7 <&9 >/tmp/got & n=$!; sleep 1
+there nc -l -p 7 <&9 >/tmp/got & n=$!
+listens() {{ there cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q ":0007 .* 0A "; }}
+wait_for listens
 nc 10.0.0.2 7 </tmp/sent; wait $n
 cmp /tmp/sent /tmp/got || exit 3
 grep -E "eth[01]" /proc/interrupts; kill $other

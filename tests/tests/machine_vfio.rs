@@ -184,7 +184,7 @@ echo boots=$n"#
     let ended = launch.start().end(SCRIPT + Duration::from_secs(10) * reboots).with_code(0);
     assert_eq!(ended.field("boots"), u64::from(reboots) + 1, "{ended}");
     assert!(ended.console.replace('\r', "").contains("@exit 0\n"), "{ended}");
-    assert!(server.descriptors() <= before, "descriptors are left behind: {}", server.descriptors());
+    server.lets_go(before);
 }
 
 /// A guest that waits for commands, with a disk under load, and what it takes the server for afterwards.

@@ -6,14 +6,14 @@
 mod support;
 
 use std::cell::Cell;
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use support::fetched::{fetched, until_listening};
 use support::queue::{Part, Queue};
-use support::{GuestMemory, Peer, Scratch, connect_patiently, eventually};
+use support::{GuestMemory, Peer, Scratch, connect_patiently};
 use transport::memory_map::{GuestAddr, Iova};
 use transport::vhost_user::features::bit;
 use transport::vhost_user::iotlb::{Access, IovaRange, MissAnswers};
@@ -38,15 +38,8 @@ struct Testpmd {
 impl Testpmd {
     /// `None`, with a printed reason, where it was not fetched.
     fn start(options: &str) -> Option<Self> {
-        let path = |name: &str| env::var_os(format!("OUTBOARD_BACKEND_DPDK_{name}")).map(PathBuf::from);
-        let (Some(program), Some(vhost), Some(ring)) =
-            (path("TESTPMD"), path("NET_VHOST"), path("MEMPOOL_RING"))
-        else {
-            let required = env::var_os("OUTBOARD_BACKENDS_REQUIRED").is_some();
-            assert!(!required, "no dpdk-testpmd: tests/backends/fetch");
-            println!("skipped: no dpdk-testpmd here (tests/backends/fetch brings it)");
-            return None;
-        };
+        let (program, vhost, ring) =
+            (fetched("dpdk-testpmd")?, fetched("dpdk-net-vhost")?, fetched("dpdk-mempool-ring")?);
         let scratch = Scratch::new();
         let socket = scratch.path("net");
         let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
@@ -68,7 +61,7 @@ impl Testpmd {
             .spawn()
             .unwrap();
         let process = Peer(child);
-        eventually("dpdk-testpmd's socket", Duration::from_secs(30), || socket.exists());
+        until_listening(&socket, Duration::from_secs(30));
         Some(Self { _process: process, socket, _scratch: scratch })
     }
 

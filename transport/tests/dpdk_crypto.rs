@@ -7,13 +7,13 @@
 
 mod support;
 
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use support::fetched::{fetched, until_listening};
 use support::queue::{Part, Queue};
-use support::{GuestMemory, Peer, Scratch, connect_patiently, eventually};
+use support::{GuestMemory, Peer, Scratch, connect_patiently};
 use transport::vhost_user::crypto::{SessionId, SymmetricSession};
 use transport::vhost_user::{Limits, LiveSession, ProtocolFeatures, RingBase, Wanted};
 
@@ -40,13 +40,8 @@ struct Example {
 impl Example {
     /// `None`, with a printed reason, where it was not fetched.
     fn start() -> Option<Self> {
-        let path = |name: &str| env::var_os(format!("OUTBOARD_BACKEND_DPDK_{name}")).map(PathBuf::from);
-        let (Some(program), Some(openssl), Some(ring)) =
-            (path("VHOST_CRYPTO"), path("CRYPTO_OPENSSL"), path("MEMPOOL_RING"))
-        else {
-            println!("skipped: no dpdk-vhost-crypto here (tests/backends/fetch brings it)");
-            return None;
-        };
+        let (program, openssl, ring) =
+            (fetched("dpdk-vhost-crypto")?, fetched("dpdk-crypto-openssl")?, fetched("dpdk-mempool-ring")?);
         let scratch = Scratch::new();
         let socket = scratch.path("crypto");
         let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
@@ -66,7 +61,7 @@ impl Example {
             .spawn()
             .unwrap();
         let process = Peer(child);
-        eventually("dpdk-vhost-crypto's socket", Duration::from_secs(30), || socket.exists());
+        until_listening(&socket, Duration::from_secs(30));
         Some(Self { _process: process, socket, _scratch: scratch })
     }
 }

@@ -5,13 +5,13 @@
 
 mod support;
 
-use std::env;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use support::fetched::{fetched, until_listening};
 use support::vfio_user::eventfds;
 use support::{GuestMemory, Scratch, eventually};
 use transport::memory_map::{GuestAddr, SharedRegion};
@@ -34,24 +34,13 @@ struct Running {
 impl Running {
     /// `None`, with a printed reason, where it was not built.
     fn start(name: &str, arguments: &[&str]) -> Option<Self> {
-        let variable = format!("OUTBOARD_BACKEND_LIBVFIO_USER_{}", name.to_uppercase());
-        let Some(program) = env::var_os(variable) else {
-            let required = env::var_os("OUTBOARD_BACKENDS_REQUIRED").is_some();
-            assert!(!required, "no libvfio-user: tests/backends/fetch");
-            println!("skipped: no libvfio-user here (tests/backends/fetch brings it)");
-            return None;
-        };
+        let program = fetched(&format!("libvfio-user-{name}"))?;
         let scratch = Scratch::new();
         let socket = scratch.path("s");
         let mut command = Command::new(program);
         command.args(arguments).arg(&socket).stdin(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().unwrap();
-        eventually("the server listens", SOON, || Path::new(&socket).exists());
-        // It has a name from bind() on, and is listening an instant later.
-        eventually("the server accepts", SOON, || {
-            let table = std::fs::read_to_string("/proc/net/unix").unwrap();
-            table.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(socket.to_str().unwrap()))
-        });
+        until_listening(&socket, SOON);
         Some(Self { child, socket, _scratch: scratch })
     }
 

@@ -5,7 +5,6 @@
 
 mod support;
 
-use std::env;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -14,8 +13,9 @@ use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use support::fetched::{fetched, until_listening};
 use support::queue::{Part, Queue};
-use support::{GuestMemory, Peer, Scratch, connect_patiently, eventually};
+use support::{GuestMemory, Peer, Scratch, connect_patiently};
 use transport::vhost_user::{Limits, RingBase, Wanted};
 
 const VERSION_1: u64 = 1 << 32;
@@ -31,10 +31,7 @@ struct Gpu {
 impl Gpu {
     /// `None`, with a printed reason, where it was not fetched.
     fn start() -> Option<Self> {
-        let Some(program) = env::var_os("OUTBOARD_BACKEND_VHOST_USER_GPU") else {
-            println!("skipped: no vhost-user-gpu here (tests/backends/fetch brings it)");
-            return None;
-        };
+        let program = fetched("vhost-user-gpu")?;
         let scratch = Scratch::new();
         let socket = scratch.path("gpu");
         let child = Command::new(program)
@@ -46,7 +43,7 @@ impl Gpu {
             .spawn()
             .unwrap();
         let process = Peer(child);
-        eventually("vhost-user-gpu's socket", Duration::from_secs(30), || socket.exists());
+        until_listening(&socket, Duration::from_secs(30));
         Some(Self { _process: process, socket, _scratch: scratch })
     }
 }

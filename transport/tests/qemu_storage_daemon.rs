@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use support::fetched::{skipped, until_listening};
 use support::queue::{Part, Queue};
 use support::{GuestMemory, Peer, Scratch, eventually};
 use transport::memory_map::{GuestAddr, SharedRegion};
@@ -87,11 +88,11 @@ fn launch(scratch: &Scratch, socket: &str, speed: Speed) -> Option<Peer> {
     match command.stderr(Stdio::inherit()).spawn() {
         Ok(child) => {
             let process = Peer(child);
-            eventually("the daemon's socket", Duration::from_secs(10), || path.exists());
+            until_listening(&path, Duration::from_secs(10));
             Some(process)
         }
         Err(error) => {
-            println!("skipped: qemu-storage-daemon does not start: {error}");
+            skipped(&format!("qemu-storage-daemon does not start: {error}"));
             None
         }
     }
@@ -288,7 +289,7 @@ fn postcopy_is_advised_listened_for_told_its_memory_and_ended() {
     let advised = match session.postcopy_advise() {
         Ok(advised) => advised,
         Err(error) => {
-            println!("skipped: no userfaultfd here: {error}");
+            skipped(&format!("no userfaultfd here: {error}"));
             assert!(matches!(error.cause(), Cause::Refused(_)), "{error:?}");
             return;
         }

@@ -1,6 +1,7 @@
 //! What several tests of this crate need: guest memory in a memfd, fds counted, a directory that goes away.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
+pub mod fetched;
 pub mod queue;
 pub mod vfio_user;
 
