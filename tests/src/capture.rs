@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::wait::patience;
+use crate::wait::{Allowance, ROUND, patience};
 
 #[derive(Debug, Default)]
 struct Collected {
@@ -68,7 +68,7 @@ impl Capture {
     /// # Errors
     /// What was seen instead, when the stream ends or the time is up first.
     pub fn find(&self, wanted: &str, from: usize, limit: Duration) -> Result<usize, String> {
-        let end = Instant::now() + patience(limit);
+        let mut left = Allowance::new(limit);
         let mut collected = self.shared.lock();
         let mut searched = from;
         loop {
@@ -78,14 +78,23 @@ impl Capture {
                 return Ok(begin + at + wanted.len());
             }
             searched = collected.bytes.len().saturating_sub(wanted.len()).max(from);
-            let left = end.saturating_duration_since(Instant::now());
-            if collected.ended || left.is_zero() {
+            if collected.ended || left.is_spent() {
                 let why = if collected.ended { "the stream ended" } else { "the time is up" };
                 return Err(format!("{wanted:?} did not come: {why} ({:?} allowed)", patience(limit)));
             }
-            collected =
-                self.shared.more.wait_timeout(collected, left).unwrap_or_else(PoisonError::into_inner).0;
+            collected = self.wait_a_round(collected, &mut left);
         }
+    }
+
+    fn wait_a_round<'a>(
+        &'a self,
+        collected: MutexGuard<'a, Collected>,
+        left: &mut Allowance,
+    ) -> MutexGuard<'a, Collected> {
+        let begun = Instant::now();
+        let waited = self.shared.more.wait_timeout(collected, ROUND);
+        left.slept(begun.elapsed());
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Waits for the end of the stream, which comes with that of its last writer.
@@ -93,13 +102,11 @@ impl Capture {
     /// # Panics
     /// When somebody keeps the stream open for longer than `patience(limit)`: a process was left behind.
     pub fn finish(&mut self, limit: Duration) {
-        let end = Instant::now() + patience(limit);
+        let mut left = Allowance::new(limit);
         let mut collected = self.shared.lock();
         while !collected.ended {
-            let left = end.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "a process still holds the output after the program has ended");
-            collected =
-                self.shared.more.wait_timeout(collected, left).unwrap_or_else(PoisonError::into_inner).0;
+            assert!(!left.is_spent(), "a process still holds the output after the program has ended");
+            collected = self.wait_a_round(collected, &mut left);
         }
         drop(collected);
         if let Some(thread) = self.thread.take() {
