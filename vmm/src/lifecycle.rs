@@ -140,9 +140,14 @@ impl Lifecycle {
         }
     }
 
+    /// Whether the guest goes on. Never waits.
+    pub fn is_open(&self) -> bool {
+        !self.stop.load(Ordering::Acquire)
+    }
+
     /// Called by a vCPU thread before each entry into the guest; waits while the gate is closed.
     pub fn pass(&self) -> Passage {
-        if !self.stop.load(Ordering::Acquire) {
+        if self.is_open() {
             return Passage::Open;
         }
         let mut state = self.lock();

@@ -3,20 +3,22 @@
 //! Guest RAM is a memfd (see `arch::ram`); here it is only mapped, because KVM wants a user address.
 //! Nothing in the VMM reads or writes guest memory through the mapping (but for `huge_memory`). A peer's file is mapped as a
 //! [`PeerMapping`], which has no way to touch it: the peer may truncate it at any moment. What of a user's file is
-//! looked at through a mapping, the kernel image, is looked at inside [`mind_shorter_files`].
+//! looked at through a mapping, the kernel image, is looked at inside [`mind_shorter_files`]. And what a vCPU shares with
+//! KVM is looked at here where the wrapper does not tell it: [`port_accesses`].
 
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::null_mut;
+use std::slice::ChunksExactMut;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use devices::ports::Access;
 use devices::ports::FileRange;
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
+use kvm_bindings::{KVM_EXIT_IO, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{VcpuFd, VmFd};
 use libc::{BUS_ADRERR, SA_ONSTACK, SA_RESTART, SA_SIGINFO, SIGBUS, c_int, c_void, sigaction, siginfo_t};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use rustix::thread::gettid;
@@ -291,6 +293,25 @@ pub(crate) fn release_text() {
     if let Err(error) = unsafe { madvise(begin, pages.saturating_mul(PAGE_BYTES), Advice::LinuxDontNeed) } {
         log::debug!("the pages of the start stay resident: {error}");
     }
+}
+
+/// The data of the port accesses at which a vCPU has stopped, one after the other: a string instruction (`rep insw`) makes
+/// many of the same port, and KVM tells of them in one exit. Empty when it has stopped for another reason.
+pub(crate) fn port_accesses(vcpu: &mut VcpuFd) -> ChunksExactMut<'_, u8> {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_IO {
+        return <&mut [u8]>::default().chunks_exact_mut(1);
+    }
+    // SAFETY: KVM says that it is this member, and it is of numbers, which may have any value.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let width = usize::from(io.size).max(1);
+    let count = usize::try_from(io.count).unwrap_or(0);
+    let start = std::ptr::from_mut(run).cast::<u8>();
+    let offset = usize::try_from(io.data_offset).unwrap_or(0);
+    // SAFETY: for as long as the vCPU does not run, KVM has that many bytes there, in what the vCPU has mapped, behind the
+    // structure itself. The wrapper makes its own slice in the same way, of which the width is all that is missing.
+    let data = unsafe { std::slice::from_raw_parts_mut(start.wrapping_add(offset), width * count) };
+    data.chunks_exact_mut(width)
 }
 
 const PAGE_BYTES: usize = 4096;

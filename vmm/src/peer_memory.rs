@@ -137,6 +137,10 @@ impl PeerMemory {
             return;
         }
         let holds = |piece: &Piece| address.wrapping_sub(piece.at.0) < piece.file.size;
+        // Nearly all that comes out of the guest is a register.
+        if !self.lock().pieces.iter().any(holds) {
+            return;
+        }
         let gone = self.take(|piece| holds(piece) && is_short(piece));
         tell(&gone);
     }

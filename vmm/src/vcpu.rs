@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::crash::describe_registers;
 use crate::lifecycle::{Lifecycle, Passage, Request};
+use crate::memory::port_accesses;
 use crate::peer_memory::{PeerMemory, Suspects};
 
 /// Exits to userspace of one vCPU, by reason, over the machine's whole life.
@@ -139,14 +140,21 @@ impl Vcpu {
             self.faults = 0;
         }
         let crash = match exit {
-            Ok(VcpuExit::IoOut(port, data)) => {
+            Ok(VcpuExit::IoOut(port, _)) => {
                 add(&counters.io_out);
-                self.pio.write(u64::from(port), data);
+                for data in port_accesses(&mut self.fd) {
+                    self.pio.write(u64::from(port), data);
+                }
                 None
             }
-            Ok(VcpuExit::IoIn(port, data)) => {
+            Ok(VcpuExit::IoIn(port, _)) => {
                 add(&counters.io_in);
-                self.pio.read(u64::from(port), data);
+                for data in port_accesses(&mut self.fd) {
+                    // Each may wait for a peer; nobody is interested in those that follow the end.
+                    if self.lifecycle.is_open() {
+                        self.pio.read(u64::from(port), data);
+                    }
+                }
                 None
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
@@ -215,3 +223,7 @@ const FAULTS: u8 = 8;
 const INTERRUPTED: i32 = 4;
 const TRY_AGAIN: i32 = 11;
 const BAD_ADDRESS: i32 = 14;
+
+#[cfg(test)]
+#[path = "vcpu_tests.rs"]
+mod tests;
