@@ -337,8 +337,10 @@ void resize(void)
 	put("capacity=");
 	put_hex64(device_capacity());
 	put_char('\n');
-	for (uint32_t seen = 0; seen < n; seen = counts.config_changes) {
+	/* Counted before it is looked at: another change may come while this one is printed, and has a line of its own. */
+	for (uint32_t seen = 0; seen < n; ) {
 		wait_config_change(seen);
+		seen = counts.config_changes;
 		put("capacity=");
 		put_hex64(device_capacity());
 		put_char('\n');
