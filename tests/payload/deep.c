@@ -237,7 +237,7 @@ static void report(const struct device *d)
 
 void deep(void)
 {
-	uint32_t patience = number_arg("timeout", 5), touches = number_arg("touch", 0), open, total = 0, faults = 0;
+	uint32_t patience = number_arg("timeout", 20), touches = number_arg("touch", 0), open, total = 0, faults = 0;
 
 	find_devices();
 	device_handler = on_interrupt;

@@ -145,7 +145,7 @@ extern const uint8_t ap_start[], ap_count[], ap_end[];
 static void cpus(void)
 {
 	enum { PAGE = 0x10000 };
-	uint32_t expected = number_arg("n", 1), timeout = number_arg("timeout", 5), awake;
+	uint32_t expected = number_arg("n", 1), timeout = number_arg("timeout", 20), awake;
 
 	for (uint32_t i = 0; i < (uint32_t)(ap_end - ap_start); i++)
 		store8(PAGE + i, ap_start[i]);

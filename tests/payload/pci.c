@@ -167,11 +167,11 @@ static void run(char what, const char *text)
 		n = number(&text);
 		watchdog_pet();
 		while (in32((uint16_t)a) != n)
-			if (watchdog_age() > number_arg("timeout", 5))
+			if (watchdog_age() > number_arg("timeout", 20))
 				fail("the value never came");
 		break;
 	case 'i':			/* i:N waits for so many interrupts in all */
-		wait_for(number(&text), number_arg("timeout", 5));
+		wait_for(number(&text), number_arg("timeout", 20));
 		break;
 	case 's':			/* s starts the virtio device that pci= names, and rings its queue */
 		device_open();
@@ -187,7 +187,7 @@ static void run(char what, const char *text)
 		at = place(a, b);
 		watchdog_pet();
 		while (load(at) != n)
-			if (watchdog_age() > number_arg("timeout", 5))
+			if (watchdog_age() > number_arg("timeout", 20))
 				fail("the value never came");
 		break;
 	case 'z':			/* z:BAR:OFFSET:VALUE resets the machine until that many are read there */

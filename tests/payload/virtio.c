@@ -52,7 +52,7 @@ void device_open(void)
 		fail("no mmio= or pci= on the command line");
 	if (on_pci)
 		pci_open(on_pci);
-	patience = number_arg("timeout", 5);
+	patience = number_arg("timeout", 20);
 	with_interrupts = !arg_is("irq", "off");
 	if (with_interrupts) {
 		device_handler = on_interrupt;

@@ -246,6 +246,10 @@ fn spawn(program: &Path, scratch: &Scratch, kind: Kind) -> (Child, Capture) {
     let mut command = Command::new(program);
     match kind {
         Kind::Qemu { disks, queues } => {
+            // Options are done one after the other: once it serves its disks, its monitor is there.
+            let qmp = scratch.path("qmp");
+            command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
+            command.args(["--monitor", "chardev=qmp"]);
             for n in 0..disks {
                 let (image, socket) = (scratch.path(&image_name(n)), scratch.path(&socket_name(n)));
                 let blockdev =
@@ -257,9 +261,6 @@ fn spawn(program: &Path, scratch: &Scratch, kind: Kind) -> (Child, Capture) {
                 );
                 command.args(["--blockdev", &blockdev, "--export", &export]);
             }
-            let qmp = scratch.path("qmp");
-            command.args(["--chardev", &format!("socket,id=qmp,path={},server=on,wait=off", qmp.display())]);
-            command.args(["--monitor", "chardev=qmp"]);
         }
         Kind::Example => {
             command.arg("-s").arg(scratch.path(&socket_name(0))).arg("-b").arg(scratch.path(&image_name(0)));
