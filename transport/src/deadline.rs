@@ -95,7 +95,7 @@ mod tests {
         let waited = wait_readable(a.as_fd(), &Deadline::after(Duration::from_millis(50))).unwrap();
         assert_eq!(waited, Waited::TimedOut);
         assert!(begin.elapsed() >= Duration::from_millis(50));
-        assert!(begin.elapsed() < Duration::from_millis(500));
+        assert!(begin.elapsed() < Duration::from_secs(10));
     }
 
     #[test]

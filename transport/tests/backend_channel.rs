@@ -70,7 +70,8 @@ fn start() -> (ScriptedBackend, Session, BackendChannel) {
 /// One test counts this process's descriptors: the others wait.
 static COUNTING: Mutex<()> = Mutex::new(());
 
-const SOON: Duration = Duration::from_secs(2);
+/// What comes at once, on a machine that has other things to do.
+const SOON: Duration = Duration::from_secs(20);
 
 #[test]
 fn requests_are_handled_answered_and_leak_nothing() {
@@ -228,7 +229,7 @@ fn a_peer_that_does_not_take_answers_is_cut_off() {
     let machine = Machine::default();
     let begin = Instant::now();
     let error = loop {
-        assert!(begin.elapsed() < Duration::from_secs(10));
+        assert!(begin.elapsed() < SOON);
         backend.send_on_channel(&message, &[]).unwrap();
         if let Err(error) = channel.serve(&machine) {
             break error;
@@ -244,10 +245,10 @@ fn the_channel_is_served_while_a_request_waits() {
     let all = ProtocolFeatures::HOST_NOTIFIER.with(ProtocolFeatures::BACKEND_SEND_FD);
     let mut offer = Offer::default();
     offer.protocol = offer.protocol.with(all);
-    let pause = Duration::from_millis(300);
+    let pause = Duration::from_secs(2);
     let script = Script::normal().on(Request::GET_CONFIG, Act::Delay(pause));
     let (backend, stream) = ScriptedBackend::pair(offer, script).unwrap();
-    let connection = Connection::from_stream(stream, "scripted", &Limits::default()).unwrap();
+    let connection = Connection::from_stream(stream, "scripted", &Limits::new(SOON)).unwrap();
     let mut session = connection.negotiate(&Wanted::default().and(all)).unwrap();
     let mut channel = session.take_backend_channel().unwrap();
     let begin = Instant::now();

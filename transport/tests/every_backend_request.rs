@@ -14,7 +14,7 @@ use transport::vhost_user::{
     BackendRequests, Connection, Limits, ProtocolFeatures as P, Refused, Served, Wanted,
 };
 
-const SOON: Duration = Duration::from_secs(2);
+const SOON: Duration = Duration::from_secs(20);
 
 /// Says yes to all, and notes what it was asked.
 #[derive(Default)]

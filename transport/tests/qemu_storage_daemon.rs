@@ -198,7 +198,7 @@ fn a_second_connection_to_a_busy_backend_fails_by_deadline_with_a_hint() {
     let begin = std::time::Instant::now();
     let second = Connection::connect(&daemon.socket, &limits);
     let error = second.and_then(|second| second.negotiate(&Wanted::default())).err().unwrap();
-    assert!(begin.elapsed() < Duration::from_secs(1));
+    assert!(begin.elapsed() < Duration::from_secs(10));
     println!("{error} ({:?})", error.hint());
     assert!(error.hint().is_some());
 }
@@ -308,7 +308,7 @@ fn postcopy_is_advised_listened_for_told_its_memory_and_ended() {
 fn a_stopped_backend_is_a_failure_only_when_a_deadline_passes() {
     let Some(daemon) = Daemon::start() else { return };
     let pid = rustix::process::Pid::from_child(&daemon.process.0);
-    let limits = Limits::new(Duration::from_millis(400));
+    let limits = Limits::new(Duration::from_secs(2));
     let open = || {
         let mut connection = None;
         eventually("a connection", Duration::from_secs(10), || {
@@ -331,7 +331,7 @@ fn a_stopped_backend_is_a_failure_only_when_a_deadline_passes() {
     stop();
     let begin = std::time::Instant::now();
     assert!(matches!(session.read_config(60).unwrap_err().cause(), Cause::Silent(_)));
-    assert!(begin.elapsed() < Duration::from_secs(1));
+    assert!(begin.elapsed() < Duration::from_secs(10));
     go_on();
     // It sees the hang-up, and takes the next one.
     eventually("a new session", Duration::from_secs(5), || {

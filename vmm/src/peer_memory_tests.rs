@@ -120,10 +120,10 @@ impl Guest {
 
     /// Waits until the guest says `byte`.
     fn expect(&self, byte: u8) {
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         let mut last = None;
         while Instant::now() < until {
-            match self.said.recv_timeout(Duration::from_secs(1)) {
+            match self.said.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(said) if said == byte => return,
                 Ok(said) => last = Some(said),
                 Err(_) => panic!("the guest is silent: {:?}", self.lifecycle.take_request()),

@@ -8,7 +8,7 @@ use transport::testing::{Offer, Script, ScriptedBackend};
 use transport::vhost_user::backend_req::BackendRequest;
 use transport::vhost_user::{Connection, Limits, ProtocolFeatures};
 
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(20);
 const LOOKUP: BackendRequest = BackendRequest::SHARED_OBJECT_LOOKUP;
 const ADD: BackendRequest = BackendRequest::SHARED_OBJECT_ADD;
 const REMOVE: BackendRequest = BackendRequest::SHARED_OBJECT_REMOVE;

@@ -12,7 +12,8 @@ use crate::virtio::device::Parts;
 use crate::virtio::mmio::{MmioDevice, Place};
 use crate::virtio::{OnLoss, PhaseReport};
 
-const LIMIT: Duration = Duration::from_millis(300);
+/// How long a driver waits for a search: far longer than a busy machine takes for anything else here.
+const LIMIT: Duration = Duration::from_secs(3);
 
 /// A guest with a disk that breaks when its backend is lost, and may ask for another one.
 struct Rig {
@@ -122,7 +123,7 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     let handle = rig.handle.clone();
     let (second, candidate) = candidate(2);
     let searcher = std::thread::spawn(move || {
-        std::thread::sleep(LIMIT / 6);
+        std::thread::sleep(LIMIT / 30);
         handle.revive(trial, Ok(candidate)).unwrap();
     });
     assert!(rig.agree(), "it waited");
@@ -135,10 +136,10 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     rig.write(0x70, 0);
     let trial = rig.wanted().unwrap();
     let begun = Instant::now();
-    assert!(!rig.agree() && begun.elapsed() >= LIMIT && begun.elapsed() < LIMIT * 4, "{:?}", begun.elapsed());
+    assert!(!rig.agree() && begun.elapsed() >= LIMIT && begun.elapsed() < LIMIT * 2, "{:?}", begun.elapsed());
     rig.write(0x70, 0);
     let begun = Instant::now();
-    assert!(!rig.agree() && begun.elapsed() < LIMIT / 2, "once is enough: {:?}", begun.elapsed());
+    assert!(!rig.agree() && begun.elapsed() < LIMIT, "once is enough: {:?}", begun.elapsed());
     drop(trial);
     rig.write(0x70, 0);
     assert_eq!(rig.asked(), 3, "the second search was given up");
@@ -151,7 +152,7 @@ fn peer_that_fell_silent_is_not_waited_for_but_may_come_back() {
     rig.write(0x70, 0);
     let trial = rig.wanted().unwrap();
     let begun = Instant::now();
-    assert!(!rig.agree() && begun.elapsed() < LIMIT / 2, "{:?}", begun.elapsed());
+    assert!(!rig.agree() && begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
     // The backend answers at last: the next driver finds the device whole.
     rig.handle.revive(trial, Ok(candidate(2).1)).unwrap();
     assert!(!rig.is_broken());

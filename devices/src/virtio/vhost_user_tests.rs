@@ -275,7 +275,7 @@ fn daemon_that_dies_is_seen_on_the_hang_up_descriptor_and_the_guest_can_still_re
     assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 5, tv_nsec: 0 })).unwrap(), 1);
     let begin = Instant::now();
     guest.write(0x70, 0);
-    assert!(begin.elapsed() < Duration::from_secs(1));
+    assert!(begin.elapsed() < Duration::from_secs(5), "a deadline passed");
     assert_eq!(guest.machine.page_u32(0x70), 0);
     assert!(matches!(guest.device.handle().phase(), PhaseReport::Broken(_)));
     // Whoever polls the descriptor learns of every way of breaking, as our side is shut down, too.
