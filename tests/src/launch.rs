@@ -257,7 +257,8 @@ impl Vm {
     #[must_use]
     pub fn threads(&self) -> Vec<Thread> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        tasks.map(|task| Thread::read(&task.unwrap().path())).collect()
+        // One that has just ended is not there any more.
+        tasks.filter_map(|task| Thread::read(&task.ok()?.path())).collect()
     }
 
     /// True while it has not ended.
@@ -328,22 +329,24 @@ impl Drop for Vm {
 pub struct Thread {
     /// Its name.
     pub name: String,
-    /// How often it was put on a processor.
-    pub slices: u64,
+    /// How often it went to sleep by itself: as often as it was woken. That others took its processor is not counted.
+    pub sleeps: u64,
     /// How long it has run.
     pub cpu: Duration,
 }
 
 impl Thread {
-    fn read(task: &Path) -> Self {
-        let read = |name: &str| fs::read_to_string(task.join(name)).unwrap();
+    fn read(task: &Path) -> Option<Self> {
+        let read = |name: &str| fs::read_to_string(task.join(name)).ok();
         let times: Vec<u64> =
-            read("schedstat").split_whitespace().map(|word| word.parse().unwrap()).collect();
-        Self {
-            name: read("comm").trim_end().to_owned(),
-            slices: times[2],
+            read("schedstat")?.split_whitespace().map(|word| word.parse().unwrap()).collect();
+        let status = read("status")?;
+        let sleeps = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+        Some(Self {
+            name: read("comm")?.trim_end().to_owned(),
+            sleeps: sleeps.trim().parse().unwrap(),
             cpu: Duration::from_nanos(times[0]),
-        }
+        })
     }
 }
 

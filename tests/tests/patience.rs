@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use outboard_tests::daemon::StorageDaemon;
 use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_device};
-use outboard_tests::{need, place, wait};
+use outboard_tests::{need, place};
 use rustix::process::Signal;
 
 const MIB: usize = 1 << 20;
 const CONFIG_WCE: u32 = 1 << 11;
-/// What a loaded host may add to anything.
-const SLACK: Duration = Duration::from_millis(450);
+/// The backends' deadline. Nothing else takes as long, on a host that has other things to do: whatever takes as long has waited
+/// for a backend, and what takes twice as long has done so twice.
+const DEADLINE: Duration = Duration::from_millis(3000);
 
 /// A guest that does one step a key.
 struct Driven {
@@ -26,7 +27,7 @@ struct Driven {
 
 impl Driven {
     fn start(disk: &StorageDaemon, keys: &str) -> Self {
-        let line = first_device("drive").arg("depth", 1).arg("accept", CONFIG_WCE);
+        let line = first_device("drive").arg("depth", 1).arg("accept", CONFIG_WCE).arg("timeout", 60);
         let vm = Launch::payload(&line).disk_with(&disk.socket(), keys).start();
         let mut driven = Self { vm, seen: 0 };
         driven.find("ready\n");
@@ -51,17 +52,14 @@ impl Driven {
     /// A key that must not take long.
     fn quick(&mut self, key: char) -> String {
         let (line, took) = self.key(key);
-        assert!(took < wait::patience(SLACK), "{key} took {took:?}: {line}");
+        assert!(took < DEADLINE, "{key} took {took:?}: {line}");
         line
     }
 
     /// A key that takes the deadline, and no longer.
-    fn takes(&mut self, key: char, deadline: Duration) -> String {
+    fn takes_the_deadline(&mut self, key: char) -> String {
         let (line, took) = self.key(key);
-        assert!(
-            took >= deadline && took < deadline + wait::patience(SLACK),
-            "{key} took {took:?}, the deadline is {deadline:?}: {line}"
-        );
+        assert!(took >= DEADLINE && took < 2 * DEADLINE, "{key} took {took:?}: {line}");
         line
     }
 
@@ -88,7 +86,7 @@ impl Driven {
         self.vm.send(b"x");
         self.find("ready\n");
         let took = begun.elapsed();
-        assert!(took < limit + wait::patience(2 * SLACK), "a reboot took {took:?}");
+        assert!(took < limit + DEADLINE, "a reboot took {took:?}");
     }
 
     fn end(mut self) -> Ended {
@@ -103,14 +101,13 @@ fn longest_exit(ended: &Ended) -> Duration {
 
 #[test]
 fn a_backend_that_hangs_holds_its_guest_for_the_deadline_once() {
-    const DEADLINE: Duration = Duration::from_millis(3000);
     need!(place::kvm());
     // Without reconnect= it is broken then; with it, looked for: the hung backend's socket still takes connections.
     for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         let disk = need!(StorageDaemon::start(4 * MIB));
         let mut guest = Driven::at_work(&disk, keys);
         disk.signal(Signal::STOP);
-        guest.takes('c', DEADLINE);
+        guest.takes_the_deadline('c');
         guest.everything_is_quick();
         // The backend is given another chance at each boot, and may be in the middle of one.
         guest.reboot(2 * DEADLINE);
@@ -119,13 +116,12 @@ fn a_backend_that_hangs_holds_its_guest_for_the_deadline_once() {
         disk.signal(Signal::CONT);
         let longest = longest_exit(&ended);
         println!("{keys}: the longest exit took {longest:?}");
-        assert!(longest >= DEADLINE && longest < DEADLINE + wait::patience(SLACK), "{longest:?}\n{ended}");
+        assert!(longest >= DEADLINE && longest < 2 * DEADLINE, "{longest:?}\n{ended}");
     }
 }
 
 #[test]
 fn each_request_to_a_hung_backend_takes_the_deadline_at_most() {
-    const DEADLINE: Duration = Duration::from_millis(3000);
     need!(place::kvm());
     for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         for key in ['r', 'x'] {
@@ -136,22 +132,22 @@ fn each_request_to_a_hung_backend_takes_the_deadline_at_most() {
                 // The old rings are to be stopped, and a broken device's backend is tried again.
                 guest.reboot(2 * DEADLINE);
             } else {
-                guest.takes(key, DEADLINE);
+                guest.takes_the_deadline(key);
             }
             guest.everything_is_quick();
             let ended = guest.end();
             disk.signal(Signal::CONT);
-            assert!(longest_exit(&ended) < DEADLINE + wait::patience(SLACK), "{ended}");
+            assert!(longest_exit(&ended) < 2 * DEADLINE, "{ended}");
         }
         // The rings' start, too.
         let disk = need!(StorageDaemon::start(4 * MIB));
         let mut guest = Driven::start(&disk, keys);
         disk.signal(Signal::STOP);
-        guest.takes('s', DEADLINE);
+        guest.takes_the_deadline('s');
         guest.everything_is_quick();
         let ended = guest.end();
         disk.signal(Signal::CONT);
-        assert!(longest_exit(&ended) < DEADLINE + wait::patience(SLACK), "{ended}");
+        assert!(longest_exit(&ended) < 2 * DEADLINE, "{ended}");
     }
 }
 
@@ -169,13 +165,12 @@ fn a_backend_that_is_known_to_be_gone_holds_nobody() {
         let ended = guest.end();
         let longest = longest_exit(&ended);
         println!("{keys}: the longest exit took {longest:?}");
-        assert!(longest < wait::patience(SLACK), "{longest:?}\n{ended}");
+        assert!(longest < DEADLINE, "{longest:?}\n{ended}");
     }
 }
 
 #[test]
 fn a_silent_one_in_the_place_of_a_dead_backend_holds_its_guest_once_at_most() {
-    const DEADLINE: Duration = Duration::from_millis(3000);
     need!(place::kvm());
     for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         let mut disk = need!(StorageDaemon::start(4 * MIB));
@@ -187,13 +182,13 @@ fn a_silent_one_in_the_place_of_a_dead_backend_holds_its_guest_once_at_most() {
         // A driver that resets a broken device is what it is asked for by: nobody knows yet that it is silent.
         let (_, took) = guest.key('s');
         let most = if keys.contains("reconnect") { Duration::ZERO } else { DEADLINE };
-        assert!(took < most + wait::patience(SLACK), "{keys}: {took:?}");
+        assert!(took < most + DEADLINE, "{keys}: {took:?}");
         guest.everything_is_quick();
         guest.reboot(2 * most);
         guest.everything_is_quick();
         let ended = guest.end();
         let longest = longest_exit(&ended);
         println!("{keys}: the longest exit took {longest:?}");
-        assert!(longest < most + wait::patience(SLACK), "{longest:?}\n{ended}");
+        assert!(longest < most + DEADLINE, "{longest:?}\n{ended}");
     }
 }

@@ -62,7 +62,7 @@ fn a_dead_backend_does_not_keep_the_machine_from_ending() {
 fn a_stopped_backend_delays_the_end_by_no_more_than_its_deadline() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::start(4 * MIB));
-    let device = format!("blk,socket={},deadline=500", disk.socket().display());
+    let device = format!("blk,socket={},deadline=1500", disk.socket().display());
     let vm = Launch::payload(&first_device("blk").arg("end", "hang")).arg("--vhost-user").arg(device).start();
     vm.expect("errors=0");
     let daemon = Pid::from_raw(disk.pid().try_into().unwrap()).unwrap();
@@ -73,8 +73,8 @@ fn a_stopped_backend_delays_the_end_by_no_more_than_its_deadline() {
     let took = begun.elapsed();
     kill_process(daemon, Signal::CONT).unwrap();
     let ended = ended.with_code(143);
-    assert!(took < Duration::from_millis(500) + wait::patience(Duration::from_secs(1)), "{took:?}\n{ended}");
-    assert!(ended.log.contains("did not answer GET_VRING_BASE within 500 ms"), "{ended}");
+    assert!(took < Duration::from_millis(1500) + wait::patience(Duration::from_secs(1)), "{took:?}\n{ended}");
+    assert!(ended.log.contains("did not answer GET_VRING_BASE within 1500 ms"), "{ended}");
 }
 
 #[test]
@@ -155,21 +155,19 @@ fn a_storm_of_configuration_changes_stops_neither_guest_nor_machine() {
     need!(place::kvm());
     let disk = MemoryDisk::new(4 * MIB);
     let proxy = Proxy::new(&disk.socket());
-    let line = first_device("blk")
-        .arg("n", 3000)
-        .arg("op", "verify")
-        .arg("size", 512)
-        .arg("span", 512)
-        .arg("timeout", 30);
-    let vm = Launch::payload(&line).disk(&proxy.socket()).start();
-    vm.expect("capacity=");
+    let line = first_device("deep").arg("n", 2_000_000).arg("depth", 8).arg("timeout", 30);
+    let mut vm = Launch::payload(&line).disk(&proxy.socket()).start();
+    vm.expect("running");
     // Each with another size, or there would be nothing to tell the guest.
     for n in 0..2000 {
         disk.resize(4 * MIB + n % 2 * SECTOR);
         proxy.change_config();
     }
+    // Not before: the guest's work must last as long as the storm.
+    vm.send(b"q");
     let ended = vm.end(STEP).with_code(0);
-    assert_eq!((ended.field("requests"), ended.field("errors")), (3000, 0), "{ended}");
+    assert!(ended.field("requests") > 0 && ended.console.contains(" well\n"), "{ended}");
+    assert_eq!(ended.field("errors"), 0, "{ended}");
     assert!(ended.field("config-changes") > 0, "{ended}");
     assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0);
 }

@@ -65,8 +65,14 @@ fn kill_again_and_again(mut disk: StorageDaemon) {
         // The moment varies: in the middle of requests, of a recovery, of the rings' start.
         std::thread::sleep(Duration::from_millis(20 + killed * 37 % 180));
         assert!(vm.is_running(), "the machine has ended after {killed} kills");
+        let back = || vm.log().matches("has its backend again").count();
+        let before = back();
         disk.kill();
         disk.restart();
+        // Half of them after a recovery, however slow the machine; the others at any moment of one.
+        if killed % 2 == 0 {
+            wait::until("the device has a backend again", STEP, || (back() > before).then_some(()));
+        }
     }
     let ended = assert_all_well(vm);
     assert!(ended.stats().number("/devices/0/recoveries") >= kills / 2, "{ended}");
@@ -87,7 +93,7 @@ fn a_backend_with_inflight_killed_again_and_again_under_a_verified_load_loses_no
 
 /// Stops it for a second, again and again; nobody asks it for anything.
 fn stop_again_and_again(disk: &StorageDaemon) {
-    let vm = load(disk, "reconnect=30,deadline=300", 0);
+    let vm = load(disk, "reconnect=30,deadline=800", 0);
     for _ in 0..rounds(2) {
         disk.signal(Signal::STOP);
         std::thread::sleep(Duration::from_secs(1));
@@ -115,9 +121,9 @@ fn a_backend_with_inflight_stopped_for_a_second_under_a_verified_load_goes_on() 
 /// Stops it for longer than the deadline while the guest wants something of it, again and again. One that ends when it is
 /// hung up on is started anew.
 fn hang_again_and_again(mut disk: StorageDaemon) {
-    const DEADLINE: Duration = Duration::from_millis(300);
+    const DEADLINE: Duration = Duration::from_millis(1500);
     let hangs = usize::try_from(rounds(4)).unwrap();
-    let vm = load(&disk, "reconnect=30,deadline=300", 20);
+    let vm = load(&disk, "reconnect=30,deadline=1500", 20);
     let counted = |what: &str| vm.log().matches(what).count();
     for hung in 1..=hangs {
         std::thread::sleep(Duration::from_millis(u64::try_from(hung).unwrap() * 37 % 100));
@@ -135,13 +141,10 @@ fn hang_again_and_again(mut disk: StorageDaemon) {
     }
     let ended = assert_all_well(vm);
     assert!(ended.stats().number("/devices/0/recoveries") >= u64::try_from(hangs).unwrap(), "{ended}");
-    // The guest was held up by the deadline, and by no more.
+    // The guest was held up by the deadline, once at a time.
     let longest = Duration::from_micros(ended.stats().number("/vcpus/0/longest_exit_us"));
-    assert!(longest >= DEADLINE && longest < DEADLINE + wait::patience(SLACK), "{longest:?}\n{ended}");
+    assert!(longest >= DEADLINE && longest < 2 * DEADLINE, "{longest:?}\n{ended}");
 }
-
-/// What a loaded host may add to a deadline.
-const SLACK: Duration = Duration::from_millis(300);
 
 #[test]
 fn a_backend_stopped_for_longer_than_its_deadline_is_found_again() {
@@ -160,7 +163,7 @@ fn a_backend_with_inflight_stopped_for_longer_than_its_deadline_is_found_again()
 fn a_backend_that_was_only_stopped_goes_on_and_is_not_replaced() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::start(4 * MIB));
-    let vm = busy(&disk, "reconnect=30,deadline=300", 4000);
+    let vm = busy(&disk, "reconnect=30,deadline=800", 4000);
     disk.signal(Signal::STOP);
     std::thread::sleep(Duration::from_secs(1));
     disk.signal(Signal::CONT);

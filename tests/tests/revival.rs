@@ -53,7 +53,7 @@ fn a_machine_restarts_in_bounded_time_whether_its_backend_is_gone_or_stopped() {
     let mut disk = need!(StorageDaemon::start(4 * MIB));
     let line =
         first_device("blk").arg("n", 100_000_000).arg("op", "verify").arg("end", "reset").arg("timeout", 60);
-    let device = format!("blk,socket={},deadline=300", disk.socket().display());
+    let device = format!("blk,socket={},deadline=1500", disk.socket().display());
     let vm = Launch::payload(&line).arg("--vhost-user").arg(device).start();
     vm.expect("capacity=");
     // Gone: the guest restarts again and again, finding nobody.

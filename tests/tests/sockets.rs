@@ -107,7 +107,7 @@ fn a_machine_that_listens_waits_for_a_backend_that_is_late() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::start(4 * MIB));
     let scratch = Scratch::new();
-    let vm = load().disk_with(&scratch.path("here"), "server=on,reconnect=30,deadline=300").start();
+    let vm = load().disk_with(&scratch.path("here"), "server=on,reconnect=30,deadline=800").start();
     // Later than the deadline of a request.
     std::thread::sleep(Duration::from_secs(1));
     let _dialled = Proxy::dialling(&scratch.path("here"), &disk.socket());

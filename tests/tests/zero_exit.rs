@@ -69,7 +69,7 @@ fn the_vmm_threads_do_not_wake_for_requests() {
     assert_eq!(names(&few), ["outboard", "peers"], "no thread but these serves the devices");
     assert_eq!(names(&few), names(&many));
     for (few, many) in few.iter().zip(&many) {
-        let woken = many.slices.saturating_sub(few.slices);
+        let woken = many.sleeps.saturating_sub(few.sleeps);
         assert!(woken < 20, "{} woke {woken} times for {REQUESTS} requests: {few:?} {many:?}", few.name);
         // Each wake-up for a request would cost some microseconds at the least.
         let cpu = many.cpu.saturating_sub(few.cpu);
