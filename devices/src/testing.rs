@@ -344,8 +344,9 @@ impl Backend for Scripted {
         Ok(lock(&self.0).config.clone())
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError> {
-        self.note(format!("write {offset} {bytes:?}"), |s| s.on_write)
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
+        self.note(format!("write {offset} {bytes:?}"), |s| s.on_write)?;
+        self.read_config()
     }
 
     fn disconnect(&mut self) {

@@ -174,7 +174,7 @@ fn a_storm_of_configuration_changes_and_nonsense_stops_neither_the_guest_nor_the
     for round in 0..3000_u64 {
         // Each with another configuration, or there would be nothing to tell.
         backend.set_config(vec![u8::try_from(round % 256).unwrap(); 60]);
-        for request in [BackendRequest::CONFIG_CHANGE_MSG, BackendRequest(4711), BackendRequest::SHMEM_MAP] {
+        for request in [BackendRequest::CONFIG_CHANGE_MSG, BackendRequest(4711), BackendRequest::IOTLB_MSG] {
             backend.request(request, &[], &[]).unwrap();
             let answered = backend.answer(wait::patience(Duration::from_secs(5))).unwrap();
             assert_eq!(answered.0 == 0, request == BackendRequest::CONFIG_CHANGE_MSG, "{request}");

@@ -139,11 +139,11 @@ pub trait Backend: Send {
     /// When it cannot be had.
     fn read_config(&mut self) -> Result<Vec<u8>, BackendError>;
 
-    /// Passes on what the driver wrote to the configuration space.
+    /// Passes on what the driver wrote to the configuration space, which is what this gives from then on.
     ///
     /// # Errors
-    /// When the backend did not take it.
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError>;
+    /// When the backend did not take it, or does not say what came of it.
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError>;
 
     /// The fd of an object that the backend offered to other devices.
     ///
@@ -241,7 +241,7 @@ impl Backend for Gone {
         Err(BackendError::gone())
     }
 
-    fn write_config(&mut self, _offset: u32, _bytes: &[u8]) -> Result<(), BackendError> {
+    fn write_config(&mut self, _offset: u32, _bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
         Err(BackendError::gone())
     }
 

@@ -204,14 +204,16 @@ impl Device {
         }
     }
 
-    /// Tells the backend of a write. What it makes of it is read back: there are devices whose configuration is a window
+    /// Tells the backend of a write, and shows what it makes of it: there are devices whose configuration is a window
     /// that such a write moves.
     fn tell_config(&mut self, offset: u32, bytes: &[u8]) {
         match self.backend.write_config(offset, bytes) {
-            Ok(()) => {
-                self.reload_config();
+            Ok(config) => {
+                self.show_config(config);
             }
-            Err(BackendError::Refused(_)) => self.note("the backend refused a configuration write"),
+            Err(BackendError::Refused(_)) => {
+                self.note("the backend refused a configuration write, or to show what came of it");
+            }
             Err(lost) => self.lose_by(&lost),
         }
     }

@@ -94,7 +94,8 @@ pub struct Opened {
     pub shared: SharedRegions,
 }
 
-/// Asks the backend what it offers and makes a device of that. Waits for two deadlines at most.
+/// Asks the backend what it offers and makes a device of that. Waits for a deadline at most for each thing that it asks:
+/// features, configuration, and what few devices have: shared memory, an MTU, a display.
 ///
 /// # Errors
 /// When the backend fails, or does not fit the order.

@@ -101,7 +101,7 @@ impl Reconnect {
     /// answers the backends' own requests gets its channel before its rings start, by `serve`. The
     /// result is what [`Opened::hang_up`](super::vhost_user::Opened) was for the first one.
     ///
-    /// Waits for three deadlines at most, without the device's lock: for a thread of its own.
+    /// Waits as [`open`](super::opening::open) does, and for the start, without the device's lock: for a thread of its own.
     ///
     /// # Errors
     /// When the backend fails: the device goes on waiting, try again later. Or when it does not fit, or
@@ -134,8 +134,7 @@ impl Reconnect {
     }
 
     /// Lets the backend at the other end of `connection` serve a broken device, on whose behalf `trial` was
-    /// begun. The trial is over when this returns. As [`Reconnect::attempt`] otherwise, and waits for two
-    /// deadlines at most.
+    /// begun. The trial is over when this returns. As [`Reconnect::attempt`] otherwise; nothing is started.
     ///
     /// # Errors
     /// When there is no backend, it fails, it does not fit, or it is not wanted any more.

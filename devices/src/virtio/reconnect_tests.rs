@@ -169,6 +169,12 @@ fn successor_that_is_another_device_is_refused_with_a_reason() {
 
 /// Whatever happens, at whichever message: neither the driver nor the control loop notices, the attempt
 /// ends within its deadlines, and the next backend takes over.
+/// A configuration that the driver may write to.
+fn with_wce() -> Offer {
+    let offer = Offer::default();
+    Offer { features: offer.features | 1 << 11, ..offer }
+}
+
 #[test]
 fn successor_that_fails_at_any_message_costs_nobody_any_time() {
     let requests = [
@@ -188,13 +194,13 @@ fn successor_that_fails_at_any_message_costs_nobody_any_time() {
         for request in requests {
             let acts = &acts;
             scope.spawn(move || {
-                let rig = lost(Offer::default());
+                let rig = lost(with_wce());
                 for act in acts {
                     let what = format!("{request} {act:?}");
                     let begin = Instant::now();
                     std::thread::scope(|scope| {
                         let script = Script::normal().on(request, act.clone());
-                        let attempt = scope.spawn(|| rig.attempt(Offer::default(), script).1);
+                        let attempt = scope.spawn(|| rig.attempt(with_wce(), script).1);
                         while !attempt.is_finished() {
                             let begin = Instant::now();
                             rig.guest.device.write(0x100 + 32, &[1]);
@@ -209,7 +215,7 @@ fn successor_that_fails_at_any_message_costs_nobody_any_time() {
                     assert!(begin.elapsed() < DEADLINE * 3 + Duration::from_secs(10), "{what}");
                     assert!(rig.is_recovering() && rig.status() == 0xf, "{what}");
                 }
-                let (last, result) = rig.attempt(Offer::default(), Script::normal());
+                let (last, result) = rig.attempt(with_wce(), Script::normal());
                 result.unwrap();
                 assert!(rig.is_running());
                 assert_eq!(last.with_ring(0, |ring| ring.is_started()), Some(true));

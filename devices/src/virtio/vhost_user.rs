@@ -360,10 +360,11 @@ impl Backend for VhostUser {
         }
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError> {
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
+        let size = self.config_size;
         match &mut self.link {
-            Link::Standing(session) => session.write_config(offset, bytes).map_err(failed),
-            Link::Live(live) => live.write_config(offset, bytes).map_err(failed),
+            Link::Standing(session) => session.change_config(offset, bytes, size).map_err(failed),
+            Link::Live(live) => live.change_config(offset, bytes, size).map_err(failed),
             Link::Gone => Err(BackendError::gone()),
         }
     }

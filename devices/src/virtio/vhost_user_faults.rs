@@ -21,6 +21,10 @@ const DEADLINE: Duration = Duration::from_secs(1);
 /// A wait without a bound would be longer still.
 const SLACK: Duration = Duration::from_secs(10);
 
+/// VIRTIO_BLK_F_CONFIG_WCE, and the byte of configuration that a driver may write then.
+const CONFIG_WCE: u32 = 11;
+const WCE: u64 = 0x100 + 32;
+
 /// Runs `check` on every case, many at a time: most of them spend their time waiting.
 fn all_at_once<T: Sync>(cases: &[T], check: impl Fn(&T) + Sync) {
     for batch in cases.chunks(20) {
@@ -81,7 +85,9 @@ struct Rig {
 }
 
 fn connect(script: Script) -> (ScriptedBackend, Result<Opened, OpenError>) {
-    let (backend, socket) = ScriptedBackend::pair(Offer::default(), script).unwrap();
+    let mut offer = Offer::default();
+    offer.features |= 1 << CONFIG_WCE;
+    let (backend, socket) = ScriptedBackend::pair(offer, script).unwrap();
     let connection = Connection::from_stream(socket, "scripted", &Limits::new(DEADLINE)).unwrap();
     (backend, open(connection, &order("")))
 }
@@ -95,6 +101,10 @@ fn rig(script: Script) -> Rig {
 impl Rig {
     fn is_broken(&self) -> bool {
         matches!(self.guest.device.handle().phase(), PhaseReport::Broken(_))
+    }
+
+    fn has_been_asked(&self, request: Request) -> bool {
+        self.backend.seen().iter().any(|seen| seen.request == request)
     }
 
     #[track_caller]
@@ -172,7 +182,8 @@ fn backend_that_misbehaves_over_its_configuration_never_holds_the_driver_up() {
         rig.guest.start_driver();
         assert!(!rig.is_broken(), "{what}");
         let begin = Instant::now();
-        rig.guest.device.write(0x100 + 32, &[1]);
+        rig.guest.device.write(WCE, &[1]);
+        assert!(rig.has_been_asked(Request::SET_CONFIG), "{what}");
         if rig.is_broken() {
             rig.assert_broken(begin, &what);
         } else {
@@ -184,11 +195,24 @@ fn backend_that_misbehaves_over_its_configuration_never_holds_the_driver_up() {
 }
 
 #[test]
+fn configuration_write_and_what_came_of_it_have_one_deadline_together() {
+    let slow = Act::Delay(DEADLINE * 7 / 10);
+    let script = Script::normal().on(Request::SET_CONFIG, slow.clone()).on_nth(Request::GET_CONFIG, 1, slow);
+    let rig = rig(script);
+    rig.guest.start_driver();
+    rig.guest.device.write(WCE, &[1]);
+    let waited = rig.guest.device.handle().stats().backend.worst_wait;
+    assert!(rig.is_broken(), "it waited for both");
+    assert!(waited < DEADLINE, "{waited:?}");
+}
+
+#[test]
 fn configuration_write_that_is_refused_changes_nothing_and_the_device_goes_on() {
     let rig = rig(Script::normal().on(Request::SET_CONFIG, Act::Refuse(1)));
     rig.guest.start_driver();
     let before = rig.guest.machine.page_bytes(0x100, 60);
-    rig.guest.device.write(0x100 + 32, &[1]);
+    rig.guest.device.write(WCE, &[1]);
+    assert!(rig.has_been_asked(Request::SET_CONFIG));
     assert_eq!(rig.guest.machine.page_bytes(0x100, 60), before);
     assert_eq!(rig.guest.device.handle().phase(), PhaseReport::Running);
 }

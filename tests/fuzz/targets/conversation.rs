@@ -242,7 +242,8 @@ impl Front {
             Err(error) => lost(error),
         };
         match op % 16 {
-            1 | 2 => return stopped(live.stop()),
+            1 => return stopped(live.stop()),
+            2 => return stopped(live.reset().map(|session| (session, Vec::new()))),
             3 => return stopped(live.suspend()),
             4 => {
                 let (index, on) = self.draw(|input| (input.u16(), input.rarely(2)));
@@ -254,6 +255,7 @@ impl Front {
                 let config = live.read_config(60);
                 told(config.inspect(|config| assert!((1..=60).contains(&config.len()))));
                 told(live.write_config(0, &[1, 2, 3, 4]));
+                told(live.change_config(0, &[1, 2, 3, 4], 60));
             }
             6 => {
                 let region =

@@ -61,9 +61,9 @@ impl Backend for Shaky {
         Ok(self.fate.lock().expect("no panic").bytes(80))
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError> {
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
         assert!(offset as usize + bytes.len() <= 60);
-        self.fate()
+        self.read_config()
     }
 
     fn disconnect(&mut self) {

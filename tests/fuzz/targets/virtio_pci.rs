@@ -51,9 +51,9 @@ impl Backend for Works {
         Ok(vec![7; 60])
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), BackendError> {
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
         assert!(offset as usize + bytes.len() <= 60);
-        Ok(())
+        self.read_config()
     }
 
     fn disconnect(&mut self) {

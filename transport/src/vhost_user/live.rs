@@ -270,6 +270,11 @@ impl LiveSession {
         self.session.write_config(offset, bytes)
     }
 
+    /// Writes to the configuration space and reads it again, as [`Session::change_config`].
+    pub fn change_config(&mut self, offset: u32, bytes: &[u8], size: usize) -> Result<Vec<u8>, Error> {
+        self.session.change_config(offset, bytes, size)
+    }
+
     /// Enables or disables a started ring. Needs feature bit 30; some back-ends ignore it, so it pauses nothing.
     pub fn switch_ring(&mut self, index: u16, switch: RingSwitch) -> Result<(), Error> {
         let deadline = self.session.channel.deadline();

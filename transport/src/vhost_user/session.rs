@@ -239,6 +239,14 @@ impl Session {
         config::write(&mut self.channel, offset, bytes, WriteKind::Driver, &deadline)
     }
 
+    /// Writes to the configuration space as the driver does, and reads it again as [`Session::read_config`]: what a
+    /// device makes of a write is its own.
+    pub fn change_config(&mut self, offset: u32, bytes: &[u8], size: usize) -> Result<Vec<u8>, Error> {
+        let deadline = self.channel.deadline();
+        config::write(&mut self.channel, offset, bytes, WriteKind::Driver, &deadline)?;
+        config::read(&mut self.channel, size, &deadline)
+    }
+
     /// Restores the configuration space at the end of a migration: read-only fields are written, too.
     pub fn restore_config(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let deadline = self.channel.deadline();
