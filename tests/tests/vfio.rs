@@ -108,7 +108,7 @@ fn msi_and_the_pin_interrupt_as_well() {
         let steps =
             ["p:21:0:0x3c", "w:0:0x38:0", "i:1", "w:0:0x38:0", "i:2", "w:0:0x38:0", "i:3", "u:0:0x3c:0"];
         let ended = run(&server, "", &steps);
-        // A level may be seen once more before the server has lowered it.
+        // A level may be seen once more: `devices::pci::vfio_user::pin` has why.
         assert!(ended.field("interrupts") >= 3, "{ended}");
         // One kind after the other in one life.
         let steps = [
@@ -464,7 +464,7 @@ fn a_machine_that_is_killed_leaves_a_server_for_the_next() {
         let ended =
             run(&server, "", &["r:0:8", "r:1:0x1000", "c:4", "r:0:0x5c", "p:21:0:0x3c", "w:0:0x38:0", "i:1"]);
         assert_eq!(values(&ended), [0, 0, 0x0010_0007, 1], "{ended}");
-        // A level may be seen once more before the server has lowered it.
+        // A level may be seen once more: `devices::pci::vfio_user::pin` has why.
         assert!(ended.field("interrupts") >= 1, "{ended}");
         server.lets_go(before);
     }

@@ -327,6 +327,26 @@ fn what_is_to_be_done_with_a_reply_is_done_by_who_reads_it_or_never() {
 }
 
 #[test]
+fn the_end_of_an_interrupt_reaches_a_server_that_has_much_to_read_first() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let script = Script::normal().on(C::DEVICE_RESET, Act::StopReading);
+    let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(Duration::from_millis(200))).unwrap();
+    client.reset().unwrap_err();
+    // Until those who can wait are told to.
+    let large = [0; 4096];
+    while client.post_write(RegionIndex(0), 0x20, &large).is_ok() {}
+    let dropped = std::sync::Arc::new(());
+    let kept = dropped.clone();
+    client.unmask_irqs_then(IrqIndex::INTX, 0, 1, move || drop(kept)).expect("it is not lost on the way");
+    assert_eq!(std::sync::Arc::strong_count(&dropped), 2, "it waits");
+    server.hang_up();
+    let mut receiver = client.receiver().unwrap();
+    while receiver.serve().is_ok_and(|served| served != Served::HungUp) {}
+    assert_eq!(std::sync::Arc::strong_count(&dropped), 1, "whoever waits for it hears that it is over");
+}
+
+#[test]
 fn the_vectors_of_msix_are_unmasked_with_their_eventfds() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // 6 eventfds take two messages. A server without masks may refuse the third.

@@ -10,6 +10,7 @@ use devices::event_line::EventLine;
 use devices::pci::vfio_user::areas::mappable;
 use devices::pci::vfio_user::contents::{Contents, Said};
 use devices::pci::vfio_user::link::Writes;
+use devices::pci::vfio_user::pin::Look;
 use devices::pci::vfio_user::remote::{Doorbell, Piece, Region, Reset};
 use devices::pci::vfio_user::server::{Irq, Server, ServerError, ServerStats};
 use devices::pci::vfio_user::{Device, Remote};
@@ -19,7 +20,6 @@ use fuzz::descriptors::memory_file;
 use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use libfuzzer_sys::fuzz_target;
-use transport::vhost_user::vring::Call;
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
@@ -78,10 +78,10 @@ impl Server for Whim {
         self.outcome()
     }
 
-    fn unmask_pin(&self, again: Arc<Call>) -> Result<(), ServerError> {
+    fn unmask_pin(&self, look: Look) -> Result<(), ServerError> {
         self.outcome()?;
         if self.input.lock().expect("no panic").rarely(4) {
-            again.ring().expect("an eventfd with room");
+            look.asserted();
         }
         Ok(())
     }

@@ -206,7 +206,8 @@ impl Client {
         self.shared.wait(&submitted, deadline)
     }
 
-    /// Sends a command that `then` is done after, if there is room for it now.
+    /// Sends a command that `then` is done after, whether or not there is room in the socket: those who may not wait
+    /// for it send one at a time.
     pub(super) fn begin_then(
         &self,
         command: Command,
@@ -214,7 +215,6 @@ impl Client {
         expected: Expected,
         then: Then,
     ) -> Result<(), Error> {
-        self.shared.make_room(command, &Deadline::after(Duration::ZERO))?;
         self.shared.submit_now(command, payload, &[], expected, Some(then)).map(drop)
     }
 

@@ -4,7 +4,6 @@
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
-use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
@@ -12,7 +11,6 @@ use super::client::Client;
 use super::error::{Cause, Error};
 use super::message::{Command, Fault, IrqInfoPayload, SetIrqs, length, parse_front};
 use super::table::Expected;
-use crate::deadline::Deadline;
 
 /// The most interrupts that an index may claim: MSI-X has no more.
 const COUNT_MOST: u32 = 2048;
@@ -181,13 +179,20 @@ impl Client {
     }
 
     /// Unmasks like [`Client::unmask_irqs`], and goes on: neither the room in the socket nor the reply is waited for.
+    /// `then` is done when the server has unmasked them, under the terms of [`Client::read_then`].
     ///
     /// # Errors
-    /// When the connection ended, or the server does not read: then nothing was sent.
-    pub fn unmask_irqs_soon(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), Error> {
+    /// When the connection ended, or too much is in flight: then nothing was sent.
+    pub fn unmask_irqs_then(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        count: u32,
+        then: impl FnOnce() + Send + 'static,
+    ) -> Result<(), Error> {
         let set = set(index, DATA_NONE | ACTION_UNMASK, start, count);
-        let now = Deadline::after(Duration::ZERO);
-        self.begin(Command::DEVICE_SET_IRQS, &[set.as_bytes()], &[], Expected::bytes(0), now).map(drop)
+        let then = Box::new(move |_: &[u8]| then());
+        self.begin_then(Command::DEVICE_SET_IRQS, &[set.as_bytes()], Expected::bytes(0), then)
     }
 
     /// Has the server signal `count` interrupts of `index` from number `start` on, as if the device had.

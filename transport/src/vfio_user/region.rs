@@ -372,10 +372,11 @@ impl Client {
 
     /// Asks for `size` bytes from `offset` of `region`, at most what one message transfers, and goes on: neither the
     /// room in the socket nor the reply is waited for. `then` gets the data, on whatever thread reads the reply: it must
-    /// not block, nor ask the server. A server that refuses or goes leaves it undone.
+    /// not block, nor ask the server. A server that refuses or goes leaves it undone, and dropped. A server that does not
+    /// read gets it after all else: the caller keeps few of these in flight.
     ///
     /// # Errors
-    /// When the connection ended, too much is in flight, or the server does not read: then nothing was sent.
+    /// When the connection ended, or too much is in flight: then nothing was sent.
     pub fn read_then(
         &self,
         region: RegionIndex,

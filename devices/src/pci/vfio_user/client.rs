@@ -6,7 +6,6 @@ use transport::memory_map::MemoryMap;
 use transport::vfio_user::{
     Client, Error, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing,
 };
-use transport::vhost_user::vring::Call;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -16,6 +15,7 @@ use super::bars::BarShape;
 use super::chain;
 use super::contents::{COMMAND_OURS, Contents, MsixShape, Said, Unfit, register};
 use super::link::Writes;
+use super::pin::Look;
 use super::remote::{Doorbell, Piece, Region, Remote, Reset};
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
 use crate::lock;
@@ -318,28 +318,24 @@ impl Server for Session {
         self.client.disable_irqs(index(kind)).map_err(sort)
     }
 
-    fn unmask_pin(&self, again: Arc<Call>) -> Result<(), ServerError> {
-        // Nobody may wait for a turn here.
-        let told = self.client.unmask_irqs_soon(IrqIndex::INTX, 0, 1);
+    fn unmask_pin(&self, look: Look) -> Result<(), ServerError> {
+        // Nobody may wait for a turn here. Every server is told, whether or not it said that it masks its pin (no library
+        // says it): one that does would never raise it again.
+        let pin = IrqIndex::INTX;
+        // Those of version 0.0 are not on libvfio-user, and raise it again by themselves: the guest would be interrupted
+        // twice.
+        if !self.client.version().is_extended() {
+            return self.client.unmask_irqs_then(pin, 0, 1, move || drop(look)).map_err(sort);
+        }
+        self.client.unmask_irqs_then(pin, 0, 1, || ()).map_err(sort)?;
         // libvfio-user does nothing then, and signals a level that stays as it is once. Where the device keeps it, the
-        // status register tells.
-        let look = move |dword: &[u8]| {
-            if dword.get(2).is_some_and(|status| status & INTERRUPT_STATUS != 0)
-                && let Err(error) = again.ring()
-            {
-                log::debug!("the pin is not raised again: {error}");
+        // status register tells. Some servers abort on anything but aligned dwords.
+        let told = move |dword: &[u8]| {
+            if dword.get(2).is_some_and(|status| status & INTERRUPT_STATUS != 0) {
+                look.asserted();
             }
         };
-        // Some servers abort on anything but aligned dwords. Those of version 0.0 are not on libvfio-user, and raise it again by
-        // themselves: the guest would be interrupted twice.
-        let at = register::COMMAND.into();
-        let asks = self.client.version().is_extended();
-        let look = || if asks { self.client.read_then(RegionIndex::CONFIG, at, 4, look) } else { Ok(()) };
-        match told.and_then(|()| look()) {
-            // It has other things to read first. If it hangs, whoever waits for it will know.
-            Err(error) if error.is_hung() => Err(ServerError::Refused(error.into())),
-            done => done.map_err(sort),
-        }
+        self.client.read_then(RegionIndex::CONFIG, register::COMMAND.into(), 4, told).map_err(sort)
     }
 
     fn reset(&self) -> Result<(), ServerError> {

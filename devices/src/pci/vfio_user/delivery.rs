@@ -2,13 +2,13 @@
 //! the server was given for it. Called under the device's lock; must never ask the server.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use rustix::event::{EventfdFlags, eventfd};
 use transport::vhost_user::vring::Call;
 
 use super::contents::{COMMAND_OURS, Contents, InBar};
+use super::pin::Ends;
 use super::server::Irq;
 use crate::lock;
 use crate::pci::bar::Command;
@@ -22,8 +22,7 @@ pub struct Calls {
     pin: Mutex<Vec<Arc<Call>>>,
     msi: Mutex<Vec<Arc<Call>>>,
     msix: Mutex<Vec<Arc<Call>>>,
-    /// Signalled by the guest's end of the pin's interrupt.
-    served: OwnedFd,
+    served: Arc<Ends>,
 }
 
 impl Calls {
@@ -32,7 +31,7 @@ impl Calls {
     /// # Errors
     /// When no eventfd can be had.
     pub fn new() -> io::Result<Self> {
-        let served = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let served = Ends::new()?;
         Ok(Self { pin: Mutex::default(), msi: Mutex::default(), msix: Mutex::default(), served })
     }
 
@@ -65,9 +64,9 @@ impl Calls {
         }
     }
 
-    /// Signalled when the guest has served the pin's interrupt.
+    /// The guest's ends of the pin's interrupt.
     #[must_use]
-    pub fn served(&self) -> &OwnedFd {
+    pub fn served(&self) -> &Arc<Ends> {
         &self.served
     }
 }

@@ -5,8 +5,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::pin::Look;
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
-use transport::vhost_user::vring::Call;
 
 /// Writes that nobody waits for, or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,8 +176,8 @@ impl Link {
     }
 
     /// See [`Server::unmask_pin`].
-    pub fn unmask_pin(&self, again: Arc<Call>) -> Done {
-        self.ask(|server| server.unmask_pin(again))
+    pub fn unmask_pin(&self, look: Look) -> Done {
+        self.ask(|server| server.unmask_pin(look))
     }
 
     /// See [`Server::reset`].

@@ -19,7 +19,7 @@
 //! |--|--|
 //! | memory that the server lets be mapped; a doorbell that it gave an eventfd for | nothing: it stays in the guest, or in KVM |
 //! | an interrupt by MSI-X or MSI, its end | nothing |
-//! | the end of an interrupt by the pin | no exit; two messages by the thread `peers`, which asks the server to raise it again if it has a reason, and whether its status register shows one |
+//! | the end of an interrupt by the pin | no exit; at most two messages by the thread `peers`, which asks the server to raise it again if it has a reason, and whether its status register shows one; one look at a time |
 //! | the MSI-X table and the pending bits | an exit; the server is not asked |
 //! | another read of a BAR; the configuration space, as far as it is the server's | an exit and one round trip, within the deadline |
 //! | another write of a BAR | an exit and one message; a round trip with `posted-writes=off`, or where memory of the BAR is mapped |
@@ -39,6 +39,7 @@ pub mod delivery;
 pub mod device;
 pub mod link;
 pub mod overlay;
+pub mod pin;
 pub mod remote;
 pub mod server;
 #[cfg(test)]

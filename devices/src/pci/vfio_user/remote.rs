@@ -162,11 +162,7 @@ impl Remote {
     /// The guest has served the pin's interrupt: the server may raise it again. Called when [`Calls::served`] is
     /// readable, on any thread; does not wait.
     pub fn pin_served(&self) {
-        if let Err(error) = rustix::io::read(self.calls.served(), &mut [0; 8]) {
-            log::debug!("nothing was served: {error}");
-            return;
-        }
-        if *lock(&self.armed) == Some(Irq::Intx) {
+        if self.calls.served().take() && *lock(&self.armed) == Some(Irq::Intx) {
             self.unmask_pin();
         }
     }
@@ -174,7 +170,8 @@ impl Remote {
     /// The server may raise the pin's interrupt, and does if there is a reason. Does not wait.
     pub fn unmask_pin(&self) {
         let call = self.calls.of(Irq::Intx, 1).ok().and_then(|calls| calls.into_iter().next());
-        if call.is_some_and(|call| self.link.unmask_pin(call) == Done::No) {
+        let look = call.and_then(|call| self.calls.served().look(call));
+        if look.is_some_and(|look| self.link.unmask_pin(look) == Done::No) {
             log::debug!("device {}: the pin was not unmasked", self.link.name());
         }
     }

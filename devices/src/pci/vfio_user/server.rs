@@ -2,11 +2,9 @@
 
 use std::error::Error;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
-use transport::vhost_user::vring::Call;
-
+use super::pin::Look;
 /// The region that is the configuration space.
 pub const CONFIG_REGION: u8 = 7;
 
@@ -75,11 +73,11 @@ pub trait Server: Send + Sync {
     fn disarm(&self, kind: Irq) -> Result<(), ServerError>;
 
     /// The guest has served the pin's interrupt: raise it again if there is still a reason. Does not wait. A server that
-    /// only says so has `again` signalled, its own eventfd.
+    /// only says so has `look` told.
     ///
     /// # Errors
     /// When the server is lost.
-    fn unmask_pin(&self, again: Arc<Call>) -> Result<(), ServerError>;
+    fn unmask_pin(&self, look: Look) -> Result<(), ServerError>;
 
     /// Resets the device; what was mapped and armed stays.
     ///

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 
 use super::contents::{Contents, Said};
 use super::link::Writes;
+use super::pin::Look;
 use super::remote::{Piece, Region, Remote, Reset};
 use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
 use crate::lock;
-use transport::vhost_user::vring::Call;
 
 /// How everything that is asked ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -91,7 +91,7 @@ impl Server for Scripted {
         Ok(())
     }
 
-    fn unmask_pin(&self, _: Arc<Call>) -> Result<(), ServerError> {
+    fn unmask_pin(&self, _: Look) -> Result<(), ServerError> {
         self.note("unmask".into())
     }
 
