@@ -356,7 +356,7 @@ fn a_guest_may_let_go_of_a_working_device_and_is_not_told_of_what_cannot_be_told
     let steps = ["v:3:0", "x:0x8000", "w:1:0x1000:5", "r:1:0x1000", &let_go, "c:0", "r:0:0", &is_present];
     let ended = run(&server, "", &steps);
     assert_eq!(values(&ended), [5, u32::MAX, u32::MAX, 0], "{ended}");
-    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+    assert_eq!(ended.stats().text("/devices/0/state"), "ejected", "{ended}");
     // Without ACPI there are no such registers.
     let line = CommandLine::new("pci").arg("off", "port:0x600,0x34");
     let steps = ["c:0", &is_present, &let_go, "c:0"].iter().fold(line, |line, step| line.arg("step", step));

@@ -74,7 +74,7 @@ pub struct DeviceStats {
     pub id: String,
     /// Its type.
     pub kind: String,
-    /// `idle`, `recovering` or `broken`.
+    /// `idle`, `recovering`, `broken`, or `ejected` where the guest let go of a working PCI device.
     pub state: &'static str,
     /// Why it is broken.
     pub broken: Option<String>,

@@ -109,7 +109,11 @@ impl Spare {
         DeviceStats {
             id: self.id,
             kind: "vfio-user".to_owned(),
-            state: if report.broken.is_some() { "broken" } else { "idle" },
+            state: match (&report.broken, report.ejected) {
+                (Some(_), _) => "broken",
+                (None, true) => "ejected",
+                (None, false) => "idle",
+            },
             broken: report.broken,
             requests_through_vmm: bars.iter().map(|(reads, writes)| reads + writes).sum(),
             recoveries: 0,

@@ -86,6 +86,7 @@ impl Device {
         }
         lock(&device.state).fixtures = fixtures;
         device.tell_places();
+        remote.placed();
         Ok(device)
     }
 
@@ -434,6 +435,7 @@ impl Function for Device {
 
 impl Occupant for Device {
     fn unplug(&self) {
+        self.remote.ejected();
         self.retire();
     }
 }

@@ -251,6 +251,19 @@ fn off_its_board_the_device_is_as_after_power_on() {
     assert!(again.unwrap().decoded().is_empty(), "until the guest enables it");
 }
 
+#[test]
+fn a_device_that_the_guest_ejected_is_so_until_the_next_board() {
+    let guest = Guest::new();
+    let ejected = || guest.device.remote.report().ejected;
+    assert!(!ejected());
+    guest.device.unplug();
+    assert!(ejected());
+    let remote = Arc::clone(&guest.device.remote);
+    let again = Device::new(remote, &guest.machine.ports(), &HostBridge::new(WINDOWS), None);
+    again.unwrap();
+    assert!(!ejected());
+}
+
 /// Offsets of the capabilities, and the bits that switch them on.
 const MSIX: u16 = 0x40;
 const MSI: u16 = 0x50;

@@ -80,6 +80,8 @@ pub struct Remote {
     armed: Mutex<Option<Irq>>,
     /// The server refused the pin's eventfd, and is not asked again.
     pinless: AtomicBool,
+    /// The guest of the present board has let go of it.
+    ejected: AtomicBool,
 }
 
 /// What a device did, over its whole life.
@@ -89,6 +91,8 @@ pub struct Report {
     pub identity: String,
     /// Why it is broken, if it is.
     pub broken: Option<String>,
+    /// The guest let go of it, and it has not been put on another board since.
+    pub ejected: bool,
     /// Traffic with the server.
     pub server: ServerStats,
     /// Requests that the server refused.
@@ -118,6 +122,7 @@ impl Remote {
             calls,
             armed: Mutex::new(None),
             pinless: AtomicBool::new(false),
+            ejected: AtomicBool::new(false),
         })
     }
 
@@ -204,12 +209,23 @@ impl Remote {
         }
     }
 
+    /// It is on a board.
+    pub(super) fn placed(&self) {
+        self.ejected.store(false, Ordering::Relaxed);
+    }
+
+    /// The guest has let go of it.
+    pub(super) fn ejected(&self) {
+        self.ejected.store(true, Ordering::Relaxed);
+    }
+
     /// What it did so far.
     #[must_use]
     pub fn report(&self) -> Report {
         Report {
             identity: self.contents.identity.to_string(),
             broken: self.link.broken().map(str::to_owned),
+            ejected: self.ejected.load(Ordering::Relaxed),
             server: self.link.stats(),
             refused: self.link.refused(),
             accesses: self.link.accesses(),
