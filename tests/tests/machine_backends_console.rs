@@ -34,7 +34,7 @@ fn vhost_device_console_carries_a_key_in_and_lines_out() {
     let mut stream = wait::until("the console's port opens", Duration::from_secs(30), || {
         TcpStream::connect(("127.0.0.1", PORT)).ok()
     });
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(wait::patience(SCRIPT))).unwrap();
     let mut answers = BufReader::new(stream.try_clone().unwrap());
     let mut line = String::new();
     // It drops what comes before the guest's first words.

@@ -5,11 +5,10 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Duration;
 
 use outboard_tests::backends::{Backend, SCRIPT, assert_worked, echo, guest, program};
 use outboard_tests::scratch::Scratch;
-use outboard_tests::{need, place};
+use outboard_tests::{need, place, wait};
 
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 64;
@@ -36,7 +35,7 @@ fn vhost_device_vsock_carries_echoes_both_ways() {
 
     vm.expect("listening");
     let mut stream = UnixStream::connect(&host).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    stream.set_read_timeout(Some(wait::patience(SCRIPT))).unwrap();
     stream.write_all(b"CONNECT 5000\n").unwrap();
     let mut answers = BufReader::new(stream.try_clone().unwrap());
     let mut line = String::new();
