@@ -211,7 +211,7 @@ impl VhostUser {
         }
         let (features, begin) = (live.features(), Begin::Resumed);
         let bases = self.halt(LiveSession::stop)?.unwrap_or_default();
-        // What had been in flight is done.
+        // What had been in flight is done, or in the area that the session keeps.
         lock(&self.kept).inflight = None;
         let restarted = rings.iter().zip(&bases).map(|(ring, base)| Ring { base: *base, ..*ring });
         let rings: Vec<Ring<'_>> = restarted.collect();

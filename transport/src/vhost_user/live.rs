@@ -294,8 +294,9 @@ impl LiveSession {
 
     /// Stops every ring and says where each one got to, in the order in which they were started.
     ///
-    /// Blocks for one deadline at most. The back-end finishes what it has in flight; afterwards it touches neither
-    /// guest memory nor the eventfds.
+    /// Blocks for one deadline at most. The back-end finishes what it has in flight, but where GET_VRING_BASE_INFLIGHT
+    /// was negotiated alone: then it never does, and the session keeps its inflight area for the next start. Afterwards
+    /// it touches neither guest memory nor the eventfds.
     pub fn stop(self) -> Result<(Session, Vec<RingBase>), Lost> {
         self.stop_as(Stop::Drain)
     }
@@ -316,10 +317,13 @@ impl LiveSession {
 
     fn stop_as(mut self, how: Stop) -> Result<(Session, Vec<RingBase>), Lost> {
         let deadline = self.session.channel.deadline();
+        let never_drains = self.session.protocol().contains(ProtocolFeatures::GET_VRING_BASE_INFLIGHT)
+            && !self.session.protocol().contains(ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN);
+        let suspends = how == Stop::Suspend || (how == Stop::Drain && never_drains);
         match self.stop_rings(how, &deadline) {
             Ok(bases) => {
                 // What was suspended must be handed over at the next start; what was drained is forgotten.
-                self.session.inflight = self.inflight.filter(|_| how == Stop::Suspend);
+                self.session.inflight = self.inflight.filter(|_| suspends);
                 Ok((self.session, bases))
             }
             Err(error) => {
