@@ -149,7 +149,7 @@ fn what_is_posted_goes_out_while_another_thread_waits_for_a_slow_answer() {
 
 #[test]
 fn a_server_that_asks_for_much_at_once_is_answered_in_pieces_and_whole() {
-    const ASKS: usize = 200;
+    const ASKS: usize = 150;
     let (server, client) = connect(Offer::default(), Script::normal());
     let memory = GuestMemory::new(2 << 20);
     client.dma_map_all(&memory.map, Sharing::Messages).unwrap();

@@ -121,7 +121,6 @@ impl fmt::Display for Error {
         match cause {
             Cause::Unreachable(_) => write!(f, "cannot connect to {who}"),
             Cause::Silent(limit) => write!(f, "{who} did not answer {step} within {} ms", limit.as_millis()),
-            Cause::NotReading(limit) if limit.is_zero() => write!(f, "{who} did not take {step} at once"),
             Cause::NotReading(limit) => {
                 write!(f, "{who} did not take {step} within {} ms", limit.as_millis())
             }

@@ -51,7 +51,7 @@ impl Receiver {
     /// commands are answered. Call it whenever the descriptor is readable.
     ///
     /// # Errors
-    /// When the connection ends: the server went, or sent what it must not, or does not take our replies.
+    /// When the connection ends: the server went, or sent what it must not.
     pub fn serve(&mut self) -> Result<Served, Error> {
         if self.shared.is_lost() {
             return Ok(Served::HungUp);
