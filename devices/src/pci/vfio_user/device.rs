@@ -246,7 +246,7 @@ impl Device {
         }
         state.delivery.reset(&self.remote.contents);
         drop(state);
-        self.remote.arm(None);
+        self.remote.switch_off();
     }
 
     /// Of a dword, the half that is the server's, where the other one is ours alone: libvfio-user refuses writes that

@@ -184,16 +184,24 @@ impl Remote {
     /// The device as it is after power-on: it accesses no memory, interrupts nobody, and is reset if it can be.
     /// Waits for the server, unless that is lost.
     pub fn power_on(&self) {
-        const COMMAND: u64 = 4;
         if self.link.is_broken() {
             return;
         }
+        self.switch_off();
+        if self.reset == Reset::Offered && self.link.reset() == Done::No {
+            log::warn!("device {} was not reset", self.link.name());
+        }
+    }
+
+    /// It accesses no memory and interrupts nobody. Said by its registers, too: a server that keeps its configuration over
+    /// a reset must not think otherwise of what the guest finds off. Waits for the server.
+    pub fn switch_off(&self) {
+        const COMMAND: u64 = 4;
         if self.link.write(CONFIG_REGION, COMMAND, &[0, 0], Writes::Answered) == Done::No {
             log::debug!("device {}: the command register could not be cleared", self.link.name());
         }
         let armed = *lock(&self.armed);
         self.arm(None);
-        // The next guest finds them off; a server that keeps its configuration over a reset must not think otherwise.
         let capability = match armed {
             Some(Irq::MsiX) => self.contents.msix.map(|msix| msix.at),
             Some(Irq::Msi) => self.contents.msi.map(|msi| msi.at),
@@ -203,9 +211,6 @@ impl Remote {
             && self.link.write(CONFIG_REGION, u64::from(at) + 2, &[0, 0], Writes::Answered) == Done::No
         {
             log::debug!("device {}: {armed:?} could not be switched off", self.link.name());
-        }
-        if self.reset == Reset::Offered && self.link.reset() == Done::No {
-            log::warn!("device {} was not reset", self.link.name());
         }
     }
 
