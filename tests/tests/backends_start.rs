@@ -67,6 +67,26 @@ fn vhost_device_scmi_tells_the_version_of_its_base_protocol() {
 }
 
 #[test]
+fn virtiofsd_hears_of_the_guests_reset() {
+    need!(place::kvm());
+    let Some(virtiofsd) = program("virtiofsd") else { return };
+    let scratch = Scratch::new();
+    let socket = format!("--socket-path={}", scratch.path("fs").display());
+    let shared = format!("--shared-dir={}", scratch.path("").display());
+    let arguments = [socket, shared, "--tag=work".into(), "--sandbox=none".into()];
+    let backend = Backend::start(&virtiofsd, scratch, "fs", &arguments);
+    // FUSE_INIT, version 7.38: a header of 40 bytes and a body of 64; the answer has 16 and 64.
+    let mut request = [0; 26];
+    (request[0], request[1], request[2]) = (104, 26, 1);
+    (request[10], request[11]) = (7, 38);
+    let ended = ask("fs", &backend, 2, &request, 80);
+    assert_eq!((ended.field("device"), ended.field("used-length")), (26, 80), "{ended}");
+    let trace = fs::read_to_string(ended.files.path("trace")).unwrap();
+    let reset = trace.lines().filter(|line| line.contains("RESET_DEVICE")).count();
+    assert_eq!(reset, 2, "a request and its acknowledgement\n{trace}");
+}
+
+#[test]
 fn qemu_gpu_asks_the_display_that_it_was_given_for_its_size() {
     need!(place::kvm());
     let Some(gpu) = program("vhost-user-gpu") else { return };
