@@ -29,6 +29,7 @@ const SCRIPTED: &[&str] = &[
     "refusals",
     "vfio_user_hostile",
     "vfio_user_hostile_device",
+    "vfio_user_hostile_dma",
     "vfio_user_together",
 ];
 
