@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! 0000_0000  RAM   GDT, boot parameters, page tables, command line (below 0x9_fc00)
-//! 0009_fc00        EBDA: MP table when the guest is discovered without ACPI   (reserved)
-//! 000e_0000        RSDP and the other ACPI tables                             (reserved)
+//! 0009_fc00        EBDA, empty                                                (reserved)
+//! 000e_0000        RSDP and the other ACPI tables; without ACPI, the MP table (reserved)
 //! 0010_0000        kernel from here up; initramfs at the end of low RAM
 //! c000_0000  HOLE  PCI: memory BARs below 4 GiB
 //! d000_0000        virtio-mmio register pages, one 4 KiB page a device

@@ -1,5 +1,6 @@
 //! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), for kernels without ACPI: processors, one
-//! IOAPIC, and pins that bear the numbers of the ISA interrupts. Not written where there is ACPI.
+//! IOAPIC, and pins that bear the numbers of the ISA interrupts. Not written where there is ACPI. Nothing of PCI is in it:
+//! such a kernel finds a PCI bus by itself, and its devices interrupt it by messages only.
 
 use crate::layout::{Gpa, IOAPIC, IOAPIC_PINS, LOCAL_APIC};
 use crate::ram::{Error, Ram};
