@@ -185,6 +185,8 @@ fn features_change_by_the_names_of_the_type_and_of_the_transport() {
     };
     assert!(asks("blk", "") && !asks("crypto", "") && asks("crypto", "+config"), "a crypto device's is ours");
     assert!(net.wanted("+ctrl_vq").unwrap().device().has(17));
+    let event_idx = |kind: &str, changes: &str| named(kind).wanted(changes).unwrap().device().has(29);
+    assert!(event_idx("blk", "") && !event_idx("sound", "") && event_idx("sound", "+event_idx"));
     assert_eq!(named("blk").wanted("-wings").unwrap_err().0, "wings");
     assert!(named("blk").wanted("flush").is_err());
 }
