@@ -15,6 +15,7 @@
 //! | [`backends`] | backends that others wrote, and guests with the drivers for them |
 //! | [`qemu_server`] | QEMU as a vfio-user server of its own devices |
 //! | [`vfio`] | our vfio-user servers on the crate `vfio_user`, and guests that drive them |
+//! | [`explained`] | what the program says when it cannot do something |
 //! | [`peer`], [`proxy`] | backends that do not what they should; one that listens in |
 //! | [`library`] | a `vmm::Machine` in this process |
 //! | [`payload`] | the tiny kernel |
@@ -29,6 +30,7 @@ pub mod capture;
 pub mod daemon;
 pub mod disk;
 pub mod display;
+pub mod explained;
 pub mod gadget;
 pub mod guest;
 pub mod launch;

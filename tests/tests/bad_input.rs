@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use outboard_tests::explained::assert_explained;
 use outboard_tests::launch::{Ended, Launch, STEP};
 use outboard_tests::payload::{self, CommandLine};
 use outboard_tests::peer::{Peer, stale_socket};
@@ -25,29 +26,6 @@ const PEER: i32 = 4;
 /// Runs `outboard run` with arguments that must not work.
 fn refuse(arguments: &[&str]) -> Ended {
     Launch::new(["run"]).args(arguments).run()
-}
-
-/// One sentence on standard error, its causes, at most one hint; each a line; and nothing else anywhere.
-fn assert_explained(ended: Ended, code: i32, sentence: &str, cause: &str, hint: &str) {
-    let ended = ended.with_code(code);
-    assert_eq!(ended.console, "", "nothing on standard output\n{ended}");
-    let lines: Vec<_> = ended.log.lines().collect();
-    assert!(lines[0].starts_with("outboard: "), "{ended}");
-    assert!(lines[0].contains(sentence), "sentence {sentence:?}\n{ended}");
-    let causes: Vec<_> =
-        lines[1..].iter().take_while(|line| line.starts_with("  because: ")).copied().collect();
-    assert!(causes.join("\n").contains(cause), "cause {cause:?}\n{ended}");
-    let rest = &lines[1 + causes.len()..];
-    assert!(rest.len() <= 1, "more than a sentence, causes and a hint\n{ended}");
-    let given = rest.first().map_or("", |line| line.strip_prefix("  hint: ").expect("a hint"));
-    assert!(given.contains(hint) && given.is_empty() == hint.is_empty(), "hint {hint:?}\n{ended}");
-    for line in &lines {
-        assert!(!line.ends_with('.'), "clauses, no full stop\n{ended}");
-    }
-    for (n, line) in causes.iter().enumerate() {
-        let text = line.strip_prefix("  because: ").unwrap();
-        assert!(!lines[..=n].iter().any(|before| before.contains(text)), "a cause is repeated\n{ended}");
-    }
 }
 
 fn files() -> (Scratch, String) {
@@ -312,7 +290,7 @@ fn sockets_that_are_absent_stale_or_no_sockets() {
     );
 
     let file = scratch.file("file", b"");
-    assert_explained(with_disk(&file, "").run(), PEER, sentence, "Connection refused", "stale");
+    assert_explained(with_disk(&file, "").run(), PEER, sentence, "Connection refused", "it is no socket");
 
     let long = scratch.path(&"x".repeat(120));
     assert_explained(with_disk(&long, "").run(), PEER, sentence, "cannot connect", "at most 107 bytes");
@@ -450,7 +428,9 @@ fn a_user_who_may_not_use_kvm() {
 
 #[test]
 fn help_and_version_succeed() {
-    for arguments in [&["--help"][..], &["--version"], &["run", "--help"], &["check", "--help"]] {
+    for arguments in
+        [&["--help"][..], &["--version"], &["run", "--help"], &["check", "--help"], &["probe", "--help"]]
+    {
         let ended = Launch::new(arguments).run().with_code(0);
         assert!(ended.console.contains("outboard") && ended.log.is_empty(), "{ended}");
     }

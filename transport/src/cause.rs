@@ -1,7 +1,10 @@
 //! Why an exchange with a peer failed, whatever the protocol.
 
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::time::Duration;
+
+use rustix::io::Errno;
 
 use crate::wire::Fault;
 
@@ -36,13 +39,15 @@ pub enum Cause {
     Incompatible(String),
 }
 
-/// What the user may try when a socket cannot be reached.
-pub(crate) fn unreachable_hint(source: &io::Error) -> Option<&'static str> {
+/// What the user may try when the socket of `peer` cannot be reached.
+pub(crate) fn unreachable_hint(source: &io::Error, peer: &str) -> Option<&'static str> {
+    if source.raw_os_error() == Some(Errno::PROTOTYPE.raw_os_error()) {
+        return Some("it is a socket of another kind: those of backends and servers are stream sockets");
+    }
     match source.kind() {
         io::ErrorKind::NotFound => Some("start the backend first, or give reconnect=SECONDS to wait for it"),
-        io::ErrorKind::ConnectionRefused => {
-            Some("the socket file is stale: nobody listens on it; start the backend again")
-        }
+        io::ErrorKind::ConnectionRefused => Some(refused_hint(peer)),
+        io::ErrorKind::NotADirectory => Some("a part of the path is no directory: is it right?"),
         io::ErrorKind::PermissionDenied => {
             Some("you may not write to this socket: check its owner, its mode and those of its directory")
         }
@@ -54,5 +59,17 @@ pub(crate) fn unreachable_hint(source: &io::Error) -> Option<&'static str> {
             Some("a socket path has at most 107 bytes: use a shorter one")
         }
         _ => None,
+    }
+}
+
+/// What is there, where nobody answers: the kernel says the same of everything on which nobody listens.
+fn refused_hint(peer: &str) -> &'static str {
+    if peer.starts_with('@') {
+        return "nobody listens on this abstract name: start its owner first, in the same network namespace";
+    }
+    match std::fs::metadata(peer).map(|found| found.file_type()) {
+        Ok(found) if found.is_dir() => "it is a directory: give the path of the socket in it",
+        Ok(found) if !found.is_socket() => "it is no socket: is the path right?",
+        _ => "the socket file is stale: nobody listens on it; start its owner again",
     }
 }

@@ -46,7 +46,7 @@ enum Command {
     Probe {
         /// What the peer speaks
         protocol: Protocol,
-        /// Its socket
+        /// The path of its socket, or @NAME of an abstract one
         socket: PathBuf,
         /// Print JSON
         #[arg(long)]
@@ -193,6 +193,7 @@ fn probe(
     deadline: Duration,
     trace: Option<&str>,
 ) -> Result<ExitCode, Error> {
+    let socket = probe::socket_path(socket)?;
     let tracer = trace.map(Tracer::open).transpose()?;
     match protocol {
         Protocol::VhostUser => {

@@ -96,7 +96,7 @@ impl Error {
                 io::ErrorKind::TimedOut => {
                     Some("the server does not accept connections: is it busy or stopped?")
                 }
-                _ => unreachable_hint(source),
+                _ => unreachable_hint(source, &self.0.peer),
             },
             (Cause::Silent(_), VERSION) => Some("is the server already serving another machine?"),
             (Cause::Silent(_) | Cause::NotReading(_), _) => {
@@ -109,6 +109,13 @@ impl Error {
                 Some("the server may have refused the command or crashed: its own messages may say more")
             }
             (Cause::Malformed(Fault::FdsTruncated), _) => Some("raise the limit of open files (ulimit -n)"),
+            // What does not speak vfio-user answers no command that there is.
+            (Cause::Malformed(_), Step::Command(command)) if command.name().is_none() => {
+                Some("is this a vfio-user socket? the server's own messages may say more")
+            }
+            (Cause::Malformed(_), _) => {
+                Some("the server breaks the protocol: `--trace -` shows every message")
+            }
             _ => None,
         }
     }

@@ -95,7 +95,7 @@ impl Error {
     /// What the user may try, for the common cases.
     pub fn hint(&self) -> Option<&'static str> {
         match (&self.cause, self.step) {
-            (Cause::Unreachable(source), _) => unreachable_hint(source),
+            (Cause::Unreachable(source), _) => unreachable_hint(source, &self.peer),
             (Cause::Silent(_), Step::Accept) => {
                 Some("nobody connected: is the backend told to connect to this socket?")
             }
@@ -118,6 +118,9 @@ impl Error {
                 Some("is this a vhost-user socket?")
             }
             (Cause::Malformed(Fault::FdsTruncated), _) => Some("raise the limit of open files (ulimit -n)"),
+            (Cause::Malformed(_), _) => {
+                Some("the backend breaks the protocol: `--trace -` shows every message")
+            }
             _ => None,
         }
     }

@@ -33,8 +33,10 @@ impl Tracer {
         if target == "-" {
             return Ok(Self::to(Box::new(std::io::stderr())));
         }
-        let file = File::create(Path::new(target))
-            .map_err(|error| Error::usage(format!("cannot write the trace to {target}")).because(error))?;
+        let file = File::create(Path::new(target)).map_err(|error| {
+            let hint = "is the path right? `--trace -` writes to standard error";
+            Error::usage(format!("cannot write the trace to {target}")).because(error).hint(hint)
+        })?;
         Ok(Self::to(Box::new(file)))
     }
 

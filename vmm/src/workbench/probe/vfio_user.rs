@@ -11,7 +11,7 @@ use transport::vfio_user::{
     Cause, Client, Feature, FeatureUse, IoFdKind, IrqIndex, Limits, RegionIndex, RegionInfo,
 };
 
-use crate::error::{Error, Fault};
+use crate::error::Error;
 
 /// What a vfio-user server offers.
 #[derive(Clone, Debug, Serialize)]
@@ -135,11 +135,7 @@ pub fn vfio_user(socket: &Path, limits: &Limits) -> Result<VfioUserReport, Error
     let report = Client::connect(socket, limits).and_then(|client| ask(socket, &client));
     report.map_err(|error| {
         let hint = error.hint();
-        let failed = Error::new(Fault::Peer, format!("cannot probe {}", socket.display())).because(error);
-        match hint {
-            Some(hint) => failed.hint(hint),
-            None => failed,
-        }
+        super::failed(socket, hint).because(error)
     })
 }
 

@@ -9,7 +9,7 @@ use transport::vhost_user::{
     Cause, Connection, DeviceFeatures, Limits, ProtocolFeatures, Session, Wanted, features::bit,
 };
 
-use crate::error::{Error, Fault};
+use crate::error::Error;
 
 /// What a vhost-user backend offers.
 #[derive(Clone, Debug, Serialize)]
@@ -45,11 +45,7 @@ const CONFIG_SIZES: [usize; 6] = [256, 96, 60, 44, 24, 8];
 pub fn vhost_user(socket: &Path, limits: &Limits) -> Result<VhostUserReport, Error> {
     let session = ask(socket, limits).map_err(|error| {
         let hint = error.hint();
-        let failed = Error::new(Fault::Peer, format!("cannot probe {}", socket.display())).because(error);
-        match hint {
-            Some(hint) => failed.hint(hint),
-            None => failed,
-        }
+        super::failed(socket, hint).because(error)
     })?;
     report(socket, session)
 }
