@@ -6,11 +6,14 @@
 
 mod support;
 
+use std::os::fd::AsFd;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use support::open_fds;
 use support::vfio_user::End::{Fails, Lost, LostAnywhere, Works};
 use support::vfio_user::{ALONE, BRIEF, End, PATIENT, row};
+use transport::deadline::{Deadline, wait_readable};
 use transport::testing::FdKind;
 use transport::testing::vfio_user::{Act, Offer, Script, ScriptedServer};
 use transport::vfio_user::message::Command;
@@ -225,9 +228,6 @@ fn versions_that_cannot_be_meant_end_the_connection() {
         let end = Lost(C::VERSION, "a twin socket that is none");
         row(&format!("{kind:?} for a twin socket"), offer, wrong, PATIENT, &end);
     }
-    // A socket whose other end is gone already.
-    let dead = Script::normal().on(C::VERSION, Act::FdOf(FdKind::Socket));
-    row("a dead twin socket", offer, dead, PATIENT, &LostAnywhere("closed"));
     let not = Script::normal().on(
         C::VERSION,
         Act::Payload(with(b"{\"capabilities\":{\"twin_socket\":{\"supported\":true,\"fd_index\":1}}}\0")),
@@ -241,6 +241,24 @@ fn versions_that_cannot_be_meant_end_the_connection() {
         PATIENT,
         &LostAnywhere("with a message of request 11"),
     );
+}
+
+#[test]
+fn a_twin_socket_whose_other_end_is_gone_is_noticed() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = open_fds();
+    let dead = Script::normal().on(C::VERSION, Act::FdOf(FdKind::Socket));
+    let (server, stream) = ScriptedServer::pair(Offer { twin: true, ..Offer::default() }, dead).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
+    // Whoever waits for an answer may have it before the other socket is looked at; the receiver looks at both.
+    let mut receiver = client.receiver().unwrap();
+    wait_readable(receiver.as_fd(), &Deadline::after(PATIENT)).unwrap();
+    let error = receiver.serve().unwrap_err();
+    assert!(error.is_fatal() && client.is_lost() && error.to_string().contains("closed"), "{error}");
+    assert!(client.read(RegionIndex(0), 0, &mut [0; 4]).unwrap_err().is_fatal());
+    drop(receiver);
+    drop((client, server));
+    assert_eq!(open_fds(), before);
 }
 
 #[test]
