@@ -365,6 +365,17 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_are_configurations() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/examples");
+        let devices = |name: &str| {
+            let config = job(&["--config", &format!("{folder}/{name}"), "--trace", "-"]).unwrap().config;
+            (config.vhost_user.len(), config.vfio_user.len())
+        };
+        assert_eq!((devices("virtio.toml"), devices("nvme.toml")), ((3, 0), (0, 1)));
+        assert_eq!(std::fs::read_dir(folder).unwrap().count(), 2, "each is tried here");
+    }
+
+    #[test]
     fn unknown_names_are_refused_with_the_exit_code_for_usage() {
         for arguments in [&["--control", "/c"][..], &["--incoming", "unix:/m"]] {
             let error = Cli::try_parse_from([&["outboard", "run", "--kernel", "/k"], arguments].concat())
