@@ -18,6 +18,7 @@ const PEERS: &[(&str, &[&str])] = &[
     ("libvhost-user", &["qemu_storage_daemon", "recovery", "patience", "machine_backends_blk", "qemu_gpu"]),
     ("vhost-user-backend", &["rust_backend", "machine_shared_memory", "windows", "backends_start"]),
     ("DPDK", &["dpdk", "dpdk_crypto", "machine_backends_net", "machine_backends_crypto"]),
+    ("passt", &["passt"]),
     ("libvfio-user", &["libvfio_user", "vfio"]),
     ("crate vfio_user", &["vfio_user_rust_server"]),
 ];
