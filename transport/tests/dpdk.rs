@@ -5,22 +5,16 @@
 
 mod support;
 
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use support::fetched::{fetched, until_listening};
+use support::iommu::{BUFFERS_AT, FAR, Iommu, buffers, far};
 use support::queue::{Part, Queue};
 use support::{GuestMemory, Peer, Scratch, connect_patiently};
-use transport::memory_map::{GuestAddr, Iova};
 use transport::vhost_user::features::bit;
-use transport::vhost_user::iotlb::{Access, IovaRange, MissAnswers};
-use transport::vhost_user::message::Iotlb;
-use transport::vhost_user::{
-    BackendRequests, IovaMap, Limits, LiveSession, ProtocolFeatures, Refused, RingBase, Session, Wanted,
-};
+use transport::vhost_user::{Limits, LiveSession, ProtocolFeatures, RingBase, Session, Wanted};
 
 type P = ProtocolFeatures;
 
@@ -72,8 +66,8 @@ impl Testpmd {
 }
 
 /// Where the buffers of the two rings are.
-const RECEIVED: u64 = 0x1_5000;
-const SENT: u64 = 0x2_5000;
+const RECEIVED: u64 = BUFFERS_AT;
+const SENT: u64 = BUFFERS_AT + 0x1000;
 
 /// The guest's side of a receiving and a sending ring, one buffer each.
 struct Driver {
@@ -152,37 +146,19 @@ fn dpdk_reports_the_status_that_it_was_given() {
     assert_eq!(session.status().unwrap(), 0);
 }
 
-/// Answers misses, and counts them.
-struct Iommu {
-    answers: MissAnswers,
-    misses: Cell<usize>,
-}
-
-impl BackendRequests for Iommu {
-    fn config_changed(&self) {}
-
-    fn iotlb(&self, message: Iotlb) -> Result<(), Refused> {
-        self.misses.set(self.misses.get() + 1);
-        self.answers.answer(&message)
-    }
-}
-
 #[test]
 fn dpdk_behind_an_iommu_asks_for_what_it_misses() {
-    const FAR: u64 = 0x40_0000_0000;
     let Some(testpmd) = Testpmd::start(",iommu-support=1") else { return };
     let session = testpmd.connect(&Wanted::default().adjust("+access_platform").unwrap());
     let mut driver = Driver::new(FAR);
-    let range = IovaRange { iova: Iova(FAR), size: 2 << 20, guest: GuestAddr(0), access: Access::ReadWrite };
-    let map = Arc::new(IovaMap::new(vec![range], &driver.memory.map).unwrap());
-    let mut session = session.with_iova_map(map);
-    let iommu = Iommu { answers: session.miss_answers().unwrap().unwrap(), misses: Cell::new(0) };
+    let mut session = session.with_iova_map(far(&driver.memory));
+    let iommu = Iommu::of(&session);
     let mut channel = session.take_backend_channel().unwrap();
     let mut live = driver.go_live(session, VERSION_1 | 1 << bit::ACCESS_PLATFORM);
     driver.loop_back(|| drop(channel.serve(&iommu)));
     let told = iommu.misses.get();
     // What is taken back is asked for again.
-    live.iotlb_invalidate(Iova(FAR), 2 << 20).unwrap();
+    live.revoke(&buffers()).unwrap();
     driver.loop_back(|| drop(channel.serve(&iommu)));
     println!("{told} misses before the translation was taken back, {} after", iommu.misses.get() - told);
     assert!(iommu.misses.get() > told, "it went on with a translation that was taken back");

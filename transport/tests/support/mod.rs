@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
 pub mod fetched;
+pub mod iommu;
 pub mod queue;
 pub mod vfio_user;
 
