@@ -27,6 +27,8 @@ pub struct Order {
     changes: String,
     /// What is wanted beyond what every device wants.
     extra: ProtocolFeatures,
+    /// The device is to outlive its backend.
+    outlives: bool,
     /// The translations of a device behind an IOMMU.
     pub(super) translations: Option<Arc<IovaMap>>,
     /// Where a GPU's backend draws.
@@ -41,13 +43,15 @@ impl Order {
     pub fn new(device_type: DeviceType, wishes: Wishes, features: &str) -> Result<Self, UnknownFeature> {
         let wanted = device_type.wanted(features)?;
         let (changes, extra) = (features.to_owned(), ProtocolFeatures::NONE);
-        Ok(Self { device_type, wishes, wanted, changes, extra, translations: None, display: None })
+        let (translations, display) = (None, None);
+        Ok(Self { device_type, wishes, wanted, changes, extra, outlives: false, translations, display })
     }
 
     /// The same for a device that is to outlive its backend: wants notes of what is in flight, too,
-    /// unless the user does not.
+    /// unless the user does not; and no packed rings, unless the user does, as how far one got only its backend knows.
     #[must_use]
-    pub fn recoverable(self) -> Self {
+    pub fn recoverable(mut self) -> Self {
+        self.outlives = true;
         self.with(ProtocolFeatures::INFLIGHT_SHMFD)
     }
 
@@ -60,7 +64,10 @@ impl Order {
 
     fn with(mut self, feature: ProtocolFeatures) -> Self {
         self.extra = self.extra.with(feature);
-        let defaults = DeviceType::defaults().and(self.extra);
+        let mut defaults = DeviceType::defaults().and(self.extra);
+        if self.outlives {
+            defaults = defaults.adjust("-ring_packed").unwrap_or(defaults);
+        }
         // The names of the changes were good once already.
         self.wanted = self.device_type.wanted_of(defaults, &self.changes).unwrap_or(self.wanted);
         if self.translations.is_some() {

@@ -116,3 +116,19 @@ fn display_is_handed_to_each_backend_anew() {
     let refuses = Script::normal().on(Request::GPU_SET_SOCKET, Act::Refuse(1));
     assert!(matches!(connect(Offer::default(), refuses, &order).1, Err(OpenError::Peer(_))));
 }
+
+#[test]
+fn a_device_that_outlives_its_backend_has_packed_rings_only_on_request() {
+    const PACKED: u64 = 1 << 34;
+    let order = |changes| Order::new(DeviceType::named("net").unwrap(), Wishes::default(), changes).unwrap();
+    let rows = [
+        (order(""), PACKED),
+        (order("").recoverable(), 0),
+        (order("").recoverable().with_notifiers(), 0),
+        (order("+ring_packed").recoverable(), PACKED),
+    ];
+    for (order, shown) in rows {
+        let (_backend, opened) = connect(net_offer(PACKED, ProtocolFeatures::NONE), Script::normal(), &order);
+        assert_eq!(opened.unwrap().model.features.bits() & PACKED, shown, "{order:?}");
+    }
+}
