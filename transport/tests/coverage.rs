@@ -17,7 +17,7 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 const PEERS: &[(&str, &[&str])] = &[
     ("libvhost-user", &["qemu_storage_daemon", "recovery", "patience", "machine_backends_blk", "qemu_gpu"]),
     ("vhost-user-backend", &["rust_backend", "machine_shared_memory", "windows", "backends_start"]),
-    ("DPDK", &["dpdk", "dpdk_crypto", "machine_backends_net", "machine_backends_crypto"]),
+    ("DPDK", &["dpdk", "dpdk_crypto", "open_vswitch", "machine_backends_net", "machine_backends_crypto"]),
     ("passt", &["passt"]),
     ("libvfio-user", &["libvfio_user", "vfio"]),
     ("crate vfio_user", &["vfio_user_rust_server"]),
