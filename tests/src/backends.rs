@@ -62,6 +62,7 @@ pub fn hardware<T>(found: Option<T>, what: &str) -> Result<T, Missing> {
 #[derive(Debug)]
 pub struct Backend {
     name: String,
+    command: Command,
     child: Child,
     output: Capture,
     log: Capture,
@@ -78,14 +79,18 @@ impl Backend {
     #[must_use]
     pub fn start(program: &Path, scratch: Scratch, socket: &str, arguments: &[String]) -> Self {
         let mut backend = Self::start_only(program, scratch, socket, arguments);
-        let what = format!("{} listens on {}", backend.name, backend.socket.display());
-        wait::until(&what, STARTS, || {
-            if let Some(status) = backend.child.try_wait().unwrap() {
-                panic!("{} ended: {status}", backend.name);
-            }
-            is_listening(&backend.socket).then_some(())
-        });
+        backend.wait();
         backend
+    }
+
+    fn wait(&mut self) {
+        let what = format!("{} listens on {}", self.name, self.socket.display());
+        wait::until(&what, STARTS, || {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("{} ended: {status}", self.name);
+            }
+            is_listening(&self.socket).then_some(())
+        });
     }
 
     /// As [`Backend::start`], without waiting: it connects to us, or takes its time.
@@ -95,7 +100,8 @@ impl Backend {
     #[must_use]
     pub fn start_only(program: &Path, scratch: Scratch, socket: &str, arguments: &[String]) -> Self {
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(arguments)
             // Drivers that lie beside it are named without their path: DPDK takes none from below a folder that everybody
             // may write to, as /tmp is.
@@ -104,11 +110,12 @@ impl Backend {
             .env("OPENSSL_MODULES", program.parent().unwrap_or(Path::new("/")))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
-        let mut child = child.unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
+            .stderr(Stdio::piped());
+        let mut child =
+            command.spawn().unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
         Self {
             name,
+            command,
             output: Capture::new(child.stdout.take().unwrap()),
             log: Capture::new(child.stderr.take().unwrap()),
             stdin: child.stdin.take(),
@@ -116,6 +123,20 @@ impl Backend {
             socket: scratch.path(socket),
             scratch,
         }
+    }
+
+    /// Kills it with SIGKILL, and starts it again with the same arguments, among the same files.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn kill_and_restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = self.command.spawn().unwrap();
+        self.output = Capture::new(self.child.stdout.take().unwrap());
+        self.log = Capture::new(self.child.stderr.take().unwrap());
+        self.stdin = self.child.stdin.take();
+        self.wait();
     }
 
     /// A `vhost-device-rng` whose random numbers are the bytes of `source`, so that a guest can tell whose they are.
