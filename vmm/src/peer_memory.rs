@@ -182,7 +182,7 @@ fn check_kind(piece: &FileRange) -> Result<(), ShowError> {
     if system.f_type == FUSE_SUPER_MAGIC { Err(ShowError::Kind) } else { Ok(()) }
 }
 
-/// What a file lacks of a piece. A device has no length.
+/// What a file lacks of a piece: a page that it holds a byte of is there. A device has no length.
 fn shortage(piece: &FileRange) -> Result<Option<ShowError>, ShowError> {
     let stat = fstat(&piece.fd).map_err(|error| ShowError::Stat(error.into()))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -190,7 +190,7 @@ fn shortage(piece: &FileRange) -> Result<Option<ShowError>, ShowError> {
     }
     let length = u64::try_from(stat.st_size).unwrap_or(0);
     let end = piece.offset.saturating_add(piece.size);
-    Ok((length < end).then_some(ShowError::Shorter { length, end }))
+    Ok((length.div_ceil(PAGE).saturating_mul(PAGE) < end).then_some(ShowError::Shorter { length, end }))
 }
 
 const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;

@@ -177,6 +177,20 @@ fn truncated_file_vanishes_from_the_running_guest_which_goes_on() {
 }
 
 #[test]
+fn file_that_ends_within_a_page_is_shown_with_that_page() {
+    let Some(mut guest) = Guest::new() else { return };
+    let fd = file(0x42);
+    ftruncate(&fd, PAGE + 1).unwrap();
+    let (vanished, tell) = counter();
+    let guard = guest.memory.show(&second_page(&fd), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.run(READING);
+    guest.expect(0x42);
+    assert_eq!(guest.memory.remove(Suspects::Shorter), 0);
+    assert_eq!(vanished.load(Ordering::Relaxed), 0);
+    drop(guard);
+}
+
+#[test]
 fn file_truncated_under_a_writing_guest_vanishes_too() {
     let Some(mut guest) = Guest::new() else { return };
     let fd = file(0);

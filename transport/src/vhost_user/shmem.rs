@@ -1,7 +1,8 @@
 //! Virtio shared memory regions: GET_SHMEM_CONFIG, and the judgement of SHMEM_MAP and SHMEM_UNMAP.
 //!
-//! [`ShmemRegions`] decides; it maps nothing. A request that it allows lies inside its region, inside its file,
-//! on whole pages, and over nothing else.
+//! [`ShmemRegions`] decides; it maps nothing. A request that it allows lies inside its region, inside the pages of its file,
+//! on whole pages, and over nothing else. A length ends where it likes, as that of mmap does: the rest of its last page is
+//! shown with it, and is the file's or zeroes.
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -58,7 +59,7 @@ pub enum ShmemFault {
     /// There is no region of that id.
     #[error("there is no shared memory region {0}")]
     NoRegion(u8),
-    /// Empty, not on whole pages, or outside its region.
+    /// Empty, not from the start of a page, or outside its region.
     #[error("the area is empty, not page-aligned, or outside its region")]
     Outside,
     /// Beyond the end of its file.
@@ -97,7 +98,7 @@ pub struct Placement {
     pub region: u8,
     /// First byte in the region.
     pub at: u64,
-    /// Bytes.
+    /// Bytes, in whole pages.
     pub size: u64,
     /// First byte in the file.
     pub file_offset: u64,
@@ -121,7 +122,7 @@ impl ShmemRegions {
 
     /// Judges a map of a file that holds `file_size` bytes, and notes it.
     pub fn map(&mut self, area: &ShmemArea, file_size: u64) -> Result<Placement, ShmemFault> {
-        self.inside(area)?;
+        let end = self.end_inside(area)?;
         if area.flags & !WRITABLE != 0 {
             return Err(ShmemFault::Flags(area.flags));
         }
@@ -129,7 +130,7 @@ impl ShmemRegions {
         if !area.fd_offset.is_multiple_of(PAGE) || file_end > file_size {
             return Err(ShmemFault::BeyondFile);
         }
-        let end = area.shm_offset.saturating_add(area.len);
+        let size = end.saturating_sub(area.shm_offset);
         let mut before = self.maps.range((area.shmid, 0)..(area.shmid, end));
         if before.next_back().is_some_and(|((_, at), size)| at.saturating_add(*size) > area.shm_offset) {
             return Err(ShmemFault::Overlap);
@@ -137,13 +138,13 @@ impl ShmemRegions {
         if self.maps.len() >= MAPS_MAX {
             return Err(ShmemFault::TooMany);
         }
-        self.maps.insert((area.shmid, area.shm_offset), area.len);
+        self.maps.insert((area.shmid, area.shm_offset), size);
         let protection =
             if area.flags & WRITABLE == 0 { Protection::ReadOnly } else { Protection::ReadWrite };
         Ok(Placement {
             region: area.shmid,
             at: area.shm_offset,
-            size: area.len,
+            size,
             file_offset: area.fd_offset,
             protection,
         })
@@ -152,8 +153,7 @@ impl ShmemRegions {
     /// Judges an unmap and forgets what lies wholly inside it: the first bytes of those maps. A map that is cut
     /// in two is refused.
     pub fn unmap(&mut self, area: &ShmemArea) -> Result<Vec<u64>, ShmemFault> {
-        self.inside(area)?;
-        let end = area.shm_offset.saturating_add(area.len);
+        let end = self.end_inside(area)?;
         let mut inside = Vec::new();
         for ((_, at), size) in self.maps.range((area.shmid, 0)..(area.shmid, end)) {
             let map_end = at.saturating_add(*size);
@@ -174,18 +174,16 @@ impl ShmemRegions {
         Ok(inside)
     }
 
-    fn inside(&self, area: &ShmemArea) -> Result<(), ShmemFault> {
+    /// The end of the area's last page, which is inside the region as well.
+    fn end_inside(&self, area: &ShmemArea) -> Result<u64, ShmemFault> {
         let size = self.sizes.get(usize::from(area.shmid)).filter(|size| **size > 0);
         let size = *size.ok_or(ShmemFault::NoRegion(area.shmid))?;
-        let end = area.shm_offset.checked_add(area.len).ok_or(ShmemFault::Outside)?;
-        if area.len == 0
-            || end > size
-            || !area.len.is_multiple_of(PAGE)
-            || !area.shm_offset.is_multiple_of(PAGE)
-        {
+        let end = area.shm_offset.checked_add(area.len).and_then(|end| end.checked_next_multiple_of(PAGE));
+        let end = end.filter(|end| *end <= size).ok_or(ShmemFault::Outside)?;
+        if area.len == 0 || !area.shm_offset.is_multiple_of(PAGE) {
             return Err(ShmemFault::Outside);
         }
-        Ok(())
+        Ok(end)
     }
 }
 
@@ -243,6 +241,21 @@ mod tests {
         assert_eq!(regions.unmap(&area(1, 0x1000, 0x1000)), Err(ShmemFault::Overlap), "cut in two");
         assert_eq!(regions.unmap(&area(1, 0, 0x4000)), Ok(vec![0x1000]));
         assert_eq!(regions.unmap(&area(1, 0, 0x4000)), Err(ShmemFault::NotMapped));
+    }
+
+    #[test]
+    fn a_length_ends_where_it_likes_and_takes_its_last_page_along() {
+        let mut regions = ShmemRegions::new(vec![0x4000]);
+        assert_eq!(regions.map(&area(0, 0, 0x1801), 0x1800), Err(ShmemFault::BeyondFile));
+        let placement = regions.map(&area(0, 0, 0x1800), 0x1800).unwrap();
+        assert_eq!((placement.at, placement.size), (0, 0x2000));
+        assert_eq!(regions.map(&area(0, 0x1000, 0x800), 0x1800), Err(ShmemFault::Overlap), "its last page");
+        assert_eq!(regions.map(&area(0, 0x3000, 0x1001), 0x2000), Err(ShmemFault::Outside));
+        assert_eq!(regions.map(&area(0, 0x3000, u64::MAX - 0x3000), 0x2000), Err(ShmemFault::Outside));
+        regions.map(&area(0, 0x2000, 1), 1).unwrap();
+        assert_eq!(regions.unmap(&area(0, 0, 0x800)), Err(ShmemFault::Overlap), "cut in two");
+        assert_eq!(regions.unmap(&area(0, 0, 0x1800)), Ok(vec![0]));
+        assert_eq!(regions.unmap(&area(0, 0x2000, 0x1000)), Ok(vec![0x2000]));
     }
 
     #[test]
