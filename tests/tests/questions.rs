@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use outboard_tests::daemon::{StorageDaemon, is_listening};
+use outboard_tests::gadget::{Gadget, REGION};
 use outboard_tests::launch::{Launch, STEP};
 use outboard_tests::peer::Peer;
 use outboard_tests::vfio::Server;
@@ -62,6 +63,14 @@ fn probe_tells_what_a_backend_offers_and_leaves_it_free() {
     let json = Launch::new(["probe", "vhost-user", socket, "--json"]).run().with_code(0);
     let report: Value = serde_json::from_str(&json.console).unwrap();
     assert!(report.is_object(), "{json}");
+}
+
+#[test]
+fn probe_tells_of_shared_memory() {
+    let gadget = Gadget::start();
+    let words = Launch::new(["probe", "vhost-user", gadget.socket().to_str().unwrap()]).run().with_code(0);
+    let told = words.console.lines().find_map(|line| line.trim().strip_prefix("shared memory"));
+    assert_eq!(told.map(str::trim), Some(format!("region 0: {REGION:#x} bytes").as_str()), "{words}");
 }
 
 #[test]

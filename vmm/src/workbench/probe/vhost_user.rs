@@ -51,7 +51,9 @@ pub fn vhost_user(socket: &Path, limits: &Limits) -> Result<VhostUserReport, Err
 }
 
 fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::vhost_user::Error> {
-    Connection::connect(socket, limits)?.negotiate(&Wanted::default())
+    // The sizes of its shared memory are told to those alone who negotiated the feature, and it stands on the channel.
+    let wanted = Wanted::default().and(ProtocolFeatures::BACKEND_SEND_FD.with(ProtocolFeatures::SHMEM));
+    Connection::connect(socket, limits)?.negotiate(&wanted)
 }
 
 fn report(socket: &Path, mut session: Session) -> Result<VhostUserReport, Error> {
