@@ -1,4 +1,4 @@
-//! Virtio 1.3 §5: the device types, one row each. All types share one device model; a row only says
+//! Virtio 1.4 §5: the device types, one row each. All types share one device model; a row only says
 //! what the guest's driver expects to find. Holds no code for a single type.
 
 use std::str::FromStr;
@@ -133,6 +133,8 @@ pub struct DeviceType {
     name: &'static str,
     id: u32,
     queues: u16,
+    /// The feature without which the last of them is not there.
+    last_queue: Option<u32>,
     queue_size: u16,
     config_size: u16,
     no_config: NoConfig,
@@ -157,6 +159,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         name,
         id,
         queues,
+        last_queue: None,
         queue_size: DEFAULT_QUEUE_SIZE,
         config_size,
         no_config: if config_size == 0 { NoConfig::Instead(&[]) } else { NoConfig::Unusable },
@@ -219,6 +222,16 @@ const NET_FEATURES: &[Feature] = &[
 /// circles then until somebody does. No sound is so fast that it needs event index.
 const SOUND_FEATURES: &[Feature] = &[on_request("event_idx", 29)];
 
+/// The alarm queue of a clock, the event queues of an SCMI device and of lines.
+const RTC_F_ALARM: u32 = 0;
+const SCMI_F_P2A_CHANNELS: u32 = 0;
+const GPIO_F_IRQ: u32 = 0;
+const RTC_FEATURES: &[Feature] = &[feature("alarm", RTC_F_ALARM, 0)];
+const SCMI_FEATURES: &[Feature] =
+    &[feature("p2a_channels", SCMI_F_P2A_CHANNELS, 0), feature("shared_memory", 1, 0)];
+const GPIO_FEATURES: &[Feature] = &[feature("irq", GPIO_F_IRQ, 0)];
+const I2C_FEATURES: &[Feature] = &[feature("zero_length_request", 0, 0)];
+
 const CONSOLE_FEATURES: &[Feature] =
     &[feature("size", 0, 4), feature("multiport", 1, 8), feature("emerg_write", 2, 12)];
 
@@ -277,7 +290,7 @@ const TYPES: &[DeviceType] = &[
     },
     // events_clear
     DeviceType { screens: Some(8), writable: Writable::Window(&[writable(4, 4)]), ..row("gpu", 16, 2, 16) },
-    row("rtc", 17, 2, 0),
+    DeviceType { last_queue: Some(RTC_F_ALARM), features: RTC_FEATURES, ..row("rtc", 17, 2, 0) },
     // select, subsel
     DeviceType { writable: Writable::Window(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
     row("vsock", 19, 3, 8),
@@ -293,11 +306,12 @@ const TYPES: &[DeviceType] = &[
         queue_count: Some(QueueCountField { offset: 36, width: 4, others: 1, group: 1, feature: None }),
         ..row("fs", FILE_SYSTEM, 2, 40)
     },
-    row("scmi", 32, 2, 0),
-    row("i2c", 34, 1, 0),
+    DeviceType { last_queue: Some(SCMI_F_P2A_CHANNELS), features: SCMI_FEATURES, ..row("scmi", 32, 2, 0) },
+    DeviceType { features: I2C_FEATURES, ..row("i2c", 34, 1, 0) },
     DeviceType { queue_size: 64, no_config: NoConfig::Instead(&[]), ..row("can", 36, 3, 2) },
-    row("gpio", 41, 2, 8),
+    DeviceType { last_queue: Some(GPIO_F_IRQ), features: GPIO_FEATURES, ..row("gpio", 41, 2, 8) },
     row("spi", 45, 1, 32),
+    row("media", 48, 2, 40),
 ];
 
 /// Why a name or a size makes no device type.

@@ -48,6 +48,35 @@ fn queues_are_limited_by_the_backend_but_not_below_what_the_driver_needs() {
 }
 
 #[test]
+fn a_queue_that_a_feature_brings_is_not_there_without_it() {
+    for (kind, config) in [("gpio", Some(8)), ("rtc", None), ("scmi", None)] {
+        let queues = |features, served| {
+            let model = named(kind).model(offer(V1 | features, served, config), &Wishes::default());
+            model.map(|model| model.queues)
+        };
+        assert_eq!((queues(1, Some(2)), queues(1, None)), (Ok(2), Ok(2)), "{kind}");
+        assert_eq!(queues(1, Some(1)), Err(ModelError::TooFewQueues { kind, has: 1, needs: 2 }));
+        assert_eq!(
+            (queues(0, Some(1)), queues(0, Some(2)), queues(0, None)),
+            (Ok(1), Ok(1), Ok(1)),
+            "{kind}"
+        );
+    }
+    let without = named("gpio").wanted("-irq").unwrap();
+    assert_eq!(without.device().bits() & 1, 0, "by its name");
+}
+
+#[test]
+fn buses_and_cameras_have_the_queues_and_the_configuration_of_their_specification() {
+    for (name, id, queues, config) in
+        [("rtc", 17, 2, 0), ("i2c", 34, 1, 0), ("gpio", 41, 2, 8), ("spi", 45, 1, 32), ("media", 48, 2, 40)]
+    {
+        let row = named(name);
+        assert_eq!((row.id(), row.queues, row.config_size()), (id, queues, config), "{name}");
+    }
+}
+
+#[test]
 fn features_without_their_configuration_fields_are_hidden() {
     let all = V1 | 1 << 9 | 1 << 14 | 1 << 16 | 1 << 17;
     let full = named("blk").model(offer(all, None, Some(60)), &Wishes::default()).unwrap();
@@ -219,7 +248,7 @@ fn only_the_fields_of_the_driver_are_writable() {
     assert_eq!(may("scsi", 0), [dword(20), dword(24)].concat());
     assert_eq!(may("gpu", 0), dword(4));
     assert_eq!(may("input", 0), [(0, 1), (1, 1)]);
-    for kind in ["net", "rng", "vsock", "fs", "crypto", "sound", "gpio", "can", "spi"] {
+    for kind in ["net", "rng", "vsock", "fs", "crypto", "sound", "gpio", "can", "spi", "media"] {
         assert_eq!(may(kind, u64::MAX), [], "{kind}");
     }
     assert_eq!(may("generic:48", 0).len(), 64 * 4);

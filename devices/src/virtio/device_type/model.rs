@@ -129,9 +129,11 @@ impl DeviceType {
         let of_backend = |n: u16| n.saturating_mul(self.queue_unit).saturating_add(ours).min(MAX_QUEUES);
         let served = queue_num.map_or(MAX_QUEUES, of_backend);
         let ported = self.queues_for_ports(features, config.as_deref().unwrap_or_default());
-        let queues = wishes.queues.unwrap_or(ported.unwrap_or(self.queues).min(served.max(self.queues)));
-        if served < queues.min(self.queues) {
-            return Err(ModelError::TooFewQueues { kind: self.name, has: served, needs: self.queues });
+        let lacking = self.last_queue.is_some_and(|feature| !features.has(feature));
+        let needs = self.queues.saturating_sub(u16::from(lacking));
+        let queues = wishes.queues.unwrap_or(ported.unwrap_or(needs).min(served.max(needs)));
+        if served < queues.min(needs) {
+            return Err(ModelError::TooFewQueues { kind: self.name, has: served, needs });
         }
         if served < queues {
             log::warn!("the {} backend serves {served} queues, not {queues}", self.name);
