@@ -70,17 +70,19 @@ fn main() -> Result<(), Box<dyn Error>> {
             format!("{} could not build the tiny kernel: {status}", compiler.to_string_lossy()).into()
         );
     }
-    guest_program(&compiler, "backends/guest.c", "guest-program")?;
-    guest_program(&compiler, "backends/keyboard.c", "keyboard-program")?;
-    guest_program(&compiler, "servers/guest.c", "engine-program")
+    let program = ["-static"];
+    compile(&compiler, &program, "backends/guest.c", "guest-program")?;
+    compile(&compiler, &program, "backends/keyboard.c", "keyboard-program")?;
+    compile(&compiler, &program, "servers/guest.c", "engine-program")?;
+    compile(&compiler, &["-shared", "-fPIC"], "backends/spi.c", "spi.so")
 }
 
-/// What stock guests, and the lab, run to try devices, in `OUT_DIR`.
-fn guest_program(compiler: &OsStr, source: &str, name: &str) -> Result<(), Box<dyn Error>> {
+/// What stock guests, the lab, and backends run to try devices, in `OUT_DIR`.
+fn compile(compiler: &OsStr, kind: &[&str], source: &str, name: &str) -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={source}");
     let output = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?).join(name);
-    let flags = ["-static", "-Os", "-s", "-std=gnu11", "-Wall", "-Wextra"];
-    let status = Command::new(compiler).args(flags).arg(source).arg("-o").arg(&output).status()?;
+    let flags = ["-Os", "-s", "-std=gnu11", "-Wall", "-Wextra"];
+    let status = Command::new(compiler).args(kind).args(flags).arg(source).arg("-o").arg(&output).status()?;
     if !status.success() {
         return Err(format!("{} could not build {source}: {status}", compiler.to_string_lossy()).into());
     }

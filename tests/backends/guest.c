@@ -4,6 +4,7 @@
  *   guest frames INTERFACE COUNT     sends COUNT Ethernet frames and wants each back, in order, unchanged
  *   guest cipher DRIVER COUNT        AES-CBC by this driver of the kernel: known vectors, then COUNT KiB there and back
  *   guest keys DEVICE COUNT          waits for the keys 1 to COUNT of an input device, each pressed and let go, in this order; tells each
+ *   guest edges FILE COUNT           waits for COUNT interrupts of a line, by sysfs; tells each, and the line's value after it
  *   guest kexec KERNEL INITRD LINE   starts another kernel (a bzImage) in place of this one
  * Status 0 when all came as it must; else one line says what did not. */
 #include <arpa/inet.h>
@@ -16,6 +17,7 @@
 #include <linux/vm_sockets.h>
 #include <net/ethernet.h>
 #include <net/if.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -140,6 +142,22 @@ static int keys(const char *device, int count) {
     return 0;
 }
 
+static int edges(const char *file, int count) {
+    struct pollfd line = { open(file, O_RDONLY), POLLPRI, 0 };
+    char value;
+    if (line.fd < 0 || read(line.fd, &value, 1) != 1) return fail("open");
+    puts("waiting");
+    fflush(stdout);
+    for (int edge = 1; edge <= count; edge++) {
+        if (poll(&line, 1, 30000) != 1) return fail("poll");
+        if (lseek(line.fd, 0, SEEK_SET) || read(line.fd, &value, 1) != 1) return fail("read");
+        printf("edge %d to %c.\n", edge, value);
+        fflush(stdout);
+    }
+    printf("edges=%d\n", count);
+    return 0;
+}
+
 /* One operation of a cipher whose key is set. */
 static int cipher_once(int cipher, unsigned operation, const unsigned char *iv, const void *from, void *to, size_t size) {
     union {
@@ -226,6 +244,7 @@ int main(int argc, char **argv) {
     if (argc == 4 && !strcmp(argv[1], "vsock-connect")) return vsock_connect((unsigned)atoi(argv[2]), atoi(argv[3]));
     if (argc == 3 && !strcmp(argv[1], "vsock-echo")) return vsock_echo((unsigned)atoi(argv[2]));
     if (argc == 4 && !strcmp(argv[1], "keys")) return keys(argv[2], atoi(argv[3]));
+    if (argc == 4 && !strcmp(argv[1], "edges")) return edges(argv[2], atoi(argv[3]));
     if (argc == 4 && !strcmp(argv[1], "cipher")) return cipher(argv[2], atoi(argv[3]));
     if (argc == 4 && !strcmp(argv[1], "frames")) return frames(argv[2], atoi(argv[3]));
     return 2;

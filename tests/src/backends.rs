@@ -46,6 +46,27 @@ pub fn optional_program(name: &str) -> Option<PathBuf> {
     found
 }
 
+/// A module of the generic kernel, for guests ([`guest_with_modules`]) or for the lab. It may be missing everywhere.
+#[must_use]
+pub fn module(name: &str) -> Option<PathBuf> {
+    optional_program(name)
+}
+
+/// Loads a module into the kernel that the tests run on, which must be the lab's, and the generic one.
+///
+/// # Errors
+/// When it is another one.
+///
+/// # Panics
+/// When the module cannot be loaded there.
+pub fn load(module: &Path, arguments: &[&str]) -> Result<(), Missing> {
+    hardware((place::in_lab() && Path::new("/dev/uinput").exists()).then_some(()), "generic kernel")?;
+    let done = Command::new("insmod").arg(module).args(arguments).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success() || said.contains("File exists"), "{}: {said}", module.display());
+    Ok(())
+}
+
 /// What stands in for hardware beside a backend, when it was `found`: a lab whose own kernel is the generic one has it.
 ///
 /// # Errors
@@ -211,7 +232,7 @@ pub fn echo(listener: UnixListener) -> JoinHandle<u64> {
 /// When the lab's files cannot be read.
 pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
     let files = ["OUTBOARD_KERNEL_6_12_ELF", "OUTBOARD_GUEST_INITRAMFS_6_12", "OUTBOARD_GUEST_DRIVERS_6_12"];
-    guest_with(files, drivers, script, |name| {
+    guest_with(files, drivers, &[], script, |name| {
         Missing::new(format!("{name} is not set: run by tests/lab/runner"))
     })
 }
@@ -224,8 +245,19 @@ pub fn guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
 /// # Panics
 /// When its files cannot be read.
 pub fn generic_guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
+    guest_with_modules(&[], drivers, script)
+}
+
+/// As [`generic_guest`], with these modules besides, which are loaded last.
+///
+/// # Errors
+/// When `tests/backends/run` did not fetch it.
+///
+/// # Panics
+/// When its files cannot be read.
+pub fn guest_with_modules(modules: &[PathBuf], drivers: &str, script: &str) -> Result<Launch, Missing> {
     let files = ["OUTBOARD_GENERIC_KERNEL", "OUTBOARD_GENERIC_INITRAMFS", "OUTBOARD_GENERIC_DRIVERS"];
-    guest_with(files, drivers, script, |name| {
+    guest_with(files, drivers, modules, script, |name| {
         Missing::optional(format!("{name} is not set: it comes with make test-backends"))
     })
 }
@@ -234,6 +266,7 @@ pub fn generic_guest(drivers: &str, script: &str) -> Result<Launch, Missing> {
 fn guest_with(
     files: [&str; 3],
     drivers: &str,
+    modules: &[PathBuf],
     script: &str,
     missing: fn(&str) -> Missing,
 ) -> Result<Launch, Missing> {
@@ -244,6 +277,18 @@ fn guest_with(
     const PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-program"));
     cpio_entry(&mut image, "bin/guest", 0o100_755, PROGRAM);
     cpio_entry(&mut image, "guest.sh", 0o100_644, script.as_bytes());
+    let mut drivers = drivers.to_owned();
+    for module in modules {
+        let name = module.file_stem().unwrap().to_string_lossy();
+        cpio_entry(&mut image, &format!("modules/more/{name}.ko"), 0o100_644, &fs::read(module).unwrap());
+        cpio_entry(
+            &mut image,
+            &format!("modules/more/{name}.order"),
+            0o100_644,
+            format!("{name}\n").as_bytes(),
+        );
+        drivers = if drivers.is_empty() { name.into_owned() } else { format!("{drivers},{name}") };
+    }
     cpio_entry(&mut image, "TRAILER!!!", 0, &[]);
     let line = format!("console=ttyS0 quiet panic=-1 cryptomgr.notests outboard.modules={drivers}");
     let launch = Launch::kernel(&kernel, &line);
