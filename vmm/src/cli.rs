@@ -87,7 +87,7 @@ struct Run {
     cpus: Option<u8>,
     /// A virtio device served by a vhost-user backend (may be given again). Keys: id=NAME,
     /// transport=mmio|pci, queues=N, queue-size=N, config-size=BYTES, tag=NAME (fs), deadline=MS, features=-NAME+NAME, server=on,
-    /// iommu=identity (the backend is told what the driver's addresses mean), mtu=N (net), gpu-socket=PATH,
+    /// iommu=identity (the backend is told what the driver's addresses mean), mtu=N and mac=ADDRESS (net), gpu-socket=PATH,
     /// reconnect=SECONDS; socket=fd=N takes an inherited descriptor
     #[arg(long, value_name = "TYPE,socket=PATH[,KEY=VALUE]")]
     vhost_user: Vec<String>,

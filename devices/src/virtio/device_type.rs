@@ -150,6 +150,8 @@ pub struct DeviceType {
     screens: Option<usize>,
     /// The MTU that a network card shows, in place of the backend's.
     mtu: Option<u16>,
+    /// The address that a network card shows, in place of the backend's.
+    mac: Option<[u8; 6]>,
     /// What a file system is mounted by, in place of the backend's own word for it.
     tag: Option<[u8; TAG_SIZE]>,
 }
@@ -171,6 +173,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         control: false,
         screens: None,
         mtu: None,
+        mac: None,
         tag: None,
     }
 }
@@ -332,6 +335,12 @@ pub enum TypeError {
     /// IPv4 asks for more.
     #[error("the MTU {0} is below 68")]
     Mtu(u16),
+    /// Only network cards have one.
+    #[error("a {0} device has no address, only net has")]
+    NoMac(&'static str),
+    /// No single station can have it.
+    #[error("that is the address of no single station")]
+    Mac,
     /// Only file systems have a tag.
     #[error("a {0} device has no tag, only fs has")]
     NoTag(&'static str),
@@ -418,6 +427,19 @@ impl DeviceType {
     #[must_use]
     pub fn mtu(&self) -> Option<u16> {
         self.mtu
+    }
+
+    /// The same type with an address of the user's, which the guest is told. The backend learns it from the guest's frames.
+    ///
+    /// # Errors
+    /// When it is no network card, or the address is zero or that of a group.
+    pub fn with_mac(self, mac: [u8; 6]) -> Result<Self, TypeError> {
+        match (self.id, mac) {
+            (NET, [0, 0, 0, 0, 0, 0]) => Err(TypeError::Mac),
+            (NET, [first, ..]) if first & 1 != 0 => Err(TypeError::Mac),
+            (NET, _) => Ok(Self { mac: Some(mac), ..self }),
+            _ => Err(TypeError::NoMac(self.name)),
+        }
     }
 
     /// The address of a network card that the guest knows, for a driver that took `features`.

@@ -60,6 +60,42 @@ fn mtu_of_the_user_goes_to_the_backend_and_to_the_guest() {
 }
 
 #[test]
+fn address_of_the_user_goes_to_the_guest_and_the_backend_is_not_told_of_the_feature() {
+    let mac = [2, 0, 0, 0, 0, 9];
+    let card = DeviceType::named("net").unwrap().with_mac(mac).unwrap();
+    let order = Order::new(card, Wishes::default(), "").unwrap();
+    let (backend, opened) = connect(net_offer(0, ProtocolFeatures::RARP), Script::normal(), &order);
+    let opened = opened.unwrap();
+    assert_eq!((opened.model.config.get(..6), opened.model.features.has(5)), (Some(&mac[..]), true));
+    let reconnect = opened.reconnect.clone();
+    let (guest, _channel, _hang_up) = Guest::on_loss(opened, OnLoss::Recover);
+    guest.takes.store(1 << 5, Ordering::Relaxed);
+    guest.start_driver();
+    assert_eq!(backend.breaches(), Vec::<String>::new());
+    // It is known to the network where the next backend is, too.
+    let handle = guest.device.handle();
+    handle.peer_lost("it crashed");
+    let offer = net_offer(0, ProtocolFeatures::RARP);
+    let (second, socket) = ScriptedBackend::pair(offer, Script::normal()).unwrap();
+    let connection = Connection::from_stream(socket, "second", &Limits::new(LIMIT)).unwrap();
+    reconnect.attempt(&handle, connection, drop).unwrap();
+    assert_eq!(payloads(&second, Request::SEND_RARP), [[2, 0, 0, 0, 0, 9, 0, 0]]);
+    for backend in [backend, second] {
+        let told = payloads(&backend, Request::SET_FEATURES);
+        let told = told.iter().map(|bits| u64::from_ne_bytes(bits[..].try_into().unwrap()));
+        assert!(told.clone().count() > 0 && told.fold(0, |all, bits| all | bits) & 1 << 5 == 0);
+        assert_eq!(backend.breaches(), Vec::<String>::new());
+    }
+    // A backend's own address gives way.
+    let mut offer = net_offer(1 << 5, ProtocolFeatures::CONFIG);
+    offer.config = vec![7; 24];
+    let (_, opened) = connect(offer, Script::normal(), &order);
+    assert_eq!(opened.unwrap().model.config.get(..7), Some(&[2, 0, 0, 0, 0, 9, 7][..]));
+    assert!(DeviceType::named("net").unwrap().with_mac([1, 0, 0, 0, 0, 9]).is_err());
+    assert!(DeviceType::named("blk").unwrap().with_mac(mac).is_err());
+}
+
+#[test]
 fn address_is_announced_after_a_take_over_where_backend_and_guest_leave_that_to_us() {
     let mac = [2, 0, 0, 0, 0, 9];
     let config = ProtocolFeatures::CONFIG.with(ProtocolFeatures::RARP);

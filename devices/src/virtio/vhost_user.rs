@@ -262,7 +262,8 @@ impl Backend for VhostUser {
         }
         let (begun, before) = (Instant::now(), session.stats());
         self.shared.iter().for_each(Tenancy::begin);
-        match session.go_live(start.features, start.memory, start.rings) {
+        let features = session.offered().known(start.features);
+        match session.go_live(features, start.memory, start.rings) {
             Ok(live) => {
                 lock(&self.kept).inflight = live.inflight().cloned();
                 self.memory = Some(start.memory.clone());

@@ -85,6 +85,11 @@ impl DeviceFeatures {
             extra => Err(NotOffered(extra)),
         }
     }
+
+    /// What of the driver's features is among these: the others are the front end's own matter.
+    pub fn known(self, driver: DriverFeatures) -> DriverFeatures {
+        DriverFeatures(driver.0 & self.0)
+    }
 }
 
 impl fmt::Display for DeviceFeatures {
@@ -358,6 +363,8 @@ mod tests {
         let offered = DeviceFeatures::from_bits(0b110);
         assert_eq!(offered.accept(0b010).unwrap().bits(), 0b010);
         assert_eq!(offered.accept(0b011), Err(NotOffered(1)));
+        let taken = offered.accept(0b110).unwrap();
+        assert_eq!(DeviceFeatures::from_bits(0b1010).known(taken).bits(), 0b010);
     }
 
     #[test]

@@ -106,6 +106,14 @@ fn parse_size(text: &str) -> Option<u64> {
     number.checked_mul(1 << shift)
 }
 
+/// `02:00:00:00:00:01`.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let of_two = |part: &str| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let number = |part: &str| u8::from_str_radix(part, 16).ok().filter(|_| of_two(part));
+    let numbers: Option<Vec<u8>> = text.split(':').map(number).collect();
+    numbers?.try_into().ok()
+}
+
 /// `--memory SIZE[,hugepages=2M|1G]`.
 ///
 /// # Errors
@@ -166,6 +174,7 @@ pub(super) const VHOST_USER_KEYS: &[&str] = &[
     "server",
     "iommu",
     "mtu",
+    "mac",
     "gpu-socket",
 ];
 
@@ -196,6 +205,15 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         device_type = device_type
             .with_mtu(mtu)
             .map_err(|error| Error::usage(format!("{option} cannot use mtu={mtu}")).because(error))?;
+    }
+
+    if let Some(text) = keys.take("mac") {
+        let refused = Error::usage(format!("{option} cannot use mac={text}"));
+        device_type = match parse_mac(text).map(|mac| device_type.with_mac(mac)) {
+            Some(Ok(with)) => with,
+            Some(Err(error)) => return Err(refused.because(error)),
+            None => return Err(refused.hint("an address has six numbers: mac=02:00:00:00:00:01")),
+        };
     }
 
     let transport = match keys.take("transport") {
@@ -366,6 +384,12 @@ mod tests {
             ("blk,socket=/s,reconnect=soon", "reconnect=soon"),
             ("blk,socket=/s,mtu=1500", "mtu=1500"),
             ("net,socket=/s,mtu=67", "mtu=67"),
+            ("blk,socket=/s,mac=02:00:00:00:00:01", "mac=02:00:00:00:00:01"),
+            ("net,socket=/s,mac=03:00:00:00:00:01", "mac=03:00:00:00:00:01"),
+            ("net,socket=/s,mac=00:00:00:00:00:00", "mac=00:00:00:00:00:00"),
+            ("net,socket=/s,mac=2:0:0:0:0:1", "mac=2:0:0:0:0:1"),
+            ("net,socket=/s,mac=02:00:00:00:00:+1", "mac=02:00:00:00:00:+1"),
+            ("net,socket=/s,mac=02:00:00:00:00:00:01", "mac=02:00:00:00:00:00:01"),
             ("blk,socket=/s,gpu-socket=/d", "gpu-socket=/d"),
             ("blk,socket=/s,iommu=yes", "iommu=yes"),
             ("blk,socket=fd=x", "no inherited descriptor"),

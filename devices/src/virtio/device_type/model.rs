@@ -3,7 +3,7 @@
 
 use transport::vhost_user::features::{DeviceFeatures, bit};
 
-use super::{DeviceType, MAX_QUEUES, MTU_PLACE, NET_F_MTU, NoConfig, TAG_SIZE};
+use super::{DeviceType, MAX_QUEUES, MTU_PLACE, NET_F_MAC, NET_F_MTU, NoConfig, TAG_SIZE};
 use crate::virtio::device::Device;
 use crate::virtio::queue::MAX_QUEUE_SIZE;
 use crate::virtio::registers::SharedMemory;
@@ -149,7 +149,9 @@ impl DeviceType {
             return Err(ModelError::NoMtu);
         }
         let told = if self.mtu.is_some() { 1 << NET_F_MTU } else { 0 };
-        let shown = self.visible(features, config.len()).bits() | features.bits() & told;
+        // An address is the guest's own matter: no backend need know of the feature.
+        let ours = if self.mac.is_some() { 1 << NET_F_MAC } else { 0 };
+        let shown = self.visible(features, config.len()).bits() | features.bits() & told | ours;
         let mut features = DeviceFeatures::from_bits(shown);
         if let (Some(field), Some(needed)) = (self.ports, ported)
             && needed > queues.min(served)
@@ -180,11 +182,14 @@ impl DeviceType {
         DeviceFeatures::from_bits(lacking.fold(features.bits() & !unserved, |bits, f| bits & !(1 << f.bit)))
     }
 
-    /// Writes what we know better than the backend: the user's tag, a screen, and the number of queues where the
+    /// Writes what we know better than the backend: the user's tag, address and MTU, a screen, and the number of queues where the
     /// driver looks for it; the backend's own number may be another than that of the queues we show.
     pub fn patch(&self, config: &mut [u8], features: DeviceFeatures, queues: u16) {
         if let (Some(tag), Some(place)) = (self.tag, config.get_mut(..TAG_SIZE)) {
             place.copy_from_slice(&tag);
+        }
+        if let (Some(mac), Some(place)) = (self.mac, config.first_chunk_mut()) {
+            *place = mac;
         }
         if let (Some(mtu), Some(place)) = (self.mtu, config.get_mut(MTU_PLACE)) {
             place.copy_from_slice(&mtu.to_le_bytes());
