@@ -99,6 +99,11 @@ fn vhost_device_spi_transfers_bytes_and_refuses_what_its_device_cannot() {
     ];
     // It numbers its sockets.
     let backend = Backend::start(Path::new("/usr/bin/env"), scratch, "spi0", &arguments);
+    // It dies of a question for more than its own configuration, which is all that a probe that knows its type asks for.
+    let probe = ["probe", "vhost-user", backend.socket().to_str().unwrap(), "--type", "spi"];
+    let offer = Launch::new(probe).run().with_code(0);
+    // One chip, its line may change; words of 8 bits; every phase and polarity, and the loop; 1 MHz.
+    assert!(offer.console.contains(&hex(&[0x0101, 0x80, 0x4f, 1_000_000])), "{offer}");
     // Chip 0 and the bits of a word, then a line each way, no mode, the frequency, and no delays (struct virtio_spi_transfer_head).
     let transfer = |bits: u32, hertz| hex(&[1 << 24 | bits << 8, 1, 0, hertz, 0, 0, 0, 0]) + "deadbeef";
     let requests = [transfer(8, 1_000_000), transfer(7, 1_000_000), transfer(8, 2_000_000), transfer(8, 0)];

@@ -59,6 +59,11 @@ fn what_cannot_be_probed_is_told_apart() {
         let ended = probe(protocol, &absent).arg("--trace").arg(trace).run();
         assert_explained(ended, USAGE, "cannot write the trace to", "No such file", "is the path right?");
     }
+    let of_type = |protocol, kind| probe(protocol, "/run/x").arg("--type").arg(kind).run();
+    let unknown = "there is no virtio device type `floppy`";
+    assert_explained(of_type("vhost-user", "floppy"), USAGE, unknown, "", "the types are");
+    let useless = "--type is not for vfio-user servers";
+    assert_explained(of_type("vfio-user", "blk"), USAGE, useless, "", "they say themselves what they are");
     for odd in [
         &["probe"][..],
         &["probe", "vhost-user"],

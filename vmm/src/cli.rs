@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,8 +12,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use transport::{vfio_user, vhost_user};
 
 use crate::config::{
-    Config, Image, Memory, OnReset, Serial, load_toml, parse_memory, parse_serial, parse_vfio_user,
-    parse_vhost_user,
+    Config, Image, Memory, OnReset, Serial, load_toml, parse_device_type, parse_memory, parse_serial,
+    parse_vfio_user, parse_vhost_user,
 };
 use crate::error::{Error, Fault};
 use crate::machine::{End, Machine, Outcome};
@@ -43,26 +43,33 @@ enum Command {
         json: bool,
     },
     /// Say what a peer offers
-    Probe {
-        /// What the peer speaks
-        protocol: Protocol,
-        /// The path of its socket, or @NAME of an abstract one
-        socket: PathBuf,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-        /// How long the peer may take over one request, in milliseconds
-        #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
-        deadline: u64,
-        /// Write every message to a file, or to standard error for -
-        #[arg(long, value_name = "FILE|-")]
-        trace: Option<String>,
-    },
+    Probe(Probe),
     /// Print a completion script
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+/// What `outboard probe` takes.
+#[derive(Debug, Args)]
+struct Probe {
+    /// What the peer speaks
+    protocol: Protocol,
+    /// The path of its socket, or @NAME of an abstract one
+    socket: PathBuf,
+    /// What device a vhost-user backend serves, as `run` calls it: some die when asked for more configuration than it has
+    #[arg(long = "type", value_name = "TYPE")]
+    device: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// How long the peer may take over one request, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    deadline: u64,
+    /// Write every message to a file, or to standard error for -
+    #[arg(long, value_name = "FILE|-")]
+    trace: Option<String>,
 }
 
 /// What `outboard run` takes; a TOML file given by `--config` may say the same.
@@ -156,9 +163,7 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(options) => run(*options),
         Command::Check { json } => check::command(json),
-        Command::Probe { protocol, socket, json, deadline, trace } => {
-            probe(protocol, &socket, json, Duration::from_millis(deadline), trace.as_deref())
-        }
+        Command::Probe(options) => probe(&options),
         Command::Completions { shell } => completions(shell),
     };
     done.unwrap_or_else(|error| {
@@ -186,25 +191,24 @@ fn completions(shell: clap_complete::Shell) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn probe(
-    protocol: Protocol,
-    socket: &Path,
-    json: bool,
-    deadline: Duration,
-    trace: Option<&str>,
-) -> Result<ExitCode, Error> {
-    let socket = probe::socket_path(socket)?;
-    let tracer = trace.map(Tracer::open).transpose()?;
-    match protocol {
+fn probe(options: &Probe) -> Result<ExitCode, Error> {
+    let device = options.device.as_deref().map(parse_device_type).transpose()?;
+    let socket = probe::socket_path(&options.socket)?;
+    let tracer = options.trace.as_deref().map(Tracer::open).transpose()?;
+    let deadline = Duration::from_millis(options.deadline);
+    match options.protocol {
         Protocol::VhostUser => {
             let limits = vhost_user::Limits::new(deadline);
             let limits = tracer.into_iter().fold(limits, |limits, tracer| limits.traced(tracer));
-            probe::vhost_user::command(socket, &limits, json)
+            probe::vhost_user::command(socket, &limits, device, options.json)
+        }
+        Protocol::VfioUser if device.is_some() => {
+            Err(Error::usage("--type is not for vfio-user servers").hint("they say themselves what they are"))
         }
         Protocol::VfioUser => {
             let limits = vfio_user::Limits::new(deadline);
             let limits = tracer.into_iter().fold(limits, |limits, tracer| limits.traced(tracer));
-            probe::vfio_user::command(socket, &limits, json)
+            probe::vfio_user::command(socket, &limits, options.json)
         }
     }
 }

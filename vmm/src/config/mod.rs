@@ -20,6 +20,7 @@ use crate::error::Error;
 use devices::virtio::device_type::Wishes;
 use devices::virtio::iommu::Iommu;
 use devices::virtio::vhost_user::Order;
+pub(crate) use parse::parse_device_type;
 pub use parse::{parse_memory, parse_serial, parse_vhost_user};
 pub use toml_file::load as load_toml;
 use transport::vhost_user::Trace;
@@ -187,7 +188,7 @@ impl VhostUser {
     /// # Errors
     /// When there is no such type.
     pub fn new(kind: &str, socket: Socket) -> Result<Self, Error> {
-        let device_type = parse::device_type(kind)?;
+        let device_type = parse_device_type(kind)?;
         let order = Order::new(device_type, Wishes::default(), "")
             .map_err(|error| Error::internal("cannot use the default features").because(error))?;
         Ok(VhostUser {

@@ -189,7 +189,7 @@ pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
         return Err(Error::usage(format!("{option} needs a device type first"))
             .hint("for example --vhost-user blk,socket=/run/blk.sock"));
     };
-    let mut device_type = device_type(name)?;
+    let mut device_type = parse_device_type(name)?;
     if let Some(size) = number16(keys.take_number("config-size", 0..=256)?) {
         device_type = device_type.with_config_size(size).map_err(|error| {
             Error::usage(format!("{option} cannot use config-size={size}")).because(error)
@@ -298,7 +298,7 @@ pub(super) fn id(option: &str, keys: &mut KeyValues<'_>) -> Result<Option<String
 }
 
 /// `blk`, `net`, … or `generic:DEVICE_ID`.
-pub(super) fn device_type(name: &str) -> Result<DeviceType, Error> {
+pub(crate) fn parse_device_type(name: &str) -> Result<DeviceType, Error> {
     let known = match name.strip_prefix("generic:") {
         Some(id) => id.parse::<u16>().ok().filter(|id| *id > 0).map(DeviceType::generic),
         None => DeviceType::named(name),

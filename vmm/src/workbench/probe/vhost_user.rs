@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use devices::virtio::device_type::DeviceType;
 use serde::Serialize;
 use transport::vhost_user::{
     Cause, Connection, DeviceFeatures, Limits, ProtocolFeatures, Session, Wanted, features::bit,
@@ -38,16 +39,20 @@ pub struct VhostUserReport {
 /// backends refuse any other than their own.
 const CONFIG_SIZES: [usize; 6] = [256, 96, 60, 44, 24, 8];
 
-/// Asks the backend at `socket`.
+/// Asks the backend at `socket`; when it is known what `device` it serves, for no more configuration than that has.
 ///
 /// # Errors
 /// When it cannot be reached or does not speak vhost-user.
-pub fn vhost_user(socket: &Path, limits: &Limits) -> Result<VhostUserReport, Error> {
+pub fn vhost_user(
+    socket: &Path,
+    limits: &Limits,
+    device: Option<DeviceType>,
+) -> Result<VhostUserReport, Error> {
     let session = ask(socket, limits).map_err(|error| {
         let hint = error.hint();
         super::failed(socket, hint).because(error)
     })?;
-    report(socket, session)
+    report(socket, session, device)
 }
 
 fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::vhost_user::Error> {
@@ -56,13 +61,16 @@ fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::vhost_user:
     Connection::connect(socket, limits)?.negotiate(&wanted)
 }
 
-fn report(socket: &Path, mut session: Session) -> Result<VhostUserReport, Error> {
+fn report(socket: &Path, mut session: Session, kind: Option<DeviceType>) -> Result<VhostUserReport, Error> {
     let (device, protocol) = session.offered_raw();
     let agreed = session.protocol();
     let mut quirks = Vec::new();
     let queues = agreed.contains(ProtocolFeatures::MQ).then(|| session.queue_num());
-    let config =
-        if agreed.contains(ProtocolFeatures::CONFIG) { config(&mut session, &mut quirks) } else { None };
+    let config = if agreed.contains(ProtocolFeatures::CONFIG) {
+        config(&mut session, kind, &mut quirks)
+    } else {
+        None
+    };
     let shared_memory = if agreed.contains(ProtocolFeatures::SHMEM) {
         session.shmem_config().unwrap_or_else(|error| {
             quirks.push(format!("offers SHMEM and does not tell its regions: {error}"));
@@ -89,8 +97,10 @@ fn names(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-fn config(session: &mut Session, quirks: &mut Vec<String>) -> Option<String> {
-    for size in CONFIG_SIZES {
+fn config(session: &mut Session, kind: Option<DeviceType>, quirks: &mut Vec<String>) -> Option<String> {
+    let known = kind.map(|kind| [usize::from(kind.config_size())]);
+    let sizes = known.as_ref().map_or(&CONFIG_SIZES[..], |size| &size[..]);
+    for size in sizes.iter().copied().filter(|size| *size > 0) {
         match session.read_config(size) {
             Ok(bytes) => {
                 if bytes.len() < size {
@@ -104,6 +114,11 @@ fn config(session: &mut Session, quirks: &mut Vec<String>) -> Option<String> {
             }
             Err(error) => {
                 quirks.push(format!("offers CONFIG and fails when asked for {size} bytes: {error}"));
+                if kind.is_none() {
+                    quirks.push(
+                        "may be asked for the configuration of its own type alone, by --type".to_owned(),
+                    );
+                }
                 return None;
             }
         }
@@ -137,12 +152,17 @@ fn notice(device: DeviceFeatures, protocol: ProtocolFeatures, quirks: &mut Vec<S
     quirks.extend(absent.into_iter().filter(|(is, _)| *is).map(|(_, what)| what.to_owned()));
 }
 
-/// Runs `outboard probe vhost-user SOCKET [--json]`.
+/// Runs `outboard probe vhost-user SOCKET [--type TYPE] [--json]`.
 ///
 /// # Errors
 /// As [`vhost_user`]; also when standard output is closed.
-pub fn command(socket: &Path, limits: &Limits, json: bool) -> Result<ExitCode, Error> {
-    let report = vhost_user(socket, limits)?;
+pub fn command(
+    socket: &Path,
+    limits: &Limits,
+    device: Option<DeviceType>,
+    json: bool,
+) -> Result<ExitCode, Error> {
+    let report = vhost_user(socket, limits, device)?;
     crate::workbench::print(&report, if json { None } else { Some(describe(&report)) })?;
     Ok(ExitCode::SUCCESS)
 }
