@@ -375,7 +375,7 @@ mod tests {
             let config = job(&["--config", &format!("{folder}/{name}"), "--trace", "-"]).unwrap().config;
             (config.vhost_user.len(), config.vfio_user.len())
         };
-        assert_eq!((devices("virtio.toml"), devices("nvme.toml")), ((3, 0), (0, 1)));
+        assert_eq!((devices("virtio.toml"), devices("nvme.toml")), ((4, 0), (0, 1)));
         assert_eq!(std::fs::read_dir(folder).unwrap().count(), 2, "each is tried here");
     }
 
