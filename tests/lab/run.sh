@@ -143,17 +143,19 @@ lab_run_image() {
 # Without XSAVE: the emulated AMD-V lets a guest write XCR0 without KVM noticing, and guests then warn at length of a state
 # that does not fit.
 lab_run_once() {
-    local port qemu=() watchdog tails=()
+    local port qemu=() helpers=() tails=()
     qemu=(qemu-system-x86_64 -accel "$LAB_ACCEL" -cpu "${OUTBOARD_LAB_CPU:-max,-xsave}" -M q35 -smp 1 -m "$LAB_MEM"
         -nodefaults -no-user-config -no-reboot -display none
         -kernel "$LAB_CACHE/kernel/$LAB_OUTER/bzimage" -initrd "$LAB_RUN/initrd"
         -append "console=ttyS0 no_timer_check panic=-1 rdinit=/init random.trust_cpu=on mitigations=off $LAB_WORDS"
-        -serial "file:$LAB_RUN/kernel.log" -device virtio-serial-pci)
+        -serial "file:$LAB_RUN/kernel.log" -device virtio-serial-pci,event_idx=off)
     [ -z "$LAB_ICOUNT" ] || qemu+=(-icount "shift=$LAB_ICOUNT,sleep=off")
     for port in status out err files; do
         : >"$LAB_RUN/$port"
         qemu+=(-chardev "file,id=$port,path=$LAB_RUN/$port" -device "virtserialport,chardev=$port,name=lab.$port")
     done
+    [ -p "$LAB_RUN/nudge" ] || mkfifo "$LAB_RUN/nudge" "$LAB_RUN/clock"
+    qemu+=(-chardev "pipe,id=nudge,path=$LAB_RUN/nudge" -device "virtserialport,chardev=nudge,name=lab.nudge")
     : >"$LAB_RUN/kernel.log"
     rm -f "$LAB_RUN/verdict"
     exec 8<&0
@@ -170,12 +172,12 @@ lab_run_once() {
         tail -f -s 0.1 --pid="$LAB_QEMU" -c +1 "$LAB_RUN/err" >&2 & tails+=($!)
     fi
     [ -z "$LAB_VERBOSE" ] || { tail -f -s 0.1 --pid="$LAB_QEMU" -c +1 "$LAB_RUN/kernel.log" >&2 & tails+=($!); }
-    lab_run_watch </dev/null >/dev/null 2>&1 &
-    watchdog=$!
+    lab_run_watch </dev/null >/dev/null 2>&1 & helpers+=($!)
+    lab_run_nudge </dev/null >/dev/null 2>&1 & helpers+=($!)
     wait "$LAB_QEMU" 2>/dev/null || true
     LAB_QEMU=""
-    kill "$watchdog" 2>/dev/null || true
-    wait "$watchdog" "${tails[@]}" 2>/dev/null || true
+    kill "${helpers[@]}" 2>/dev/null || true
+    wait "${helpers[@]}" "${tails[@]}" 2>/dev/null || true
     if [ -e "$LAB_RUN/verdict" ]; then
         LAB_VERDICT=$(cat "$LAB_RUN/verdict")
     else
@@ -188,7 +190,6 @@ lab_run_once() {
 lab_run_watch() {
     local size=-1 now begun at before waited waiting=0 quiet=0
     begun=$(lab_run_clock) before=$begun
-    mkfifo "$LAB_RUN/clock" 2>/dev/null
     exec 7<>"$LAB_RUN/clock"
     while kill -0 $$ && kill -0 "$LAB_QEMU"; do
         read -r -t 1 -u 7 || true
@@ -209,6 +210,19 @@ lab_run_watch() {
         fi
         kill -9 "$LAB_QEMU"
         return
+    done
+}
+
+# Beside QEMU: an interrupt for the lab now and then. QEMU changes a virtual CPU's pending interrupts without its lock at each entry
+# into and exit from a nested guest (helper_vmrun, do_vmexit); one that another thread raises just then is lost, and the lab, if that
+# was its timer's, waits for ever. Any other interrupt has the lost one delivered, too.
+lab_run_nudge() {
+    local pause=0.2
+    [ -z "$LAB_ICOUNT" ] || pause=2
+    exec 7<>"$LAB_RUN/nudge" 9<>"$LAB_RUN/clock"
+    while kill -0 $$ && kill -0 "$LAB_QEMU"; do
+        read -r -t "$pause" -u 9 || true
+        echo >&7
     done
 }
 
