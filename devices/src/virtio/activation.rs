@@ -66,14 +66,20 @@ impl Device {
     fn start(&mut self, guards: Vec<Guard>) -> Result<(), StartError> {
         if let Phase::Recovering(absence) = &mut self.phase {
             absence.queues = Some(Waiting { guards, begin: Begin::Fresh });
+            self.reset_control();
             return Ok(());
         }
-        let Self { registers, wiring, memory, backend, .. } = self;
+        let Self { registers, wiring, memory, backend, control, .. } = self;
         let Some(features) = registers.accepted() else {
             return Err(StartError::Driver(
                 "the driver was ready before the features were agreed".to_owned(),
             ));
         };
+        if control.as_ref().is_some_and(|control| control.is_elsewhere(features)) {
+            return Err(StartError::Driver(
+                "the driver takes VIRTIO_NET_F_CTRL_VQ without VIRTIO_NET_F_MQ".to_owned(),
+            ));
+        }
         let space = space(registers, memory, backend.as_ref());
         let rings = wiring.rings(registers, Begin::Fresh, space, Notes::Rings)?;
         let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
@@ -81,6 +87,7 @@ impl Device {
             Ok(()) => {
                 self.activations += 1;
                 self.phase = Phase::Running(guards);
+                self.reset_control();
                 self.begin_control();
                 Ok(())
             }

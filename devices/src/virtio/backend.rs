@@ -6,11 +6,11 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use transport::memory_map::MemoryMap;
-use transport::vhost_user::IovaMap;
 use transport::vhost_user::crypto::{SessionId, SymmetricSession};
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::{Ring, RingBase};
+use transport::vhost_user::{IovaMap, RingSwitch};
 
 /// Whether a backend is the first to have the queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,6 +151,14 @@ pub trait Backend: Send {
     /// When there is none.
     fn shared_object(&mut self, _uuid: Uuid) -> Result<OwnedFd, BackendError> {
         Err(BackendError::Refused("the backend shares no objects".into()))
+    }
+
+    /// Switches queues that were started on or off: those of a network card that its driver does not use.
+    ///
+    /// # Errors
+    /// When the backend does not.
+    fn switch_rings(&mut self, _queues: &[u16], _switch: RingSwitch) -> Result<(), BackendError> {
+        Ok(())
     }
 
     /// Opens a session of a crypto device.

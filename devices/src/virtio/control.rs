@@ -1,11 +1,13 @@
-//! The queue of a device that its backend does not serve, and we do: the control queue of a crypto device.
-//! Called by the control loop when its kick rings, with the device's lock held for one request and so for
-//! one exchange with the backend at most. Must never be called on a vCPU.
+//! The queue of a device that its backend does not serve, and we do: the control queue of a crypto device, and of a network card
+//! with several pairs of queues. Called by the control loop when its kick rings, with the device's lock held for one request
+//! and so for one deadline of the backend at most. Must never be called on a vCPU.
 
 use std::io;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use transport::vhost_user::features::bit;
+use transport::vhost_user::RingSwitch;
+use transport::vhost_user::features::{DriverFeatures, bit};
 use transport::vhost_user::vring::{Call, Kick};
 
 use super::activation::space;
@@ -14,6 +16,7 @@ use super::control_queue::{Chain, ControlQueue, Rings};
 use super::crypto::{Asked, Done, Sessions, parse};
 use super::device::Device;
 use super::handle::DeviceHandle;
+use super::pairs::{self, Pairs};
 use super::phase::Phase;
 
 /// VIRTIO_F_EVENT_IDX.
@@ -22,17 +25,62 @@ const EVENT_IDX: u32 = 29;
 /// How long the sessions of a driver that resets are closed one by one; the others go with the connection.
 const CLOSING: Duration = Duration::from_millis(200);
 
+/// What a queue of ours is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Service {
+    /// There is none.
+    Nothing,
+    /// A crypto device's sessions are opened and closed.
+    Sessions,
+    /// A network card's driver says how many pairs of queues it uses.
+    Pairs,
+}
+
 /// What we hold of that queue.
 #[derive(Debug)]
 pub(super) struct Control {
     queue: u16,
     ring: ControlQueue,
-    sessions: Sessions,
+    state: State,
+}
+
+/// What its requests are about.
+#[derive(Debug)]
+enum State {
+    Sessions(Sessions),
+    Pairs(Pairs),
+}
+
+impl State {
+    /// The answer to a request that came to nothing, for a driver that left so much room.
+    fn refusal(&self, room: u64) -> Vec<u8> {
+        match self {
+            Self::Sessions(_) => Done::REFUSED.encode(room),
+            Self::Pairs(_) => vec![pairs::ERROR],
+        }
+    }
 }
 
 impl Control {
-    pub(super) fn of(queue: u16) -> Self {
-        Self { queue, ring: ControlQueue::default(), sessions: Sessions::default() }
+    /// That of a device with so many queues; `None` where its backend serves all.
+    pub(super) fn of(service: Service, queues: u16) -> Option<Self> {
+        let state = match service {
+            Service::Nothing => return None,
+            Service::Sessions => State::Sessions(Sessions::default()),
+            Service::Pairs => State::Pairs(Pairs::of(queues)),
+        };
+        Some(Self { queue: queues.checked_sub(1)?, ring: ControlQueue::default(), state })
+    }
+
+    /// Whether a driver that took these features looks for it in another place: behind one pair, not behind all of them
+    /// (§5.1.2).
+    pub(super) fn is_elsewhere(&self, features: DriverFeatures) -> bool {
+        matches!(self.state, State::Pairs(_)) && features.has(pairs::CTRL_VQ) && !features.has(pairs::MQ)
+    }
+
+    /// Its number.
+    pub(super) fn queue(&self) -> u16 {
+        self.queue
     }
 }
 
@@ -72,13 +120,43 @@ impl DeviceHandle {
 }
 
 impl Device {
-    /// The queues have been set up anew.
-    pub(super) fn begin_control(&mut self) {
+    /// The driver has set the queues up anew.
+    pub(super) fn reset_control(&mut self) {
         if let Some(control) = &mut self.control {
             control.ring.reset();
-            control.sessions = Sessions::default();
+            match &mut control.state {
+                State::Sessions(sessions) => *sessions = Sessions::default(),
+                State::Pairs(pairs) => pairs.reset(),
+            }
         }
+    }
+
+    /// A backend runs the queues: those of a card that its driver does not use are switched off, and what was asked meanwhile
+    /// is done.
+    pub(super) fn begin_control(&mut self) {
+        self.leave_idle_pairs();
         self.continue_control();
+    }
+
+    /// The backend has started all queues, of which the driver may use fewer.
+    pub(super) fn leave_idle_pairs(&mut self) {
+        let Some(Control { state: State::Pairs(pairs), .. }) = &self.control else { return };
+        if !self.registers.accepted().is_some_and(|features| features.has(pairs::MQ)) {
+            return;
+        }
+        match self.switch_rings(pairs.idle(), RingSwitch::Disabled) {
+            Ok(()) => {}
+            Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
+            Err(BackendError::Refused(_)) => self.note("the backend does not switch queues off"),
+        }
+    }
+
+    /// Switches those of `queues` that the driver enabled.
+    fn switch_rings(&mut self, queues: Range<u16>, switch: RingSwitch) -> Result<(), BackendError> {
+        let states = self.registers.queues();
+        let ready = |queue: &u16| states.get(usize::from(*queue)).is_some_and(|state| state.ready);
+        let ready: Vec<u16> = queues.filter(ready).collect();
+        self.backend.switch_rings(&ready, switch)
     }
 
     /// The queues run (again): what came before that waits.
@@ -93,8 +171,9 @@ impl Device {
     /// The driver resets a device that runs: its sessions go.
     pub(super) fn end_control(&mut self) {
         let Self { control: Some(control), backend, .. } = self else { return };
+        let State::Sessions(sessions) = &mut control.state else { return };
         let begun = Instant::now();
-        for session in control.sessions.take() {
+        for session in sessions.take() {
             let closed = backend.close_crypto_session(session);
             if matches!(closed, Err(BackendError::Lost(_))) || begun.elapsed() > CLOSING {
                 return;
@@ -104,10 +183,10 @@ impl Device {
 
     /// Another backend took over, which does not know of the sessions that the driver holds.
     pub(super) fn forget_sessions(&mut self) {
-        if let Some(control) = &mut self.control
-            && !control.sessions.is_empty()
+        if let Some(Control { state: State::Sessions(sessions), .. }) = &mut self.control
+            && !sessions.is_empty()
         {
-            control.sessions = Sessions::default();
+            *sessions = Sessions::default();
             self.stop_and_need_reset(
                 "the sessions that the driver holds were lost with the backend".to_owned(),
             );
@@ -129,12 +208,23 @@ impl Device {
         self.face.show_registers(&self.registers);
     }
 
+    /// How many pairs a driver uses can be noted without a backend; it waits for the answer, and nothing else meanwhile.
+    fn serves_control(&self) -> bool {
+        match (&self.phase, &self.control) {
+            (Phase::Running(_), _) => true,
+            (Phase::Recovering(absence), Some(Control { state: State::Pairs(_), .. })) => {
+                absence.queues.is_some()
+            }
+            _ => false,
+        }
+    }
+
     fn serve_control(&mut self) {
         let Some(Control { queue, .. }) = self.control else { return };
         if let Err(error) = self.wiring.take_kick(queue) {
             log::warn!("{}: cannot read its control queue's eventfd: {error}", self.name);
         }
-        if !matches!(self.phase, Phase::Running(_)) {
+        if !self.serves_control() {
             return;
         }
         match self.serve_one(queue) {
@@ -159,12 +249,12 @@ impl Device {
         let Some(chain) = control.ring.take(rings)? else { return control.ring.has_more(rings) };
         let done = self.carry_out(&chain);
         let Self { registers, memory, backend, control: Some(control), .. } = self else { return Ok(false) };
-        let (done, lost) = match done {
-            Ok(done) => (done, None),
-            Err(lost) => (Done::REFUSED, Some(lost)),
+        let (answer, lost) = match done {
+            Ok(answer) => (answer, None),
+            Err(lost) => (control.state.refusal(chain.room()), Some(lost)),
         };
         let rings = Rings { state: &state, space: space(registers, memory, backend.as_ref()), tells_events };
-        control.ring.answer(rings, &chain, &done.encode(chain.room()))?;
+        control.ring.answer(rings, &chain, &answer)?;
         let more = control.ring.has_more(rings)?;
         self.wiring.call(queue)?;
         if let Some(lost) = lost {
@@ -174,25 +264,58 @@ impl Device {
         Ok(more)
     }
 
-    fn carry_out(&mut self, chain: &Chain) -> Result<Done, BackendError> {
-        let Self { control: Some(control), backend, .. } = self else { return Ok(Done::REFUSED) };
+    /// The answer to a request.
+    fn carry_out(&mut self, chain: &Chain) -> Result<Vec<u8>, BackendError> {
+        let Self { control: Some(control), backend, .. } = self else { return Ok(Vec::new()) };
+        let sessions = match &mut control.state {
+            State::Sessions(sessions) => sessions,
+            State::Pairs(pairs) => {
+                let Some(wanted) = pairs.asked(&chain.request) else { return Ok(vec![pairs::ERROR]) };
+                let (rings, switch) = pairs.step(wanted);
+                return self.use_pairs(wanted, rings, switch);
+            }
+        };
         let done = match parse(&chain.request) {
-            Asked::Nothing(status) => return Ok(Done::Failed(status)),
-            Asked::Create(_) if !control.sessions.have_room() => return Ok(Done::REFUSED),
+            Asked::Nothing(status) => Ok(Done::Failed(status)),
+            Asked::Create(_) if !sessions.have_room() => Ok(Done::REFUSED),
             Asked::Create(session) => backend.create_crypto_session(&session).map(|id| {
-                control.sessions.add(id);
+                sessions.add(id);
                 Done::Created(id)
             }),
-            Asked::Close(id) if !control.sessions.remove(id) => return Ok(Done::UNKNOWN),
+            Asked::Close(id) if !sessions.remove(id) => Ok(Done::UNKNOWN),
             Asked::Close(id) => backend.close_crypto_session(id).map(|()| Done::Closed),
         };
-        match done {
+        let done = match done {
             Err(BackendError::Refused(error)) => {
                 log::debug!("{}: {error}", self.name);
-                Ok(Done::REFUSED)
+                Done::REFUSED
             }
-            other => other,
+            other => other?,
+        };
+        Ok(done.encode(chain.room()))
+    }
+
+    /// The driver wants to use so many pairs: the answer.
+    fn use_pairs(
+        &mut self,
+        wanted: u16,
+        rings: Range<u16>,
+        switch: RingSwitch,
+    ) -> Result<Vec<u8>, BackendError> {
+        let outcome = match self.phase {
+            Phase::Running(_) => self.switch_rings(rings, switch),
+            // The next backend is told.
+            _ => Ok(()),
+        };
+        match outcome {
+            Ok(()) => {}
+            Err(BackendError::Refused(_)) => return Ok(vec![pairs::ERROR]),
+            Err(lost) => return Err(lost),
         }
+        if let Some(Control { state: State::Pairs(pairs), .. }) = &mut self.control {
+            pairs.use_pairs(wanted);
+        }
+        Ok(vec![pairs::OK])
     }
 
     /// The driver, or the backend, left the queues in a state from which only a reset leads on.

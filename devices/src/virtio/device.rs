@@ -107,8 +107,8 @@ impl Device {
     pub fn new(parts: Parts, face: Box<dyn Face>) -> Result<Self, NewError> {
         let Parts { name, model, backend, memory } = parts;
         let Model { device_type, features, queues, queue_size, config, config_source, shared_memory } = model;
-        let ours = device_type.control_queue(queues);
-        let wiring = Wiring::new(queues, ours).map_err(NewError::Eventfd)?;
+        let control = Control::of(device_type.service(), queues);
+        let wiring = Wiring::new(queues, control.as_ref().map(Control::queue)).map_err(NewError::Eventfd)?;
         let config_call = Call::new().map_err(NewError::Eventfd)?;
         let config_route = face.connect_config(&config_call)?;
         let registers = Registers::new(Identity {
@@ -136,7 +136,7 @@ impl Device {
             phase: Phase::Idle,
             on_loss: OnLoss::default(),
             revival: Revival::default(),
-            control: ours.map(Control::of),
+            control,
             retired: false,
             trapped: Trapped::default(),
             activations: 0,

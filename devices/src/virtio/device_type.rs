@@ -7,6 +7,9 @@ use transport::vhost_user::features::{
     DeviceFeatures, DriverFeatures, ProtocolFeatures, UnknownFeature, Wanted,
 };
 
+use super::control::Service;
+use super::pairs;
+
 mod model;
 
 pub use model::{ConfigSource, Model, ModelError, Offer, Wishes};
@@ -144,8 +147,8 @@ pub struct DeviceType {
     ports: Option<PortsField>,
     writable: Writable,
     features: &'static [Feature],
-    /// The last queue is the control queue of a crypto device, which is ours to serve.
-    control: bool,
+    /// What the last queue is for, when it is ours to serve.
+    service: Service,
     /// Where the number of screens is: one, when a backend leaves it to the front end as QEMU's does (§5.7.4).
     screens: Option<usize>,
     /// The MTU that a network card shows, in place of the backend's.
@@ -170,7 +173,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         ports: None,
         writable: Writable::Fields(&[]),
         features: &[],
-        control: false,
+        service: Service::Nothing,
         screens: None,
         mtu: None,
         mac: None,
@@ -195,8 +198,8 @@ const BLK_FEATURES: &[Feature] = &[
     feature("zoned", 17, 93),
 ];
 
-// The control queue of vhost-user network devices is the front end's work in every other VMM, and so
-// backends offer it without serving it. We have no data plane to serve it with.
+// The control queue of vhost-user network devices is the front end's work in every VMM, and so backends offer it without
+// serving it. Ours takes the number of pairs and nothing else: we have no data plane to filter with.
 const NET_FEATURES: &[Feature] = &[
     feature("csum", 0, 0),
     feature("guest_csum", 1, 0),
@@ -298,7 +301,7 @@ const TYPES: &[DeviceType] = &[
     DeviceType { writable: Writable::Window(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
     row("vsock", 19, 3, 8),
     DeviceType {
-        control: true,
+        service: Service::Sessions,
         no_config: NoConfig::Instead(CRYPTO_CONFIG),
         queue_count: Some(QueueCountField { offset: 4, width: 4, others: 1, group: 1, feature: None }),
         ..row("crypto", 20, 2, 56)
@@ -486,10 +489,16 @@ impl DeviceType {
         fields.iter().any(|field| there(field) && within(field))
     }
 
-    /// Which of `queues` is ours to serve.
-    #[must_use]
-    pub fn control_queue(&self, queues: u16) -> Option<u16> {
-        queues.checked_sub(1).filter(|_| self.control)
+    /// What the last queue is for, when it is ours to serve.
+    pub(super) fn service(&self) -> Service {
+        self.service
+    }
+
+    /// The same type as the user wishes it: a network card with more than one pair of queues has a control queue besides, by
+    /// which its driver says how many it uses.
+    pub(super) fn wished(self, wishes: &Wishes) -> Self {
+        let several = self.id == NET && wishes.queues.is_some_and(|queues| queues >= 4);
+        if several { Self { service: Service::Pairs, ..self } } else { self }
     }
 
     /// Whether writing `data` at `offset` of `config` says nothing new.
@@ -547,7 +556,10 @@ impl DeviceType {
         for feature in self.features.iter().filter(|f| f.passage == Passage::OnRequest) {
             text.push_str(&format!("-bit{}", feature.bit));
         }
-        if self.control {
+        if self.service == Service::Pairs {
+            text.push_str(&format!("+bit{}+bit{}", pairs::CTRL_VQ, pairs::MQ));
+        }
+        if self.service == Service::Sessions {
             // Its configuration is the front end's: the reference front end never asks, and DPDK, which offers CONFIG with
             // any type, hangs up when it is asked.
             text.push_str("-config");
@@ -566,7 +578,7 @@ impl DeviceType {
             text.extend(sign);
         }
         let own = match self.id {
-            _ if self.control => ProtocolFeatures::CRYPTO_SESSION,
+            _ if self.service == Service::Sessions => ProtocolFeatures::CRYPTO_SESSION,
             NET => ProtocolFeatures::MTU.with(ProtocolFeatures::RARP),
             _ => ProtocolFeatures::NONE,
         };

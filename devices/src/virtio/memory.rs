@@ -39,7 +39,10 @@ impl Device {
         match self.backend.change_memory(memory, &rings) {
             Ok(bases) => {
                 self.memory = memory.clone();
-                self.wiring.went_on(running.iter().map(OwnedRing::index).zip(bases));
+                if !bases.is_empty() {
+                    self.wiring.went_on(running.iter().map(OwnedRing::index).zip(bases));
+                    self.leave_idle_pairs();
+                }
                 Ok(())
             }
             Err(BackendError::Refused(error)) => {

@@ -42,6 +42,7 @@ mod memory;
 pub mod mmio;
 pub mod opening;
 pub mod order;
+mod pairs;
 pub mod pci;
 mod pci_state;
 mod pci_windows;

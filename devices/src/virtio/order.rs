@@ -41,6 +41,7 @@ impl Order {
     /// # Errors
     /// When a feature name is not known.
     pub fn new(device_type: DeviceType, wishes: Wishes, features: &str) -> Result<Self, UnknownFeature> {
+        let device_type = device_type.wished(&wishes);
         let wanted = device_type.wanted(features)?;
         let (changes, extra) = (features.to_owned(), ProtocolFeatures::NONE);
         let (translations, display) = (None, None);

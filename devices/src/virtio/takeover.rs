@@ -353,12 +353,9 @@ impl Device {
         if let Some(queues) = absence.queues {
             self.phase = Phase::Running(queues.guards);
             self.activations += u64::from(queues.begin == Begin::Fresh);
-            match queues.begin {
-                Begin::Fresh => self.begin_control(),
-                Begin::Resumed => {
-                    self.continue_control();
-                    self.announce();
-                }
+            self.begin_control();
+            if queues.begin == Begin::Resumed {
+                self.announce();
             }
             // The lost one may have died between using a buffer and saying so.
             self.call_all();

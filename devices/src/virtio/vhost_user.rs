@@ -12,7 +12,7 @@ use transport::vhost_user::crypto::{SessionId, SymmetricSession};
 use transport::vhost_user::features::ProtocolFeatures;
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::{Ring, RingBase};
-use transport::vhost_user::{Error, InflightArea, IovaMap, LiveSession, Lost, Session, Stats};
+use transport::vhost_user::{Error, InflightArea, IovaMap, LiveSession, Lost, RingSwitch, Session, Stats};
 
 use super::backend::{Backend, BackendError, BackendStats, Begin, Start};
 pub use super::opening::{OpenError, Opened, open};
@@ -378,6 +378,10 @@ impl Backend for VhostUser {
         let live = self.live()?;
         let can = live.session().protocol().contains(ProtocolFeatures::RARP);
         if can { live.send_rarp(mac).map_err(failed) } else { Ok(()) }
+    }
+
+    fn switch_rings(&mut self, queues: &[u16], switch: RingSwitch) -> Result<(), BackendError> {
+        self.live()?.switch_rings(queues, switch).map_err(failed)
     }
 
     fn create_crypto_session(&mut self, session: &SymmetricSession) -> Result<SessionId, BackendError> {

@@ -277,11 +277,18 @@ impl LiveSession {
 
     /// Enables or disables a started ring. Needs feature bit 30; some back-ends ignore it, so it pauses nothing.
     pub fn switch_ring(&mut self, index: u16, switch: RingSwitch) -> Result<(), Error> {
+        self.switch_rings(&[index], switch)
+    }
+
+    /// The same for several. Blocks for one deadline at most, all together.
+    pub fn switch_rings(&mut self, indexes: &[u16], switch: RingSwitch) -> Result<(), Error> {
         let deadline = self.session.channel.deadline();
         let num = u32::from(switch == RingSwitch::Enabled);
-        let state = VringState { index: index.into(), num };
         let channel = &mut self.session.channel;
-        channel.exchange(Request::SET_VRING_ENABLE, state.as_bytes(), &[], &deadline).map(|_| ())
+        indexes.iter().try_for_each(|index| {
+            let state = VringState { index: u32::from(*index), num };
+            channel.exchange(Request::SET_VRING_ENABLE, state.as_bytes(), &[], &deadline).map(|_| ())
+        })
     }
 
     /// Kicks a ring by message. Needs INBAND_NOTIFICATIONS; waits until the back-end has processed it.

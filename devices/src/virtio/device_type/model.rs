@@ -4,7 +4,9 @@
 use transport::vhost_user::features::{DeviceFeatures, bit};
 
 use super::{DeviceType, MAX_QUEUES, MTU_PLACE, NET_F_MAC, NET_F_MTU, NoConfig, TAG_SIZE};
+use crate::virtio::control::Service;
 use crate::virtio::device::Device;
+use crate::virtio::pairs;
 use crate::virtio::queue::MAX_QUEUE_SIZE;
 use crate::virtio::registers::SharedMemory;
 
@@ -119,19 +121,30 @@ impl DeviceType {
     ///
     /// # Errors
     /// When that does not go together.
-    pub fn model(self, offer: Offer, wishes: &Wishes) -> Result<Model, ModelError> {
+    pub fn model(mut self, offer: Offer, wishes: &Wishes) -> Result<Model, ModelError> {
         wishes.validate()?;
-        let Offer { features, queue_num, config } = offer;
+        let Offer { mut features, queue_num, config } = offer;
         if !features.has(bit::VERSION_1) {
             return Err(ModelError::Legacy);
         }
-        let ours = u16::from(self.control);
-        let of_backend = |n: u16| n.saturating_mul(self.queue_unit).saturating_add(ours).min(MAX_QUEUES);
-        let served = queue_num.map_or(MAX_QUEUES, of_backend);
+        if self.service == Service::Pairs {
+            let needs = 1 << pairs::CTRL_VQ | 1 << pairs::MQ;
+            if features.bits() & needs != needs || queue_num.is_none_or(|pairs| pairs < 2) {
+                log::warn!("the net backend has no several pairs of queues: drivers use one");
+                features = DeviceFeatures::from_bits(features.bits() & !needs);
+                self.service = Service::Nothing;
+            }
+        }
+        let ours = u16::from(self.service != Service::Nothing);
+        // Whole pairs, and one queue more.
+        let most = if self.service == Service::Pairs { MAX_QUEUES - 1 } else { MAX_QUEUES };
+        let of_backend = |n: u16| n.saturating_mul(self.queue_unit).saturating_add(ours).min(most);
+        let served = queue_num.map_or(most, of_backend);
         let ported = self.queues_for_ports(features, config.as_deref().unwrap_or_default());
         let lacking = self.last_queue.is_some_and(|feature| !features.has(feature));
         let needs = self.queues.saturating_sub(u16::from(lacking));
-        let queues = wishes.queues.unwrap_or(ported.unwrap_or(needs).min(served.max(needs)));
+        let wished = wishes.queues.map(|n| if self.service == Service::Pairs { n / 2 * 2 + 1 } else { n });
+        let queues = wished.unwrap_or(ported.unwrap_or(needs).min(served.max(needs)));
         if served < queues.min(needs) {
             return Err(ModelError::TooFewQueues { kind: self.name, has: served, needs });
         }
@@ -178,7 +191,7 @@ impl DeviceType {
     /// Takes out the features whose configuration fields we do not have: a driver would read zeroes.
     fn visible(&self, features: DeviceFeatures, config_size: usize) -> DeviceFeatures {
         let lacking = self.features.iter().filter(|f| usize::from(f.config_end) > config_size);
-        let unserved = if self.control { Device::UNSERVED } else { 0 };
+        let unserved = if self.service == Service::Nothing { 0 } else { Device::UNSERVED };
         DeviceFeatures::from_bits(lacking.fold(features.bits() & !unserved, |bits, f| bits & !(1 << f.bit)))
     }
 
