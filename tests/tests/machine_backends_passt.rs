@@ -4,7 +4,7 @@
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
@@ -23,6 +23,7 @@ const MIB: usize = 1 << 20;
 const EXCHANGE: Duration = Duration::from_secs(30);
 /// The host's 127.0.0.1, as the guest calls it; 169.254.2.1 would be the other way round where the host has no network.
 const HOST: &str = "10.9.0.1";
+const MAC: &str = "02:00:00:00:00:07";
 
 /// passt moves into an empty folder by pivot_root(), which nothing can do whose root is the first one of all, as the lab's is.
 const ON_A_ROOT_OF_ITS_OWN: &str = r#"exec unshare -m sh -c 'mkdir -p /passt && mount --rbind / /passt && cd /passt &&
@@ -119,9 +120,9 @@ for n in $(seq 100); do netstat -ltn | grep -q ":{port} " && exit; usleep 50000;
 /// come then, when both sides are done at about the same time.
 fn outwards(guest: &mut Guest, net: &Net) {
     let text = format!(
-        r#"head -c {MIB} /dev/urandom >/tmp/sent; : >/tmp/back
-{{ cat /tmp/sent; for n in $(seq 400); do [ $(wc -c </tmp/back) -lt {MIB} ] || break; usleep 50000; done; }} |
-    nc {HOST} {} >/tmp/back; cmp /tmp/sent /tmp/back"#,
+        r#"head -c {MIB} /dev/urandom >/tmp/sent; [ -p /tmp/all ] || mkfifo /tmp/all
+{{ cat /tmp/sent; read -r _ </tmp/all; }} | nc {HOST} {} | {{ head -c {MIB} >/tmp/back; echo >/tmp/all; }}
+cmp /tmp/sent /tmp/back"#,
         net.port
     );
     let done = guest.exec(&text, EXCHANGE);
@@ -132,6 +133,7 @@ fn outwards(guest: &mut Guest, net: &Net) {
 fn inwards(net: &Net) {
     let stream = TcpStream::connect(("127.0.0.2", net.port)).unwrap();
     stream.set_read_timeout(Some(wait::patience(EXCHANGE))).unwrap();
+    stream.set_write_timeout(Some(wait::patience(EXCHANGE))).unwrap();
     let mut sent = vec![0; MIB];
     File::open("/dev/urandom").unwrap().read_exact(&mut sent).unwrap();
     let mut back = vec![0; MIB];
@@ -193,8 +195,9 @@ fn the_link_goes_on_when_passt_is_killed_under_load_and_started_again() {
     need!(ready());
     let Some(program) = program("passt") else { return };
     let mut net = Net::start(&program);
-    let mut guest = Guest::boot(net.launch(",reconnect=0"));
+    let mut guest = Guest::boot(net.launch(&format!(",reconnect=0,mac={MAC}")));
     join(&mut guest, &net);
+    assert_eq!(guest.run("cat /sys/class/net/eth0/address"), MAC);
     let received = "cat /sys/class/net/eth0/statistics/rx_bytes";
     for _ in 0..KILLS {
         // There and back without end.
@@ -203,11 +206,16 @@ fn the_link_goes_on_when_passt_is_killed_under_load_and_started_again() {
         wait::until("load", EXCHANGE, || (guest.number(received) > before + MIB as u64 / 4).then_some(()));
         net.passt.kill_and_restart();
         // Connections of the first passt are nothing to the second, which says so.
-        guest.run("for n in $(seq 200); do kill -0 $(cat /tmp/load) 2>/dev/null || exit 0; usleep 100000; done; exit 1");
+        let gone = "for n in $(seq 500); do kill -0 $(cat /tmp/load) 2>/dev/null || exit 0; usleep 100000; done; exit 1";
+        assert_eq!(guest.exec(gone, 2 * EXCHANGE).status, 0, "the load waits for ever");
         outwards(&mut guest, &net);
         inwards(&net);
         datagrams(&mut guest, &net);
     }
     let ended = end(guest);
     assert_eq!(ended.stats().number("/devices/0/recoveries"), KILLS, "{ended}");
+    // Each passt is told where the guest is; that it takes that is all that it does with it.
+    let trace = fs::read_to_string(ended.files.path("trace")).unwrap();
+    let announced = trace.lines().filter(|line| line.contains("> SEND_RARP"));
+    assert_eq!(announced.count() as u64, KILLS, "{ended}");
 }
