@@ -26,10 +26,13 @@ pub fn skipped(why: &str) {
     std::io::stderr().write_all(line.as_bytes()).unwrap_or_default();
 }
 
-/// Waits until a server listens: its socket has a name from bind() on, and refuses connections until listen().
+/// Waits until a server listens.
 pub fn until_listening(socket: &Path, limit: Duration) {
-    eventually(&format!("a server listens on {}", socket.display()), limit, || {
-        let table = std::fs::read_to_string("/proc/net/unix").unwrap();
-        table.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(socket.to_str().unwrap()))
-    });
+    eventually(&format!("a server listens on {}", socket.display()), limit, || is_listening(socket));
+}
+
+/// Whether a server listens: its socket has a name from bind() on, and refuses connections until listen().
+pub fn is_listening(socket: &Path) -> bool {
+    let table = std::fs::read_to_string("/proc/net/unix").unwrap();
+    table.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(socket.to_str().unwrap()))
 }
