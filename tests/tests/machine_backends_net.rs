@@ -43,7 +43,7 @@ fn loop_back(role: &str, iommu: &str) {
     );
     let launch = need!(guest("virtio_net", &script));
     let device = format!(
-        "net,socket={},server={},iommu={iommu},mtu=1400",
+        "net,socket={},server={},iommu={iommu},mtu=1400,deadline=30000",
         scratch.path("net").display(),
         if client == 1 { "on" } else { "off" }
     );
