@@ -208,14 +208,21 @@ impl Device {
         self.face.show_registers(&self.registers);
     }
 
+    /// Whether requests of this queue are refused though the device is broken: Linux waits for the answer to how many pairs it may use,
+    /// turning, and all that would change the guest's network waits behind it.
+    pub(super) fn refuses(&self, queue: u16) -> bool {
+        let pairs = self.control.as_ref().filter(|control| matches!(control.state, State::Pairs(_)));
+        matches!(self.phase, Phase::Broken(_)) && pairs.is_some_and(|control| control.queue == queue)
+    }
+
     /// How many pairs a driver uses can be noted without a backend; it waits for the answer, and nothing else meanwhile.
-    fn serves_control(&self) -> bool {
+    fn serves_control(&self, queue: u16) -> bool {
         match (&self.phase, &self.control) {
             (Phase::Running(_), _) => true,
             (Phase::Recovering(absence), Some(Control { state: State::Pairs(_), .. })) => {
                 absence.queues.is_some()
             }
-            _ => false,
+            _ => self.refuses(queue),
         }
     }
 
@@ -224,12 +231,13 @@ impl Device {
         if let Err(error) = self.wiring.take_kick(queue) {
             log::warn!("{}: cannot read its control queue's eventfd: {error}", self.name);
         }
-        if !self.serves_control() {
+        if !self.serves_control(queue) {
             return;
         }
         match self.serve_one(queue) {
             Ok(false) => {}
             Ok(true) => self.continue_control(),
+            Err(error) if self.refuses(queue) => log::debug!("{}: {error}", self.name),
             Err(error) => {
                 self.stop_and_need_reset(format!("queue {queue} cannot be served: {error}"));
             }
@@ -304,6 +312,7 @@ impl Device {
     ) -> Result<Vec<u8>, BackendError> {
         let outcome = match self.phase {
             Phase::Running(_) => self.switch_rings(rings, switch),
+            Phase::Broken(_) => return Ok(vec![pairs::ERROR]),
             // The next backend is told.
             _ => Ok(()),
         };

@@ -377,7 +377,7 @@ impl Device {
     }
 
     fn ring(&self, queue: u16) {
-        if self.phase.takes_kicks()
+        if (self.phase.takes_kicks() || self.refuses(queue))
             && let Err(error) = self.wiring.kick(queue)
         {
             log::warn!("{}: cannot kick queue {queue}: {error}", self.name);

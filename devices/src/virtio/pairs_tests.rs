@@ -187,7 +187,21 @@ fn backend_that_dies_of_a_switch_leaves_the_driver_with_an_answer() {
     let (guest, _channel, _hang_up) = Guest::new(opened);
     start(&guest, BOTH, 5);
     assert_eq!(ask(&guest, 0, 2), ERROR);
-    assert!(matches!(guest.device.handle().phase(), PhaseReport::Broken(_)));
+    let handle = guest.device.handle();
+    assert!(matches!(handle.phase(), PhaseReport::Broken(_)));
+    // And so it is until the driver resets the device.
+    let kicks = handle.kicks_to_serve().unwrap();
+    let [(CONTROL, kick)] = kicks.as_slice() else { panic!("the last queue's kick alone") };
+    assert_eq!(kick.take().unwrap(), 0);
+    guest.write(0x50, 0);
+    guest.write(0x50, CONTROL.into());
+    assert_eq!(kick.take().unwrap(), 1, "whoever watches is woken");
+    assert_eq!(ask(&guest, 1, 2), ERROR);
+    guest.write(0x70, 0);
+    let before = guest.load(place(CONTROL) + 0x2002, 2);
+    guest.store(place(CONTROL) + 0x1002, &3_u16.to_le_bytes());
+    handle.serve_kick(CONTROL);
+    assert_eq!(guest.load(place(CONTROL) + 0x2002, 2), before, "rings of a driver that is gone");
 }
 
 #[test]
