@@ -51,7 +51,7 @@ fn finish(launch: Launch) -> Ended {
 /// A shell script: the first half of a disk is copied to the second, past the guest's page cache, and compared.
 fn copy(disk: &str, mib: usize) -> String {
     format!(
-        r#"dd if={disk} of={disk} bs=1M count={mib} seek={mib} iflag=direct oflag=direct 2>/dev/null || exit 1
+        r#"dd if={disk} of={disk} bs=1M count={mib} seek={mib} iflag=direct oflag=direct 2>/tmp/dd || {{ cat /tmp/dd; dmesg | tail -n 40; exit 1; }}
 a=$(dd if={disk} bs=256k count=$(({mib} * 4)) iflag=direct 2>/dev/null | md5sum)
 b=$(dd if={disk} bs=1M count={mib} skip={mib} iflag=direct 2>/dev/null | md5sum)
 [ "$a" = "$b" ] || exit 2
