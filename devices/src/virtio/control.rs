@@ -131,24 +131,31 @@ impl Device {
         }
     }
 
-    /// A backend runs the queues: those of a card that its driver does not use are switched off, and what was asked meanwhile
-    /// is done.
+    /// A backend runs the queues: what was asked meanwhile is done, after those of a card that its driver does not use are
+    /// switched off. By whoever serves the control queue, as the vCPU that started them has waited for one deadline already.
     pub(super) fn begin_control(&mut self) {
-        self.leave_idle_pairs();
+        if let Some(Control { state: State::Pairs(pairs), .. }) = &mut self.control {
+            pairs.started();
+        }
         self.continue_control();
     }
 
-    /// The backend has started all queues, of which the driver may use fewer.
-    pub(super) fn leave_idle_pairs(&mut self) {
-        let Some(Control { state: State::Pairs(pairs), .. }) = &self.control else { return };
-        if !self.registers.accepted().is_some_and(|features| features.has(pairs::MQ)) {
-            return;
+    /// The backend has started all queues, of which the driver may use fewer. Says whether it was asked to switch some off.
+    fn leave_idle_pairs(&mut self) -> bool {
+        let Some(Control { state: State::Pairs(pairs), .. }) = &mut self.control else { return false };
+        if !matches!(self.phase, Phase::Running(_)) {
+            return false;
         }
-        match self.switch_rings(pairs.idle(), RingSwitch::Disabled) {
+        let Some(idle) = pairs.take_idle() else { return false };
+        if !self.registers.accepted().is_some_and(|features| features.has(pairs::MQ)) {
+            return false;
+        }
+        match self.switch_rings(idle, RingSwitch::Disabled) {
             Ok(()) => {}
             Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
             Err(BackendError::Refused(_)) => self.note("the backend does not switch queues off"),
         }
+        true
     }
 
     /// Switches those of `queues` that the driver enabled.
@@ -234,7 +241,8 @@ impl Device {
         if !self.serves_control(queue) {
             return;
         }
-        match self.serve_one(queue) {
+        let served = if self.leave_idle_pairs() { Ok(true) } else { self.serve_one(queue) };
+        match served {
             Ok(false) => {}
             Ok(true) => self.continue_control(),
             Err(error) if self.refuses(queue) => log::debug!("{}: {error}", self.name),

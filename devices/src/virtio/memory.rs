@@ -41,7 +41,7 @@ impl Device {
                 self.memory = memory.clone();
                 if !bases.is_empty() {
                     self.wiring.went_on(running.iter().map(OwnedRing::index).zip(bases));
-                    self.leave_idle_pairs();
+                    self.begin_control();
                 }
                 Ok(())
             }

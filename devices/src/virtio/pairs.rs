@@ -21,12 +21,14 @@ pub(super) const ERROR: u8 = 1;
 pub(super) struct Pairs {
     most: u16,
     used: u16,
+    /// A backend has started all rings, and was not told yet which are idle.
+    all_on: bool,
 }
 
 impl Pairs {
     /// Those of a card with so many queues, the control queue among them.
     pub(super) fn of(queues: u16) -> Self {
-        Self { most: queues / 2, used: 1 }
+        Self { most: queues / 2, used: 1, all_on: false }
     }
 
     /// As after a reset: the driver uses one.
@@ -51,9 +53,14 @@ impl Pairs {
         self.used = wanted;
     }
 
-    /// The rings that are not in use.
-    pub(super) fn idle(&self) -> Range<u16> {
-        rings(self.used, self.most)
+    /// A backend has started all rings.
+    pub(super) fn started(&mut self) {
+        self.all_on = true;
+    }
+
+    /// The rings that are not in use, once after each start.
+    pub(super) fn take_idle(&mut self) -> Option<Range<u16>> {
+        std::mem::take(&mut self.all_on).then(|| rings(self.used, self.most))
     }
 }
 

@@ -19,11 +19,16 @@ const CONTROL: u16 = 4;
 #[test]
 fn rings_follow_what_the_driver_says_and_nonsense_changes_nothing() {
     let mut pairs = Pairs::of(9);
-    assert_eq!(pairs.idle(), 2..8);
+    let idle = |pairs: &mut Pairs| {
+        assert_eq!(pairs.take_idle(), None, "nothing has started");
+        pairs.started();
+        pairs.take_idle().unwrap()
+    };
+    assert_eq!(idle(&mut pairs), 2..8);
     assert_eq!(pairs.asked(&[4, 0, 3, 0]), Some(3));
     assert_eq!(pairs.step(3), (2..6, RingSwitch::Enabled));
     pairs.use_pairs(3);
-    assert_eq!(pairs.idle(), 6..8);
+    assert_eq!(idle(&mut pairs), 6..8);
     let nonsense =
         [&[4, 0, 0, 0][..], &[4, 0, 5, 0], &[4, 0, 0, 1], &[4, 1, 1, 0], &[0, 0, 1, 0], &[4, 0, 1], &[]];
     for request in nonsense {
@@ -32,7 +37,7 @@ fn rings_follow_what_the_driver_says_and_nonsense_changes_nothing() {
     assert_eq!(pairs.step(3), (6..6, RingSwitch::Disabled));
     assert_eq!(pairs.step(2), (4..6, RingSwitch::Disabled));
     pairs.reset();
-    assert_eq!(pairs.idle(), 2..8);
+    assert_eq!(idle(&mut pairs), 2..8);
 }
 
 fn offer(features: u32, pairs: u64) -> Offer {
@@ -84,6 +89,17 @@ fn start(guest: &Guest, features: u32, queues: u16) {
     guest.write(0x70, 0xf);
 }
 
+/// Serves the control queue as the control loop does: while its kick rings.
+fn serve(guest: &Guest) {
+    let handle = guest.device.handle();
+    let kicks = handle.kicks_to_serve().unwrap();
+    let [(CONTROL, kick)] = kicks.as_slice() else { panic!("the last queue's kick alone") };
+    handle.serve_kick(CONTROL);
+    while kick.take().unwrap() > 0 {
+        handle.serve_kick(CONTROL);
+    }
+}
+
 /// Asks for so many pairs: the answer. `number` counts the requests from 0.
 fn ask(guest: &Guest, number: u16, pairs: u16) -> u8 {
     let at = place(CONTROL);
@@ -97,7 +113,7 @@ fn ask(guest: &Guest, number: u16, pairs: u16) -> u8 {
     descriptor(1, 4, 1, 2);
     guest.store(at + 0x1000 + 4 + 2 * u64::from(number % SIZE), &[0, 0]);
     guest.store(at + 0x1000 + 2, &(number + 1).to_le_bytes());
-    guest.device.handle().serve_kick(CONTROL);
+    serve(guest);
     assert_eq!(guest.load(at + 0x2000 + 2, 2), (number + 1).to_le_bytes());
     guest.load(at + 0x3004, 1)[0]
 }
@@ -121,6 +137,8 @@ fn driver_has_as_many_rings_served_as_it_asks_for() {
     );
     let (guest, _channel, _hang_up) = Guest::new(opened);
     start(&guest, BOTH, 5);
+    assert_eq!(switched(&backend), STARTED[..4], "no more than the start on the vCPU");
+    serve(&guest);
     assert_eq!(switched(&backend), STARTED, "a driver uses one pair until it says more");
     assert_eq!(ask(&guest, 0, 2), OK);
     assert_eq!(switched(&backend)[6..], [(2, 1), (3, 1)]);
@@ -133,14 +151,17 @@ fn driver_has_as_many_rings_served_as_it_asks_for() {
     // Queues that stop for a moment, as memory comes or goes, are switched as they were.
     let before = switched(&backend).len();
     guest.device.handle().change_memory(guest.ram()).unwrap();
+    serve(&guest);
     assert_eq!(switched(&backend)[before..], STARTED);
     // The next driver begins with one again.
     assert_eq!(ask(&guest, 6, 2), OK);
     let before = switched(&backend).len();
     start(&guest, BOTH, 5);
+    serve(&guest);
     assert_eq!(switched(&backend)[before..], STARTED);
     // And one that knows of no more has nothing switched.
     start(&guest, 0, 2);
+    serve(&guest);
     assert_eq!(switched(&backend)[before + 6..], [(0, 1), (1, 1)]);
     assert_eq!((guest.device.handle().phase(), backend.breaches()), (PhaseReport::Running, vec![]));
     start(&guest, 1 << CTRL_VQ, 3);
@@ -159,6 +180,7 @@ fn next_backend_serves_the_rings_that_the_driver_uses() {
     let mut comes_back = |expected: &[(u8, u8)]| {
         let (next, connection) = connect(offer(BOTH, 2), Script::normal());
         reconnect.attempt(&guest.device.handle(), connection, drop).unwrap();
+        serve(&guest);
         assert_eq!(switched(&next), expected);
         backends.push(next);
     };
