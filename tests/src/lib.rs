@@ -13,7 +13,7 @@
 //! | [`gadget`] | the same with what few backends do: shared memory, shared objects |
 //! | [`served`] | how both start and end |
 //! | [`backends`] | backends that others wrote, and guests with the drivers for them |
-//! | [`switch`] | Open vSwitch with two ports
+//! | [`switch`] | Open vSwitch with two ports |
 //! | [`qemu_server`] | QEMU as a vfio-user server of its own devices |
 //! | [`vfio`] | our vfio-user servers on the crate `vfio_user`, and guests that drive them |
 //! | [`explained`] | what the program says when it cannot do something |
