@@ -15,7 +15,7 @@ use crate::ports::{
     RegisterPage, Route, WriteMatch,
 };
 use crate::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
-use crate::virtio::device_type::{ConfigSource, DeviceType, Model};
+use crate::virtio::types::table::{ConfigSource, DeviceType, Model};
 
 /// Guest RAM of the tests: one region from 0.
 pub(crate) const RAM: u64 = 0x40_0000;

@@ -25,16 +25,16 @@ use devices::serial::Serial;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
-use crate::attach::{Attached, Detached, Site};
 use crate::config::Transport;
 use crate::console::Console;
+use crate::devices::vfio::{Placed, Spare};
+use crate::devices::virtio::{Attached, Detached, Site};
 use crate::error::Error;
-use crate::kvm::{self, KvmPorts};
-use crate::lifecycle::{Lifecycle, Request};
-use crate::memory::{Access, Mapping, Slot, Slots};
-use crate::peer_memory::PeerMemory;
-use crate::vcpu::{Vcpu, VcpuCounters};
-use crate::vfio_user::{Placed, Spare};
+use crate::host::kvm::{self, KvmPorts};
+use crate::host::memory::{Access, Mapping, Slot, Slots};
+use crate::host::peer_memory::PeerMemory;
+use crate::life::gate::{Lifecycle, Request};
+use crate::life::vcpu::{Vcpu, VcpuCounters};
 
 /// What a board is built from; all of it outlives the board.
 pub(crate) struct Parts<'m> {

@@ -15,11 +15,11 @@ use crate::config::{
     Config, Image, Memory, OnReset, Serial, load_toml, parse_device_type, parse_memory, parse_serial,
     parse_vfio_user, parse_vhost_user,
 };
+use crate::console::terminal;
 use crate::error::{Error, Fault};
 use crate::machine::{End, Machine, Outcome};
-use crate::terminal;
-use crate::workbench::trace::Tracer;
-use crate::workbench::{check, probe};
+use crate::tools::trace::Tracer;
+use crate::tools::{check, probe};
 
 const EXIT_CODES: &str = "Exit codes: 0 the guest shut down (or Ctrl-A x) · 1 internal error · 2 usage or \
 configuration · 3 this host cannot run it · 4 a peer failed · 5 the guest crashed · 128+N ended by signal N";
@@ -216,13 +216,13 @@ fn probe(options: &Probe) -> Result<ExitCode, Error> {
 fn run(options: Run) -> Result<ExitCode, Error> {
     crate::logging::start(options.verbose);
     terminal::restore_on_panic();
-    crate::descriptors::allow_many();
+    crate::host::descriptors::allow_many();
     let Job { config, stats } = options.job()?;
     // Before the machine: a path that cannot be written is better known now than at the end.
     let mut sink = stats.map(StatsSink::open).transpose()?;
     let mut machine = Machine::build(config)?;
     machine.watch_signals()?;
-    crate::memory::release_text();
+    crate::host::memory::release_text();
     let Outcome { end, stats } = machine.run()?;
     if let Some(sink) = sink.as_mut() {
         sink.write(&stats)?;

@@ -19,43 +19,30 @@
 //! # }
 //! ```
 //!
-//! | module | what it holds |
+//! | chapter | what it holds |
 //! |--|--|
 //! | [`cli`], [`config`] | from words to plain data |
 //! | [`machine`], `board` | the wiring: one list read from top to bottom |
-//! | [`kvm`], [`memory`], [`peer_memory`] | `devices::ports` on KVM |
-//! | `memory`, `descriptors` | the only unsafe code: addresses and raw descriptors |
-//! | [`vcpu`], [`lifecycle`] | running, stopping, counting exits |
-//! | `control`, `peers`, `console` | everything that is not a guest's exit |
-//! | [`workbench`] | `check` and its like |
+//! | [`host`] | KVM, memory mappings and slots, raw descriptors (the only unsafe code) |
+//! | [`life`] | vCPU threads: running, stopping, counting exits |
+//! | `devices` | the machine's devices, and how a lost backend is found again |
+//! | `control` | the control loop, and the thread that answers peers' own requests |
+//! | [`console`] | where the guest's serial port leads |
+//! | [`tools`] | `check` and its like |
 
-mod attach;
 mod board;
 pub mod cli;
 pub mod config;
-mod console;
+pub mod console;
 mod control;
-mod crash;
-mod descriptors;
+mod devices;
 pub mod error;
-#[doc(hidden)]
-mod huge_memory;
-pub mod keyboard;
-pub mod kvm;
-pub mod lifecycle;
+pub mod host;
+pub mod life;
 mod logging;
 pub mod machine;
-pub mod memory;
-pub mod peer_memory;
-mod peers;
-mod recovery;
-mod shared_objects;
 pub mod stats;
-mod terminal;
-pub mod vcpu;
-mod vfio_user;
-mod windows;
-pub mod workbench;
+pub mod tools;
 
 pub use error::Error;
 pub use machine::{End, Handle, Machine, Outcome};

@@ -14,28 +14,28 @@ use arch::platform::{Discovery, PciRoot, PciSlots, Platform, SerialPort};
 use arch::ram::{Hugepages, Ram};
 use devices::pci::DeviceNumber;
 use devices::virtio::DeviceHandle;
-use devices::virtio::revival::Trial;
+use devices::virtio::recovery::revival::Trial;
 use kvm_ioctls::Kvm;
 use rustix::fs::{MemfdFlags, memfd_create};
 use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
 use transport::vfio_user::Limits;
 
-use crate::attach::{Attached, Detached, Surroundings};
 use crate::board::{Board, Parts};
 use crate::config::{Config, Image, OnReset, Transport};
 use crate::console::Console;
 use crate::control::Control;
+use crate::control::peers::{Heard, Peers};
+use crate::devices::recovery::{Plan, Stop};
+use crate::devices::vfio::Spare;
+use crate::devices::virtio::{Attached, Detached, Surroundings};
+use crate::devices::windows::Windows;
 use crate::error::Error;
-use crate::huge_memory::HugeMemory;
-use crate::kvm;
-use crate::lifecycle::Request;
-use crate::memory::{Mapping, mind_shorter_files};
-use crate::peers::{Heard, Peers};
-use crate::recovery::{Plan, Stop};
+use crate::host::huge_memory::HugeMemory;
+use crate::host::kvm;
+use crate::host::memory::{Mapping, mind_shorter_files};
+use crate::life::gate::Request;
+use crate::life::vcpu::VcpuCounters;
 use crate::stats::{Startup, Stats};
-use crate::vcpu::VcpuCounters;
-use crate::vfio_user::Spare;
-use crate::windows::Windows;
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@
 use devices::bus::BusCounters;
 use serde::Serialize;
 
-use crate::vcpu::VcpuStats;
+use crate::life::vcpu::VcpuStats;
 
 /// Everything counted while a machine lived.
 #[derive(Clone, Debug, Default, Serialize)]

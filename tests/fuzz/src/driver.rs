@@ -2,7 +2,7 @@
 
 use devices::bus::BusDevice;
 use devices::virtio::PhaseReport;
-use devices::virtio::mmio::MmioDevice;
+use devices::virtio::transport::mmio::MmioDevice;
 
 use crate::input::Input;
 use crate::ports::Recorder;

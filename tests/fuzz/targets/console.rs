@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vmm::keyboard::{Key, Keyboard};
+use vmm::console::keyboard::{Key, Keyboard};
 
 const ESCAPE: u8 = 1;
 

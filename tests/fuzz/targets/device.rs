@@ -2,9 +2,9 @@
 //! the other.
 #![no_main]
 
-use devices::virtio::device_type::{DeviceType, Wishes};
-use devices::virtio::mmio::{MmioDevice, Place};
-use devices::virtio::vhost_user::{Order, open};
+use devices::virtio::backend::vhost_user::{Order, open};
+use devices::virtio::transport::mmio::{MmioDevice, Place};
+use devices::virtio::types::table::{DeviceType, Wishes};
 use devices::virtio::{OnLoss, Parts, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::driver::{all_of_its_page, step, true_to_its_page};

@@ -1,7 +1,7 @@
 //! `features=`: the names that a user writes, on their own and for each device type.
 #![no_main]
 
-use devices::virtio::device_type::DeviceType;
+use devices::virtio::types::table::DeviceType;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
 use transport::vhost_user::{DeviceFeatures, ProtocolFeatures, Wanted};

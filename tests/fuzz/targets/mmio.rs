@@ -5,9 +5,9 @@
 use std::sync::{Arc, Mutex};
 
 use devices::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
-use devices::virtio::device_type::{ConfigSource, DeviceType, Model};
-use devices::virtio::mmio::{MmioDevice, Place};
-use devices::virtio::takeover::Candidate;
+use devices::virtio::recovery::take_over::Candidate;
+use devices::virtio::transport::mmio::{MmioDevice, Place};
+use devices::virtio::types::table::{ConfigSource, DeviceType, Model};
 use devices::virtio::{OnLoss, Parts, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::driver::{all_of_its_page, step, true_to_its_page};

@@ -2,8 +2,8 @@
 //! the specification promises.
 #![no_main]
 
-use devices::virtio::registers::{Effect, Half, Identity, Reg, Registers, SharedMemory};
-use devices::virtio::status::Status;
+use devices::virtio::core::registers::{Effect, Half, Identity, Reg, Registers, SharedMemory};
+use devices::virtio::core::status::Status;
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
 use transport::memory_map::GuestAddr;

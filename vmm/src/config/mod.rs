@@ -17,9 +17,9 @@ use std::time::Duration;
 
 use crate::error::Error;
 
-use devices::virtio::device_type::Wishes;
-use devices::virtio::iommu::Iommu;
-use devices::virtio::vhost_user::Order;
+use devices::virtio::backend::vhost_user::Order;
+use devices::virtio::ring::address::Iommu;
+use devices::virtio::types::table::Wishes;
 pub(crate) use parse::parse_device_type;
 pub use parse::{parse_memory, parse_serial, parse_vhost_user};
 pub use toml_file::load as load_toml;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arch::ram::Hugepages;
-use devices::virtio::device_type::{DeviceType, Wishes};
-use devices::virtio::iommu::Iommu;
-use devices::virtio::order::{Display, Order};
+use devices::virtio::backend::spec::{Display, Order};
+use devices::virtio::ring::address::Iommu;
+use devices::virtio::types::table::{DeviceType, Wishes};
 
 use super::{DEFAULT_DEADLINE, Memory, Role, Serial, Socket, Transport, VhostUser};
-use crate::descriptors;
 use crate::error::Error;
+use crate::host::descriptors;
 
 /// RAM comes in steps of this size, because some backends ignore regions that are not 2 MiB multiples.
 const MEMORY_STEP: u64 = 2 << 20;

@@ -1,0 +1,193 @@
+//! A vhost-user backend is asked what it is, and a device made of that. Must never start its queues.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use transport::memory_map::GuestAddr;
+use transport::vhost_user::features::{ProtocolFeatures, bit};
+use transport::vhost_user::{Connection, Error, IovaMap, Session};
+
+use crate::virtio::backend::requests::{Calls, NotifierPlace, OwnChannel};
+use crate::virtio::backend::shared_memory::SharedRegions;
+use crate::virtio::backend::spec::Order;
+use crate::virtio::backend::vhost_user::VhostUser;
+use crate::virtio::core::registers::SharedMemory;
+use crate::virtio::recovery::candidate::Reconnect;
+use crate::virtio::types::table::{Model, ModelError, Offer};
+
+/// Bytes of shared memory that a device may have: more, no guest could map.
+const SHARED_MEMORY_MAX: u64 = 1 << 40;
+
+/// Why there is no device at the other end.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The backend failed.
+    #[error(transparent)]
+    Peer(#[from] Error),
+    /// It works, but is not what was asked for.
+    #[error("{peer} does not fit")]
+    Unfit {
+        /// The backend's name.
+        peer: String,
+        /// Why not.
+        source: ModelError,
+    },
+    /// The display that a GPU is to draw on.
+    #[error("cannot connect to the display's socket {name}")]
+    Display {
+        /// Where it should be.
+        name: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// No fd is to be had.
+    #[error("cannot duplicate a socket")]
+    Fd(#[source] io::Error),
+}
+
+impl OpenError {
+    /// What the user may try.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Peer(error) => error.hint(),
+            Self::Unfit { source: ModelError::NoConfig { kind: "fs" }, .. } => {
+                Some("virtiofsd has a configuration only when it is started with --tag NAME")
+            }
+            Self::Unfit { source: ModelError::NoConfig { .. } | ModelError::TooFewQueues { .. }, .. } => {
+                Some("is this a backend for another type of device?")
+            }
+            Self::Unfit { source: ModelError::NoIommu, .. } => {
+                Some("start it with its IOMMU support, or leave iommu= out")
+            }
+            Self::Unfit { source: ModelError::NoMtu, .. } => {
+                Some("leave mtu= out, or start it with support for it")
+            }
+            Self::Unfit { .. } => None,
+            Self::Display { .. } => {
+                Some("the display has to listen before the GPU's backend is connected to")
+            }
+            Self::Fd(_) => Some("raise the limit of open files (ulimit -n)"),
+        }
+    }
+}
+
+/// A backend that was asked what it is, and the device to make of it.
+pub struct Opened {
+    /// What the guest will see.
+    pub model: Model,
+    /// Serves the queues.
+    pub backend: VhostUser,
+    /// The backend's own requests, when it may make any: to be served from now on.
+    pub channel: Option<OwnChannel>,
+    /// Readable or hung up as soon as the connection is gone, whoever ended it. Nothing is to be read
+    /// from it.
+    pub hang_up: OwnedFd,
+    /// For when it is lost.
+    pub reconnect: Reconnect,
+    /// Where its calls lead, when it makes them by message.
+    pub calls: Calls,
+    /// Where notifiers of its own go.
+    pub notifiers: NotifierPlace,
+    /// What it shows the guest of its own memory, if it may.
+    pub shared: SharedRegions,
+}
+
+/// Asks the backend what it offers and makes a device of that. Waits for a deadline at most for each thing that it asks:
+/// features, configuration, and what few devices have: shared memory, an MTU, a display.
+///
+/// # Errors
+/// When the backend fails, or does not fit the order.
+pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
+    let survey = Survey::of(connection, order)?;
+    let shared = SharedRegions::new(survey.shared.clone());
+    let reconnect = Reconnect::new(order, &survey, shared.clone());
+    let (calls, notifiers) = (reconnect.calls(), reconnect.notifiers());
+    let (Attended { model, backend, hang_up }, channel) = reconnect.attend(survey)?;
+    Ok(Opened { model, backend, channel, hang_up, reconnect, shared, calls, notifiers })
+}
+
+/// What a backend says of itself.
+pub(crate) struct Survey {
+    pub(crate) session: Session,
+    pub(crate) model: Model,
+    /// Bytes of configuration that it gave.
+    pub(crate) config_size: usize,
+    /// The sizes of its shared memory regions, by id.
+    pub(crate) shared: Vec<u64>,
+}
+
+/// A backend that stands ready, and the device that could be made of it.
+pub(crate) struct Attended {
+    pub(crate) model: Model,
+    pub(crate) backend: VhostUser,
+    pub(crate) hang_up: OwnedFd,
+}
+
+impl Survey {
+    /// Whether kicks and calls are messages.
+    pub(crate) fn notifies_in_band(&self) -> bool {
+        self.session.protocol().contains(ProtocolFeatures::INBAND_NOTIFICATIONS)
+    }
+
+    pub(crate) fn of(connection: Connection, order: &Order) -> Result<Self, OpenError> {
+        let mut session = connection.negotiate(&order.wanted)?;
+        if let Some(map) = &order.translations {
+            session = behind(session, map)?;
+        }
+        let most = usize::from(order.device_type.config_size());
+        let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && most > 0;
+        let config = match has_config.then(|| session.read_config(most)).transpose() {
+            Ok(config) => config,
+            // Promised, but not given: as good as none, where the device can do without.
+            Err(error) if !error.is_fatal() && !order.device_type.needs_config() => {
+                log::warn!("{error}");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let config_size = config.as_ref().map_or(0, Vec::len);
+        let has_count = session.protocol().contains(ProtocolFeatures::MQ);
+        let queue_num = has_count.then(|| session.queue_num());
+        let offer = Offer { features: session.offered(), queue_num, config };
+        let unfit =
+            |peer: &str, source| OpenError::Unfit { peer: format!("vhost-user backend {peer}"), source };
+        let model = order.device_type.model(offer, &order.wishes);
+        let mut model = model.map_err(|source| unfit(session.peer(), source))?;
+        let has_shared = session.protocol().contains(ProtocolFeatures::SHMEM);
+        let shared = has_shared.then(|| session.shmem_config()).transpose()?.unwrap_or_default();
+        model.shared_memory = shared_memory(&shared).map_err(|source| unfit(session.peer(), source))?;
+        if let Some(mtu) = order.device_type.mtu()
+            && session.protocol().contains(ProtocolFeatures::MTU)
+        {
+            session.set_mtu(mtu)?;
+        }
+        if let Some(display) = &order.display {
+            let failed = |source| OpenError::Display { name: display.to_string(), source };
+            let socket = display.socket(session.deadline()).map_err(failed)?;
+            session.set_gpu_socket(socket.as_fd())?;
+        }
+        Ok(Self { session, model, config_size, shared })
+    }
+}
+
+/// Regions of these sizes, whose places are yet to be found.
+fn shared_memory(sizes: &[u64]) -> Result<Vec<Option<SharedMemory>>, ModelError> {
+    let total = sizes.iter().try_fold(0_u64, |sum, size| sum.checked_add(*size));
+    if total.is_none_or(|total| total > SHARED_MEMORY_MAX) {
+        return Err(ModelError::SharedMemory);
+    }
+    let region = |size: &u64| (*size > 0).then_some(SharedMemory { base: GuestAddr(0), length: *size });
+    Ok(sizes.iter().map(region).collect())
+}
+
+/// The session of a device behind an IOMMU.
+fn behind(session: Session, map: &Arc<IovaMap>) -> Result<Session, OpenError> {
+    let needs = ProtocolFeatures::BACKEND_REQ.with(ProtocolFeatures::REPLY_ACK);
+    if !session.offered().has(bit::ACCESS_PLATFORM) || !session.protocol().contains(needs) {
+        let peer = format!("vhost-user backend {}", session.peer());
+        return Err(OpenError::Unfit { peer, source: ModelError::NoIommu });
+    }
+    Ok(session.with_iova_map(Arc::clone(map)))
+}

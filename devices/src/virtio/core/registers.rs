@@ -1,0 +1,542 @@
+//! Virtio 1.2 §2 and §4: the registers of a device, by name, for every transport. Pure: a read has
+//! no side effect, a write answers with an [`Effect`] for the device to carry out. Must never know
+//! an offset of a transport, nor call anyone.
+
+use transport::memory_map::GuestAddr;
+use transport::vhost_user::features::{DeviceFeatures, DriverFeatures, WITHHELD, bit};
+
+use crate::virtio::core::queue::{QueueState, RingLayout};
+use crate::virtio::core::status::{Status, Step, Transition};
+
+/// Which half of a 64-bit register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Half {
+    /// Bits 0 to 31.
+    Low,
+    /// Bits 32 to 63.
+    High,
+}
+
+/// The registers. Which can be read and which written is up to the transport's map; a write to one
+/// that cannot be written is refused, a read of one that cannot be read gives 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reg {
+    /// What kind of device this is.
+    DeviceId,
+    /// Who made it.
+    VendorId,
+    /// 32 of the features that the device offers.
+    DeviceFeatures,
+    /// Which 32.
+    DeviceFeaturesSel,
+    /// 32 of the features that the driver takes.
+    DriverFeatures,
+    /// Which 32.
+    DriverFeaturesSel,
+    /// The queue that the queue registers are about.
+    QueueSel,
+    /// Its largest size; 0 when there is no such queue.
+    QueueSizeMax,
+    /// Its size.
+    QueueSize,
+    /// Whether it is enabled.
+    QueueReady,
+    /// There is something in this queue.
+    QueueNotify,
+    /// Why the device interrupted.
+    InterruptStatus,
+    /// Which of these reasons the driver has seen.
+    InterruptAck,
+    /// The device status field.
+    Status,
+    /// Descriptor area of the selected queue.
+    QueueDesc(Half),
+    /// Driver area of the selected queue.
+    QueueDriver(Half),
+    /// Device area of the selected queue.
+    QueueDevice(Half),
+    /// The shared memory region that the next two are about.
+    ShmSel,
+    /// Its length; all ones when there is no such region.
+    ShmLen(Half),
+    /// Its guest address.
+    ShmBase(Half),
+    /// Changes with every change of the configuration.
+    ConfigGeneration,
+}
+
+/// What a write asks of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing more.
+    None,
+    /// The driver is ready: start the queues.
+    Activate,
+    /// The driver reset the device; the registers already are.
+    Reset,
+    /// The driver kicked this queue.
+    Notify(u16),
+    /// The driver wrote to the configuration.
+    WriteConfig,
+    /// The driver has seen the configuration change.
+    AckConfig,
+    /// The write was not legal and changed nothing.
+    Refused(Refusal),
+}
+
+/// Why a write changed nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// A status that does not follow from the present one.
+    IllegalStatus,
+    /// `FEATURES_OK` with features that were not offered, or without `VERSION_1`.
+    UnacceptableFeatures,
+    /// `FEATURES_OK` on a device that lost its backend.
+    DeviceBroken,
+    /// Features changed after `FEATURES_OK`.
+    FeaturesLocked,
+    /// Queue registers written before `FEATURES_OK`, after `DRIVER_OK`, or while the queue is enabled.
+    QueueLocked,
+    /// No queue has that number.
+    NoSuchQueue,
+    /// The register cannot be written.
+    ReadOnly,
+    /// The access is beyond the configuration, or is not 1, 2, 4 or 8 bytes wide.
+    ConfigBounds,
+}
+
+/// A range of guest addresses that device and driver share (§2.10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedMemory {
+    /// Where the guest finds it.
+    pub base: GuestAddr,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// What a device is, before any driver came.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Virtio device id (§5).
+    pub device_id: u32,
+    /// Vendor id.
+    pub vendor_id: u32,
+    /// Features offered. What no transport of ours can do is taken out by [`Registers::new`].
+    pub features: DeviceFeatures,
+    /// How many queues.
+    pub queues: u16,
+    /// The largest size of each.
+    pub queue_size: u16,
+    /// The configuration space.
+    pub config: Vec<u8>,
+    /// Shared memory regions by id.
+    pub shared_memory: Vec<Option<SharedMemory>>,
+}
+
+/// The register file.
+#[derive(Debug, Clone)]
+pub struct Registers {
+    device_id: u32,
+    vendor_id: u32,
+    offered: DeviceFeatures,
+    /// What is offered from the next reset on.
+    next_offer: Option<DeviceFeatures>,
+    shared_memory: Vec<Option<SharedMemory>>,
+    config: Vec<u8>,
+    generation: u32,
+    broken: bool,
+    // From here on: gone with a reset.
+    status: Status,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    /// The driver set a feature bit above 63.
+    features_beyond: bool,
+    accepted: Option<DriverFeatures>,
+    queue_sel: u32,
+    queues: Vec<QueueState>,
+    shm_sel: u32,
+    config_pending: bool,
+}
+
+/// What of `features` a driver may be offered: all but those that this core cannot carry, whoever asked for them.
+fn carried(features: DeviceFeatures) -> DeviceFeatures {
+    // Whether addresses are translated is between the user and the backend.
+    let not_carried = WITHHELD.iter().filter(|number| **number != bit::ACCESS_PLATFORM);
+    let not_carried = not_carried.fold(0, |bits, number| bits | 1_u64 << number);
+    DeviceFeatures::from_bits(features.bits() & !not_carried)
+}
+
+/// Bits of the interrupt status (mmio §4.2.2, pci §4.1.4.5).
+const USED_BUFFER: u32 = 1;
+const CONFIG_CHANGE: u32 = 2;
+
+fn half_of(value: u64, half: Half) -> u32 {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    match half {
+        Half::Low => u32::from_le_bytes([a, b, c, d]),
+        Half::High => u32::from_le_bytes([e, f, g, h]),
+    }
+}
+
+fn with_half(old: u64, half: Half, new: u32) -> u64 {
+    match half {
+        Half::Low => old & !0xffff_ffff | u64::from(new),
+        Half::High => old & 0xffff_ffff | u64::from(new) << 32,
+    }
+}
+
+/// The half of a feature word that a selector of 0 or 1 means.
+fn selected(selector: u32) -> Option<Half> {
+    match selector {
+        0 => Some(Half::Low),
+        1 => Some(Half::High),
+        _ => None,
+    }
+}
+
+impl Registers {
+    /// The registers of a device that no driver has touched.
+    #[must_use]
+    pub fn new(identity: Identity) -> Self {
+        let Identity { device_id, vendor_id, features, queues, queue_size, config, shared_memory } = identity;
+        Self {
+            device_id,
+            vendor_id,
+            offered: carried(features),
+            next_offer: None,
+            shared_memory,
+            config,
+            generation: 0,
+            broken: false,
+            status: Status::default(),
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            features_beyond: false,
+            accepted: None,
+            queue_sel: 0,
+            queues: vec![QueueState::new(queue_size); usize::from(queues)],
+            shm_sel: 0,
+            config_pending: false,
+        }
+    }
+
+    /// The status field.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// What the driver is offered.
+    #[must_use]
+    pub fn offered(&self) -> DeviceFeatures {
+        self.offered
+    }
+
+    /// What the next driver is offered.
+    #[must_use]
+    pub fn offered_next(&self) -> DeviceFeatures {
+        self.next_offer.unwrap_or(self.offered)
+    }
+
+    /// Offers other features, to the next driver: the present one goes on with what it saw.
+    pub fn offer_next(&mut self, features: DeviceFeatures) {
+        let features = carried(features);
+        if self.status == Status::default() {
+            self.offered = features;
+        } else {
+            self.next_offer = Some(features);
+        }
+    }
+
+    /// What the driver took, once `FEATURES_OK` is set.
+    #[must_use]
+    pub fn accepted(&self) -> Option<DriverFeatures> {
+        self.accepted
+    }
+
+    /// How the rings are laid out.
+    #[must_use]
+    pub fn ring_layout(&self) -> RingLayout {
+        match self.accepted {
+            Some(features) if features.has(bit::RING_PACKED) => RingLayout::Packed,
+            _ => RingLayout::Split,
+        }
+    }
+
+    /// All queues, by index.
+    #[must_use]
+    pub fn queues(&self) -> &[QueueState] {
+        &self.queues
+    }
+
+    /// The configuration space.
+    #[must_use]
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// The value of `reg`; 0 for those that can only be written.
+    #[must_use]
+    pub fn read(&self, reg: Reg) -> u32 {
+        let queue = self.selected_queue();
+        match reg {
+            Reg::DeviceId => self.device_id,
+            Reg::VendorId => self.vendor_id,
+            Reg::DeviceFeatures => {
+                selected(self.device_features_sel).map_or(0, |half| half_of(self.offered.bits(), half))
+            }
+            Reg::QueueSizeMax => queue.map_or(0, |q| q.max_size.into()),
+            Reg::QueueSize => queue.map_or(0, |q| q.size.into()),
+            Reg::QueueReady => queue.map_or(0, |q| q.ready.into()),
+            // A used buffer is always possible: an interrupt that has no other reason has this one, and
+            // the register never has to change on the way of a request.
+            Reg::InterruptStatus if self.config_pending => USED_BUFFER | CONFIG_CHANGE,
+            Reg::InterruptStatus => USED_BUFFER,
+            Reg::Status => self.status.bits().into(),
+            Reg::ShmLen(half) => half_of(self.selected_memory().map_or(u64::MAX, |m| m.length), half),
+            Reg::ShmBase(half) => half_of(self.selected_memory().map_or(u64::MAX, |m| m.base.0), half),
+            Reg::ConfigGeneration => self.generation,
+            Reg::QueueDesc(half) => half_of(queue.map_or(0, |q| q.desc.0), half),
+            Reg::QueueDriver(half) => half_of(queue.map_or(0, |q| q.driver.0), half),
+            Reg::QueueDevice(half) => half_of(queue.map_or(0, |q| q.device.0), half),
+            Reg::DeviceFeaturesSel => self.device_features_sel,
+            Reg::DriverFeaturesSel => self.driver_features_sel,
+            Reg::DriverFeatures => {
+                selected(self.driver_features_sel).map_or(0, |half| half_of(self.driver_features, half))
+            }
+            Reg::QueueSel => self.queue_sel,
+            Reg::ShmSel => self.shm_sel,
+            Reg::QueueNotify | Reg::InterruptAck => 0,
+        }
+    }
+
+    /// Takes a write, and says what the device has to do about it.
+    #[must_use]
+    pub fn write(&mut self, reg: Reg, value: u32) -> Effect {
+        match reg {
+            Reg::DeviceFeaturesSel => self.device_features_sel = value,
+            Reg::DriverFeaturesSel => self.driver_features_sel = value,
+            Reg::QueueSel => self.queue_sel = value,
+            Reg::ShmSel => self.shm_sel = value,
+            Reg::DriverFeatures => return self.write_features(value),
+            Reg::Status => return self.write_status(value),
+            Reg::InterruptAck if value & CONFIG_CHANGE != 0 => {
+                self.config_pending = false;
+                return Effect::AckConfig;
+            }
+            Reg::InterruptAck => {}
+            Reg::QueueNotify => {
+                let queue = u16::try_from(value).ok().filter(|q| usize::from(*q) < self.queues.len());
+                return queue.map_or(Effect::Refused(Refusal::NoSuchQueue), Effect::Notify);
+            }
+            Reg::QueueSize | Reg::QueueReady => return self.write_queue(reg, value),
+            Reg::QueueDesc(_) | Reg::QueueDriver(_) | Reg::QueueDevice(_) => {
+                return self.write_queue(reg, value);
+            }
+            Reg::DeviceId
+            | Reg::VendorId
+            | Reg::DeviceFeatures
+            | Reg::QueueSizeMax
+            | Reg::InterruptStatus
+            | Reg::ShmLen(_)
+            | Reg::ShmBase(_)
+            | Reg::ConfigGeneration => return Effect::Refused(Refusal::ReadOnly),
+        }
+        Effect::None
+    }
+
+    /// Fills `data` from the configuration at `offset`; zeroes beyond its end.
+    pub fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let rest = self.config.get(offset..).unwrap_or_default();
+        for (index, byte) in data.iter_mut().enumerate() {
+            *byte = rest.get(index).copied().unwrap_or(0);
+        }
+    }
+
+    /// Takes a write of the driver to the configuration: what is there now is for the backend to say.
+    #[must_use]
+    pub fn write_config(&mut self, offset: usize, data: &[u8]) -> Effect {
+        let end = offset.checked_add(data.len());
+        if !matches!(data.len(), 1 | 2 | 4 | 8) || end.is_none_or(|end| end > self.config.len()) {
+            return Effect::Refused(Refusal::ConfigBounds);
+        }
+        Effect::WriteConfig
+    }
+
+    /// Begins a change of the configuration: a driver that read a part of the old one will notice.
+    pub fn begin_config_change(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// Ends it with the new contents, which keep the size of the old: what is longer is cut, what is
+    /// shorter leaves the rest as it was.
+    pub fn end_config_change(&mut self, config: &[u8]) {
+        for (old, new) in self.config.iter_mut().zip(config) {
+            *old = *new;
+        }
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// Notes a reason for a configuration interrupt and says whether one may be sent: a driver that
+    /// is not ready must not be interrupted (§2.1.2).
+    #[must_use]
+    pub fn note_config_interrupt(&mut self) -> bool {
+        let ready = self.status.has(Status::DRIVER_OK);
+        self.config_pending |= ready;
+        ready
+    }
+
+    /// The device cannot go on with this driver (§2.1.2). No driver is at work on a device whose status
+    /// is 0, and none may be kept from seeing that the reset is done.
+    pub fn need_reset(&mut self) {
+        if self.status != Status::default() {
+            self.status.need_reset();
+        }
+    }
+
+    /// Whether the driver has to reset the device.
+    #[must_use]
+    pub fn needs_reset(&self) -> bool {
+        self.status.has(Status::NEEDS_RESET)
+    }
+
+    /// The device cannot go on: `NEEDS_RESET` for the present driver, no `FEATURES_OK` for the next.
+    pub fn mark_broken(&mut self) {
+        self.broken = true;
+        self.need_reset();
+    }
+
+    /// The device can go on again, with the next driver that comes.
+    pub fn mend(&mut self) {
+        self.broken = false;
+    }
+
+    /// As at power-on, with a status of 0. What the device is, its configuration and its generation
+    /// stay; so does being broken.
+    pub fn reset(&mut self) {
+        // Spelled out in full, so that a new field cannot be forgotten.
+        let Self {
+            device_id: _,
+            vendor_id: _,
+            offered,
+            next_offer,
+            shared_memory: _,
+            config: _,
+            generation: _,
+            broken: _,
+            status,
+            device_features_sel,
+            driver_features_sel,
+            driver_features,
+            features_beyond,
+            accepted,
+            queue_sel,
+            queues,
+            shm_sel,
+            config_pending,
+        } = self;
+        *offered = next_offer.take().unwrap_or(*offered);
+        *status = Status::default();
+        *device_features_sel = 0;
+        *driver_features_sel = 0;
+        *driver_features = 0;
+        *features_beyond = false;
+        *accepted = None;
+        *queue_sel = 0;
+        for queue in queues {
+            *queue = QueueState::new(queue.max_size);
+        }
+        *shm_sel = 0;
+        *config_pending = false;
+    }
+
+    fn selected_queue(&self) -> Option<&QueueState> {
+        self.queues.get(usize::try_from(self.queue_sel).ok()?)
+    }
+
+    fn selected_memory(&self) -> Option<SharedMemory> {
+        *self.shared_memory.get(usize::try_from(self.shm_sel).ok()?)?
+    }
+
+    fn write_features(&mut self, value: u32) -> Effect {
+        if self.status.has(Status::FEATURES_OK) {
+            return Effect::Refused(Refusal::FeaturesLocked);
+        }
+        match selected(self.driver_features_sel) {
+            Some(half) => self.driver_features = with_half(self.driver_features, half, value),
+            None => self.features_beyond |= value != 0,
+        }
+        Effect::None
+    }
+
+    fn write_status(&mut self, value: u32) -> Effect {
+        // The field has eight bits; more make the write meaningless.
+        let Ok(written) = u8::try_from(value) else {
+            return Effect::Refused(Refusal::IllegalStatus);
+        };
+        match self.status.transition(written) {
+            Transition::Reset => {
+                self.reset();
+                return Effect::Reset;
+            }
+            Transition::Illegal => return Effect::Refused(Refusal::IllegalStatus),
+            Transition::Same => {}
+            Transition::GiveUp => self.status.give_up(),
+            Transition::Step(Step::FeaturesOk) => return self.agree_on_features(),
+            Transition::Step(step) => {
+                self.status.take(step);
+                if step == Step::DriverOk {
+                    return Effect::Activate;
+                }
+            }
+        }
+        Effect::None
+    }
+
+    /// `FEATURES_OK` stays clear when the device cannot agree (§3.1.1, step 6).
+    fn agree_on_features(&mut self) -> Effect {
+        if self.broken {
+            return Effect::Refused(Refusal::DeviceBroken);
+        }
+        match self.offered.accept(self.driver_features) {
+            Ok(features) if features.has(bit::VERSION_1) && !self.features_beyond => {
+                self.accepted = Some(features);
+                self.status.take(Step::FeaturesOk);
+                Effect::None
+            }
+            _ => Effect::Refused(Refusal::UnacceptableFeatures),
+        }
+    }
+
+    fn write_queue(&mut self, reg: Reg, value: u32) -> Effect {
+        let settable = self.status.has(Status::FEATURES_OK)
+            && !self.status.has(Status::DRIVER_OK | Status::FAILED | Status::NEEDS_RESET);
+        let index = usize::try_from(self.queue_sel).ok();
+        let Some(queue) = index.and_then(|index| self.queues.get_mut(index)) else {
+            return Effect::Refused(Refusal::NoSuchQueue);
+        };
+        // Disabling what is disabled is what drivers do to make sure; it is no change.
+        if reg == Reg::QueueReady && value == 0 && !queue.ready {
+            return Effect::None;
+        }
+        if !settable || (queue.ready && reg != Reg::QueueReady) {
+            return Effect::Refused(Refusal::QueueLocked);
+        }
+        match reg {
+            // A size that has no 16 bits is remembered as the invalid size 0, for activation to name.
+            Reg::QueueSize => queue.size = u16::try_from(value).unwrap_or(0),
+            Reg::QueueReady => queue.ready = value & 1 != 0,
+            Reg::QueueDesc(half) => queue.desc = GuestAddr(with_half(queue.desc.0, half, value)),
+            Reg::QueueDriver(half) => queue.driver = GuestAddr(with_half(queue.driver.0, half, value)),
+            Reg::QueueDevice(half) => queue.device = GuestAddr(with_half(queue.device.0, half, value)),
+            _ => return Effect::Refused(Refusal::ReadOnly),
+        }
+        Effect::None
+    }
+}
+
+#[cfg(test)]
+#[path = "registers_tests.rs"]
+mod tests;

@@ -1,0 +1,56 @@
+//! What a device reports of itself: its phase and its counters, as plain values.
+
+use crate::virtio::backend::BackendStats;
+
+/// A device's phase, for reports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PhaseReport {
+    /// No queue runs.
+    Idle,
+    /// The backend serves the queues.
+    Running,
+    /// The driver made a mistake, this one; it has to reset the device.
+    NeedsReset(String),
+    /// The backend was lost, for this reason, and another one is waited for.
+    Recovering(String),
+    /// The device cannot go on, for this reason.
+    Broken(String),
+}
+
+/// Writes that came to userspace while the queues ran, by register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Trapped {
+    /// Kicks: a request that passed through us. 0 when the machine keeps its promise.
+    pub queue_notify: u64,
+    /// Acknowledgements of used buffers alone. 0 as well.
+    pub interrupt_ack: u64,
+    /// Acknowledgements of a configuration change.
+    pub config_ack: u64,
+    /// Writes to the configuration space.
+    pub config: u64,
+    /// Everything else.
+    pub other: u64,
+}
+
+/// What a device did so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceStats {
+    /// The device's name.
+    pub name: String,
+    /// Its type's name.
+    pub kind: &'static str,
+    /// Where it is now.
+    pub phase: PhaseReport,
+    /// How often its queues were started.
+    pub activations: u64,
+    /// How often it was reset while its queues ran.
+    pub resets: u64,
+    /// How often another backend took over.
+    pub recoveries: u64,
+    /// Configuration interrupts sent.
+    pub config_interrupts: u64,
+    /// Writes that came to us while the queues ran.
+    pub trapped: Trapped,
+    /// Traffic with the peer.
+    pub backend: BackendStats,
+}

@@ -1,0 +1,5 @@
+//! What the rings in guest memory tell of a device whose backend was lost.
+
+pub mod address;
+pub(crate) mod in_flight;
+pub(crate) mod resume;

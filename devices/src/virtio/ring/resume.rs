@@ -1,0 +1,340 @@
+//! Virtio 1.2 §2.7: where a split ring goes on after its backend was cut off. Reads guest memory
+//! through its file, and writes there no more than which entries of the available ring come first; must
+//! never do so while somebody serves the ring, trust what stands there, or map it.
+
+use std::io;
+
+use rustix::io::{pread, pwrite};
+use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::vhost_user::vring::RingBase;
+
+use crate::virtio::core::queue::{QueueState, RingLayout};
+use crate::virtio::ring::address::Space;
+use crate::virtio::ring::in_flight::History;
+
+/// Who knows what the lost backend had in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Notes {
+    /// The next backend: it was handed the notes of the lost one.
+    Backend,
+    /// Nobody: the rings have to tell.
+    Rings,
+}
+
+/// Both indexes of a ring at one time, the used one a little earlier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Indexes {
+    pub(crate) available: u16,
+    pub(crate) used: u16,
+}
+
+/// What is remembered of a ring that a backend serves.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Past {
+    /// Where the backend began.
+    pub(crate) origin: u16,
+    /// The ring when the backend was lost.
+    pub(crate) cut: Option<Contents>,
+    /// Where a backend took over that has yet to show that it goes on there.
+    pub(crate) handed_over: Option<u16>,
+}
+
+/// A ring as it stood at one time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Contents {
+    pub(crate) indexes: Indexes,
+    /// The heads in the available ring.
+    pub(crate) available: Vec<u16>,
+    /// The ids in the used ring.
+    pub(crate) used: Vec<u32>,
+}
+
+/// Why nobody can go on with a ring.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ResumeError {
+    /// How far the device got is not written down anywhere.
+    #[error("queue {0} is a packed ring, which only a reset can start again")]
+    Packed(u16),
+    /// The indexes are not those of a ring.
+    #[error("the indexes of queue {queue} contradict each other: {available} available, {used} used")]
+    Indexes {
+        /// The queue.
+        queue: u16,
+        /// `avail.idx`
+        available: u16,
+        /// `used.idx`
+        used: u16,
+    },
+    /// To guess is to lose one request and to do another twice.
+    #[error("the rings of queue {queue} do not tell which {count} requests were in flight")]
+    Doubt {
+        /// The queue.
+        queue: u16,
+        /// How many they are.
+        count: u16,
+    },
+    /// The driver goes on all the time.
+    #[error("queue {0} does not stand still")]
+    Restless(u16),
+    /// The ring is not in memory any more.
+    #[error("cannot access queue {queue} in guest memory")]
+    Memory {
+        /// The queue.
+        queue: u16,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// How often a ring is read until the driver did nothing meanwhile. It has only so many descriptors.
+const ATTEMPTS: usize = 1000;
+
+/// `length` bytes of guest memory `offset` after `base`: their file, and where they are in it.
+fn place(
+    memory: &MemoryMap,
+    base: GuestAddr,
+    offset: u64,
+    length: usize,
+) -> io::Result<(&SharedRegion, u64)> {
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let at = base.checked_add(offset).ok_or_else(outside)?;
+    let end = u64::try_from(length).ok().and_then(|length| at.checked_add(length)).ok_or_else(outside)?;
+    let holds = |region: &&SharedRegion| region.guest() <= at && region.end().is_some_and(|last| end <= last);
+    let region = memory.regions().iter().find(holds).ok_or_else(outside)?;
+    let within = at.0.saturating_sub(region.guest().0);
+    Ok((region, region.offset().checked_add(within).ok_or_else(outside)?))
+}
+
+/// One part of a ring.
+pub(crate) struct Part<'a> {
+    pub(crate) memory: &'a MemoryMap,
+    pub(crate) base: GuestAddr,
+}
+
+/// `idx` and `ring` of the available and of the used ring alike.
+pub(crate) const INDEX: u64 = 2;
+pub(crate) const ENTRIES: u64 = 4;
+
+impl Part<'_> {
+    pub(crate) fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let (region, at) = place(self.memory, self.base, offset, bytes.len())?;
+        match pread(region.fd(), &mut *bytes, at)? {
+            read if read == bytes.len() => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    pub(crate) fn index(&self) -> io::Result<u16> {
+        let mut bytes = [0; 2];
+        self.load(INDEX, &mut bytes)?;
+        Ok(u16::from_le_bytes(bytes))
+    }
+
+    /// The first numbers of all entries, which are `N` bytes long.
+    fn entries<const N: usize>(&self, size: u16) -> io::Result<Vec<[u8; N]>> {
+        let mut bytes = vec![0; usize::from(size) * N];
+        self.load(ENTRIES, &mut bytes)?;
+        Ok(bytes.as_chunks().0.to_vec())
+    }
+
+    pub(crate) fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let (region, at) = place(self.memory, self.base, offset, bytes.len())?;
+        match pwrite(region.fd(), bytes, at)? {
+            written if written == bytes.len() => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+}
+
+/// A split ring that nobody serves.
+pub(crate) struct Orphan<'a> {
+    queue: u16,
+    state: &'a QueueState,
+    available: Part<'a>,
+    used: Part<'a>,
+}
+
+impl<'a> Orphan<'a> {
+    /// Takes the ring of a queue that was running.
+    pub(crate) fn new(
+        queue: u16,
+        state: &'a QueueState,
+        layout: RingLayout,
+        space: Space<'a>,
+    ) -> Result<Self, ResumeError> {
+        match layout {
+            RingLayout::Packed => Err(ResumeError::Packed(queue)),
+            RingLayout::Split => {
+                let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+                let part = |base, entry: u64| {
+                    let length = entry.saturating_mul(state.size.into()).saturating_add(ENTRIES);
+                    let base = space.guest(base, length).ok_or_else(outside);
+                    let base = base.map_err(|source| ResumeError::Memory { queue, source })?;
+                    Ok(Part { memory: space.memory, base })
+                };
+                Ok(Self { queue, state, available: part(state.driver, 2)?, used: part(state.device, 8)? })
+            }
+        }
+    }
+
+    /// How far the ring got.
+    pub(crate) fn indexes(&self) -> io::Result<Indexes> {
+        let used = self.used.index()?;
+        Ok(Indexes { available: self.available.index()?, used })
+    }
+
+    /// Where the next backend begins: behind what is used. The available index would leave out what was
+    /// in flight. A backend that has no notes of that takes what stands in the available ring there, so
+    /// those that were overtaken are put there, in the place of those that overtook them: the driver
+    /// does not read these entries, and writes over none before it is used.
+    pub(crate) fn resume(&self, notes: Notes, past: &Past) -> Result<RingBase, ResumeError> {
+        let Self { queue, state, .. } = *self;
+        let memory = |source| ResumeError::Memory { queue, source };
+        let now = self.contents()?;
+        let Indexes { available, used } = now.indexes;
+        let count = available.wrapping_sub(used);
+        if count > state.size {
+            return Err(ResumeError::Indexes { queue, available, used });
+        }
+        if notes == Notes::Rings && count > 0 {
+            let history = History { now: &now, origin: past.origin, cut: past.cut.as_ref() };
+            let unfinished = history.unfinished().ok_or(ResumeError::Doubt { queue, count })?;
+            self.put_first(used, &now.available, &unfinished).map_err(memory)?;
+        }
+        Ok(RingBase(used.into()))
+    }
+
+    /// The ring at a moment at which the driver did nothing.
+    pub(crate) fn contents(&self) -> Result<Contents, ResumeError> {
+        let Self { queue, state, .. } = *self;
+        let read = || -> io::Result<Option<Contents>> {
+            let indexes = self.indexes()?;
+            let heads = self.available.entries::<2>(state.size)?;
+            let ids = self.used.entries::<8>(state.size)?;
+            let available = heads.into_iter().map(u16::from_le_bytes).collect();
+            let id = |[a, b, c, d, ..]: [u8; 8]| u32::from_le_bytes([a, b, c, d]);
+            let contents = Contents { indexes, available, used: ids.into_iter().map(id).collect() };
+            Ok((self.indexes()? == indexes).then_some(contents))
+        };
+        for _ in 0..ATTEMPTS {
+            if let Some(contents) = read().map_err(|source| ResumeError::Memory { queue, source })? {
+                return Ok(contents);
+            }
+        }
+        Err(ResumeError::Restless(queue))
+    }
+
+    /// Writes `unfinished` into the available ring from `first` on.
+    fn put_first(&self, first: u16, heads: &[u16], unfinished: &[u16]) -> io::Result<()> {
+        for (step, head) in (0_u16..).zip(unfinished) {
+            let slot = first.wrapping_add(step).checked_rem(self.state.size).unwrap_or(0);
+            if heads.get(usize::from(slot)) != Some(head) {
+                self.available.store(ENTRIES + 2 * u64::from(slot), &head.to_le_bytes())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{RAM, memory};
+
+    const SIZE: u16 = 16;
+
+    fn queue() -> QueueState {
+        QueueState {
+            size: SIZE,
+            ready: true,
+            driver: GuestAddr(0x2000),
+            device: GuestAddr(0x3000),
+            ..QueueState::new(SIZE)
+        }
+    }
+
+    fn with_indexes(available: u16, used: u16) -> MemoryMap {
+        let memory = memory();
+        let fd = memory.regions()[0].fd();
+        rustix::io::pwrite(fd, &available.to_le_bytes(), 0x2002).unwrap();
+        rustix::io::pwrite(fd, &used.to_le_bytes(), 0x3002).unwrap();
+        memory
+    }
+
+    fn resume(queue: &QueueState, memory: &MemoryMap, notes: Notes) -> Result<RingBase, ResumeError> {
+        Orphan::new(3, queue, RingLayout::Split, memory.into())?.resume(notes, &Past::default())
+    }
+
+    /// Fills the rings with these heads, from index 0 on.
+    fn with_rings(available: &[u16], used: &[u16]) -> MemoryMap {
+        let memory = with_indexes(available.len().try_into().unwrap(), used.len().try_into().unwrap());
+        let fd = memory.regions()[0].fd();
+        for (at, head) in (0x2004..).step_by(2).zip(available) {
+            rustix::io::pwrite(fd, &head.to_le_bytes(), at).unwrap();
+        }
+        for (at, head) in (0x3004..).step_by(8).zip(used) {
+            rustix::io::pwrite(fd, &u32::from(*head).to_le_bytes(), at).unwrap();
+        }
+        memory
+    }
+
+    fn available(memory: &MemoryMap, count: usize) -> Vec<u16> {
+        let part = Part { memory, base: GuestAddr(0x2000) };
+        let entries = part.entries::<2>(SIZE).unwrap();
+        entries.into_iter().take(count).map(u16::from_le_bytes).collect()
+    }
+
+    #[test]
+    fn ring_goes_on_behind_what_is_used_also_across_the_wrap() {
+        for (available, used) in [(0, 0), (16, 0), (7, 5), (5, 65530), (65535, 65535)] {
+            let base = resume(&queue(), &with_indexes(available, used), Notes::Backend).unwrap();
+            assert_eq!(base, RingBase(used.into()), "{available} {used}");
+        }
+    }
+
+    #[test]
+    fn requests_that_were_overtaken_come_first_when_nobody_has_notes_of_them() {
+        let memory = with_rings(&[5, 6, 7, 8], &[7, 5]);
+        assert_eq!(resume(&queue(), &memory, Notes::Backend).unwrap(), RingBase(2));
+        assert_eq!(available(&memory, 4), [5, 6, 7, 8], "the backend knows");
+        assert_eq!(resume(&queue(), &memory, Notes::Rings).unwrap(), RingBase(2));
+        assert_eq!(available(&memory, 4), [5, 6, 6, 8]);
+    }
+
+    #[test]
+    fn requests_that_nobody_overtook_stay_where_they_are() {
+        let memory = with_rings(&[5, 6, 7, 8], &[5, 6]);
+        assert_eq!(resume(&queue(), &memory, Notes::Rings).unwrap(), RingBase(2));
+        assert_eq!(available(&memory, 4), [5, 6, 7, 8]);
+    }
+
+    #[test]
+    fn ring_that_tells_nothing_is_refused_unless_the_backend_knows() {
+        let memory = with_rings(&[5, 5, 5, 5], &[7, 5]);
+        let result = resume(&queue(), &memory, Notes::Rings);
+        assert!(matches!(result, Err(ResumeError::Doubt { queue: 3, count: 2 })), "{result:?}");
+        assert!(resume(&queue(), &memory, Notes::Backend).is_ok());
+        assert_eq!(available(&memory, 4), [5, 5, 5, 5]);
+    }
+
+    #[test]
+    fn indexes_that_cannot_be_are_refused() {
+        for (available, used) in [(17, 0), (0, 1), (0, 17), (5, 65500)] {
+            for notes in [Notes::Backend, Notes::Rings] {
+                let result = resume(&queue(), &with_indexes(available, used), notes);
+                assert!(matches!(result, Err(ResumeError::Indexes { queue: 3, .. })), "{available} {used}");
+            }
+        }
+    }
+
+    #[test]
+    fn packed_rings_and_rings_outside_memory_are_refused() {
+        let packed = Orphan::new(1, &queue(), RingLayout::Packed, Space::from(&memory())).err();
+        assert!(matches!(packed, Some(ResumeError::Packed(1))));
+        for device in [RAM - 2, RAM - 3, RAM, u64::MAX - 1, u64::MAX - 2] {
+            let queue = QueueState { device: GuestAddr(device), ..queue() };
+            let result = resume(&queue, &memory(), Notes::Rings);
+            assert!(matches!(result, Err(ResumeError::Memory { .. })), "{device:#x}");
+        }
+    }
+}

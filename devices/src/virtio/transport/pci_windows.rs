@@ -1,0 +1,109 @@
+//! Virtio 1.2 §4.1.4.7: the shared memory regions of a virtio-pci function, in a BAR of their own. What a backend maps
+//! into them goes where the BAR goes. Must never show anything while the BAR is not decoded, nor take a device's lock.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use crate::lock;
+use crate::pci::{BarIndex, BarKind, BarSpec, Fixture};
+use crate::ports::{Access, FileRange, Guard, OnVanished, PortError};
+use crate::virtio::backend::shared_memory::RegionWindows;
+use crate::virtio::core::registers::SharedMemory;
+use crate::virtio::transport::pci_state::State;
+
+/// VIRTIO_PCI_CAP_SHARED_MEMORY_CFG
+const SHARED_MEMORY_CFG: u8 = 8;
+/// Bytes of the capability, with those that every capability has.
+const CAP64: u8 = 24;
+/// Regions lie on multiples of the largest of these that they fill: of sizes that guests map at once.
+const ALIGNMENTS: [u64; 3] = [1 << 30, 2 << 20, 1 << 12];
+
+/// Where in the BAR the regions are.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    /// By id: offset and length.
+    regions: Vec<Option<(u64, u64)>>,
+    size: u64,
+}
+
+impl Layout {
+    /// Regions of these sizes, one after the other; `None` when there is none, or they are larger than any BAR.
+    pub(crate) fn of(regions: &[Option<SharedMemory>]) -> Option<Self> {
+        let mut size = 0_u64;
+        let mut place = |length: u64| {
+            let align = ALIGNMENTS.into_iter().find(|align| length >= *align).unwrap_or(1 << 12);
+            let offset = size.checked_next_multiple_of(align)?;
+            size = offset.checked_add(length)?;
+            Some((offset, length))
+        };
+        let mut placed = Vec::new();
+        for region in regions {
+            placed.push(match region {
+                Some(region) => Some(place(region.length)?),
+                None => None,
+            });
+        }
+        (size > 0).then_some(Self { regions: placed, size })
+    }
+
+    /// The register pair behind that of the structures.
+    pub(crate) fn bar() -> Option<BarIndex> {
+        BarIndex::new(2)
+    }
+
+    pub(crate) fn spec(&self, index: BarIndex) -> BarSpec {
+        BarSpec { index, kind: BarKind::Prefetchable64, size: self.size }
+    }
+
+    /// The capabilities, without their first two bytes: `virtio_pci_cap64`, one for each region.
+    pub(crate) fn capabilities(&self, bar: BarIndex) -> Vec<Vec<u8>> {
+        let describe = |(id, place): (usize, &Option<(u64, u64)>)| {
+            let (id, (offset, length)) = (u8::try_from(id).ok()?, (*place)?);
+            let mut body = vec![CAP64, SHARED_MEMORY_CFG, bar.get(), id, 0, 0];
+            // The lower halves of both, then the upper ones.
+            for shift in [0, 32] {
+                for value in [offset, length] {
+                    body.extend(u32::try_from(value >> shift & 0xffff_ffff).unwrap_or(0).to_le_bytes());
+                }
+            }
+            Some(body)
+        };
+        self.regions.iter().enumerate().filter_map(describe).collect()
+    }
+}
+
+/// The windows of a function.
+pub(crate) struct BarWindows {
+    pub(crate) state: Arc<Mutex<State>>,
+    pub(crate) layout: Layout,
+}
+
+impl RegionWindows for BarWindows {
+    fn show(
+        &self,
+        region: u8,
+        at: u64,
+        piece: &FileRange,
+        access: Access,
+        vanished: OnVanished,
+    ) -> Result<Guard, PortError> {
+        let refuse = || PortError::new("show shared memory there", io::ErrorKind::InvalidInput.into());
+        let place = self.layout.regions.get(usize::from(region)).copied().flatten();
+        let (offset, length) = place.ok_or_else(refuse)?;
+        let fits = at.checked_add(piece.size).is_some_and(|end| end <= length);
+        let offset = offset.checked_add(at).filter(|_| fits).ok_or_else(refuse)?;
+        let memory = Fixture::Memory { piece: piece.clone(), access, vanished };
+        let mut state = lock(&self.state);
+        let id = state.windows.as_mut().ok_or_else(refuse)?.add(offset, memory)?;
+        drop(state);
+        // The function may go before its backend's maps do.
+        let state = Arc::downgrade(&self.state);
+        Ok(Guard::on_drop(move || {
+            if let Some(state) = state.upgrade()
+                && let Some(windows) = &mut lock(&state).windows
+            {
+                windows.remove(id);
+            }
+        }))
+    }
+}

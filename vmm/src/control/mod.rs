@@ -1,0 +1,315 @@
+//! The control loop: one thread waits for everything that is not a guest's exit.
+//!
+//! It lives for one boot and ends with the request that ended it. It never waits on a peer for longer than
+//! that peer's deadline, and never on the console.
+
+pub(crate) mod peers;
+mod shared_objects;
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+
+use transport::vhost_user::Refused;
+
+use crate::board::Board;
+use crate::console::{Console, Input, Readable};
+use crate::control::peers::{News, Peers};
+use crate::devices::virtio::Attached;
+use crate::error::Error;
+use crate::life::gate::Request;
+
+/// What an event is about; a device's number is added to the last ones.
+mod token {
+    pub(crate) const REQUEST: u32 = 0;
+    pub(crate) const INPUT: u32 = 1;
+    pub(crate) const INPUT_SPACE: u32 = 2;
+    pub(crate) const CLIENT: u32 = 3;
+    pub(crate) const NEWS: u32 = 4;
+    pub(crate) const EVENT_LINE: u32 = 5;
+    pub(crate) const SIGNAL: u32 = 0x100;
+    pub(crate) const HANG_UP: u32 = 0x1000;
+    pub(crate) const FUNCTION: u32 = 0x2000;
+    pub(crate) const QUEUE: u32 = 0x1_0000;
+    /// Distance of two devices' queues.
+    pub(crate) const QUEUES: u32 = 0x100;
+}
+
+/// The parts of a machine that the loop serves during one boot.
+pub(crate) struct Control<'m> {
+    /// The boot's hardware.
+    board: &'m Board,
+    /// The console, for its input.
+    console: &'m mut Console,
+    /// The thread that listens to backends.
+    peers: &'m Arc<Peers>,
+    /// One socket a signal, with the signal's number.
+    signals: &'m [(i32, UnixStream)],
+    client: Option<UnixStream>,
+    input: Watch,
+    ended: bool,
+}
+
+/// How the source of console input is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Watch {
+    /// epoll tells when there is input.
+    Watched,
+    /// The guest has not taken what it was given; watched again when it has.
+    Paused,
+    /// A plain file or /dev/null: epoll refuses it, and reading never waits.
+    Ready,
+    /// Nothing more will come.
+    Ended,
+}
+
+impl<'m> Control<'m> {
+    /// Serves `board` until somebody requests its end.
+    ///
+    /// # Errors
+    /// When the host's epoll fails.
+    pub(crate) fn run(
+        board: &'m Board,
+        console: &'m mut Console,
+        peers: &'m Arc<Peers>,
+        signals: &'m [(i32, UnixStream)],
+    ) -> Result<Request, Error> {
+        let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
+        let control =
+            Control { board, console, peers, signals, client: None, input: Watch::Ended, ended: false };
+        let mut events = EventManager::new().map_err(cannot)?;
+        let id = events.add_subscriber(control);
+        loop {
+            let control = events.subscriber_mut(id).map_err(cannot)?;
+            // Asked again: what came after the wake-up may count for more.
+            if control.ended
+                && let Some(request) = board.lifecycle().take_request()
+            {
+                return Ok(request);
+            }
+            match events.run() {
+                Ok(_) => {}
+                Err(event_manager::Error::Epoll(error)) if error.errno() == INTERRUPTED => {}
+                Err(error) => return Err(cannot(error)),
+            }
+        }
+    }
+
+    /// Input for the guest; stops watching the source when it has ended or the guest is full.
+    fn receive(&mut self, ops: &mut EventOps<'_>) {
+        let serial = self.board.serial();
+        let input = self.console.receive(|bytes| serial.enqueue(bytes));
+        let full = !self.console.flush(|bytes| serial.enqueue(bytes));
+        match input {
+            Input::Quit => self.board.lifecycle().request(Request::Quit),
+            Input::Ended => self.watch_input(ops, Watch::Ended),
+            Input::Open if full && self.input == Watch::Watched => self.watch_input(ops, Watch::Paused),
+            Input::Open => {}
+        }
+    }
+
+    /// The guest has read: offer what waits, and go on reading the source.
+    fn input_space(&mut self, ops: &mut EventOps<'_>) {
+        let serial = self.board.serial();
+        serial.clear_input_space();
+        let mut empty = self.console.flush(|bytes| serial.enqueue(bytes));
+        while empty && self.input == Watch::Ready {
+            self.receive(ops);
+            empty = self.console.flush(|bytes| serial.enqueue(bytes));
+        }
+        if empty && self.input == Watch::Paused {
+            self.watch_input(ops, Watch::Watched);
+        }
+    }
+
+    /// Starts or stops watching the source.
+    fn watch_input(&mut self, ops: &mut EventOps<'_>, wanted: Watch) {
+        let event = match (self.console.readable(), &self.client) {
+            (Readable::Bytes(fd), _) => Events::with_data(&fd, token::INPUT, EventSet::IN),
+            (Readable::Clients(_), Some(client)) => Events::with_data(client, token::CLIENT, EventSet::IN),
+            _ => return,
+        };
+        if wanted == Watch::Watched {
+            match ops.add(event) {
+                Ok(()) => self.input = Watch::Watched,
+                Err(error) => {
+                    log::debug!("console input cannot be waited for, and need not ({error})");
+                    self.input = Watch::Ready;
+                }
+            }
+            return;
+        }
+        if self.input == Watch::Watched {
+            unwatch(ops, event);
+        }
+        self.input = wanted;
+        if wanted == Watch::Ended && self.client.take().is_some() {
+            self.watch_clients(ops);
+        }
+    }
+
+    /// Serves the console socket's client, or waits for one. While there is one the next waits in the socket's
+    /// queue: refused, it would lose the race against the news that the first has gone.
+    fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
+        self.client = self.console.client();
+        if self.client.is_some() {
+            self.watch_input(ops, Watch::Watched);
+        } else if let Readable::Clients(fd) = self.console.readable() {
+            watch(ops, Events::with_data(&fd, token::INPUT, EventSet::IN));
+        }
+    }
+
+    fn accept(&mut self, event: Events, ops: &mut EventOps<'_>) {
+        if self.console.accept() {
+            unwatch(ops, event);
+            self.watch_clients(ops);
+        }
+    }
+
+    fn hear(&self, news: News, ops: &mut EventOps<'_>) {
+        match news {
+            News::ConfigChanged(index) => {
+                if let Some(device) = self.board.devices().get(index) {
+                    device.handle().config_changed();
+                }
+            }
+            News::Lookup(lookup) => {
+                let exporter = self.board.devices().get(lookup.exporter);
+                let found =
+                    exporter.map(|device| device.handle().with(|device| device.shared_object(lookup.uuid)));
+                self.peers.found(lookup, found.unwrap_or(Err(Refused)));
+            }
+            News::Wanted(index, trial) => {
+                if let Some(device) = self.board.devices().get(index) {
+                    // The connection that broke the device must not break it again when its end is noticed.
+                    unwatch(ops, Events::empty(&*device.hang_up()));
+                    device.wanted(trial);
+                }
+            }
+            News::Recovered(index, hang_up) => {
+                let number = u32::try_from(index).unwrap_or(u32::MAX);
+                if let Some(device) = self.device(number) {
+                    device.recovered(hang_up);
+                    watch_hang_up(ops, number, device);
+                }
+            }
+        }
+    }
+
+    fn device(&self, index: u32) -> Option<&Attached> {
+        self.board.devices().get(usize::try_from(index).ok()?)
+    }
+
+    fn signal(&self, index: u32) {
+        let signal = usize::try_from(index).ok().and_then(|index| self.signals.get(index));
+        if let Some((number, stream)) = signal {
+            let mut drained = [0; 16];
+            let mut stream: &UnixStream = stream;
+            if let Err(error) = stream.read(&mut drained) {
+                log::debug!("cannot read from the signal's socket: {error}");
+            }
+            self.board.lifecycle().request(Request::Signal(*number));
+        }
+    }
+}
+
+impl MutEventSubscriber for Control<'_> {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, Events::with_data(self.board.lifecycle().wake(), token::REQUEST, EventSet::IN));
+        watch(ops, Events::with_data(&self.board.serial().input_space(), token::INPUT_SPACE, EventSet::IN));
+        watch(ops, Events::with_data(self.peers.news(), token::NEWS, EventSet::IN));
+        if let Some(hotplug) = self.board.hotplug() {
+            watch(ops, Events::with_data(&hotplug.line().lowered(), token::EVENT_LINE, EventSet::IN));
+        }
+        for (index, (_, stream)) in (0..).zip(self.signals) {
+            watch(ops, Events::with_data(stream, token::SIGNAL + index, EventSet::IN));
+        }
+        for (index, device) in (0..).zip(self.board.devices()) {
+            watch_hang_up(ops, index, device);
+            for (queue, kick) in device.kicks() {
+                let token = token::QUEUE + index * token::QUEUES + u32::from(*queue);
+                watch(ops, Events::with_data(kick, token, EventSet::IN));
+            }
+        }
+        for (index, function) in (0..).zip(self.board.functions()) {
+            let hang_up = function.hang_up();
+            watch(ops, Events::with_data(&*hang_up, token::FUNCTION + index, EventSet::READ_HANG_UP));
+        }
+        match self.console.readable() {
+            Readable::Nothing => {}
+            Readable::Clients(_) => self.watch_clients(ops),
+            Readable::Bytes(_) => self.watch_input(ops, Watch::Watched),
+        }
+        // Bytes may wait from before a reboot, and a plain file has its bytes ready.
+        self.input_space(ops);
+    }
+
+    fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
+        match event.data() {
+            token::REQUEST => self.ended = true,
+            token::INPUT if matches!(self.console.readable(), Readable::Clients(_)) => {
+                self.accept(event, ops);
+            }
+            token::INPUT | token::CLIENT => self.receive(ops),
+            token::INPUT_SPACE => self.input_space(ops),
+            token::NEWS => {
+                for news in self.peers.take_news() {
+                    self.hear(news, ops);
+                }
+            }
+            token::EVENT_LINE => {
+                if let Some(hotplug) = self.board.hotplug() {
+                    hotplug.line_lowered();
+                }
+            }
+            signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
+                self.signal(signal - token::SIGNAL);
+            }
+            queue if queue >= token::QUEUE => {
+                let (device, queue) = ((queue - token::QUEUE) / token::QUEUES, queue % token::QUEUES);
+                if let (Some(device), Ok(queue)) = (self.device(device), u16::try_from(queue)) {
+                    device.handle().serve_kick(queue);
+                }
+            }
+            function if function >= token::FUNCTION => {
+                unwatch(ops, event);
+                let index = usize::try_from(function - token::FUNCTION).unwrap_or(usize::MAX);
+                if let Some(function) = self.board.functions().get(index) {
+                    function.hung_up();
+                }
+            }
+            peer => {
+                unwatch(ops, event);
+                let index = peer.saturating_sub(token::HANG_UP);
+                if let Some(device) = self.device(index) {
+                    device.hung_up();
+                }
+            }
+        }
+    }
+}
+
+const INTERRUPTED: i32 = 4;
+
+/// A connection that is gone already is told of at once.
+fn watch_hang_up(ops: &mut EventOps<'_>, index: u32, device: &Attached) {
+    watch(ops, Events::with_data(&*device.hang_up(), token::HANG_UP + index, EventSet::READ_HANG_UP));
+}
+
+fn watch(ops: &mut EventOps<'_>, event: Events) -> bool {
+    match ops.add(event) {
+        Ok(()) => true,
+        Err(error) => {
+            log::error!("cannot watch descriptor {}: {error}", event.fd());
+            false
+        }
+    }
+}
+
+fn unwatch(ops: &mut EventOps<'_>, event: Events) {
+    if let Err(error) = ops.remove(event) {
+        log::debug!("descriptor {} was not watched: {error}", event.fd());
+    }
+}

@@ -1,0 +1,114 @@
+use super::*;
+use std::time::{Duration, Instant};
+
+use devices::virtio::backend::vhost_user::{Order, VhostUser, open};
+use devices::virtio::types::table::{DeviceType, Wishes};
+use rustix::fs::{MemfdFlags, memfd_create};
+use transport::testing::{Offer, Script, ScriptedBackend};
+use transport::vhost_user::backend_req::BackendRequest;
+use transport::vhost_user::{Connection, Limits, ProtocolFeatures};
+
+const LIMIT: Duration = Duration::from_secs(20);
+const LOOKUP: BackendRequest = BackendRequest::SHARED_OBJECT_LOOKUP;
+const ADD: BackendRequest = BackendRequest::SHARED_OBJECT_ADD;
+const REMOVE: BackendRequest = BackendRequest::SHARED_OBJECT_REMOVE;
+
+/// A backend, and our end of its connection.
+struct Side(ScriptedBackend, #[expect(dead_code, reason = "held open")] VhostUser);
+
+impl std::ops::Deref for Side {
+    type Target = ScriptedBackend;
+
+    fn deref(&self) -> &ScriptedBackend {
+        &self.0
+    }
+}
+
+fn backend(peers: &Peers, device: usize) -> Side {
+    let offer = Offer::default();
+    let protocol = offer.protocol.with(ProtocolFeatures::SHARED_OBJECT);
+    let (backend, socket) = ScriptedBackend::pair(Offer { protocol, ..offer }, Script::normal()).unwrap();
+    let connection = Connection::from_stream(socket, "scripted", &Limits::new(LIMIT)).unwrap();
+    let order = Order::new(DeviceType::named("blk").unwrap(), Wishes::default(), "").unwrap();
+    let opened = open(connection, &order).unwrap();
+    peers.add(device, opened.channel.unwrap()).unwrap();
+    Side(backend, opened.backend)
+}
+
+fn ask(backend: &ScriptedBackend, request: BackendRequest, uuid: u8) -> (u64, usize) {
+    backend.request(request, &[uuid; 16], &[]).unwrap();
+    backend.answer(LIMIT).unwrap()
+}
+
+fn lookup(peers: &Peers) -> Box<Lookup> {
+    let begun = Instant::now();
+    loop {
+        assert!(begun.elapsed() < LIMIT, "no lookup");
+        if let Some(News::Lookup(lookup)) = peers.take_news().into_iter().next() {
+            return lookup;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn objects_go_from_one_backend_to_another_through_the_control_loop() {
+    let peers = Peers::new(2).unwrap();
+    let (exporter, asker) = (backend(&peers, 0), backend(&peers, 1));
+    assert_eq!(ask(&asker, LOOKUP, 7), (1, 0), "nobody has it");
+    assert_eq!(ask(&exporter, ADD, 7), (0, 0));
+    assert_eq!(ask(&asker, ADD, 7), (1, 0), "it is somebody else's");
+    assert_eq!(ask(&asker, REMOVE, 7), (1, 0));
+    assert_eq!(ask(&exporter, LOOKUP, 7), (1, 0), "its own, it would have to answer while it waits");
+
+    asker.request(LOOKUP, &[7; 16], &[]).unwrap();
+    let wanted = lookup(&peers);
+    assert_eq!((wanted.exporter, wanted.uuid.bytes), (0, [7; 16]));
+    // The thread goes on meanwhile, for others and for the exporter.
+    assert_eq!(ask(&exporter, ADD, 8), (0, 0));
+    peers.found(wanted, Ok(memfd_create("object", MemfdFlags::CLOEXEC).unwrap()));
+    assert_eq!(asker.answer(LIMIT).unwrap(), (0, 1));
+    // And so does the channel.
+    assert_eq!(ask(&asker, ADD, 9), (0, 0));
+    asker.request(LOOKUP, &[8; 16], &[]).unwrap();
+    peers.found(lookup(&peers), Err(Refused));
+    assert_eq!(asker.answer(LIMIT).unwrap(), (1, 0));
+}
+
+#[test]
+fn backends_that_wait_for_each_other_are_not_asked() {
+    let peers = Peers::new(2).unwrap();
+    let (a, b) = (backend(&peers, 0), backend(&peers, 1));
+    assert_eq!((ask(&a, ADD, 1), ask(&b, ADD, 2)), ((0, 0), (0, 0)));
+    a.request(LOOKUP, &[2; 16], &[]).unwrap();
+    let wanted = lookup(&peers);
+    assert_eq!(ask(&b, LOOKUP, 1), (1, 0), "its owner waits itself");
+    peers.found(wanted, Err(Refused));
+    assert_eq!(a.answer(LIMIT).unwrap(), (1, 0));
+    b.request(LOOKUP, &[1; 16], &[]).unwrap();
+    peers.found(lookup(&peers), Err(Refused));
+    assert_eq!(b.answer(LIMIT).unwrap(), (1, 0));
+}
+
+#[test]
+fn objects_go_with_their_backend() {
+    let peers = Peers::new(2).unwrap();
+    let (exporter, asker) = (backend(&peers, 0), backend(&peers, 1));
+    assert_eq!(ask(&exporter, ADD, 1), (0, 0));
+    exporter.hang_up();
+    let begun = Instant::now();
+    while ask(&asker, ADD, 1) != (0, 0) {
+        assert!(begun.elapsed() < LIMIT);
+    }
+    // And with one that has gone while it waited.
+    let gone = backend(&peers, 0);
+    assert_eq!(ask(&gone, ADD, 2), (0, 0));
+    gone.request(LOOKUP, &[1; 16], &[]).unwrap();
+    let wanted = lookup(&peers);
+    drop(gone);
+    peers.found(wanted, Ok(memfd_create("object", MemfdFlags::CLOEXEC).unwrap()));
+    let begun = Instant::now();
+    while ask(&asker, ADD, 2) != (0, 0) {
+        assert!(begun.elapsed() < LIMIT);
+    }
+}

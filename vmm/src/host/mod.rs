@@ -1,0 +1,8 @@
+//! The host: KVM, mappings and memory slots, descriptors.
+
+pub(crate) mod descriptors;
+#[doc(hidden)]
+pub(crate) mod huge_memory;
+pub mod kvm;
+pub mod memory;
+pub mod peer_memory;

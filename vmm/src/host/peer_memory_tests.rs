@@ -1,0 +1,292 @@
+use super::*;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicU32;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use devices::bus::{Bus, BusDevice};
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::VmFd;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::{Bytes, VolatileMemory};
+
+use crate::host::memory::Mapping;
+use crate::life::gate::Lifecycle;
+use crate::life::vcpu::{Vcpu, VcpuCounters};
+
+/// Where the tests show a piece: one page.
+const PIECE: u64 = 0x8000;
+
+/// `mov al, [0x8000]; out 0x10, al; jmp` back.
+const READING: &[u8] = &[0xa0, 0x00, 0x80, 0xe6, 0x10, 0xeb, 0xf9];
+/// `inc al; mov [0x8000], al; out 0x10, al; jmp` back.
+const WRITING: &[u8] = &[0xfe, 0xc0, 0xa2, 0x00, 0x80, 0xe6, 0x10, 0xeb, 0xf7];
+
+/// A memfd of two pages of `byte`.
+fn file(byte: u8) -> Arc<OwnedFd> {
+    let mut file = File::from(memfd_create("peer", MemfdFlags::CLOEXEC).unwrap());
+    file.write_all(&[byte; 0x2000]).unwrap();
+    Arc::new(file.into())
+}
+
+/// Its second page.
+fn second_page(fd: &Arc<OwnedFd>) -> FileRange {
+    FileRange { fd: Arc::clone(fd), offset: PAGE, size: PAGE }
+}
+
+struct Port(Sender<u8>);
+
+impl BusDevice for Port {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn write(&self, _: u64, data: &[u8]) {
+        if self.0.send(data[0]).is_err() {
+            println!("nobody listens any more");
+        }
+    }
+}
+
+struct Guest {
+    memory: Arc<PeerMemory>,
+    mmio: Arc<Bus>,
+    vm: Arc<VmFd>,
+    lifecycle: Arc<Lifecycle>,
+    said: Receiver<u8>,
+    vcpu: Option<JoinHandle<()>>,
+    code: Mapping,
+    ports: Arc<Bus>,
+    _ram: Slot,
+}
+
+impl Guest {
+    /// A guest of 8 KiB that says bytes at a port; `None`, with a printed reason, where there is no KVM.
+    fn new() -> Option<Self> {
+        let kvm = match crate::host::kvm::open() {
+            Ok(kvm) => kvm,
+            Err(error) => {
+                println!("skipped: {error}");
+                return None;
+            }
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let slots = Slots::new(Arc::clone(&vm), crate::host::kvm::slot_limit(&kvm));
+        let code = Mapping::anonymous(0x2000).unwrap();
+        let ram = slots.add(0, code.clone(), Access::ReadWrite).unwrap();
+        let (said, hear) = channel();
+        let mut ports = Bus::new();
+        ports.insert(0x10, 1, "port", Arc::new(Port(said))).unwrap();
+        let mut mmio = Bus::new();
+        mmio.insert(PIECE, PAGE, "piece", Arc::new(Port(channel().0))).unwrap();
+        Some(Self {
+            memory: PeerMemory::new(slots),
+            mmio: Arc::new(mmio),
+            vm,
+            lifecycle: Arc::new(Lifecycle::new().unwrap()),
+            said: hear,
+            vcpu: None,
+            code,
+            ports: Arc::new(ports),
+            _ram: ram,
+        })
+    }
+
+    fn run(&mut self, code: &[u8]) {
+        self.code.region().as_volatile_slice().write_slice(code, 0x1000).unwrap();
+        let fd = self.vm.create_vcpu(0).unwrap();
+        let mut sregs = fd.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        fd.set_sregs(&sregs).unwrap();
+        fd.set_regs(&kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() }).unwrap();
+        let vcpu = Vcpu {
+            fd,
+            index: 0,
+            pio: Arc::clone(&self.ports),
+            mmio: Arc::clone(&self.mmio),
+            lifecycle: Arc::clone(&self.lifecycle),
+            peer_memory: Arc::clone(&self.memory),
+            counters: Arc::new(VcpuCounters::default()),
+            faults: 0,
+            begun: Instant::now(),
+        };
+        self.vcpu = Some(vcpu.spawn().unwrap());
+        self.lifecycle.open();
+    }
+
+    /// Waits until the guest says `byte`.
+    fn expect(&self, byte: u8) {
+        let until = Instant::now() + Duration::from_secs(60);
+        let mut last = None;
+        while Instant::now() < until {
+            match self.said.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(said) if said == byte => return,
+                Ok(said) => last = Some(said),
+                Err(_) => panic!("the guest is silent: {:?}", self.lifecycle.take_request()),
+            }
+        }
+        panic!("the guest never said {byte:#x}, last {last:x?}");
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.lifecycle.end(|| {});
+        if let Some(vcpu) = self.vcpu.take() {
+            vcpu.join().unwrap();
+        }
+    }
+}
+
+fn counter() -> (Arc<AtomicU32>, OnVanished) {
+    let count = Arc::new(AtomicU32::new(0));
+    let seen = Arc::clone(&count);
+    let vanished = Arc::new(move || {
+        seen.fetch_add(1, Ordering::Relaxed);
+    });
+    (count, vanished)
+}
+
+#[test]
+fn truncated_file_vanishes_from_the_running_guest_which_goes_on() {
+    let Some(mut guest) = Guest::new() else { return };
+    let fd = file(0x42);
+    let (vanished, tell) = counter();
+    let guard = guest.memory.show(&second_page(&fd), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.run(READING);
+    guest.expect(0x42);
+    assert_eq!(vanished.load(Ordering::Relaxed), 0);
+    ftruncate(&fd, PAGE).unwrap();
+    guest.expect(0xff);
+    assert_eq!(vanished.load(Ordering::Relaxed), 1);
+    assert!(guest.mmio.counters().ranges[0].reads > 0, "the bus answers now");
+    // The peer's repentance changes nothing, and the address is free for another piece.
+    ftruncate(&fd, 2 * PAGE).unwrap();
+    let (_, tell) = counter();
+    let other = guest.memory.show(&second_page(&file(7)), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.expect(7);
+    drop(guard);
+    guest.expect(7);
+    drop(other);
+    guest.expect(0xff);
+    assert_eq!(guest.lifecycle.take_request(), None, "the machine lives");
+}
+
+#[test]
+fn file_that_ends_within_a_page_is_shown_with_that_page() {
+    let Some(mut guest) = Guest::new() else { return };
+    let fd = file(0x42);
+    ftruncate(&fd, PAGE + 1).unwrap();
+    let (vanished, tell) = counter();
+    let guard = guest.memory.show(&second_page(&fd), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.run(READING);
+    guest.expect(0x42);
+    assert_eq!(guest.memory.remove(Suspects::Shorter), 0);
+    assert_eq!(vanished.load(Ordering::Relaxed), 0);
+    drop(guard);
+}
+
+#[test]
+fn file_truncated_under_a_writing_guest_vanishes_too() {
+    let Some(mut guest) = Guest::new() else { return };
+    let fd = file(0);
+    let (vanished, tell) = counter();
+    let guard = guest.memory.show(&second_page(&fd), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.run(WRITING);
+    guest.expect(9);
+    let mut seen = [0];
+    File::from(fd.try_clone().unwrap()).read_exact_at(&mut seen, PAGE).unwrap();
+    assert_ne!(seen, [0], "the guest writes to the peer's file");
+    ftruncate(&fd, 0).unwrap();
+    guest.expect(3);
+    guest.expect(2);
+    assert_eq!(vanished.load(Ordering::Relaxed), 1);
+    assert!(guest.mmio.counters().ranges[0].writes > 0);
+    assert_eq!(guest.lifecycle.take_request(), None, "the machine lives");
+    drop(guard);
+}
+
+#[test]
+fn writes_to_a_read_only_piece_come_to_the_bus() {
+    let Some(mut guest) = Guest::new() else { return };
+    let fd = file(0x42);
+    let (_, tell) = counter();
+    // Opened for reading alone: that is enough.
+    let read_only = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*fd))).unwrap();
+    let piece = FileRange { fd: Arc::new(read_only.into()), ..second_page(&fd) };
+    let refused =
+        guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, Arc::clone(&tell)).unwrap_err();
+    assert!(matches!(refused, ShowError::Memory(MemoryError::MapFile { .. })), "{refused}");
+    let guard = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadOnly, tell).unwrap();
+    guest.run(WRITING);
+    guest.expect(9);
+    let counters = guest.mmio.counters();
+    assert!(counters.ranges[0].writes > 0 && counters.ranges[0].reads == 0);
+    let mut seen = [0];
+    File::from(fd.try_clone().unwrap()).read_exact_at(&mut seen, PAGE).unwrap();
+    assert_eq!(seen, [0x42]);
+    drop(guard);
+}
+
+#[test]
+fn our_own_memory_sent_back_is_shown_like_any_other() {
+    use rustix::fs::{SealFlags, fcntl_add_seals};
+    let Some(mut guest) = Guest::new() else { return };
+    // Guest memory as `arch::ram` makes it: a peer that was given it hands it back.
+    let ram = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&ram, 0x20_0000).unwrap();
+    fcntl_add_seals(&ram, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).unwrap();
+    let mapping = Mapping::shared(&ram, 0, 0x20_0000).unwrap();
+    let slot = guest.memory.slots.add(0x20_0000, mapping.clone(), Access::ReadWrite).unwrap();
+    let returned = Arc::new(ram.try_clone().unwrap());
+    let piece = FileRange { fd: Arc::clone(&returned), offset: PAGE, size: PAGE };
+    let (vanished, tell) = counter();
+    let guard = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.run(WRITING);
+    guest.expect(9);
+    let byte: u8 = mapping.region().as_volatile_slice().read_obj(0x1000).unwrap();
+    assert_ne!(byte, 0, "both places are the same memory");
+    assert!(ftruncate(&returned, 0).is_err(), "it is sealed");
+    assert_eq!(guest.memory.remove(Suspects::Shorter), 0);
+    drop(guard);
+    guest.expect(0xff);
+    drop(slot);
+    assert_eq!((vanished.load(Ordering::Relaxed), Arc::strong_count(&returned)), (0, 2));
+    assert_eq!(guest.lifecycle.take_request(), None, "the machine lives");
+}
+
+#[test]
+fn pieces_that_cannot_be_are_refused_and_leave_nothing_behind() {
+    let Some(guest) = Guest::new() else { return };
+    let fd = file(1);
+    let show = |offset, size, at| {
+        let piece = FileRange { fd: Arc::clone(&fd), offset, size };
+        guest.memory.show(&piece, GuestAddr(at), Access::ReadWrite, counter().1)
+    };
+    for (offset, size, at) in
+        [(1, PAGE, PIECE), (0, 1, PIECE), (0, 0, PIECE), (0, PAGE, 1), (0, 2 * PAGE, u64::MAX - PAGE + 1)]
+    {
+        let refused = show(offset, size, at).unwrap_err();
+        assert!(matches!(refused, ShowError::Pages { .. }), "{offset:#x} {size:#x} {at:#x}: {refused}");
+    }
+    for (offset, size) in [(PAGE, 2 * PAGE), (2 * PAGE, PAGE), (1 << 52, PAGE), (0, 1 << 62)] {
+        let refused = show(offset, size, PIECE).unwrap_err();
+        assert!(matches!(refused, ShowError::Shorter { .. }), "{offset:#x} {size:#x}: {refused}");
+    }
+    let wraps = show(u64::MAX - PAGE + 1, PAGE, PIECE).unwrap_err();
+    assert!(matches!(wraps, ShowError::Pages { .. }), "{wraps}");
+    // RAM is there.
+    assert!(matches!(show(0, PAGE, 0x1000), Err(ShowError::Memory(MemoryError::Slot { .. }))));
+    let (pipe, _) = rustix::pipe::pipe().unwrap();
+    let piece = FileRange { fd: Arc::new(pipe), offset: 0, size: PAGE };
+    let refused = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, counter().1);
+    assert!(matches!(refused, Err(ShowError::Kind)));
+    // None of the refused has kept the place, nor a slot number.
+    let guards: Vec<_> = (0..2).map(|n| show(0, PAGE, PIECE + n * PAGE).unwrap()).collect();
+    drop(guards);
+    assert!(Arc::strong_count(&fd) == 1, "the file is let go");
+}

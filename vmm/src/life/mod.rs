@@ -1,0 +1,5 @@
+//! vCPU threads: how they run, stop and crash.
+
+mod crash;
+pub mod gate;
+pub mod vcpu;

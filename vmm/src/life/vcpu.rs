@@ -1,0 +1,229 @@
+//! One vCPU: enter the guest, hand what it asks for to a bus, count.
+//!
+//! Runs on its own thread. It waits only at the gate, in KVM, and inside a device for at most one bounded
+//! exchange with a peer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use devices::bus::Bus;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use serde::Serialize;
+
+use crate::host::memory::port_accesses;
+use crate::host::peer_memory::{PeerMemory, Suspects};
+use crate::life::crash::describe_registers;
+use crate::life::gate::{Lifecycle, Passage, Request};
+
+/// Exits to userspace of one vCPU, by reason, over the machine's whole life.
+#[derive(Debug, Default)]
+pub struct VcpuCounters {
+    io_in: AtomicU64,
+    io_out: AtomicU64,
+    mmio_read: AtomicU64,
+    mmio_write: AtomicU64,
+    interrupted: AtomicU64,
+    other: AtomicU64,
+    longest_ns: AtomicU64,
+    first_entry_us: AtomicU64,
+}
+
+/// A reading of [`VcpuCounters`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct VcpuStats {
+    /// All exits to userspace.
+    pub exits: u64,
+    /// Port reads.
+    pub io_in: u64,
+    /// Port writes.
+    pub io_out: u64,
+    /// Reads of memory that no slot holds.
+    pub mmio_read: u64,
+    /// Writes to memory that no slot holds, or to a read-only slot.
+    pub mmio_write: u64,
+    /// Exits because a signal arrived.
+    pub interrupted: u64,
+    /// Every other reason.
+    pub other: u64,
+    /// The longest time from an exit to the next entry, in microseconds.
+    pub longest_exit_us: u64,
+}
+
+impl VcpuCounters {
+    /// What has been counted so far.
+    pub fn stats(&self) -> VcpuStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut stats = VcpuStats {
+            exits: 0,
+            io_in: get(&self.io_in),
+            io_out: get(&self.io_out),
+            mmio_read: get(&self.mmio_read),
+            mmio_write: get(&self.mmio_write),
+            interrupted: get(&self.interrupted),
+            other: get(&self.other),
+            longest_exit_us: get(&self.longest_ns) / 1000,
+        };
+        stats.exits = [stats.io_in, stats.io_out, stats.mmio_read, stats.mmio_write, stats.interrupted]
+            .iter()
+            .sum::<u64>()
+            .saturating_add(stats.other);
+        stats
+    }
+
+    /// Microseconds from the start of the build to this vCPU's first entry; 0 before it.
+    pub fn first_entry_us(&self) -> u64 {
+        self.first_entry_us.load(Ordering::Relaxed)
+    }
+}
+
+/// What a vCPU thread works with.
+pub struct Vcpu {
+    /// The vCPU, its registers set.
+    pub fd: VcpuFd,
+    /// Its number, from 0.
+    pub index: u8,
+    /// Ports.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped registers.
+    pub mmio: Arc<Bus>,
+    /// The gate and where requests go.
+    pub lifecycle: Arc<Lifecycle>,
+    /// What to look at when KVM cannot reach guest memory.
+    pub peer_memory: Arc<PeerMemory>,
+    /// Where exits are counted.
+    pub counters: Arc<VcpuCounters>,
+    /// How often in a row KVM could not reach guest memory.
+    pub faults: u8,
+    /// When the machine began to be built.
+    pub begun: Instant,
+}
+
+impl Vcpu {
+    /// Starts the thread `vcpu-N`; it waits at the gate.
+    ///
+    /// # Errors
+    /// When the host refuses another thread.
+    pub fn spawn(self) -> std::io::Result<JoinHandle<()>> {
+        let started = self.lifecycle.thread_started();
+        std::thread::Builder::new().name(format!("vcpu-{}", self.index)).stack_size(256 << 10).spawn(
+            move || {
+                let _started = started;
+                self.run();
+            },
+        )
+    }
+
+    fn run(mut self) {
+        if self.lifecycle.pass() == Passage::Ended {
+            return;
+        }
+        let now = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.counters.first_entry_us.store(now, Ordering::Relaxed);
+        while self.lifecycle.pass() == Passage::Open {
+            if let Some(request) = self.step() {
+                self.lifecycle.request(request);
+            }
+        }
+    }
+
+    /// One entry into the guest and the answer to its exit.
+    fn step(&mut self) -> Option<Request> {
+        let add = |counter: &AtomicU64| {
+            counter.fetch_add(1, Ordering::Relaxed);
+        };
+        let counters = &*self.counters;
+        let exit = self.fd.run();
+        let exited = Instant::now();
+        if exit.is_ok() {
+            self.faults = 0;
+        }
+        let crash = match exit {
+            Ok(VcpuExit::IoOut(port, _)) => {
+                add(&counters.io_out);
+                for data in port_accesses(&mut self.fd) {
+                    self.pio.write(u64::from(port), data);
+                }
+                None
+            }
+            Ok(VcpuExit::IoIn(port, _)) => {
+                add(&counters.io_in);
+                for data in port_accesses(&mut self.fd) {
+                    // Each may wait for a peer; nobody is interested in those that follow the end.
+                    if self.lifecycle.is_open() {
+                        self.pio.read(u64::from(port), data);
+                    }
+                }
+                None
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                add(&counters.mmio_write);
+                self.peer_memory.missed(address);
+                self.mmio.write(address, data);
+                None
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                add(&counters.mmio_read);
+                self.peer_memory.missed(address);
+                self.mmio.read(address, data);
+                None
+            }
+            Ok(VcpuExit::Intr) => {
+                add(&counters.interrupted);
+                return None;
+            }
+            Err(error) if [INTERRUPTED, TRY_AGAIN].contains(&error.errno()) => {
+                add(&counters.interrupted);
+                return None;
+            }
+            Ok(VcpuExit::Shutdown) => Some("the guest took a triple fault".to_owned()),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                Some(format!("the processor refused to enter the guest (reason {reason:#x} on CPU {cpu})"))
+            }
+            Ok(VcpuExit::InternalError) => {
+                Some("KVM could not emulate an instruction of the guest (internal error)".to_owned())
+            }
+            Ok(VcpuExit::SystemEvent(kind, _)) => Some(format!("KVM reported system event {kind}")),
+            Ok(other) => {
+                Some(format!("KVM left the guest for a reason that outboard does not handle: {other:?}"))
+            }
+            Err(error)
+                if error.errno() == BAD_ADDRESS && out_of_reach(&mut self.faults, &self.peer_memory) =>
+            {
+                add(&counters.other);
+                return None;
+            }
+            Err(error) => Some(format!("KVM cannot run the vCPU: {error}")),
+        };
+        let spent = u64::try_from(exited.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        counters.longest_ns.fetch_max(spent, Ordering::Relaxed);
+        crash.map(|what| {
+            add(&counters.other);
+            Request::Crash(format!("{what}\n{}", describe_registers(&self.fd, self.index)))
+        })
+    }
+}
+
+/// KVM could not reach guest memory: takes away what a peer made unreachable. Says whether the vCPU may go on.
+///
+/// Our own memory is sealed, so that only a peer's can fail. A file that is long again by now is found by its
+/// failing once more; one that fails for another reason (no huge page left) goes with all the others.
+fn out_of_reach(faults: &mut u8, peer_memory: &PeerMemory) -> bool {
+    *faults = faults.saturating_add(1);
+    if peer_memory.remove(Suspects::Shorter) > 0 || *faults <= FAULTS {
+        return true;
+    }
+    *faults = 0;
+    peer_memory.remove(Suspects::All) > 0
+}
+
+/// How often in a row KVM may fail to reach memory before all peers' memory is suspect.
+const FAULTS: u8 = 8;
+const INTERRUPTED: i32 = 4;
+const TRY_AGAIN: i32 = 11;
+const BAD_ADDRESS: i32 = 14;
+
+#[cfg(test)]
+#[path = "vcpu_tests.rs"]
+mod tests;

@@ -1,0 +1,131 @@
+//! `outboard check`: what can this host boot?
+
+use std::process::ExitCode;
+
+use kvm_ioctls::{Cap, Kvm};
+use serde::Serialize;
+
+use super::guest_mode::{Bench, PROBES, Verdict};
+use crate::error::{Error, Fault};
+use crate::host::kvm;
+
+/// What was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Machines with payloads of their own run: every test that needs only KVM's interface.
+    pub runs_payloads: bool,
+    /// Unmodified distribution kernels boot.
+    pub runs_stock_kernels: bool,
+    /// The capabilities that outboard uses.
+    pub capabilities: Vec<Capability>,
+    /// Instructions of stock kernels that this KVM does not execute in guest mode.
+    pub failing_instructions: Vec<Instruction>,
+    /// How many instructions were tried.
+    pub tried_instructions: usize,
+}
+
+/// One capability of KVM.
+#[derive(Clone, Debug, Serialize)]
+pub struct Capability {
+    /// What it is.
+    pub name: &'static str,
+    /// The value that KVM reports; 0 is absence.
+    pub value: i32,
+    /// What is missing without it.
+    pub without: &'static str,
+}
+
+/// One instruction that failed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Instruction {
+    /// The mnemonic.
+    pub name: &'static str,
+    /// What KVM reported.
+    pub why: String,
+}
+
+/// Capabilities that some feature uses; those that no machine can do without are checked by [`kvm::open`].
+const OPTIONAL: [(Cap, &str, &str); 6] = [
+    (Cap::NrMemslots, "memory slots", "devices with memory of their own"),
+    (Cap::IrqRouting, "interrupt routes", "message-signalled interrupts"),
+    (Cap::IrqfdResample, "level interrupts by irqfd", "PCI INTx without exits"),
+    (Cap::MaxVcpus, "vCPUs", "machines with many vCPUs"),
+    (Cap::TscDeadlineTimer, "TSC deadline timer", "cheap guest timers"),
+    (Cap::SplitIrqchip, "split interrupt controller", "nothing that outboard needs"),
+];
+
+/// Looks at this host.
+///
+/// # Errors
+/// When it has no KVM that outboard can use at all.
+pub fn examine() -> Result<Report, Error> {
+    let kvm = kvm::open()?;
+    let capabilities = OPTIONAL
+        .into_iter()
+        .map(|(cap, name, without)| Capability { name, value: kvm.check_extension_int(cap), without })
+        .collect();
+    let failing = failing_instructions(&kvm)?;
+    Ok(Report {
+        runs_payloads: true,
+        runs_stock_kernels: failing.is_empty(),
+        capabilities,
+        failing_instructions: failing,
+        tried_instructions: PROBES.len(),
+    })
+}
+
+fn failing_instructions(kvm: &Kvm) -> Result<Vec<Instruction>, Error> {
+    let mut failing = Vec::new();
+    for probe in PROBES {
+        // A VM each: what a failing probe leaves behind must not fail the next one.
+        if let Verdict::Fails(why) = Bench::new(kvm)?.run(probe) {
+            failing.push(Instruction { name: probe.name, why });
+        }
+    }
+    Ok(failing)
+}
+
+/// Runs `outboard check [--json]`; the exit code is 0 when stock kernels boot, else that of an unfit host.
+///
+/// # Errors
+/// When there is no usable KVM, or standard output is closed.
+pub fn command(json: bool) -> Result<ExitCode, Error> {
+    let report = examine()?;
+    super::print(&report, if json { None } else { Some(describe(&report)) })?;
+    let fit = report.runs_stock_kernels;
+    Ok(ExitCode::from(if fit { 0 } else { Fault::Host.exit_code() }))
+}
+
+fn describe(report: &Report) -> String {
+    use std::fmt::Write;
+    let mut text = String::new();
+    let mut line = |words: std::fmt::Arguments<'_>| {
+        // Writing to a String cannot fail.
+        text.write_fmt(words).unwrap_or_default();
+        text.push('\n');
+    };
+    line(format_args!("/dev/kvm: usable (in-kernel interrupts, ioeventfd, irqfd, read-only slots)"));
+    for capability in &report.capabilities {
+        match capability.value {
+            0 => line(format_args!("  no {}: {} will not work", capability.name, capability.without)),
+            value => line(format_args!("  {}: {value}", capability.name)),
+        }
+    }
+    line(format_args!(
+        "guest mode: {} of {} instructions of stock kernels work",
+        report.tried_instructions.saturating_sub(report.failing_instructions.len()),
+        report.tried_instructions
+    ));
+    for instruction in &report.failing_instructions {
+        line(format_args!("  {} does not: {}", instruction.name, instruction.why));
+    }
+    line(format_args!("this host runs payloads of your own (tiny kernels): yes"));
+    if report.runs_stock_kernels {
+        line(format_args!("this host boots stock Linux kernels: yes"));
+    } else {
+        line(format_args!(
+            "this host boots stock Linux kernels: no, its KVM emulates guest code and lacks the instructions above"
+        ));
+    }
+    text
+}
