@@ -21,6 +21,7 @@ use std::fmt;
 
 use crate::irq::Gsi;
 use crate::platform::VirtioMmio;
+use crate::width::to_u64;
 
 /// A guest-physical address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -171,7 +172,7 @@ pub fn virtio_mmio_slot(n: usize) -> Option<VirtioMmio> {
         return None;
     }
     let pin = VIRTIO_MMIO_PINS.get(n % VIRTIO_MMIO_PINS.len())?;
-    let offset = u64::try_from(n).ok()?.checked_mul(VIRTIO_MMIO_SIZE)?;
+    let offset = to_u64(n) * VIRTIO_MMIO_SIZE;
     Some(VirtioMmio { base: Gpa(VIRTIO_MMIO_BASE.0 + offset), size: VIRTIO_MMIO_SIZE, gsi: Gsi(*pin) })
 }
 

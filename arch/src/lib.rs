@@ -12,3 +12,4 @@ pub mod irq;
 pub mod layout;
 pub mod platform;
 pub mod ram;
+pub mod width;

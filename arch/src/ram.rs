@@ -18,6 +18,7 @@ use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{Bytes, FileOffset, MmapRegion};
 
 use crate::layout::{Gpa, HOLE_END, HOLE_START, RAM_ALIGN, RAM_MIN};
+use crate::width::{to_u64, to_usize};
 
 /// Bytes moved at a time by read and write, where `splice` cannot.
 const CHUNK: usize = 256 << 10;
@@ -117,6 +118,9 @@ impl Error {
             Self::NoHugepages { .. } => {
                 Some("reserve them: echo N > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
             }
+            Self::FileEnded { .. } => {
+                Some("is another program writing to the file? start again when it has finished")
+            }
             _ => None,
         }
     }
@@ -175,11 +179,10 @@ impl Ram {
             Hugepages::Off => None,
             Hugepages::Size2M | Hugepages::Size1G => {
                 let file = File::from(fd.try_clone().map_err(|source| Error::Refused { size, source })?);
-                let bytes = usize::try_from(size).map_err(|_| refused(Errno::NOMEM))?;
                 // Not `from_file`, which maps without reserving: the first access would end in SIGBUS.
                 let mapped = MmapRegion::build(
                     Some(FileOffset::new(file, 0)),
-                    bytes,
+                    to_usize(size),
                     PROT_READ | PROT_WRITE,
                     MAP_SHARED,
                 );
@@ -213,10 +216,9 @@ impl Ram {
     pub fn write_at(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
         let mut offset = self.offset_of(at, bytes.len())?;
         if let Some(mapping) = &self.mapping {
-            let start = usize::try_from(offset).map_err(|_| Error::Access(Errno::OVERFLOW.into()))?;
             return mapping
                 .as_volatile_slice()
-                .write_slice(bytes, start)
+                .write_slice(bytes, to_usize(offset))
                 .map_err(|error| Error::Access(io::Error::other(error)));
         }
         let mut rest = bytes;
@@ -224,7 +226,7 @@ impl Ram {
             let done =
                 retry(|| pwrite(&self.fd, rest, offset)).map_err(|errno| Error::Access(errno.into()))?;
             rest = advance(rest, done).ok_or_else(|| Error::Access(Errno::IO.into()))?;
-            offset = offset.saturating_add(wide(done));
+            offset = offset.saturating_add(to_u64(done));
         }
         Ok(())
     }
@@ -240,7 +242,7 @@ impl Ram {
                 Some(tail) if done > 0 => tail,
                 _ => return Err(Error::Access(Errno::IO.into())),
             };
-            offset = offset.saturating_add(wide(done));
+            offset = offset.saturating_add(to_u64(done));
         }
         Ok(())
     }
@@ -259,9 +261,9 @@ impl Ram {
         let zeros = [0; 4096];
         let mut done = 0;
         while done < len {
-            let step = usize::try_from(len - done).unwrap_or(zeros.len()).min(zeros.len());
+            let step = to_usize(len - done).min(zeros.len());
             self.write_at(Gpa(at.0 + done), zeros.get(..step).unwrap_or(&zeros))?;
-            done += wide(step);
+            done += to_u64(step);
         }
         Ok(())
     }
@@ -280,9 +282,9 @@ impl Ram {
                 Err(errno) => return Err(Error::Read(errno.into())),
             }
         }
-        let mut buffer = vec![0; usize::try_from(len).unwrap_or(CHUNK).min(CHUNK)];
+        let mut buffer = vec![0; to_usize(len).min(CHUNK)];
         while done < len {
-            let step = usize::try_from(len - done).unwrap_or(CHUNK).min(buffer.len());
+            let step = to_usize(len - done).min(buffer.len());
             let chunk = buffer.get_mut(..step).unwrap_or_default();
             let got = retry(|| pread(file, &mut *chunk, offset.saturating_add(done)))
                 .map_err(|errno| Error::Read(errno.into()))?;
@@ -290,13 +292,13 @@ impl Ram {
                 return Err(Error::FileEnded { missing: len - done });
             }
             self.write_at(Gpa(at.0.saturating_add(done)), chunk.get(..got).unwrap_or_default())?;
-            done += wide(got);
+            done += to_u64(got);
         }
         Ok(())
     }
 
     fn offset_of(&self, at: Gpa, len: usize) -> Result<u64, Error> {
-        self.offset(at, wide(len))
+        self.offset(at, to_u64(len))
     }
 
     /// The place in the memfd of a range that must lie in one region.
@@ -335,7 +337,7 @@ fn splice_all(
     let (pipe_out, pipe_in) = pipe_with(PipeFlags::CLOEXEC)?;
     let capacity = fcntl_setpipe_size(&pipe_in, PIPE).unwrap_or(64 << 10).max(4096);
     while *done < len {
-        let wanted = usize::try_from(len - *done).unwrap_or(capacity).min(capacity);
+        let wanted = to_usize(len - *done).min(capacity);
         let mut read_at = from_offset.saturating_add(*done);
         let mut held = retry(|| splice(from, Some(&mut read_at), &pipe_in, None, wanted, SpliceFlags::MOVE))?;
         if held == 0 {
@@ -348,7 +350,7 @@ fn splice_all(
                 return Err(Errno::IO);
             }
             held -= moved;
-            *done += wide(moved);
+            *done += to_u64(moved);
         }
     }
     Ok(())
@@ -365,9 +367,4 @@ fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
 
 fn advance(bytes: &[u8], done: usize) -> Option<&[u8]> {
     if done == 0 { None } else { bytes.get(done..) }
-}
-
-/// Lengths of this 64-bit program always fit.
-fn wide(len: usize) -> u64 {
-    u64::try_from(len).unwrap_or(u64::MAX)
 }

@@ -88,7 +88,7 @@ fn an_elf_segment_lands_where_it_says_and_its_rest_is_cleared_also_on_a_second_b
     let ram = ram();
     let mut data = vec![0; 3 << 20];
     data[..5000].fill(1);
-    data[2 << 20..].fill(2);
+    data[2 << 20..(3 << 20) - 40_000].fill(2);
     for _ in 0..2 {
         let entry = load(&ram, &elf(2 * MIB, &data, 8192), None, "hello").unwrap();
         assert_eq!((entry.protocol, entry.start), (Protocol::Linux64, Gpa(2 * MIB)));
@@ -98,6 +98,35 @@ fn an_elf_segment_lands_where_it_says_and_its_rest_is_cleared_also_on_a_second_b
         // What a guest left behind.
         ram.write_at(Gpa(MIB), &vec![0xee; 8 << 20]).unwrap();
     }
+}
+
+#[test]
+fn the_place_of_a_section_without_contents_is_cleared_and_not_copied() {
+    let ram = ram();
+    // Contents, `.bss`, contents; the file has ones everywhere.
+    let mut file = elf(2 * MIB, &[1; 0x4000], 0);
+    let sections = file.len();
+    for (kind, at) in [(1_u32, 2 * MIB), (8, 2 * MIB + 0x1000), (8, 2 * MIB + 0x1800), (1, 2 * MIB + 0x3000)]
+    {
+        let mut section = vec![0; 64];
+        put(&mut section, 4, &kind.to_le_bytes());
+        section[8] = 3;
+        put(&mut section, 16, &at.to_le_bytes());
+        file.extend(section);
+    }
+    put(&mut file, 40, &u64::try_from(sections).unwrap().to_le_bytes());
+    put(&mut file, 58, &[64, 0, 4, 0]);
+    for _ in 0..2 {
+        load(&ram, &file, None, "").unwrap();
+        assert_eq!(read(&ram, 2 * MIB, 0x1000), [1; 0x1000]);
+        assert_eq!(read(&ram, 2 * MIB + 0x1000, 0x2000), [0; 0x2000]);
+        assert_eq!(read(&ram, 2 * MIB + 0x3000, 0x1000), [1; 0x1000]);
+        ram.write_at(Gpa(MIB), &vec![0xee; 8 << 20]).unwrap();
+    }
+    // Section headers that are not there, or lie elsewhere, change nothing.
+    file.truncate(sections);
+    load(&ram, &file, None, "").unwrap();
+    assert_eq!(read(&ram, 2 * MIB, 0x4000), [1; 0x4000]);
 }
 
 #[test]

@@ -32,7 +32,7 @@ use crate::devices::windows::Windows;
 use crate::error::Error;
 use crate::host::huge_memory::HugeMemory;
 use crate::host::kvm;
-use crate::host::memory::{Mapping, mind_shorter_files};
+use crate::host::memory::Mapping;
 use crate::life::gate::Request;
 use crate::life::vcpu::VcpuCounters;
 use crate::stats::{Startup, Stats};
@@ -388,11 +388,7 @@ impl Files {
             cmdline: &cmdline,
         };
         let cannot = || Error::usage(format!("cannot boot {}", self.kernel.1));
-        let loaded = mind_shorter_files(|| arch::boot::load(ram, &image, platform));
-        let loaded = loaded.map_err(|shorter| {
-            cannot().because(shorter).hint("who is writing to it? begin again when that has ended")
-        })?;
-        loaded.map_err(|error| {
+        arch::boot::load(ram, &image, platform).map_err(|error| {
             let hint = error.hint();
             let failed = cannot().because(error);
             match hint {

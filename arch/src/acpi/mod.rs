@@ -20,6 +20,7 @@ use crate::layout::{
 };
 use crate::platform::Platform;
 use crate::ram::{self, Ram};
+use crate::width::to_u64;
 
 const OEM_ID: [u8; 6] = *b"OUTBRD";
 const OEM_TABLE_ID: [u8; 8] = *b"OUTBOARD";
@@ -58,7 +59,7 @@ pub enum Error {
 pub fn load(ram: &Ram, platform: &Platform) -> Result<Gpa, Error> {
     let bytes = tables(platform)?;
     let room = HIGH_MEMORY.0 - ACPI_TABLES.0;
-    if u64::try_from(bytes.len()).is_ok_and(|size| size > room) {
+    if to_u64(bytes.len()) > room {
         return Err(Error::TooLarge { size: bytes.len(), room });
     }
     ram.write_at(ACPI_TABLES, &bytes)?;
@@ -98,7 +99,7 @@ impl Area {
         let at = self.bytes.len().next_multiple_of(TABLE_ALIGN);
         self.bytes.resize(at, 0);
         table.to_aml_bytes(self);
-        u64::try_from(at).map_or(u64::MAX, |at| ACPI_TABLES.0 + at)
+        ACPI_TABLES.0 + to_u64(at)
     }
 
     /// Fills the room that was left at the start.

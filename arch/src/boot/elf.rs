@@ -2,14 +2,16 @@
 //! entry. Never trusts an offset or a size; reads headers only, the segments are moved by the host kernel.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr};
 use vm_memory::ByteValued;
 
-use super::{Error, Kernel, Protocol, check_range, zeros};
+use super::{Error, Kernel, Protocol, check_range};
 use crate::layout::Gpa;
 use crate::ram::{self, Ram};
+use crate::width::{to_u64, to_usize};
 
 const CLASS: usize = 4;
 const CLASS_64: u8 = 2;
@@ -21,6 +23,11 @@ const TYPE_SHARED: u16 = 3;
 const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_NOTE: u32 = 4;
 const FLAG_WRITABLE: u32 = 2;
+const SECTION_HEADER: usize = 64;
+const SECTION_NOBITS: u32 = 8;
+const SECTION_ALLOC: u32 = 2;
+/// Zeros at the end of a segment are looked for in blocks of this size.
+const BLOCK: usize = 16 << 10;
 
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the physical address of the PVH entry.
 const NOTE_PHYS32_ENTRY: u32 = 18;
@@ -32,6 +39,14 @@ const MAX_SEGMENTS: u16 = 256;
 const MAX_NOTES: u64 = 64 << 10;
 /// `COMMAND_LINE_SIZE` of x86, without the final NUL.
 const CMDLINE_MAX: u64 = 2047;
+
+/// A section of the file that has a place in memory.
+struct Section {
+    /// Its virtual address.
+    start: u64,
+    /// It has no contents in the file (`.bss`): whatever the file holds in its place means nothing.
+    empty: bool,
+}
 
 pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Kernel, Error> {
     let header = parse_header(head, size)?;
@@ -62,8 +77,9 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
         return Err(Error::EntryOutside { entry: Gpa(start) });
     }
 
+    let sections = read_sections(file, &header);
     for segment in &loads {
-        load_segment(ram, file, segment).map_err(Error::KernelCopy)?;
+        load_segment(ram, file, segment, &sections).map_err(Error::KernelCopy)?;
     }
     Ok(Kernel {
         protocol,
@@ -75,22 +91,70 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
     })
 }
 
-/// Moves what the file has of a segment and clears the rest of it.
-fn load_segment(ram: &Ram, file: &File, segment: &Elf64_Phdr) -> Result<(), ram::Error> {
-    let (start, end) = (segment.p_offset, segment.p_offset + segment.p_filesz);
-    let parts = match segment.p_flags & FLAG_WRITABLE {
-        0 => std::iter::once(start..end).collect(),
-        // Cleared memory may have come into the file as zeros.
-        _ => zeros::data_parts(file, start..end),
-    };
-    let memory = |offset: u64| Gpa(segment.p_paddr + (offset - start));
-    let mut done = start;
-    for part in parts {
-        ram.zero(memory(done), part.start - done)?;
-        ram.copy_from_file(memory(part.start), file, part.start, part.end - part.start)?;
-        done = part.end;
+/// Copies the part of a segment that the file holds, and clears the rest of the segment. Linux's `vmlinux` holds much
+/// of its cleared memory as zeros, which need neither a copy nor pages of the host: the space of sections without
+/// contents, and zeros at the end of a writable segment, are cleared instead.
+fn load_segment(
+    ram: &Ram,
+    file: &File,
+    segment: &Elf64_Phdr,
+    sections: &[Section],
+) -> Result<(), ram::Error> {
+    let memory = |at: u64| Gpa(segment.p_paddr + at);
+    let copy =
+        |from: u64, to: u64| ram.copy_from_file(memory(from), file, segment.p_offset + from, to - from);
+    let within =
+        |section: &Section| section.start.checked_sub(segment.p_vaddr).filter(|at| *at < segment.p_filesz);
+    let mut done = 0;
+    for empty in sections.iter().filter(|section| section.empty).filter_map(within) {
+        if empty < done {
+            continue;
+        }
+        let contents = sections.iter().filter(|section| !section.empty).filter_map(within);
+        let next = contents.filter(|at| *at >= empty).min().unwrap_or(segment.p_filesz);
+        copy(done, empty)?;
+        ram.zero(memory(empty), next - empty)?;
+        done = next;
     }
-    ram.zero(memory(done), segment.p_memsz - (done - start))
+    let mut end = segment.p_filesz;
+    if segment.p_flags & FLAG_WRITABLE != 0 {
+        let start = segment.p_offset + done;
+        end -= trailing_zeros(file, start..start + (end - done)).map_err(ram::Error::Read)?;
+    }
+    copy(done, end)?;
+    ram.zero(memory(end), segment.p_memsz - end)
+}
+
+/// How many bytes at the end of `range` are zeros, in whole [`BLOCK`]s.
+fn trailing_zeros(file: &File, range: Range<u64>) -> std::io::Result<u64> {
+    let mut block = [0; BLOCK];
+    let step = to_u64(BLOCK);
+    let mut end = range.end;
+    while end - range.start >= step {
+        file.read_exact_at(&mut block, end - step)?;
+        // All bytes are zeros when the first is one and each equals the byte before it.
+        if block[0] != 0 || block[1..] != block[..BLOCK - 1] {
+            break;
+        }
+        end -= step;
+    }
+    Ok(range.end - end)
+}
+
+/// The sections that take part in the process image; none where the file has no usable section headers.
+fn read_sections(file: &File, header: &Elf64_Ehdr) -> Vec<Section> {
+    let mut bytes = vec![0; usize::from(header.e_shnum) * SECTION_HEADER];
+    if usize::from(header.e_shentsize) != SECTION_HEADER
+        || file.read_exact_at(&mut bytes, header.e_shoff).is_err()
+    {
+        return Vec::new();
+    }
+    let parse = |section: &[u8]| {
+        let loaded = le32(section, 8)? & SECTION_ALLOC != 0;
+        let start = u64::from(le32(section, 20)?) << 32 | u64::from(le32(section, 16)?);
+        loaded.then_some(Section { start, empty: le32(section, 4)? == SECTION_NOBITS })
+    };
+    bytes.chunks_exact(SECTION_HEADER).filter_map(parse).collect()
 }
 
 fn parse_header(head: &[u8], size: u64) -> Result<Elf64_Ehdr, Error> {
@@ -146,7 +210,7 @@ fn check_in_file(what: &'static str, offset: u64, len: u64, size: u64) -> Result
 fn pvh_entry(file: &File, size: u64, segments: &[Elf64_Phdr]) -> Result<Option<u64>, Error> {
     for segment in segments.iter().filter(|s| s.p_type == SEGMENT_NOTE && s.p_filesz <= MAX_NOTES) {
         check_in_file("a note", segment.p_offset, segment.p_filesz, size)?;
-        let mut notes = vec![0; usize::try_from(segment.p_filesz).unwrap_or(0)];
+        let mut notes = vec![0; to_usize(segment.p_filesz)];
         file.read_exact_at(&mut notes, segment.p_offset).map_err(Error::Kernel)?;
         let align = if segment.p_align == 8 { 8 } else { 4 };
         if let Some(entry) = find_pvh_note(&notes, align) {
@@ -159,8 +223,8 @@ fn pvh_entry(file: &File, size: u64, segments: &[Elf64_Phdr]) -> Result<Option<u
 /// Walks notes until one is the PVH entry or something does not fit.
 fn find_pvh_note(mut notes: &[u8], align: usize) -> Option<u64> {
     loop {
-        let name_len = usize::try_from(le32(notes, 0)?).ok()?;
-        let desc_len = usize::try_from(le32(notes, 4)?).ok()?;
+        let name_len = to_usize(le32(notes, 0)?);
+        let desc_len = to_usize(le32(notes, 4)?);
         let kind = le32(notes, 8)?;
         let name = notes.get(12..)?.get(..name_len)?;
         let desc_at = 12_usize.checked_add(name_len)?.checked_next_multiple_of(align)?;

@@ -10,7 +10,6 @@ mod error;
 mod mptable;
 mod pagetables;
 mod params;
-mod zeros;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -26,6 +25,7 @@ use crate::layout::{
 };
 use crate::platform::{Discovery, Platform};
 use crate::ram::Ram;
+use crate::width::{to_u64, to_usize};
 
 /// What the user wants to boot.
 #[derive(Clone, Copy, Debug)]
@@ -158,7 +158,7 @@ fn load_initramfs(ram: &Ram, file: &File, kernel: &Kernel) -> Result<Placed, Err
 
 fn load_cmdline(ram: &Ram, cmdline: &str, kernel: &Kernel) -> Result<(), Error> {
     let max = kernel.cmdline_max.min(CMDLINE_MAX - 1);
-    if u64::try_from(cmdline.len()).is_ok_and(|len| len > max) {
+    if to_u64(cmdline.len()) > max {
         return Err(Error::CmdlineTooLong { len: cmdline.len(), max });
     }
     if cmdline.contains('\0') {
@@ -177,7 +177,7 @@ fn file_size(file: &File) -> std::io::Result<Option<u64>> {
 
 /// The first page of a file, or all of it.
 fn read_head(file: &File, size: u64) -> std::io::Result<Vec<u8>> {
-    let mut head = vec![0; usize::try_from(size.min(PAGE_SIZE)).unwrap_or(0)];
+    let mut head = vec![0; to_usize(size.min(PAGE_SIZE))];
     file.read_exact_at(&mut head, 0)?;
     Ok(head)
 }

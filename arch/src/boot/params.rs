@@ -11,6 +11,7 @@ use vm_memory::ByteValued;
 use super::{Error, Placed};
 use crate::layout::{ACPI_TABLES, CMDLINE, EBDA, EBDA_END, Gpa, HIGH_MEMORY, PVH_START_INFO};
 use crate::ram::Ram;
+use crate::width::to_u64;
 
 /// The types of E820 and of PVH have the same values.
 const TYPE_RAM: u32 = XEN_HVM_MEMMAP_TYPE_RAM;
@@ -86,12 +87,12 @@ pub(super) fn boot_params(
 
 /// `hvm_start_info` with its modules and memory map behind it, as it lies at [`PVH_START_INFO`].
 pub(super) fn start_info(map: &[MapEntry], initramfs: Option<Placed>, rsdp: Option<Gpa>) -> Vec<u8> {
-    let modules_at = PVH_START_INFO.0 + wide(size_of::<hvm_start_info>());
+    let modules_at = PVH_START_INFO.0 + to_u64(size_of::<hvm_start_info>());
     let modules: Vec<_> = initramfs
         .iter()
         .map(|placed| hvm_modlist_entry { paddr: placed.at.0, size: placed.size, ..Default::default() })
         .collect();
-    let map_at = modules_at + wide(size_of::<hvm_modlist_entry>() * modules.len());
+    let map_at = modules_at + to_u64(size_of::<hvm_modlist_entry>() * modules.len());
     let info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: 1,
@@ -119,8 +120,4 @@ pub(super) fn start_info(map: &[MapEntry], initramfs: Option<Placed>, rsdp: Opti
 fn halves(value: u64) -> (u32, u32) {
     let [b0, b1, b2, b3, b4, b5, b6, b7] = value.to_le_bytes();
     (u32::from_le_bytes([b0, b1, b2, b3]), u32::from_le_bytes([b4, b5, b6, b7]))
-}
-
-fn wide(len: usize) -> u64 {
-    u64::try_from(len).unwrap_or(u64::MAX)
 }

@@ -2,8 +2,7 @@
 //!
 //! Guest RAM is a memfd (see `arch::ram`); here it is only mapped, because KVM wants a user address.
 //! Nothing in the VMM reads or writes guest memory through the mapping (but for `huge_memory`). A peer's file is mapped as a
-//! [`PeerMapping`], which has no way to touch it: the peer may truncate it at any moment. What of a user's file is
-//! looked at through a mapping, the kernel image, is looked at inside [`mind_shorter_files`]. And what a vCPU shares with
+//! [`PeerMapping`], which has no way to touch it: the peer may truncate it at any moment. And what a vCPU shares with
 //! KVM is looked at here where the wrapper does not tell it: [`port_accesses`].
 
 #![allow(unsafe_code)]
@@ -12,16 +11,13 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::ptr::null_mut;
 use std::slice::ChunksExactMut;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use devices::ports::Access;
 use devices::ports::FileRange;
 use kvm_bindings::{KVM_EXIT_IO, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
-use libc::{BUS_ADRERR, SA_ONSTACK, SA_RESTART, SA_SIGINFO, SIGBUS, c_int, c_void, sigaction, siginfo_t};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use rustix::thread::gettid;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -185,89 +181,6 @@ impl Backing {
     }
 }
 
-/// A file got shorter while it was looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the file was made shorter while it was read")]
-pub(crate) struct Shorter;
-
-/// The thread that looks at files through mappings; 0 when there is none.
-static LOOKING: AtomicI32 = AtomicI32::new(0);
-/// A page that it looked at was gone.
-static SHORTER: AtomicBool = AtomicBool::new(false);
-/// What is done about this signal otherwise.
-static OTHERWISE: AtomicPtr<sigaction> = AtomicPtr::new(null_mut());
-/// One thread at a time.
-static ALONE: Mutex<()> = Mutex::new(());
-
-/// Runs `look`, which may look at files through mappings. Where a file ends before its mapping does, as somebody made
-/// it shorter meanwhile, it reads zeros instead of a SIGBUS that ends the process.
-///
-/// # Errors
-/// When that happened, with what `look` made of it lost.
-pub(crate) fn mind_shorter_files<T>(look: impl FnOnce() -> T) -> Result<T, Shorter> {
-    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    SHORTER.store(false, Ordering::Relaxed);
-    let watch = Watch::begin();
-    let seen = look();
-    drop(watch);
-    let shorter = SHORTER.load(Ordering::Relaxed);
-    drop(alone);
-    if shorter { Err(Shorter) } else { Ok(seen) }
-}
-
-/// While this lives, [`on_sigbus`] is asked first. `None` inside: the system refused, and all is as it always is.
-struct Watch(Option<Box<sigaction>>);
-
-impl Watch {
-    fn begin() -> Self {
-        // SAFETY: a structure of numbers, an optional function and a set of bits, all of which may be 0.
-        let mut ours: sigaction = unsafe { std::mem::zeroed() };
-        ours.sa_sigaction = (on_sigbus as extern "C" fn(c_int, *mut siginfo_t, *mut c_void)) as usize;
-        ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
-        let mut before = Box::new(ours);
-        OTHERWISE.store(&raw mut *before, Ordering::Release);
-        LOOKING.store(gettid().as_raw_nonzero().get(), Ordering::Release);
-        // SAFETY: both point to whole structures, and the handler does nothing that a handler must not do.
-        match unsafe { libc::sigaction(SIGBUS, &raw const ours, &raw mut *before) } {
-            0 => Watch(Some(before)),
-            _ => Watch(None),
-        }
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            // SAFETY: puts back what was there before.
-            unsafe { libc::sigaction(SIGBUS, &raw const **before, null_mut()) };
-        }
-        LOOKING.store(0, Ordering::Release);
-        OTHERWISE.store(null_mut(), Ordering::Release);
-    }
-}
-
-/// Puts a page of zeros where the thread that looks found none. Any other bus error is whoever's it was before.
-extern "C" fn on_sigbus(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
-    // SAFETY: the kernel hands over a whole structure.
-    let info = unsafe { &*info };
-    // SAFETY: and for this signal it holds an address.
-    let address = unsafe { info.si_addr() }.addr();
-    let looks = LOOKING.load(Ordering::Acquire) == gettid().as_raw_nonzero().get();
-    if looks && info.si_code == BUS_ADRERR {
-        let page = std::ptr::with_exposed_provenance_mut(address & !(PAGE_BYTES - 1));
-        let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-        // SAFETY: of the mappings that this thread reads, only one of a file can be without its page; it goes on
-        // being mapped, as nothing else than what the file has lost is replaced.
-        if unsafe { mmap_anonymous(page, PAGE_BYTES, ProtFlags::READ, flags) }.is_ok() {
-            return SHORTER.store(true, Ordering::Relaxed);
-        }
-    }
-    let otherwise = OTHERWISE.load(Ordering::Acquire);
-    // SAFETY: it is null (nothing is changed then), or lives for as long as this handler is in place. The access is
-    // tried again.
-    unsafe { libc::sigaction(SIGBUS, otherwise, null_mut()) };
-}
-
 #[derive(Debug)]
 struct Numbers {
     next: u32,
@@ -405,7 +318,3 @@ impl Drop for Slot {
         }
     }
 }
-
-#[cfg(test)]
-#[path = "memory_tests.rs"]
-mod tests;
