@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 /// Whatever a guard keeps alive.
 trait Held: Send {}

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
-use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
 use transport::vhost_user::features::DeviceFeatures;
 
 use crate::lock;

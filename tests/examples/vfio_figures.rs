@@ -15,8 +15,9 @@ use outboard_tests::vfio::Server;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Map, Value, json};
-use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
-use transport::vfio_user::{Client, IrqIndex, Limits, RegionIndex, Served, Sharing, SmallWrite};
+use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
+use transport::peer::Limits;
+use transport::vfio_user::{Client, IrqIndex, RegionIndex, Served, Sharing, SmallWrite};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 

@@ -15,7 +15,7 @@ use outboard_tests::{need, place, wait};
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::Signal;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
-use transport::vhost_user::backend_req::BackendRequest;
+use transport::vhost_user::request::BackendRequest;
 use transport::vhost_user::request::Request;
 
 const MIB: usize = 1 << 20;

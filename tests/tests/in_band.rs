@@ -12,7 +12,7 @@ use outboard_tests::{need, place, wait};
 use rustix::process::Signal;
 use transport::testing::{Offer, Script, ScriptedBackend};
 use transport::vhost_user::ProtocolFeatures;
-use transport::vhost_user::backend_req::BackendRequest;
+use transport::vhost_user::request::BackendRequest;
 use transport::vhost_user::request::Request;
 
 #[test]

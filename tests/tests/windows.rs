@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, open};
 use rustix::io::{pread, pwrite};
 use transport::testing::{Offer, Script, ScriptedBackend};
 use transport::vhost_user::ProtocolFeatures;
-use transport::vhost_user::backend_req::BackendRequest;
+use transport::vhost_user::request::BackendRequest;
 
 /// The guest has no addresses above 4 GiB: the BAR is moved to this one, and to another.
 const BAR: &str = "C:0x18:0xc8000000";

@@ -2,10 +2,8 @@
 //!
 //! | module | what it holds |
 //! |--|--|
-//! | [`memory_map`] | guest memory as peers are told of it |
-//! | [`scm`] | one message with fds over a unix socket |
-//! | [`deadline`] | bounded waits |
-//! | [`socket`] | how a peer is reached: connect, listen, inherited |
+//! | [`peer`] | sockets, deadlines, descriptors and errors, for both protocols |
+//! | [`memory`] | guest memory: which files hold it |
 //! | [`vhost_user`] | the vhost-user front end |
 //! | [`vfio_user`] | the vfio-user client |
 //!
@@ -13,14 +11,10 @@
 
 #![forbid(unsafe_code)]
 
-mod cause;
-pub mod deadline;
-pub mod memory_map;
-pub mod scm;
-pub mod socket;
+pub mod memory;
+pub mod peer;
 pub mod vfio_user;
 pub mod vhost_user;
-mod wire;
 
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -1,4 +1,4 @@
-//! The back-end's own channel: served without blocking, whatever comes.
+//! The backend's own channel: served without blocking, whatever comes.
 
 #![cfg(test)]
 
@@ -10,12 +10,14 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use support::open_fds;
+use transport::peer::Limits;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
-use transport::vhost_user::backend_req::{BackendRequest, NotifierArea};
+use transport::vhost_user::backend_requests::NotifierArea;
 use transport::vhost_user::message::{Header, Uuid};
+use transport::vhost_user::request::BackendRequest;
 use transport::vhost_user::request::Request;
 use transport::vhost_user::{
-    BackendChannel, BackendRequests, Connection, Limits, ProtocolFeatures, Refused, Served, Session, Wanted,
+    BackendChannel, BackendRequests, Connection, ProtocolFeatures, Refused, Served, Session, Wanted,
 };
 use zerocopy::IntoBytes;
 

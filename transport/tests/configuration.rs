@@ -1,4 +1,4 @@
-//! GET_CONFIG against back-ends that refuse, shorten, pad and lie.
+//! GET_CONFIG against backends that refuse, shorten, pad and lie.
 
 #![cfg(test)]
 
@@ -6,9 +6,10 @@ mod support;
 
 use std::time::Duration;
 
+use transport::peer::{Error, Limits};
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Connection, Error, Limits, Wanted};
+use transport::vhost_user::{Connection, Wanted};
 
 fn read(size: usize, held: usize, script: Script) -> Result<Vec<u8>, Error> {
     let config = (0..held).map(|n| u8::try_from(n % 251).unwrap()).collect();

@@ -1,15 +1,16 @@
-//! The order and content of what the front end sends, as a strict back-end sees it.
+//! The order and content of what the front end sends, as a strict backend sees it.
 
 #![cfg(test)]
 
 mod support;
 
 use support::{GuestMemory, Rings, whole_life};
-use transport::memory_map::USER_BIAS;
+use transport::memory::USER_BIAS;
+use transport::peer::Limits;
 use transport::testing::{Offer, Script, ScriptedBackend};
 use transport::vhost_user::features::bit;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Connection, Limits, ProtocolFeatures, RingBase, Wanted};
+use transport::vhost_user::{Connection, ProtocolFeatures, RingBase, Wanted};
 
 const RING: [&str; 6] = [
     "SET_VRING_NUM",

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use transport::vfio_user::message::Command;
-use transport::vhost_user::backend_req::BackendRequest;
+use transport::vhost_user::request::BackendRequest;
 use transport::vhost_user::request::TABLE;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");

@@ -13,8 +13,9 @@ use support::fetched::{fetched, until_listening};
 use support::iommu::{BUFFERS_AT, FAR, Iommu, buffers, far};
 use support::queue::{Part, Queue};
 use support::{GuestMemory, Peer, Scratch, connect_patiently};
+use transport::peer::Limits;
 use transport::vhost_user::features::bit;
-use transport::vhost_user::{Limits, LiveSession, ProtocolFeatures, RingBase, Session, Wanted};
+use transport::vhost_user::{LiveSession, ProtocolFeatures, RingBase, Session, Wanted};
 
 type P = ProtocolFeatures;
 

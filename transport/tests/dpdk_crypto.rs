@@ -14,8 +14,9 @@ use std::time::Duration;
 use support::fetched::{fetched, until_listening};
 use support::queue::{Part, Queue};
 use support::{GuestMemory, Peer, Scratch, connect_patiently};
-use transport::vhost_user::crypto::{SessionId, SymmetricSession};
-use transport::vhost_user::{Limits, LiveSession, ProtocolFeatures, RingBase, Wanted};
+use transport::peer::Limits;
+use transport::vhost_user::extras::{SessionId, SymmetricSession};
+use transport::vhost_user::{LiveSession, ProtocolFeatures, RingBase, Wanted};
 
 /// VERSION_1 and INDIRECT_DESC.
 const FEATURES: u64 = (1 << 32) | (1 << 28);

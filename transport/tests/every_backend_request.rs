@@ -1,4 +1,4 @@
-//! Each request of a back-end, on its own channel: it reaches the machine decoded, and its answer goes back; without the
+//! Each request of a backend, on its own channel: it reaches the machine decoded, and its answer goes back; without the
 //! feature that it needs it is refused and reaches nobody.
 
 #![cfg(test)]
@@ -7,12 +7,12 @@ use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use transport::peer::Limits;
 use transport::testing::{Offer, Script, ScriptedBackend};
-use transport::vhost_user::backend_req::{BackendRequest, NotifierArea};
+use transport::vhost_user::backend_requests::NotifierArea;
 use transport::vhost_user::message::{Iotlb, ShmemArea, Uuid};
-use transport::vhost_user::{
-    BackendRequests, Connection, Limits, ProtocolFeatures as P, Refused, Served, Wanted,
-};
+use transport::vhost_user::request::BackendRequest;
+use transport::vhost_user::{BackendRequests, Connection, ProtocolFeatures as P, Refused, Served, Wanted};
 
 const SOON: Duration = Duration::from_secs(20);
 

@@ -7,10 +7,11 @@ mod support;
 use std::time::Duration;
 
 use support::{life_with, open_fds};
+use transport::peer::Cause;
 use transport::testing::{Act, Offer, Script};
+use transport::vhost_user::ProtocolFeatures;
 use transport::vhost_user::message::Fault;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Cause, ProtocolFeatures};
 
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -121,7 +122,7 @@ fn answers_split_at_every_byte_or_with_need_reply_set_are_fine() {
 
 fn unknown_and_changing_feature_bits_are_harmless() {
     let everything = u64::MAX.to_ne_bytes().to_vec();
-    // The scripted back-end answers none of the newer requests, and is asked none of them.
+    // The scripted backend answers none of the newer requests, and is asked none of them.
     for script in [
         Script::normal().on_nth(Request::GET_FEATURES, 1, Act::Payload(vec![0; 8])),
         Script::normal().on_nth(Request::GET_FEATURES, 1, Act::Payload(everything.clone())),

@@ -1,4 +1,4 @@
-//! Fds that are not what they should be, wherever a back-end hands one over: refused or kept harmless, in no time, and none
+//! Fds that are not what they should be, wherever a backend hands one over: refused or kept harmless, in no time, and none
 //! is left open. Memory is counted, too.
 
 #![cfg(test)]
@@ -10,12 +10,14 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use support::{GuestMemory, Rings, open_fds};
+use transport::peer::Limits;
 use transport::testing::{Act, FdKind, Offer, Script, ScriptedBackend};
-use transport::vhost_user::backend_req::{BackendRequest, NotifierArea};
+use transport::vhost_user::backend_requests::NotifierArea;
 use transport::vhost_user::message::{ShmemArea, Uuid};
+use transport::vhost_user::request::BackendRequest;
 use transport::vhost_user::request::Request;
 use transport::vhost_user::{
-    BackendRequests, Connection, Limits, ProtocolFeatures as P, Refused, Served, Session, Wanted,
+    BackendRequests, Connection, ProtocolFeatures as P, Refused, Served, Session, Wanted,
 };
 
 const DEADLINE: Duration = Duration::from_secs(2);
@@ -47,7 +49,7 @@ fn with_each(kinds: &[FdKind], act: impl Fn(FdKind)) {
         let (before, begun) = (open_fds(), Instant::now());
         act(*kind);
         assert!(begun.elapsed() < DEADLINE * 2, "{kind:?}: {:?}", begun.elapsed());
-        // The scripted back-end's thread closes its own.
+        // The scripted backend's thread closes its own.
         support::eventually("descriptors are closed", DEADLINE, || open_fds() == before);
     }
 }
@@ -69,7 +71,7 @@ fn an_inflight_area_of_a_wrong_kind_is_refused() {
 #[test]
 fn a_state_pipe_of_a_wrong_kind_is_an_error_of_the_transfer() {
     with_each(&KINDS, |kind| {
-        // Bit 8 is clear: the back-end's own fd is to be read.
+        // Bit 8 is clear: the backend's own fd is to be read.
         let script = Script::normal().on(Request::SET_DEVICE_STATE_FD, Act::FdOf(kind));
         let (_backend, mut session) = session(P::DEVICE_STATE, script);
         assert!(session.save_state(&mut Vec::new(), 1 << 20).is_err(), "{kind:?}");
@@ -91,7 +93,7 @@ impl BackendRequests for Machine {
     }
 
     fn shmem_map(&self, area: ShmemArea, fd: OwnedFd) -> Result<(), Refused> {
-        if transport::vhost_user::shmem::file_size(&fd) < area.fd_offset.saturating_add(area.len) {
+        if transport::peer::fds::file_size(&fd) < area.fd_offset.saturating_add(area.len) {
             return Err(Refused);
         }
         self.0.lock().unwrap().push(fd);

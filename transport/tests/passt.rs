@@ -16,10 +16,10 @@ use std::time::Duration;
 use support::fetched::{fetched, is_listening, skipped};
 use support::queue::{Part, Queue};
 use support::{GuestMemory, Peer, Scratch, connect_patiently, eventually};
-use transport::vhost_user::dirty_log::log_size;
-use transport::vhost_user::{
-    Call, Cause, DirtyLog, Limits, LiveSession, ProtocolFeatures, RingBase, Session, Wanted,
-};
+use transport::memory::DirtyLog;
+use transport::memory::log_size;
+use transport::peer::{Cause, Limits};
+use transport::vhost_user::{Call, LiveSession, ProtocolFeatures, RingBase, Session, Wanted};
 
 type P = ProtocolFeatures;
 

@@ -16,7 +16,8 @@ use std::time::Duration;
 use support::fetched::{fetched, until_listening};
 use support::queue::{Part, Queue};
 use support::{GuestMemory, Peer, Scratch, connect_patiently};
-use transport::vhost_user::{Limits, RingBase, Wanted};
+use transport::peer::Limits;
+use transport::vhost_user::{RingBase, Wanted};
 
 const VERSION_1: u64 = 1 << 32;
 const WIDTH: u32 = 64;

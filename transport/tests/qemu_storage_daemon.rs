@@ -1,4 +1,4 @@
-//! Against a back-end that we did not write: libvhost-user in Debian's qemu-storage-daemon, vhost-user-blk.
+//! Against a backend that we did not write: libvhost-user in Debian's qemu-storage-daemon, vhost-user-blk.
 
 #![cfg(test)]
 
@@ -13,12 +13,12 @@ use std::time::Duration;
 use support::fetched::{skipped, until_listening};
 use support::queue::{Part, Queue};
 use support::{GuestMemory, Peer, Scratch, eventually};
-use transport::memory_map::{GuestAddr, SharedRegion};
-use transport::vhost_user::dirty_log::log_size;
+use transport::memory::DirtyLog;
+use transport::memory::log_size;
+use transport::memory::{GuestAddr, SharedRegion};
+use transport::peer::{Cause, Limits};
 use transport::vhost_user::features::bit;
-use transport::vhost_user::{
-    Cause, Connection, DirtyLog, Limits, LiveSession, ProtocolFeatures, RingBase, Session, Wanted,
-};
+use transport::vhost_user::{Connection, LiveSession, ProtocolFeatures, RingBase, Session, Wanted};
 
 const SECTORS: u64 = 2048;
 
@@ -162,7 +162,7 @@ fn blocks_are_read_and_written_and_rings_stop_and_start_again() {
     assert_eq!(driver.request(0, 7, &[0; 512]), [7; 512]);
     driver.request(1, 9, &[0xab; 512]);
     assert_eq!(driver.request(0, 9, &[0; 512]), [0xab; 512]);
-    assert!(driver.queue.call.take().unwrap() > 0, "the back-end rang the call");
+    assert!(driver.queue.call.take().unwrap() > 0, "the backend rang the call");
 
     let (session, bases) = live.stop().unwrap();
     assert_eq!(bases, [RingBase(3)]);

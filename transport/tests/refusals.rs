@@ -7,9 +7,10 @@ mod support;
 use std::time::Duration;
 
 use support::life_with;
+use transport::peer::{Cause, Limits};
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::request::{Answer, Request, TABLE};
-use transport::vhost_user::{Cause, Connection, Limits, ProtocolFeatures, Wanted};
+use transport::vhost_user::{Connection, ProtocolFeatures, Wanted};
 
 #[test]
 fn a_refusal_of_any_acknowledged_request_names_it_and_its_code() {

@@ -1,4 +1,4 @@
-//! Against a back-end that we did not write: the rust-vmm `vhost-user-backend` crate, which virtiofsd and the
+//! Against a backend that we did not write: the rust-vmm `vhost-user-backend` crate, which virtiofsd and the
 //! vhost-device family are made of. Its device puts every buffer straight into the used ring.
 
 #![cfg(test)]
@@ -13,13 +13,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use support::{GuestMemory, Rings, Scratch, eventually};
-use transport::memory_map::{GuestAddr, SharedRegion};
-use transport::vhost_user::backend_req::BackendRequests;
-use transport::vhost_user::dirty_log::log_size;
+use transport::memory::DirtyLog;
+use transport::memory::log_size;
+use transport::memory::{GuestAddr, SharedRegion};
+use transport::peer::{Cause, Limits};
+use transport::vhost_user::backend_requests::BackendRequests;
 use transport::vhost_user::message::{ShmemArea, Uuid};
-use transport::vhost_user::{
-    Cause, Connection, DirtyLog, Limits, ProtocolFeatures, Refused, RingBase, RingSwitch, Session, Wanted,
-};
+use transport::vhost_user::{Connection, ProtocolFeatures, Refused, RingBase, RingSwitch, Session, Wanted};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserMMap, VhostUserProtocolFeatures,
     VhostUserShMemConfig, VhostUserSharedMsg,
@@ -249,7 +249,7 @@ fn rings_run_stop_and_start_again_and_config_goes_both_ways() {
     }
     assert!(rings.calls[0].take().unwrap() > 0);
     assert_eq!(running.device.acked.load(Ordering::SeqCst), 1 << 32 | 1 << 30);
-    live.switch_ring(1, RingSwitch::Disabled).unwrap();
+    live.switch_rings(&[1], RingSwitch::Disabled).unwrap();
     let (session, bases) = live.stop().unwrap();
     assert_eq!(bases, [RingBase(300), RingBase(0)]);
 
@@ -355,7 +355,7 @@ impl BackendRequests for Machine {
     }
 
     fn shmem_map(&self, area: ShmemArea, fd: OwnedFd) -> Result<(), Refused> {
-        assert!(transport::vhost_user::shmem::file_size(&fd) >= area.len);
+        assert!(transport::peer::fds::file_size(&fd) >= area.len);
         self.mapped.lock().unwrap().push((area.shmid, area.shm_offset, area.len));
         Ok(())
     }

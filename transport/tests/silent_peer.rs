@@ -7,9 +7,10 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::{GuestMemory, Rings, life_with, open_fds};
+use transport::peer::{Cause, Limits};
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Cause, Connection, Limits, ProtocolFeatures, Wanted};
+use transport::vhost_user::{Connection, ProtocolFeatures, Wanted};
 
 /// Long enough for everything that is not silent, on a machine that builds something else meanwhile.
 const DEADLINE: Duration = Duration::from_millis(700);

@@ -1,4 +1,4 @@
-//! Reaching a back-end: it starts late, it connects to us, it never comes; and what a trace shows.
+//! Reaching a backend: it starts late, it connects to us, it never comes; and what a trace shows.
 
 #![cfg(test)]
 
@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use support::{Scratch, whole_life};
-use transport::socket::Listener;
+use transport::peer::socket::Attempts;
+use transport::peer::socket::Listener;
+use transport::peer::{Limits, Trace, TraceEvent};
 use transport::testing::{Offer, Script, ScriptedBackend};
-use transport::vhost_user::reconnect::Attempts;
-use transport::vhost_user::{Connection, Limits, Trace, TraceEvent, Wanted};
+use transport::vhost_user::{Connection, Wanted};
 
 fn limits() -> Limits {
     Limits::new(Duration::from_millis(500))

@@ -13,11 +13,12 @@ use std::time::Duration;
 use support::open_fds;
 use support::vfio_user::End::{Fails, Lost, LostAnywhere, Works};
 use support::vfio_user::{ALONE, BRIEF, End, PATIENT, row};
-use transport::deadline::{Deadline, wait_readable};
+use transport::peer::deadline::{Deadline, wait_readable};
+use transport::peer::{Cause, Limits};
 use transport::testing::FdKind;
 use transport::testing::vfio_user::{Act, Offer, Script, ScriptedServer};
 use transport::vfio_user::message::Command;
-use transport::vfio_user::{Cause, Client, Limits, RegionIndex};
+use transport::vfio_user::{Client, RegionIndex};
 
 type C = Command;
 
@@ -166,7 +167,7 @@ fn a_late_reply_is_discarded_and_never_taken_for_the_next_one() {
     client.write(RegionIndex(0), 0, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
     let mut data = [0; 4];
     let error = client.with_deadline(BRIEF).read(RegionIndex(0), 0, &mut data).unwrap_err();
-    assert!(error.is_hung() && matches!(error.cause(), Cause::Silent(_)), "{error}");
+    assert!(error.is_silence() && matches!(error.cause(), Cause::Silent(_)), "{error}");
     client.read(RegionIndex(0), 4, &mut data).unwrap();
     assert_eq!(data, [5, 6, 7, 8]);
     assert_eq!(client.stats().late, 1);

@@ -12,12 +12,12 @@ use std::time::Duration;
 use support::vfio_user::End::{Fails, Lost, LostAnywhere, Works};
 use support::vfio_user::{ALONE, PATIENT, eventfds, row};
 use support::{GuestMemory, open_fds};
-use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
+use transport::peer::Limits;
 use transport::testing::vfio_user::{Act, Offer, RegionOffer, Script, ScriptedServer};
 use transport::vfio_user::message::Command;
-use transport::vfio_user::{
-    Client, DmaRange, IrqIndex, Limits, MigrationState, RegionIndex, Served, Sharing,
-};
+use transport::vfio_user::migration::{DmaRange, MigrationState};
+use transport::vfio_user::{Client, IrqIndex, RegionIndex, Served, Sharing};
 use zerocopy::IntoBytes;
 
 type C = Command;
@@ -481,7 +481,7 @@ fn the_connection_ends_with_its_last_client_and_the_receiver_sees_it() {
     receiver.serve().unwrap();
     drop(read);
     drop(client);
-    let deadline = transport::deadline::Deadline::after(PATIENT);
-    transport::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
+    let deadline = transport::peer::deadline::Deadline::after(PATIENT);
+    transport::peer::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
     assert_eq!(receiver.serve().unwrap(), Served::HungUp);
 }

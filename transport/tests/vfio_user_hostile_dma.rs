@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use support::vfio_user::End::LostAnywhere;
 use support::vfio_user::{ALONE, BRIEF, PATIENT, row};
 use support::{GuestMemory, open_fds};
-use transport::memory_map::{GuestAddr, SharedRegion};
+use transport::memory::{GuestAddr, SharedRegion};
+use transport::peer::Limits;
 use transport::testing::vfio_user::{Act, Ask, Offer, Script, ScriptedServer};
 use transport::vfio_user::message::{Command, Header};
-use transport::vfio_user::{Client, DmaRights, Limits, RegionIndex, Served, Sharing};
+use transport::vfio_user::{Client, DmaRights, RegionIndex, Served, Sharing};
 use zerocopy::IntoBytes;
 
 type C = Command;
@@ -89,7 +90,7 @@ fn dma_is_served_in_the_middle_of_every_command_and_checked() {
             }
             assert_eq!(answers.len(), 3 + bad_asks().len(), "{what}");
             let stats = client.stats();
-            assert_eq!((stats.dma_reads, stats.dma_writes, stats.failures), (1, 3, 0), "{what}");
+            assert_eq!((stats.dma_reads, stats.dma_writes, stats.exchanges.failures), (1, 3, 0), "{what}");
         }
     }
 }
@@ -153,7 +154,7 @@ fn a_server_that_stops_reading_is_found_at_the_deadline_and_posted_writes_stay_b
         let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
         let client = client.with_deadline(BRIEF);
         let receiver = with_receiver.then(|| client.receiver().unwrap());
-        assert!(client.reset().unwrap_err().is_hung());
+        assert!(client.reset().unwrap_err().is_silence());
         let mut posted = 0u64;
         let error = loop {
             match client.post_write(RegionIndex(0), 0, &[0; 8]) {
@@ -162,10 +163,10 @@ fn a_server_that_stops_reading_is_found_at_the_deadline_and_posted_writes_stay_b
             }
             assert!(posted < 1_000_000, "where does it all go?");
         };
-        assert!(error.is_hung(), "{error}");
+        assert!(error.is_silence(), "{error}");
         assert!(error.to_string().contains("did not take REGION_WRITE within"), "{error}");
         let error = client.read(RegionIndex(0), 0, &mut [0; 4]).unwrap_err();
-        assert!(error.is_hung(), "{error}");
+        assert!(error.is_silence(), "{error}");
         drop(receiver);
         drop((client, server));
     }
@@ -184,8 +185,8 @@ fn a_receiver_hears_the_server_while_nobody_asks() {
         let mut receiver = client.receiver().unwrap();
         assert!(client.receiver().is_err(), "one is enough");
         server.ask(&Ask::write(0x3000, b"unasked")).unwrap();
-        let deadline = transport::deadline::Deadline::after(PATIENT);
-        transport::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
+        let deadline = transport::peer::deadline::Deadline::after(PATIENT);
+        transport::peer::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
         assert_eq!(receiver.serve().unwrap(), Served::Messages(1));
         assert_eq!(memory.read(0x3000, 7), b"unasked");
         assert_eq!(receiver.serve().unwrap(), Served::Messages(0), "it never blocks");
@@ -193,7 +194,7 @@ fn a_receiver_hears_the_server_while_nobody_asks() {
         client.read(RegionIndex(0), 0, &mut [0; 4]).unwrap();
         let hang_up = client.hang_up().unwrap();
         server.hang_up();
-        transport::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
+        transport::peer::deadline::wait_readable(receiver.as_fd(), &deadline).unwrap();
         let error = receiver.serve().unwrap_err();
         assert!(
             error.to_string().contains("closed the connection at a moment when nothing was asked"),

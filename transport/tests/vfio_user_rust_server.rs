@@ -15,10 +15,9 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use support::{GuestMemory, Scratch};
-use transport::memory_map::GuestAddr;
-use transport::vfio_user::{
-    Cause, Client, DmaRights, IrqIndex, Limits, RegionIndex, Served, Sharing, SmallWrite,
-};
+use transport::memory::GuestAddr;
+use transport::peer::{Cause, Limits};
+use transport::vfio_user::{Client, DmaRights, IrqIndex, RegionIndex, Served, Sharing, SmallWrite};
 use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
     vfio_region_sparse_mmap_area,
@@ -205,7 +204,7 @@ fn a_device_is_found_mapped_armed_driven_and_reset() {
     assert!(running.state.lock().unwrap().maps.is_empty());
     let twice = client.dma_unmap(GuestAddr(0), 4 << 20).unwrap_err();
     assert!(!twice.is_fatal(), "{twice}");
-    assert_eq!(client.stats().failures, 0);
+    assert_eq!(client.stats().exchanges.failures, 0);
 }
 
 #[test]
@@ -246,7 +245,7 @@ fn many_threads_share_a_connection_with_and_without_a_receiver() {
         }
     }
     let stats = client.stats();
-    assert_eq!((stats.posted, stats.answers, stats.failures), (4000, 4001, 0));
+    assert_eq!((stats.posted, stats.exchanges.answers, stats.exchanges.failures), (4000, 4001, 0));
 }
 
 #[test]

@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use support::{GuestMemory, eventually};
-use transport::memory_map::{GuestAddr, SharedRegion};
+use transport::memory::{MemoryAccess, MemoryMap};
+use transport::peer::Limits;
 use transport::testing::vfio_user::{Act, Ask, Offer, Script, ScriptedServer};
 use transport::vfio_user::message::Command;
-use transport::vfio_user::{Client, DmaMemory, Limits, RegionIndex, Served, Sharing};
+use transport::vfio_user::{Client, RegionIndex, Served, Sharing};
 
 const BAR: RegionIndex = RegionIndex(0);
 const PATIENT: Duration = Duration::from_secs(20);
@@ -89,7 +90,7 @@ fn reads_posted_writes_and_dma_of_the_server_do_not_mix_up() {
         assert_eq!(memory.read(last % 256 * 8, 8), last.to_le_bytes(), "{what}");
         let stats = client.stats();
         assert_eq!(
-            (stats.failures, stats.late, stats.server_refusals, stats.posted),
+            (stats.exchanges.failures, stats.late, stats.server_refusals, stats.posted),
             (0, 0, 0, 1000),
             "{what}"
         );
@@ -175,24 +176,27 @@ fn a_server_that_asks_for_much_at_once_is_answered_in_pieces_and_whole() {
 }
 
 /// Memory that is nobody's file.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Recorder {
     writes: Mutex<Vec<(u64, usize)>>,
 }
 
-impl DmaMemory for Recorder {
-    fn read(&self, region: &SharedRegion, at: GuestAddr, data: &mut [u8]) -> io::Result<()> {
-        assert_eq!(region.guest(), GuestAddr(0));
-        data.fill(u8::try_from(at.raw() & 0xff).unwrap());
+impl MemoryAccess for Recorder {
+    fn read(&self, at: u64, data: &mut [u8]) -> io::Result<()> {
+        data.fill(u8::try_from(at & 0xff).unwrap());
         Ok(())
     }
 
-    fn write(&self, _region: &SharedRegion, at: GuestAddr, data: &[u8]) -> io::Result<()> {
-        if at.raw() == 0x666 {
+    fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        if at == 0x666 {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        self.writes.lock().unwrap().push((at.raw(), data.len()));
+        self.writes.lock().unwrap().push((at, data.len()));
         Ok(())
+    }
+
+    fn store_index(&self, _at: u64, _index: u16) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 
@@ -202,11 +206,11 @@ fn guest_memory_is_reached_the_way_the_machine_says() {
     let script = Script::normal().on(Command::DEVICE_RESET, Act::Asks(asks));
     let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
     let recorder = Arc::new(Recorder::default());
-    let memory_of_machine: Arc<dyn DmaMemory> = Arc::<Recorder>::clone(&recorder);
-    let limits = Limits::new(PATIENT).with_memory(memory_of_machine);
-    let client = Client::from_stream(stream, "scripted", &limits).unwrap();
+    let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
     let memory = GuestMemory::new(2 << 20);
-    client.dma_map_all(&memory.map, Sharing::Messages).unwrap();
+    let access: Arc<dyn MemoryAccess> = Arc::<Recorder>::clone(&recorder);
+    let region = memory.map.regions()[0].clone().with_access(access);
+    client.dma_map_all(&MemoryMap::new(vec![region]).unwrap(), Sharing::Messages).unwrap();
     client.reset().unwrap();
     let answers = server.answers();
     assert_eq!(&answers[0].payload[16..], [0x42; 3]);

@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use transport::{vfio_user, vhost_user};
 
 use crate::config::{
     Config, Image, Memory, OnReset, Serial, load_toml, parse_device_type, parse_memory, parse_serial,
@@ -198,7 +197,7 @@ fn probe(options: &Probe) -> Result<ExitCode, Error> {
     let deadline = Duration::from_millis(options.deadline);
     match options.protocol {
         Protocol::VhostUser => {
-            let limits = vhost_user::Limits::new(deadline);
+            let limits = transport::peer::Limits::new(deadline);
             let limits = tracer.into_iter().fold(limits, |limits, tracer| limits.traced(tracer));
             probe::vhost_user::command(socket, &limits, device, options.json)
         }
@@ -206,7 +205,7 @@ fn probe(options: &Probe) -> Result<ExitCode, Error> {
             Err(Error::usage("--type is not for vfio-user servers").hint("they say themselves what they are"))
         }
         Protocol::VfioUser => {
-            let limits = vfio_user::Limits::new(deadline);
+            let limits = transport::peer::Limits::new(deadline);
             let limits = tracer.into_iter().fold(limits, |limits, tracer| limits.traced(tracer));
             probe::vfio_user::command(socket, &limits, options.json)
         }
@@ -281,7 +280,6 @@ impl Run {
         };
         if let Some(target) = self.trace.or(file.trace) {
             let tracer = Tracer::open(&target)?;
-            config.vfio_trace = Some(tracer.clone());
             config.trace = Some(tracer);
         }
         Ok(Job { config, stats: self.stats.or(file.stats) })

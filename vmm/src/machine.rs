@@ -11,14 +11,14 @@ use arch::boot::{BootImage, Entry};
 use arch::cpu::HostCpu;
 use arch::layout::{self, Gpa};
 use arch::platform::{Discovery, PciRoot, PciSlots, Platform, SerialPort};
-use arch::ram::{Hugepages, Ram};
+use arch::ram::Ram;
 use devices::pci::DeviceNumber;
 use devices::virtio::DeviceHandle;
 use devices::virtio::recovery::revival::Trial;
 use kvm_ioctls::Kvm;
 use rustix::fs::{MemfdFlags, memfd_create};
-use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
-use transport::vfio_user::Limits;
+use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
+use transport::peer::Limits;
 
 use crate::board::{Board, Parts};
 use crate::config::{Config, Image, OnReset, Transport};
@@ -30,7 +30,6 @@ use crate::devices::vfio::Spare;
 use crate::devices::virtio::{Attached, Detached, Surroundings};
 use crate::devices::windows::Windows;
 use crate::error::Error;
-use crate::host::huge_memory::HugeMemory;
 use crate::host::kvm;
 use crate::host::memory::Mapping;
 use crate::life::gate::Request;
@@ -145,7 +144,7 @@ impl Machine {
             }
         })?;
         let ram_mappings = map(&ram)?;
-        let memory = memory_map(&ram)?;
+        let memory = memory_map(&ram, &ram_mappings)?;
         startup.ram = elapsed(begun);
 
         // 3. The backends, each connected and asked what it offers.
@@ -166,9 +165,6 @@ impl Machine {
         let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits(), pci);
         devices.iter_mut().try_for_each(|device| device.place_shared_memory(&mut windows))?;
         let mut functions: Vec<Spare> = Vec::new();
-        let bases = ram.regions().iter().map(|region| region.guest.0);
-        let huge = (config.memory.hugepages != Hugepages::Off)
-            .then(|| HugeMemory::new(bases.zip(ram_mappings.iter().cloned()).collect()));
         for ((index, device), number) in config.vfio_user.into_iter().enumerate().zip(numbers) {
             let id = device.id.clone().unwrap_or_else(|| format!("vfio-user{index}"));
             let taken = devices.iter().map(Detached::id).chain(functions.iter().map(Spare::id));
@@ -178,12 +174,8 @@ impl Machine {
                 );
             }
             let limits = Limits::new(device.deadline);
-            let limits = match &config.vfio_trace {
+            let limits = match &config.trace {
                 Some(trace) => limits.traced(Arc::clone(trace)),
-                None => limits,
-            };
-            let limits = match &huge {
-                Some(huge) => limits.with_memory(huge.clone()),
                 None => limits,
             };
             let (function, receiver) = Spare::connect(device, id, number, &memory, limits)?;
@@ -477,9 +469,10 @@ fn map(ram: &Ram) -> Result<Vec<Mapping>, Error> {
 }
 
 /// Guest RAM as peers are told of it.
-fn memory_map(ram: &Ram) -> Result<MemoryMap, Error> {
-    let regions = ram.regions().iter().map(|region| {
+fn memory_map(ram: &Ram, mappings: &[Mapping]) -> Result<MemoryMap, Error> {
+    let regions = ram.regions().iter().zip(mappings).map(|(region, mapping)| {
         SharedRegion::new(GuestAddr(region.guest.0), region.size, Arc::clone(ram.fd()), region.offset)
+            .with_access(Arc::new(mapping.clone()))
     });
     MemoryMap::new(regions.collect())
         .map_err(|error| Error::internal("cannot describe guest memory").because(error))

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 use super::bar::{BarIndex, Decoded, Space};
 use crate::ports::{

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
 
 use crate::input::Input;
 

@@ -3,10 +3,11 @@
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
-use transport::memory_map::{PAGE, UserAddr};
-use transport::vhost_user::backend_req::NotifierArea;
+use transport::memory::{PAGE, UserAddr};
+use transport::peer::fds::file_size;
+use transport::vhost_user::backend_requests::NotifierArea;
 use transport::vhost_user::message::{Iotlb, ShmemArea, Uuid};
-use transport::vhost_user::shmem::{ShmemRegions, file_size};
+use transport::vhost_user::shmem::ShmemRegions;
 use transport::vhost_user::{BackendRequests, IovaMap, Refused};
 
 use crate::descriptors::{guest_memory, memory_file};

@@ -12,10 +12,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use transport::scm;
+use transport::peer::fds;
+use transport::peer::{Direction, Limits, Trace, TraceEvent};
+use transport::vhost_user::Connection;
 use transport::vhost_user::message::{HEADER_SIZE, Header, Inflight};
 use transport::vhost_user::request::{Answer, Request};
-use transport::vhost_user::{Connection, Direction, Limits, Trace, TraceEvent};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::descriptors::{any, memory_file};
@@ -56,8 +57,9 @@ struct Watcher(Arc<Mutex<State>>);
 
 impl Trace for Watcher {
     fn message(&self, event: &TraceEvent<'_>) {
-        if event.direction == Direction::ToBackend {
-            self.0.lock().expect("no panic").answer(&event.header, event.payload);
+        if event.direction == Direction::Request {
+            let header = Header::read_from_bytes(event.header).expect("a whole header");
+            self.0.lock().expect("no panic").answer(&header, event.payload);
         }
     }
 }
@@ -112,7 +114,7 @@ impl Peer {
         let state = self.state();
         let Some(channel) = &state.channel else { return answers };
         let mut bytes = [0; 4096];
-        while let Ok(received) = scm::receive(channel.as_fd(), &mut bytes, &mut Vec::new()) {
+        while let Ok(received) = fds::receive(channel.as_fd(), &mut bytes, &mut Vec::new()) {
             if received.bytes == 0 {
                 break;
             }
@@ -173,7 +175,7 @@ pub fn any_request(input: &mut Input) -> (Vec<u8>, Vec<OwnedFd>) {
 /// Sends without blocking; a front end that has closed is no fault.
 fn send(socket: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) {
     let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-    let _ = scm::send(socket.as_fd(), bytes, &fds);
+    let _ = fds::send(socket.as_fd(), bytes, &fds);
 }
 
 impl State {
@@ -209,7 +211,7 @@ impl State {
             };
             let have = self.partial.len();
             self.partial.resize(due, 0);
-            let received = scm::receive(self.socket.as_fd(), &mut self.partial[have..], &mut self.fds);
+            let received = fds::receive(self.socket.as_fd(), &mut self.partial[have..], &mut self.fds);
             let got = received.map_or(0, |received| received.bytes);
             self.partial.truncate(have + got);
             if got == 0 {

@@ -9,7 +9,7 @@ use devices::ports::{
     Access, DeviceMemory, Doorbells, FileRange, Guard, Interrupts, OnVanished, PortError, Ports,
     RegisterPage, Route, WriteMatch,
 };
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 /// What is registered now.
 #[derive(Debug, Default)]

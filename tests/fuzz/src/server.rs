@@ -10,12 +10,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use transport::scm;
+use transport::peer::fds;
+use transport::peer::{Direction, Error, Limits, Trace, TraceEvent};
+use transport::vfio_user::Client;
 use transport::vfio_user::message::{
     CapabilityHead, Command, FeatureHead, HEADER_SIZE, Header, IoFdEntry, IoFdsHead, LoggingReport,
     RegionInfoPayload, SparseHead,
 };
-use transport::vfio_user::{Client, Direction, Error, Limits, Trace, TraceEvent};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::descriptors::{any, memory_file};
@@ -40,8 +41,9 @@ struct Watcher(Arc<Mutex<State>>);
 impl Trace for Watcher {
     fn message(&self, event: &TraceEvent<'_>) {
         assert!(!event.to_string().contains('\n'), "a line is a line");
-        if event.direction == Direction::ToServer {
-            self.0.lock().expect("no panic").answer(&event.header, event.payload);
+        if event.direction == Direction::Request {
+            let header = Header::read_from_bytes(event.header).expect("a whole header");
+            self.0.lock().expect("no panic").answer(&header, event.payload);
         }
     }
 }
@@ -85,7 +87,7 @@ impl Server {
 /// Sends without blocking; a client that has closed is no fault.
 fn send(socket: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) {
     let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-    let _ = scm::send(socket.as_fd(), bytes, &fds);
+    let _ = fds::send(socket.as_fd(), bytes, &fds);
 }
 
 fn length(bytes: &[u8]) -> u32 {
@@ -96,7 +98,7 @@ impl State {
     fn drain(&mut self) {
         let mut bytes = [0; 65536];
         for socket in std::iter::once(&self.socket).chain(&self.twin) {
-            while scm::receive(socket.as_fd(), &mut bytes, &mut Vec::new()).is_ok_and(|got| got.bytes > 0) {}
+            while fds::receive(socket.as_fd(), &mut bytes, &mut Vec::new()).is_ok_and(|got| got.bytes > 0) {}
         }
     }
 

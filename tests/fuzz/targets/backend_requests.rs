@@ -5,7 +5,8 @@ use fuzz::descriptors::{any, none_left};
 use fuzz::handler::Handler;
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
-use transport::vhost_user::backend_req::{BackendMessage, BackendRequest, BackendRequests, parse_request};
+use transport::vhost_user::backend_requests::{BackendMessage, BackendRequests, parse_request};
+use transport::vhost_user::request::BackendRequest;
 
 fuzz_target!(|data: &[u8]| {
     none_left(|| {

@@ -13,7 +13,7 @@ use fuzz::peer::Peer;
 use fuzz::ports::Recorder;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));

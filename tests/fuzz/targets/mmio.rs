@@ -15,7 +15,7 @@ use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
-use transport::memory_map::{GuestAddr, MemoryMap};
+use transport::memory::{GuestAddr, MemoryMap};
 use transport::vhost_user::DeviceFeatures;
 
 /// A back-end that works until its input says otherwise, and checks how it is used.

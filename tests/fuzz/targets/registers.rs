@@ -6,7 +6,7 @@ use devices::virtio::core::registers::{Effect, Half, Identity, Reg, Registers, S
 use devices::virtio::core::status::Status;
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::DeviceFeatures;
 
 /// All of them.

@@ -3,15 +3,15 @@
 
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
-use transport::memory_map::PAGE;
+use transport::memory::PAGE;
 use transport::vhost_user::config::{ConfigReply, parse_reply};
-use transport::vhost_user::crypto::parse_session;
+use transport::vhost_user::extras::parse_session;
 use transport::vhost_user::inflight::parse_inflight;
 use transport::vhost_user::message::{
     ConfigHead, HEADER_SIZE, Header, Inflight, MemRegion, MemTableHead, ShmemHead, VringState, parse,
     parse_front,
 };
-use transport::vhost_user::postcopy::parse_table;
+use transport::vhost_user::migration::postcopy::parse_table;
 use transport::vhost_user::request::Request;
 use transport::vhost_user::shmem::parse_config;
 use transport::vhost_user::vring::parse_base;

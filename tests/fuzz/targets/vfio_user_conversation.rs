@@ -10,10 +10,11 @@ use fuzz::input::Input;
 use fuzz::seeds::{offer, spaced};
 use fuzz::server::Server;
 use libfuzzer_sys::fuzz_target;
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
+use transport::peer::Error;
+use transport::vfio_user::migration::{DmaRange, MigrationState};
 use transport::vfio_user::{
-    Client, DmaRange, Error, IrqIndex, MigrationState, Receiver, RegionIndex, RegionInfo, Served, Sharing,
-    SmallWrite,
+    Client, IrqIndex, Receiver, RegionIndex, RegionInfo, Served, Sharing, SmallWrite,
 };
 
 /// Operations of one conversation; each is a few messages.
@@ -36,7 +37,7 @@ fn told<T>(result: Result<T, Error>) -> Option<T> {
         Ok(value) => Some(value),
         Err(error) => {
             assert!(error.to_string().contains("fuzz"), "{error}");
-            let _ = (error.hint(), error.is_fatal(), error.is_absent(), error.is_hung());
+            let _ = (error.hint(), error.is_fatal(), error.is_absent(), error.is_silence());
             None
         }
     }
@@ -57,7 +58,7 @@ fn converse(data: &[u8]) {
         serve(receiver.as_mut());
     }
     let stats = client.stats();
-    assert!(stats.refusals <= stats.answers);
+    assert!(stats.refusals <= stats.exchanges.answers);
 }
 
 fn serve(receiver: Option<&mut Receiver>) {

@@ -4,10 +4,10 @@
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
 use transport::vfio_user::message::{Command, HEADER_SIZE, Header, Kind, LoggingReport, parse};
-use transport::vfio_user::{
-    IoFdKind, IrqIndex, parse_device_info, parse_feature, parse_io_fds, parse_irq_info, parse_logging_start,
-    parse_migration_data, parse_migration_state, parse_report,
+use transport::vfio_user::migration::{
+    parse_feature, parse_logging_start, parse_migration_data, parse_migration_state, parse_report,
 };
+use transport::vfio_user::{IoFdKind, IrqIndex, parse_device_info, parse_io_fds, parse_irq_info};
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input::new(data);

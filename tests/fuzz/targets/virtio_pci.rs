@@ -16,7 +16,7 @@ use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::DeviceFeatures;
 
 const PAGE: u64 = 4096;

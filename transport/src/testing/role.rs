@@ -1,4 +1,4 @@
-//! The normal role of a vhost-user back-end: what it holds, what it answers, and the front end's rules that it
+//! The normal role of a vhost-user backend: what it holds, what it answers, and the front end's rules that it
 //! sees broken. Moves no data of rings.
 
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ use crate::vhost_user::message::{
 };
 use crate::vhost_user::request::{Answer, Needs, Request};
 
-/// A request as the back-end saw it.
+/// A request as the backend saw it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// Which.
@@ -30,7 +30,7 @@ pub struct Seen {
     pub fds: usize,
 }
 
-/// What a back-end holds of one ring.
+/// What a backend holds of one ring.
 #[derive(Debug, Default)]
 pub struct RingView {
     kick: Option<OwnedFd>,
@@ -118,7 +118,7 @@ impl Reply {
     }
 }
 
-/// The table with each user address moved up, as a back-end in postcopy returns it.
+/// The table with each user address moved up, as a backend in postcopy returns it.
 fn moved(table: &[u8]) -> Vec<u8> {
     let mut moved = table.to_vec();
     for region in moved.get_mut(8..).unwrap_or_default().chunks_exact_mut(32) {
@@ -139,7 +139,7 @@ fn move_state(pipe: OwnedFd, save: bool, offer: &Offer) -> JoinHandle<Vec<u8>> {
         let mut loaded = Vec::new();
         let outcome = if save { file.write_all(&state) } else { file.read_to_end(&mut loaded).map(drop) };
         if let Err(error) = outcome {
-            log::debug!("scripted back-end: its state: {error}");
+            log::debug!("scripted backend: its state: {error}");
         }
         loaded
     })

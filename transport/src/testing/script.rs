@@ -1,4 +1,4 @@
-//! What a scripted back-end offers, and where it goes astray.
+//! What a scripted backend offers, and where it goes astray.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,7 +9,7 @@ use crate::vhost_user::ProtocolFeatures;
 use crate::vhost_user::features::bit;
 use crate::vhost_user::request::Request;
 
-/// What a scripted back-end says of itself.
+/// What a scripted backend says of itself.
 #[derive(Clone, Debug)]
 pub struct Offer {
     /// GET_FEATURES.

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use crate::deadline::{Deadline, Waited, wait_readable, wait_writable};
-use crate::scm;
+use crate::peer::deadline::{Deadline, Waited, wait_readable, wait_writable};
+use crate::peer::fds;
 
 /// No test waits this long.
 pub(super) const FOREVER: Duration = Duration::from_secs(120);
@@ -20,7 +20,7 @@ pub(super) fn fill(
 ) -> io::Result<bool> {
     let mut rest = bytes;
     while !rest.is_empty() {
-        match scm::receive(stream.as_fd(), rest, fds) {
+        match fds::receive(stream.as_fd(), rest, fds) {
             Ok(received) if received.bytes == 0 => return Ok(false),
             Ok(received) => rest = rest.get_mut(received.bytes..).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -40,7 +40,7 @@ pub(super) fn send_all(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]
     let mut rest = bytes;
     let mut fds = fds;
     while !rest.is_empty() {
-        match scm::send(stream.as_fd(), rest, fds) {
+        match fds::send(stream.as_fd(), rest, fds) {
             Ok(sent) => {
                 rest = rest.get(sent..).unwrap_or_default();
                 fds = &[];

@@ -1,4 +1,4 @@
-//! A scripted vhost-user back-end on a thread: answers as the specification says, notes what it saw and every
+//! A scripted vhost-user backend on a thread: answers as the specification says, notes what it saw and every
 //! breach of the front end's own rules, and misbehaves where its script says.
 
 use std::collections::BTreeMap;
@@ -16,16 +16,16 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::role::{Frame, Reply, RingView, Seen, State};
 use super::script::{Act, Offer, Script};
 use super::stream::{FOREVER, fill, park_until_closed, send_all, spare_fds};
-use crate::deadline::Deadline;
+use crate::peer::deadline::Deadline;
 use crate::vhost_user::ProtocolFeatures;
-use crate::vhost_user::backend_req::BackendRequest;
 use crate::vhost_user::message::{Header, length, parse};
+use crate::vhost_user::request::BackendRequest;
 use crate::vhost_user::request::Request;
 
 /// The largest payload that is read.
 const PAYLOAD_MOST: u32 = 65536;
 
-/// A running scripted back-end. Dropping it disconnects and joins its thread.
+/// A running scripted backend. Dropping it disconnects and joins its thread.
 #[derive(Debug)]
 pub struct ScriptedBackend {
     state: Arc<Mutex<State>>,
@@ -153,7 +153,7 @@ impl ScriptedBackend {
             .try_clone()
     }
 
-    /// Closes the connection, as a dying back-end does.
+    /// Closes the connection, as a dying backend does.
     pub fn hang_up(&self) {
         let mut state = lock(&self.state);
         state.channel = None;
@@ -162,19 +162,19 @@ impl ScriptedBackend {
         }
     }
 
-    /// Sends raw bytes and fds on the back-end channel.
+    /// Sends raw bytes and fds on the backend channel.
     pub fn send_on_channel(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let channel = self.channel()?;
         send_all(&channel, bytes, fds)
     }
 
-    /// Sends a well-formed request on the back-end channel.
+    /// Sends a well-formed request on the backend channel.
     pub fn request(&self, request: BackendRequest, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let header = Header::asking(request.0, length(payload.len()));
         self.send_on_channel(&[header.as_bytes(), payload].concat(), fds)
     }
 
-    /// Reads one answer from the back-end channel: the code, and how many fds came.
+    /// Reads one answer from the backend channel: the code, and how many fds came.
     pub fn answer(&self, limit: Duration) -> io::Result<(u64, usize)> {
         let channel = self.channel()?;
         let frame = read_frame(&channel, limit)?.ok_or(io::ErrorKind::UnexpectedEof)?;

@@ -9,15 +9,12 @@ use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
-use super::connection::{Link, Shared, Submitted};
-use super::error::{Cause, Error, Step};
-use super::limits::{Limits, Stats};
+use super::connection::{ClientStats, Expected, Link, Receiver, Reply, Shared, Submitted, Then};
 use super::message::{Command, DeviceInfoPayload, Fault, length, parse_front};
-use super::receiver::Receiver;
-use super::table::{Expected, Reply, Then};
 use super::version::{self, Version};
-use crate::deadline::Deadline;
-use crate::socket;
+use crate::peer::deadline::Deadline;
+use crate::peer::socket;
+use crate::peer::{Cause, Error, Limits, Peer, Protocol, Step};
 
 /// Regions, or interrupt indexes, that a device may claim.
 const COUNT_MOST: u32 = 1024;
@@ -53,7 +50,7 @@ impl Client {
     /// # Errors
     /// When it cannot be reached, does not answer, or does not fit.
     pub fn connect(path: &Path, limits: &Limits) -> Result<Self, Error> {
-        let peer: Arc<str> = Arc::from(path.to_string_lossy());
+        let peer = Peer::new(Protocol::VfioUser, path.to_string_lossy());
         let deadline = Deadline::after(limits.deadline());
         let stream = socket::connect(path, &deadline)
             .map_err(|source| Error::new(&peer, Step::Connect, Cause::Unreachable(source)))?;
@@ -65,10 +62,10 @@ impl Client {
     /// # Errors
     /// When the server does not answer, or does not fit.
     pub fn from_stream(stream: UnixStream, peer: &str, limits: &Limits) -> Result<Self, Error> {
-        Self::agree(stream, Arc::from(peer), limits)
+        Self::agree(stream, Peer::new(Protocol::VfioUser, peer), limits)
     }
 
-    fn agree(stream: UnixStream, peer: Arc<str>, limits: &Limits) -> Result<Self, Error> {
+    fn agree(stream: UnixStream, peer: Peer, limits: &Limits) -> Result<Self, Error> {
         let shared = Shared::new(stream, peer, limits)?;
         let command = Command::VERSION;
         let deadline = Deadline::after(limits.deadline());
@@ -102,7 +99,7 @@ impl Client {
 
     /// The peer's name: usually the path of its socket.
     pub fn peer(&self) -> &str {
-        &self.shared.peer
+        self.shared.peer.name()
     }
 
     /// What was agreed on.
@@ -111,7 +108,7 @@ impl Client {
     }
 
     /// What happened on the connection so far.
-    pub fn stats(&self) -> Stats {
+    pub fn stats(&self) -> ClientStats {
         self.shared.stats()
     }
 

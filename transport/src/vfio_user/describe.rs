@@ -3,45 +3,53 @@
 //! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
 
 use std::fmt;
+use std::time::Duration;
 
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
-use super::feature::Feature;
 use super::message::{
-    Command, DeviceInfoPayload, DmaAccess, DmaMap, DmaUnmap, FeatureHead, IoFdsHead, IrqInfoPayload, Kind,
-    MigrationData, RegionAccess, RegionInfoPayload, SetIrqs, VersionHead,
+    Command, DeviceInfoPayload, DmaAccess, DmaMap, DmaUnmap, Feature, FeatureHead, Header, IoFdsHead,
+    IrqInfoPayload, Kind, MigrationData, RegionAccess, RegionInfoPayload, SetIrqs, VersionHead,
 };
-use super::trace::{Direction, TraceEvent};
-use crate::wire::describe_bytes as bytes;
+use crate::peer::wire::describe_bytes as bytes;
+use crate::peer::{Direction, Limits, Peer, TraceEvent};
 
 /// Characters of the capabilities that are printed.
 const TEXT_MOST: usize = 512;
 
-impl fmt::Display for TraceEvent<'_> {
+/// The fields of one message.
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Fields<'a> {
+    pub header: Header,
+    pub payload: &'a [u8],
+}
+
+/// Shows a message, which came or went with so many descriptors after such a time, to whoever watches.
+pub(super) fn show(
+    limits: &Limits,
+    peer: &Peer,
+    direction: Direction,
+    fields: &Fields<'_>,
+    (fds, took): (usize, Duration),
+) {
+    let Some(trace) = limits.trace() else { return };
+    let Fields { header, payload } = fields;
+    let (message, header) = (Command(header.command).into(), header.as_bytes());
+    trace.message(&TraceEvent { peer, direction, message, header, payload, fields, fds, took });
+}
+
+impl fmt::Display for Fields<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sign = match self.direction {
-            Direction::ToServer => ">",
-            Direction::FromServer => "<",
-            Direction::ServerCommand => "<<",
-            Direction::OurReply => ">>",
-        };
         let command = Command(self.header.command);
-        write!(f, "{} {sign} {command} id={}", self.peer, self.header.id)?;
+        write!(f, " id={}", self.header.id)?;
         match self.header.kind() {
-            Ok(Kind::ErrorReply) => write!(f, " error {}", self.header.errno)?,
+            Ok(Kind::ErrorReply) => write!(f, " error {}", self.header.errno),
             Ok(Kind::Posted) => {
                 payload(f, command, self.payload)?;
-                f.write_str(" no_reply")?;
+                f.write_str(" no_reply")
             }
-            _ => payload(f, command, self.payload)?,
+            _ => payload(f, command, self.payload),
         }
-        if self.fds > 0 {
-            write!(f, " fds={}", self.fds)?;
-        }
-        if self.direction == Direction::FromServer {
-            write!(f, " ({} us)", self.took.as_micros())?;
-        }
-        Ok(())
     }
 }
 
@@ -128,14 +136,25 @@ fn decode<T: FromBytes>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::Header;
     use super::*;
-    use std::time::Duration;
-    use zerocopy::IntoBytes;
+    use crate::peer::{Protocol, Trace};
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Default)]
+    struct Lines(Mutex<String>);
+
+    impl Trace for Lines {
+        fn message(&self, event: &TraceEvent<'_>) {
+            *self.0.lock().unwrap() = event.to_string();
+        }
+    }
 
     fn line(direction: Direction, header: Header, payload: &[u8], fds: usize) -> String {
-        let took = Duration::from_micros(17);
-        TraceEvent { peer: "/run/s", direction, header, payload, fds, took }.to_string()
+        let lines = Arc::new(Lines::default());
+        let limits = Limits::default().traced(Arc::<Lines>::clone(&lines));
+        let peer = Peer::new(Protocol::VfioUser, "/run/s");
+        show(&limits, &peer, direction, &Fields { header, payload }, (fds, Duration::from_micros(17)));
+        lines.0.lock().unwrap().clone()
     }
 
     #[test]
@@ -143,30 +162,30 @@ mod tests {
         let access = RegionAccess { offset: 0x10, region: 0, count: 4 };
         let read = Header::command(7, Command::REGION_READ, 16);
         assert_eq!(
-            line(Direction::ToServer, read, access.as_bytes(), 0),
+            line(Direction::Request, read, access.as_bytes(), 0),
             "/run/s > REGION_READ id=7 region=0 offset=0x10 count=4"
         );
         let data = [access.as_bytes(), &[1, 2, 3, 0xff]].concat();
         assert_eq!(
-            line(Direction::FromServer, Header::reply(&read, 20), &data, 0),
+            line(Direction::Answer, Header::reply(&read, 20), &data, 0),
             "/run/s < REGION_READ id=7 region=0 offset=0x10 count=4 [010203ff] (17 us)"
         );
         assert_eq!(
-            line(Direction::FromServer, Header::error_reply(&read, 22), &[], 0),
+            line(Direction::Answer, Header::error_reply(&read, 22), &[], 0),
             "/run/s < REGION_READ id=7 error 22 (17 us)"
         );
         let version = [&[0, 0, 1, 0][..], b"{\"a\":1}\0"].concat();
         assert_eq!(
-            line(Direction::ToServer, Header::command(0, Command::VERSION, 12), &version, 0),
+            line(Direction::Request, Header::command(0, Command::VERSION, 12), &version, 0),
             "/run/s > VERSION id=0 0.1 {\"a\":1}"
         );
         let posted = Header::posted(1, Command::REGION_WRITE, 20);
-        assert!(line(Direction::ToServer, posted, &data, 0).ends_with("[010203ff] no_reply"));
+        assert!(line(Direction::Request, posted, &data, 0).ends_with("[010203ff] no_reply"));
     }
 
     #[test]
     fn nonsense_of_any_length_is_printed_and_nothing_fails() {
-        let all = [Direction::ToServer, Direction::FromServer, Direction::ServerCommand, Direction::OurReply];
+        let all = [Direction::Request, Direction::Answer, Direction::PeerRequest, Direction::OurAnswer];
         for code in 0..30 {
             for len in 0..100 {
                 for direction in all {

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::client::Client;
-use super::error::Error;
+use super::connection::Expected;
 use super::message::{Command, Fault, IoFdEntry, IoFdsHead, length, parse_front};
 use super::region::RegionInfo;
-use super::table::Expected;
+use crate::peer::Error;
 
 /// Entries that are taken, each with fds of its own at worst.
 const ENTRIES_MOST: u32 = 512;

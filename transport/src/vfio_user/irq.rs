@@ -8,9 +8,9 @@ use std::os::fd::BorrowedFd;
 use zerocopy::IntoBytes;
 
 use super::client::Client;
-use super::error::{Cause, Error};
+use super::connection::Expected;
 use super::message::{Command, Fault, IrqInfoPayload, SetIrqs, length, parse_front};
-use super::table::Expected;
+use crate::peer::{Cause, Error};
 
 /// The most interrupts that an index may claim: MSI-X has no more.
 const COUNT_MOST: u32 = 2048;

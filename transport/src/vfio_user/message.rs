@@ -6,9 +6,10 @@ use std::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-pub(crate) use crate::wire::length;
-use crate::wire::payloads;
-pub use crate::wire::{Fault, parse, parse_front};
+use crate::peer::MessageName;
+pub(crate) use crate::peer::wire::length;
+use crate::peer::wire::payloads;
+pub use crate::peer::wire::{Fault, parse, parse_front};
 
 const TYPE_MASK: u32 = 0xf;
 const REPLY: u32 = 1;
@@ -146,10 +147,42 @@ commands! {
 
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name() {
-            Some(name) => f.write_str(name),
-            None => write!(f, "command {}", self.0),
+        MessageName::from(*self).fmt(f)
+    }
+}
+
+/// Which feature: as in kernel VFIO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Feature(pub u16);
+
+impl Feature {
+    /// How far the device can migrate.
+    pub const MIGRATION: Self = Self(1);
+    /// The migration state.
+    pub const MIG_DEVICE_STATE: Self = Self(2);
+    /// Begin to note what DMA writes.
+    pub const DMA_LOGGING_START: Self = Self(6);
+    /// No longer note it.
+    pub const DMA_LOGGING_STOP: Self = Self(7);
+    /// What was noted.
+    pub const DMA_LOGGING_REPORT: Self = Self(8);
+
+    /// Its name in the specification, without the VFIO_DEVICE_FEATURE_ prefix.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Self::MIGRATION => Some("MIGRATION"),
+            Self::MIG_DEVICE_STATE => Some("MIG_DEVICE_STATE"),
+            Self::DMA_LOGGING_START => Some("DMA_LOGGING_START"),
+            Self::DMA_LOGGING_STOP => Some("DMA_LOGGING_STOP"),
+            Self::DMA_LOGGING_REPORT => Some("DMA_LOGGING_REPORT"),
+            Self(_) => None,
         }
+    }
+}
+
+impl From<Command> for MessageName {
+    fn from(command: Command) -> Self {
+        Self { code: u32::from(command.0), name: command.name().ok_or("command") }
     }
 }
 

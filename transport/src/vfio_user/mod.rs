@@ -18,39 +18,23 @@
 
 mod client;
 mod connection;
-mod describe;
+pub mod describe;
 mod dma;
-mod dma_logging;
-mod error;
-mod feature;
-mod incoming;
 mod io_fds;
 mod irq;
-mod limits;
 pub mod message;
-mod migration;
-mod outgoing;
-mod reading;
-mod receiver;
+pub mod migration;
 mod region;
-mod table;
-mod trace;
 mod version;
-mod waiting;
 
 pub use client::{Client, DeviceInfo, parse_device_info};
-pub use dma::{DmaMemory, DmaRights, Sharing};
-pub use dma_logging::{DirtyPages, DmaRange, parse_logging_start, parse_report};
-pub use error::{Cause, Error, Step};
-pub use feature::{Feature, FeatureUse, parse_feature};
+pub use connection::{ClientStats, DmaRights, Receiver, Served};
+pub use dma::Sharing;
 pub use io_fds::{IoFd, IoFdKind, IoFdPlace, parse_io_fds};
 pub use irq::{IrqEvent, IrqIndex, IrqInfo, parse_irq_info};
-pub use limits::{Limits, Stats};
-pub use migration::{MigrationState, MigrationSupport, parse_migration_data, parse_migration_state};
-pub use receiver::{Receiver, Served};
+pub use message::Feature;
 pub use region::{
     Area, PendingRead, PendingWrite, RegionIndex, RegionInfo, RegionReply, SmallWrite, mappable,
     parse_region_info,
 };
-pub use trace::{Direction, Trace, TraceEvent};
 pub use version::{Capabilities, Version, capabilities, parse_reply};

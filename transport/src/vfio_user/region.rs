@@ -9,15 +9,15 @@ use rustix::fs::FileType;
 use zerocopy::IntoBytes;
 
 use super::client::{Client, Ticket};
-use super::error::{Cause, Error};
+use super::connection::Expected;
+use super::connection::{Join, MULTI_MOST};
 use super::message::{
     CapabilityHead, Command, Fault, MultiWrite, RegionAccess, RegionInfoPayload, SparseArea, SparseHead,
     length, parse, parse_front,
 };
-use super::outgoing::{Join, MULTI_MOST};
-use super::table::Expected;
-use crate::deadline::Deadline;
-use crate::memory_map::PAGE;
+use crate::memory::PAGE;
+use crate::peer::deadline::Deadline;
+use crate::peer::{Cause, Error};
 
 /// The largest reply to DEVICE_GET_REGION_INFO that is asked for.
 const INFO_MOST: u32 = 64 << 10;

@@ -5,10 +5,10 @@
 
 use serde_json::{Map, Value};
 
-use super::error::Cause;
 use super::message::{DmaAccess, Fault, VersionHead, length, parse_front};
-use crate::memory_map::PAGE;
-use crate::scm;
+use crate::memory::PAGE;
+use crate::peer::Cause;
+use crate::peer::fds;
 
 /// The version that we speak.
 const MAJOR: u16 = 0;
@@ -53,7 +53,7 @@ impl Capabilities {
 
     /// What we propose.
     pub const OURS: Self = Self {
-        max_msg_fds: scm::MAX_FDS as u64,
+        max_msg_fds: fds::MAX_FDS as u64,
         max_data_xfer_size: 1 << 20,
         max_dma_maps: 65535,
         pgsizes: PAGE | 2 << 20 | 1 << 30,

@@ -1,4 +1,4 @@
-//! vhost-user "Communication": one exchange with the back-end at a time, every wait bounded.
+//! vhost-user "Communication": one exchange with the backend at a time, every wait bounded.
 //!
 //! Applies the request table's rules. Must never reuse a connection after a failure that leaves it out of step:
 //! it is shut down on the spot, so a late reply cannot be taken for the next one, and whoever polls the socket
@@ -8,76 +8,18 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::error::{Cause, Error, Step};
+use super::describe::{self, Fields};
 use super::features::ProtocolFeatures;
 use super::message::{Fault, HEADER_SIZE, Header, length, parse};
 use super::request::{Answer, Needs, Request, Row, UNJUDGED_MOST};
-use super::trace::{Direction, Trace, TraceEvent};
-use crate::deadline::{Deadline, Waited, wait_readable, wait_writable};
-use crate::scm;
-
-/// Limits of one peer, and who watches its messages.
-#[derive(Clone)]
-pub struct Limits {
-    deadline: Duration,
-    trace: Option<Arc<dyn Trace>>,
-}
-
-impl Default for Limits {
-    /// Two seconds, no trace.
-    fn default() -> Self {
-        Self::new(Duration::from_millis(2000))
-    }
-}
-
-impl Limits {
-    /// `deadline` bounds each operation on the peer, however many bytes it drips.
-    pub fn new(deadline: Duration) -> Self {
-        Self { deadline, trace: None }
-    }
-
-    /// Reports every message to `trace`.
-    #[must_use]
-    pub fn traced(mut self, trace: Arc<dyn Trace>) -> Self {
-        self.trace = Some(trace);
-        self
-    }
-
-    /// The bound of each operation.
-    pub fn deadline(&self) -> Duration {
-        self.deadline
-    }
-
-    pub(crate) fn trace(&self) -> Option<Arc<dyn Trace>> {
-        self.trace.clone()
-    }
-}
-
-impl std::fmt::Debug for Limits {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Limits").field("deadline", &self.deadline).finish_non_exhaustive()
-    }
-}
-
-/// Counters of one connection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Messages sent to the back-end.
-    pub sent: u64,
-    /// Answers that were waited for and came.
-    pub answers: u64,
-    /// Waits that failed: a deadline passed, the peer hung up, or its answer was malformed.
-    pub failures: u64,
-    /// The longest exchange: from sending until the answer was whole, or given up.
-    pub worst_wait: Duration,
-    /// All exchanges together.
-    pub total_wait: Duration,
-}
+use crate::peer::deadline::{Deadline, Waited, wait_readable, wait_writable};
+use crate::peer::fds;
+use crate::peer::{Cause, Error, Step};
+use crate::peer::{Direction, Limits, Peer, Stats};
 
 /// An answer: its payload and fds, within the sizes of the request's row.
 #[derive(Debug, Default)]
@@ -93,10 +35,10 @@ enum Link {
     Lost,
 }
 
-/// The main connection to a back-end. Not shared: one exchange at a time, by `&mut`.
+/// The main connection to a backend. Not shared: one exchange at a time, by `&mut`.
 pub(crate) struct Channel {
     socket: UnixStream,
-    peer: Arc<str>,
+    peer: Peer,
     limits: Limits,
     link: Link,
     stats: Stats,
@@ -105,7 +47,7 @@ pub(crate) struct Channel {
 }
 
 impl Channel {
-    pub(crate) fn new(socket: UnixStream, peer: Arc<str>, limits: &Limits) -> Result<Self, Error> {
+    pub(crate) fn new(socket: UnixStream, peer: Peer, limits: &Limits) -> Result<Self, Error> {
         let unusable = |source| Error::new(&peer, Step::Connect, Cause::Io(source));
         socket.set_nonblocking(true).map_err(unusable)?;
         Ok(Self {
@@ -119,7 +61,7 @@ impl Channel {
         })
     }
 
-    pub(crate) fn peer(&self) -> &Arc<str> {
+    pub(crate) fn peer(&self) -> &Peer {
         &self.peer
     }
 
@@ -133,7 +75,7 @@ impl Channel {
 
     /// The deadline of an operation that begins now.
     pub(crate) fn deadline(&self) -> Deadline {
-        Deadline::after(self.limits.deadline)
+        Deadline::after(self.limits.deadline())
     }
 
     /// Notes that device feature bit 30 was offered and may be used.
@@ -164,11 +106,11 @@ impl Channel {
 
     /// Says that `request` was not sent for a reason of ours.
     pub(crate) fn invalid(&self, request: Request, what: &'static str) -> Error {
-        Error::new(&self.peer, Step::Request(request), Cause::Invalid(what))
+        Error::new(&self.peer, Step::Request(request.into()), Cause::Invalid(what))
     }
 
     pub(crate) fn error(&self, request: Request, cause: Cause) -> Error {
-        Error::new(&self.peer, Step::Request(request), cause)
+        Error::new(&self.peer, Step::Request(request.into()), cause)
     }
 
     /// Sends `request` and waits for its answer, if its row and what was negotiated say that there is one.
@@ -184,9 +126,7 @@ impl Channel {
         let row = self.permit(request, fds.len())?;
         let begin = Instant::now();
         let outcome = self.perform(row, payload, fds, deadline);
-        let took = begin.elapsed();
-        self.stats.worst_wait = self.stats.worst_wait.max(took);
-        self.stats.total_wait = self.stats.total_wait.saturating_add(took);
+        self.stats.waited(begin.elapsed());
         outcome.map_err(|cause| {
             if matches!(cause, Cause::Refused(_)) {
                 return self.error(request, cause);
@@ -194,6 +134,27 @@ impl Channel {
             self.stats.failures = self.stats.failures.saturating_add(1);
             self.lose(request, cause)
         })
+    }
+
+    /// Does one exchange with a deadline of its own.
+    pub(crate) fn ask(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Answered, Error> {
+        let deadline = self.deadline();
+        self.exchange(request, payload, fds, &deadline)
+    }
+
+    /// Does one exchange whose answer says no more than yes, with a deadline of its own.
+    pub(crate) fn order(
+        &mut self,
+        request: Request,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        self.ask(request, payload, fds).map(drop)
     }
 
     /// Sends `payload` as a message of `request` that has no answer: the acknowledgement of a postcopy table.
@@ -237,12 +198,12 @@ impl Channel {
         self.error(request, cause)
     }
 
-    /// Ends the connection. Whoever polls the socket sees the hang-up, the back-end does, too.
+    /// Ends the connection. Whoever polls the socket sees the hang-up, the backend does, too.
     pub(crate) fn abandon(&mut self) {
         self.link = Link::Lost;
         // The peer may be gone already; all that matters is that neither side goes on.
         if let Err(source) = self.socket.shutdown(Shutdown::Both) {
-            log::debug!("vhost-user backend {}: shutting down: {source}", self.peer);
+            log::debug!("{}: shutting down: {source}", self.peer);
         }
     }
 
@@ -309,11 +270,11 @@ impl Channel {
         let mut message = Vec::with_capacity(HEADER_SIZE.saturating_add(payload.len()));
         message.extend_from_slice(header.as_bytes());
         message.extend_from_slice(payload);
-        self.trace(Direction::ToBackend, header, payload, fds.len(), Duration::ZERO);
+        self.trace(Direction::Request, header, payload, fds.len(), Duration::ZERO);
         let mut rest = message.as_slice();
         let mut fds = fds;
         while !rest.is_empty() {
-            match scm::send(self.socket.as_fd(), rest, fds) {
+            match fds::send(self.socket.as_fd(), rest, fds) {
                 Ok(sent) => {
                     rest = rest.get(sent..).unwrap_or_default();
                     fds = &[];
@@ -347,7 +308,7 @@ impl Channel {
         let size = usize::try_from(header.size).unwrap_or(usize::MAX);
         let mut payload = vec![0; size];
         self.fill(&mut payload, &mut fds, Position::Inside, deadline)?;
-        self.trace(Direction::FromBackend, &header, &payload, fds.len(), begin.elapsed());
+        self.trace(Direction::Answer, &header, &payload, fds.len(), begin.elapsed());
         if header.size < sizes.0 {
             let fault = Fault::Size { got: header.size, least: sizes.0, most: sizes.1 };
             return Err(Cause::Malformed(fault));
@@ -368,7 +329,7 @@ impl Channel {
     ) -> Result<(), Cause> {
         let mut rest = bytes;
         while !rest.is_empty() {
-            match scm::receive(self.socket.as_fd(), rest, fds) {
+            match fds::receive(self.socket.as_fd(), rest, fds) {
                 Ok(received) if received.fds_truncated => {
                     return Err(Cause::Malformed(Fault::FdsTruncated));
                 }
@@ -381,7 +342,7 @@ impl Channel {
                         return Err(Cause::Silent(deadline.limit()));
                     }
                     // No message of this protocol has more; a flood of them is not collected.
-                    if fds.len() > scm::MAX_FDS {
+                    if fds.len() > fds::MAX_FDS {
                         return Err(Cause::Malformed(Fault::Fds { got: fds.len(), least: 0, most: 1 }));
                     }
                 }
@@ -398,9 +359,8 @@ impl Channel {
     }
 
     fn trace(&self, direction: Direction, header: &Header, payload: &[u8], fds: usize, took: Duration) {
-        if let Some(trace) = &self.limits.trace {
-            trace.message(&TraceEvent { peer: &self.peer, direction, header: *header, payload, fds, took });
-        }
+        let fields = Fields { direction, header: *header, payload };
+        describe::show(&self.limits, &self.peer, &fields, fds, took);
     }
 }
 

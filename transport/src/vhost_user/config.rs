@@ -1,15 +1,15 @@
 //! GET_CONFIG and SET_CONFIG: the device's configuration space.
 //!
-//! It is read once, whole, at offset 0: several back-ends ignore the offset. How they refuse differs (no payload,
+//! It is read once, whole, at offset 0: several backends ignore the offset. How they refuse differs (no payload,
 //! a head alone), so both count, and a shorter read is tried next.
 
 use zerocopy::IntoBytes;
 
 use super::channel::Channel;
-use super::error::{Cause, Error};
 use super::message::{ConfigHead, Fault, length, parse_front};
 use super::request::{CONFIG_MOST, Request};
-use crate::deadline::Deadline;
+use crate::peer::deadline::Deadline;
+use crate::peer::{Cause, Error};
 
 /// Tries shorter sizes in steps of this many bytes: the granularity of virtio's configuration fields.
 const STEP: usize = 4;
@@ -29,7 +29,7 @@ pub enum WriteKind {
 pub enum ConfigReply<'a> {
     /// These bytes of the configuration space, from offset 0 on.
     Bytes(&'a [u8]),
-    /// The back-end does not answer a request of that size.
+    /// The backend does not answer a request of that size.
     Refused,
 }
 
@@ -54,7 +54,7 @@ pub fn parse_reply(payload: &[u8], asked: u32) -> Result<ConfigReply<'_>, Fault>
     Ok(ConfigReply::Bytes(bytes.get(..size).unwrap_or(bytes)))
 }
 
-/// Reads the configuration space, `size` bytes or the most below that which the back-end gives.
+/// Reads the configuration space, `size` bytes or the most below that which the backend gives.
 pub(crate) fn read(channel: &mut Channel, size: usize, deadline: &Deadline) -> Result<Vec<u8>, Error> {
     const REQUEST: Request = Request::GET_CONFIG;
     if size == 0 || length(size) > CONFIG_MOST {

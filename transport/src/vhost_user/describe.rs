@@ -3,44 +3,52 @@
 //! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
 
 use std::fmt;
+use std::time::Duration;
 
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
-use super::backend_req::BackendRequest;
 use super::features::{DeviceFeatures, ProtocolFeatures};
 use super::message::{
-    ConfigHead, Inflight, Iotlb, LogArea, MemRegion, MemTableHead, ShmemArea, SingleMemRegion, StateTransfer,
-    VringAddr, VringArea, VringState,
+    ConfigHead, Header, Inflight, Iotlb, LogArea, MemRegion, MemTableHead, ShmemArea, SingleMemRegion,
+    StateTransfer, VringAddr, VringArea, VringState,
 };
-use super::request::Request;
-use super::trace::{Direction, TraceEvent};
-use crate::wire::describe_bytes as bytes;
+use super::request::{BackendRequest, Request};
+use crate::peer::wire::describe_bytes as bytes;
+use crate::peer::{Direction, Limits, Peer, TraceEvent};
 
-impl fmt::Display for TraceEvent<'_> {
+/// The fields of one message.
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Fields<'a> {
+    pub direction: Direction,
+    pub header: Header,
+    pub payload: &'a [u8],
+}
+
+/// Shows a message to whoever watches.
+pub(super) fn show(limits: &Limits, peer: &Peer, fields: &Fields<'_>, fds: usize, took: Duration) {
+    let Some(trace) = limits.trace() else { return };
+    let code = fields.header.request;
+    let message = match fields.direction {
+        Direction::Request | Direction::Answer => Request(code).into(),
+        Direction::PeerRequest | Direction::OurAnswer => BackendRequest(code).into(),
+    };
+    let Fields { direction, header, payload } = fields;
+    let (direction, header) = (*direction, header.as_bytes());
+    trace.message(&TraceEvent { peer, direction, message, header, payload, fields, fds, took });
+}
+
+impl fmt::Display for Fields<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let code = self.header.request;
         match self.direction {
-            Direction::ToBackend => write!(f, "{} > {}", self.peer, Request(code))?,
-            Direction::FromBackend => write!(f, "{} < {}", self.peer, Request(code))?,
-            Direction::BackendRequest => write!(f, "{} << {}", self.peer, BackendRequest(code))?,
-            Direction::BackendAnswer => write!(f, "{} >> {}", self.peer, BackendRequest(code))?,
+            Direction::Request => request(f, Request(code), self.payload)?,
+            Direction::Answer => answer(f, Request(code), self.payload)?,
+            Direction::PeerRequest => backend_request(f, BackendRequest(code), self.payload)?,
+            Direction::OurAnswer => number(f, "code", self.payload)?,
         }
-        match self.direction {
-            Direction::ToBackend => request(f, Request(code), self.payload)?,
-            Direction::FromBackend => answer(f, Request(code), self.payload)?,
-            Direction::BackendRequest => backend_request(f, BackendRequest(code), self.payload)?,
-            Direction::BackendAnswer => number(f, "code", self.payload)?,
-        }
-        if self.header.wants_reply()
-            && matches!(self.direction, Direction::ToBackend | Direction::BackendRequest)
+        if self.header.wants_reply() && matches!(self.direction, Direction::Request | Direction::PeerRequest)
         {
             f.write_str(" need_reply")?;
-        }
-        if self.fds > 0 {
-            write!(f, " fds={}", self.fds)?;
-        }
-        if self.direction == Direction::FromBackend {
-            write!(f, " ({} us)", self.took.as_micros())?;
         }
         Ok(())
     }
@@ -186,13 +194,25 @@ fn inflight(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::Header;
     use super::*;
-    use std::time::Duration;
+    use crate::peer::{Protocol, Trace};
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Default)]
+    struct Lines(Mutex<String>);
+
+    impl Trace for Lines {
+        fn message(&self, event: &TraceEvent<'_>) {
+            *self.0.lock().unwrap() = event.to_string();
+        }
+    }
 
     fn line(direction: Direction, header: Header, payload: &[u8], fds: usize) -> String {
-        let took = Duration::from_micros(17);
-        TraceEvent { peer: "/run/s", direction, header, payload, fds, took }.to_string()
+        let lines = Arc::new(Lines::default());
+        let limits = Limits::default().traced(Arc::<Lines>::clone(&lines));
+        let peer = Peer::new(Protocol::VhostUser, "/run/s");
+        show(&limits, &peer, &Fields { direction, header, payload }, fds, Duration::from_micros(17));
+        lines.0.lock().unwrap().clone()
     }
 
     #[test]
@@ -200,21 +220,21 @@ mod tests {
         let state = [1u32, 256].map(u32::to_ne_bytes).concat();
         let num = Header::asking(Request::SET_VRING_NUM.0, 8);
         assert_eq!(
-            line(Direction::ToBackend, num, &state, 0),
+            line(Direction::Request, num, &state, 0),
             "/run/s > SET_VRING_NUM ring=1 num=256 need_reply"
         );
         let offered = (1u64 << 32).to_ne_bytes();
         assert_eq!(
-            line(Direction::FromBackend, Header::reply(1, 8), &offered, 0),
+            line(Direction::Answer, Header::reply(1, 8), &offered, 0),
             "/run/s < GET_FEATURES 0x100000000 (version_1) (17 us)"
         );
         assert_eq!(
-            line(Direction::BackendRequest, Header::request(2, 0), &[], 0),
+            line(Direction::PeerRequest, Header::request(2, 0), &[], 0),
             "/run/s << CONFIG_CHANGE_MSG"
         );
         let kick = Header::request(Request::SET_VRING_KICK.0, 8);
         assert_eq!(
-            line(Direction::ToBackend, kick, &3u64.to_ne_bytes(), 1),
+            line(Direction::Request, kick, &3u64.to_ne_bytes(), 1),
             "/run/s > SET_VRING_KICK ring=0x3 fds=1"
         );
     }
@@ -223,12 +243,9 @@ mod tests {
     fn nonsense_of_any_length_is_printed_and_nothing_fails() {
         for code in 0..60 {
             for len in 0..300 {
-                for direction in [
-                    Direction::ToBackend,
-                    Direction::FromBackend,
-                    Direction::BackendRequest,
-                    Direction::BackendAnswer,
-                ] {
+                for direction in
+                    [Direction::Request, Direction::Answer, Direction::PeerRequest, Direction::OurAnswer]
+                {
                     assert!(!line(direction, Header::request(code, 0), &vec![0xa5; len], 2).is_empty());
                 }
             }
@@ -238,7 +255,7 @@ mod tests {
     #[test]
     fn keys_are_not_printed() {
         let header = Header::request(Request::CREATE_CRYPTO_SESSION.0, 632);
-        let line = line(Direction::ToBackend, header, &[0xab; 632], 0);
+        let line = line(Direction::Request, header, &[0xab; 632], 0);
         assert_eq!(line, "/run/s > CREATE_CRYPTO_SESSION (632 bytes)");
     }
 }

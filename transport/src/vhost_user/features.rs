@@ -10,7 +10,7 @@ pub struct DeviceFeatures(u64);
 
 /// Bit numbers of device features that are independent of the device type.
 pub mod bit {
-    /// VHOST_F_LOG_ALL: the back-end logs its writes to guest memory.
+    /// VHOST_F_LOG_ALL: the backend logs its writes to guest memory.
     pub const LOG_ALL: u32 = 26;
     /// VHOST_USER_F_PROTOCOL_FEATURES.
     pub const PROTOCOL_FEATURES: u32 = 30;
@@ -205,7 +205,7 @@ impl ProtocolFeatures {
         self.0 & others.0 == others.0
     }
 
-    /// What to negotiate of these `wanted` ones with a back-end that offers `offered`: the common ones, less
+    /// What to negotiate of these `wanted` ones with a backend that offers `offered`: the common ones, less
     /// those whose own needs are not met.
     #[must_use]
     pub fn negotiate(wanted: Self, offered: Self) -> Self {
@@ -228,7 +228,7 @@ impl fmt::Display for ProtocolFeatures {
     }
 }
 
-/// What a front end wants of a back-end: which device features the guest may see, which protocol features to
+/// What a front end wants of a backend: which device features the guest may see, which protocol features to
 /// negotiate when offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {

@@ -1,7 +1,7 @@
-//! "Inflight I/O tracking": the area in which a back-end notes what it has in flight, so that its successor can
+//! "Inflight I/O tracking": the area in which a backend notes what it has in flight, so that its successor can
 //! finish it.
 //!
-//! We hold the area's fd and never look inside: its format is the back-end's.
+//! We hold the area's fd and never look inside: its format is the backend's.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -9,15 +9,14 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::channel::{Answered, Channel};
-use super::error::{Cause, Error};
 use super::message::{Fault, Inflight, length, parse};
 use super::request::Request;
-use super::session::Session;
-use super::shmem::{Protection, file_size};
 use super::vring::Ring;
-use crate::deadline::Deadline;
+use crate::peer::deadline::Deadline;
+use crate::peer::fds::{Protection, file_size};
+use crate::peer::{Cause, Error};
 
-/// Bytes of the description up to its padding: some back-ends send no padding.
+/// Bytes of the description up to its padding: some backends send no padding.
 const UNPADDED: usize = 20;
 
 /// Bytes that the specification's layout takes for one descriptor; an area cannot be smaller than all of them.
@@ -36,7 +35,7 @@ impl InflightArea {
         self.description.mmap_size
     }
 
-    /// Its file still holds it: the back-end that made it may have cut it short.
+    /// Its file still holds it: the backend that made it may have cut it short.
     pub fn is_whole(&self) -> bool {
         file_size(&self.fd) >= self.end()
     }
@@ -57,7 +56,7 @@ impl AsFd for InflightArea {
     }
 }
 
-/// Reads the answer to GET_INFLIGHT_FD for `queues` rings of `queue_size`; `None` when the back-end has no area.
+/// Reads the answer to GET_INFLIGHT_FD for `queues` rings of `queue_size`; `None` when the backend has no area.
 pub fn parse_inflight(payload: &[u8], queues: u16, queue_size: u16) -> Result<Option<Inflight>, Fault> {
     let mut padded = payload.to_vec();
     if padded.len() == UNPADDED {
@@ -77,7 +76,7 @@ pub fn parse_inflight(payload: &[u8], queues: u16, queue_size: u16) -> Result<Op
     if area.mmap_offset.checked_add(area.mmap_size).is_none() {
         return Err(Fault::Value { field: "inflight area at offset", value: area.mmap_offset });
     }
-    // Some back-ends leave these fields as they please; what we asked for is what counts.
+    // Some backends leave these fields as they please; what we asked for is what counts.
     area.num_queues = queues;
     area.queue_size = queue_size;
     Ok(Some(area))
@@ -102,7 +101,7 @@ fn get(
     };
     let area = InflightArea { fd, description };
     if !area.is_whole() {
-        // Handing a file that is too short to the next back-end would kill it when it looks.
+        // Handing a file that is too short to the next backend would kill it when it looks.
         let fault = Fault::Value { field: "inflight area that ends at", value: area.end() };
         return Err(channel.malformed(REQUEST, fault));
     }
@@ -114,7 +113,7 @@ fn get(
     Ok(area)
 }
 
-/// Gives the back-end the area `kept` from its predecessor, or a fresh one of its own, before the rings start.
+/// Gives the backend the area `kept` from its predecessor, or a fresh one of its own, before the rings start.
 pub(super) fn hand_over(
     channel: &mut Channel,
     kept: Option<Arc<InflightArea>>,
@@ -131,17 +130,6 @@ pub(super) fn hand_over(
     let payload = area.description;
     channel.exchange(Request::SET_INFLIGHT_FD, payload.as_bytes(), &[area.as_fd()], deadline)?;
     Ok(area)
-}
-
-impl Session {
-    /// Goes on, at the next [`Session::go_live`], with what `area` says was in flight. Needs INFLIGHT_SHMFD.
-    ///
-    /// Without it a fresh area is asked for, as a guest that reset its device wants it.
-    #[must_use]
-    pub fn with_inflight(mut self, area: Arc<InflightArea>) -> Self {
-        self.inflight = Some(area);
-        self
-    }
 }
 
 #[cfg(test)]

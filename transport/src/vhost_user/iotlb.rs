@@ -1,24 +1,21 @@
-//! "IOMMU support": what I/O virtual addresses mean to a back-end whose driver took ACCESS_PLATFORM.
+//! "IOMMU support": what I/O virtual addresses mean to a backend whose driver took ACCESS_PLATFORM.
 //!
 //! The ranges of an [`IovaMap`] are announced when the device starts; a miss is answered from it. Nothing outside
 //! the map, and no access that it does not allow, is ever answered.
 
 use zerocopy::IntoBytes;
 
-use super::backend_req::Refused;
+use super::backend_requests::Refused;
 use super::channel::Channel;
-use super::error::Error;
-use super::features::bit;
-use super::live::LiveSession;
+use super::describe::{self, Fields};
 use super::message::{Header, Iotlb, length};
 use super::request::Request;
-use super::session::Session;
-use super::trace::{Direction, Trace, TraceEvent};
-use crate::deadline::Deadline;
-use crate::memory_map::{GuestAddr, Iova, MemoryMap, SharedRegion, UserAddr};
-use crate::scm;
+use crate::memory::{GuestAddr, Iova, MemoryMap, SharedRegion, UserAddr};
+use crate::peer::Error;
+use crate::peer::deadline::Deadline;
+use crate::peer::fds;
+use crate::peer::{Direction, Limits, Peer};
 
-use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +23,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 const MISS: u8 = 1;
-const UPDATE: u8 = 2;
+pub(super) const UPDATE: u8 = 2;
 const INVALIDATE: u8 = 3;
 
 /// Ranges that a map may have: each is one exchange when the device starts.
@@ -169,7 +166,7 @@ impl IovaMap {
         gone
     }
 
-    /// Becomes what it is to be with `memory`, while no back-end is told anything.
+    /// Becomes what it is to be with `memory`, while no backend is told anything.
     ///
     /// # Errors
     /// See [`IovaMap::add`].
@@ -229,8 +226,8 @@ fn check_overlap(sorted: &[IovaRange]) -> Result<(), IovaFault> {
     Ok(())
 }
 
-fn update(range: &IovaRange) -> Option<Iotlb> {
-    let user = range.guest.raw().checked_add(crate::memory_map::USER_BIAS)?;
+pub(super) fn update(range: &IovaRange) -> Option<Iotlb> {
+    let user = range.guest.raw().checked_add(crate::memory::USER_BIAS)?;
     debug_assert!(UserAddr::guest_of(user) == Some(range.guest));
     Some(Iotlb {
         iova: range.iova.0,
@@ -242,7 +239,7 @@ fn update(range: &IovaRange) -> Option<Iotlb> {
     })
 }
 
-/// Tells the back-end every range.
+/// Tells the backend every range.
 pub(super) fn announce(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) -> Result<(), Error> {
     for message in map.ranges().iter().filter_map(update) {
         channel.exchange(Request::IOTLB_MSG, message.as_bytes(), &[], deadline)?;
@@ -250,7 +247,7 @@ pub(super) fn announce(channel: &mut Channel, map: &IovaMap, deadline: &Deadline
     Ok(())
 }
 
-/// Takes every translation back. A back-end that forgot them by itself may say no.
+/// Takes every translation back. A backend that forgot them by itself may say no.
 pub(super) fn revoke(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) -> Result<(), Error> {
     for (at, size) in map.spans() {
         let message = invalidation(at, size);
@@ -262,7 +259,7 @@ pub(super) fn revoke(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) 
     Ok(())
 }
 
-fn invalidation(at: Iova, size: u64) -> Iotlb {
+pub(super) fn invalidation(at: Iova, size: u64) -> Iotlb {
     Iotlb { iova: at.0, size, user: 0, permission: 0, kind: INVALIDATE, padding: [0; 6] }
 }
 
@@ -271,11 +268,11 @@ fn invalidation(at: Iova, size: u64) -> Iotlb {
 /// An answer is one small message in one `sendmsg` and asks for no acknowledgement, so it neither splits nor
 /// confuses what the other thread sends and receives.
 pub struct MissAnswers {
-    socket: UnixStream,
-    peer: Arc<str>,
-    trace: Option<Arc<dyn Trace>>,
-    map: Arc<IovaMap>,
-    translating: Arc<AtomicBool>,
+    pub(super) socket: UnixStream,
+    pub(super) peer: Peer,
+    pub(super) limits: Limits,
+    pub(super) map: Arc<IovaMap>,
+    pub(super) translating: Arc<AtomicBool>,
 }
 
 impl MissAnswers {
@@ -285,19 +282,14 @@ impl MissAnswers {
         let Some(update) = update else {
             let Iotlb { iova, permission, kind, .. } = *message;
             let peer = &self.peer;
-            log::debug!(
-                "vhost-user backend {peer}: no translation of {iova:#x} (access {permission}, kind {kind})"
-            );
+            log::debug!("{peer}: no translation of {iova:#x} (access {permission}, kind {kind})");
             return Err(Refused);
         };
         let header = Header::request(Request::IOTLB_MSG.0, length(size_of::<Iotlb>()));
         let bytes = [header.as_bytes(), update.as_bytes()].concat();
-        if let Some(trace) = &self.trace {
-            let (payload, took) = (update.as_bytes(), Duration::ZERO);
-            let direction = Direction::ToBackend;
-            trace.message(&TraceEvent { peer: &self.peer, direction, header, payload, fds: 0, took });
-        }
-        match scm::send(self.socket.as_fd(), &bytes, &[]) {
+        let fields = Fields { direction: Direction::Request, header, payload: update.as_bytes() };
+        describe::show(&self.limits, &self.peer, &fields, 0, Duration::ZERO);
+        match fds::send(self.socket.as_fd(), &bytes, &[]) {
             Ok(sent) if sent == bytes.len() => Ok(()),
             // It does not read what it asked for: it will miss this again.
             Ok(_) | Err(_) => Err(Refused),
@@ -305,67 +297,10 @@ impl MissAnswers {
     }
 }
 
-impl Session {
-    /// What answers the misses of a driver that takes ACCESS_PLATFORM; `None` without
-    /// [`Session::with_iova_map`].
-    pub fn miss_answers(&self) -> io::Result<Option<MissAnswers>> {
-        let Some(map) = self.iova_map.clone() else { return Ok(None) };
-        Ok(Some(MissAnswers {
-            socket: self.channel.as_fd().try_clone_to_owned()?.into(),
-            peer: Arc::clone(self.channel.peer()),
-            trace: self.channel.limits().trace(),
-            map,
-            translating: Arc::clone(&self.translating),
-        }))
-    }
-
-    /// Uses `map`, at the next [`Session::go_live`] of a driver that takes ACCESS_PLATFORM.
-    #[must_use]
-    pub fn with_iova_map(mut self, map: Arc<IovaMap>) -> Self {
-        self.iova_map = Some(map);
-        self
-    }
-}
-
-impl LiveSession {
-    /// Sends an update, usually [`IovaMap::answer`]. Needs BACKEND_REQ and REPLY_ACK.
-    pub fn iotlb_update(&mut self, message: &Iotlb) -> Result<(), Error> {
-        let message = Iotlb { kind: UPDATE, ..*message };
-        self.send_iotlb(&message)
-    }
-
-    /// Tells the back-end of a range that came to its map. Nothing is said to a driver without ACCESS_PLATFORM.
-    pub fn announce(&mut self, range: &IovaRange) -> Result<(), Error> {
-        match update(range).filter(|_| self.features.has(bit::ACCESS_PLATFORM)) {
-            Some(message) => self.send_iotlb(&message),
-            None => Ok(()),
-        }
-    }
-
-    /// Takes back a range that went from its map, likewise.
-    pub fn revoke(&mut self, range: &IovaRange) -> Result<(), Error> {
-        if !self.features.has(bit::ACCESS_PLATFORM) {
-            return Ok(());
-        }
-        self.iotlb_invalidate(range.iova, range.size)
-    }
-
-    /// Takes translations back; when this returns, the back-end uses them no more.
-    pub fn iotlb_invalidate(&mut self, at: Iova, size: u64) -> Result<(), Error> {
-        self.send_iotlb(&invalidation(at, size))
-    }
-
-    fn send_iotlb(&mut self, message: &Iotlb) -> Result<(), Error> {
-        let deadline = self.session.channel.deadline();
-        let channel = &mut self.session.channel;
-        channel.exchange(Request::IOTLB_MSG, message.as_bytes(), &[], &deadline).map(|_| ())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory_map::USER_BIAS;
+    use crate::memory::USER_BIAS;
 
     fn memory() -> MemoryMap {
         let fd = Arc::new(std::fs::File::open("/dev/null").unwrap().into());

@@ -1,6 +1,6 @@
 //! Going live and stopping: the second half of the typestate.
 //!
-//! Order of messages, as every known back-end takes it: \[SET_STATUS 3\], SET_FEATURES, \[SET_STATUS 0xb\],
+//! Order of messages, as every known backend takes it: \[SET_STATUS 3\], SET_FEATURES, \[SET_STATUS 0xb\],
 //! \[GET/SET_INFLIGHT_FD\], SET_MEM_TABLE, \[SET_LOG_BASE\], for each ring NUM, ADDR, BASE, \[ERR\], CALL, KICK,
 //! ENABLE, \[IOTLB_MSG\], \[SET_STATUS 0xf\], one round trip, and one kick a ring. All of it within one deadline.
 //! Stopping: GET_VRING_BASE for each ring, \[IOTLB_MSG\], \[SET_STATUS 0, or at a reset RESET_DEVICE\], likewise.
@@ -14,20 +14,19 @@ use std::sync::atomic::Ordering;
 
 use zerocopy::IntoBytes;
 
-use super::backend_req::BackendChannel;
-use super::channel::{Channel, Stats};
-use super::dirty_log;
-use super::error::{Cause, Error};
+use super::backend_requests::BackendChannel;
+use super::channel::Channel;
 use super::features::{DriverFeatures, ProtocolFeatures, bit};
 use super::inflight::{self, InflightArea};
-use super::iotlb::{self, IovaMap};
+use super::iotlb::{self, IovaMap, IovaRange};
 use super::mem_table;
-use super::message::{VringAddr, VringState};
+use super::message::{Iotlb, LogArea, VringAddr, VringState};
 use super::request::Request;
 use super::session::Session;
 use super::vring::{Ring, RingBase, RingSpace, parse_base};
-use crate::deadline::Deadline;
-use crate::memory_map::MemoryMap;
+use crate::memory::{DirtyLog, Iova, MemoryMap, SharedRegion};
+use crate::peer::deadline::Deadline;
+use crate::peer::{Cause, Error, Stats};
 
 /// Virtio device status bits (virtio 1.2 §2.1) as SET_STATUS carries them.
 mod status {
@@ -38,10 +37,10 @@ mod status {
 }
 
 impl Session {
-    /// Gives the back-end memory and rings and starts them.
+    /// Gives the backend memory and rings and starts them.
     ///
     /// Blocks for one deadline at most, all messages together. The rings' eventfds are lent for the call; the
-    /// back-end keeps its own descriptors of them until the rings stop. A ring that is laid out wrongly gives the
+    /// backend keeps its own descriptors of them until the rings stop. A ring that is laid out wrongly gives the
     /// session back inside [`Lost`].
     pub fn go_live(
         mut self,
@@ -78,7 +77,7 @@ impl Session {
             return Err(self.channel.invalid(Request::SET_FEATURES, "a feature was not offered"));
         }
         if self.log.is_some() {
-            dirty_log::permitted(self)?;
+            self.log_permitted()?;
         }
         mem_table::fits(&self.channel, memory, self.mem_slots)?;
         let iova_map = self.iova_map(features, memory);
@@ -91,7 +90,7 @@ impl Session {
             let mut address = ring
                 .address(features, space)
                 .map_err(|fault| self.channel.invalid(Request::SET_VRING_ADDR, fault.text()))?;
-            address.flags = dirty_log::ring_flags(self.log.is_some());
+            address.flags = if self.log.is_some() { LOG_RING } else { 0 };
             plan.push(address);
         }
         Ok(plan)
@@ -129,8 +128,8 @@ impl Session {
         };
         mem_table::send(channel, memory, &deadline)?;
         if let Some(log) = &log {
-            // Rust back-ends log into what SET_LOG_BASE found in the memory table, and forget it at the next one.
-            dirty_log::set_base(channel, log, &deadline)?;
+            // Rust backends log into what SET_LOG_BASE found in the memory table, and forget it at the next one.
+            set_log_base(channel, log, &deadline)?;
         }
         for (ring, address) in rings.iter().zip(plan) {
             start_ring(channel, ring, address, &deadline)?;
@@ -143,7 +142,7 @@ impl Session {
         if has_status {
             set_status(channel, status::DRIVER_OK, &deadline)?;
         }
-        // Some back-ends register a ring's kick only after they took ENABLE off the socket: a kick before that is
+        // Some backends register a ring's kick only after they took ENABLE off the socket: a kick before that is
         // lost, and so would be what the guest put into the ring meanwhile.
         let round_trip = if has_status { Request::GET_STATUS } else { Request::GET_FEATURES };
         channel.ask_u64(round_trip, &deadline)?;
@@ -174,6 +173,14 @@ enum Stop {
     Drain,
     Suspend,
     Reset,
+}
+
+/// VHOST_VRING_F_LOG: writes to the used ring are logged, too.
+pub(super) const LOG_RING: u32 = 1;
+
+pub(super) fn set_log_base(channel: &mut Channel, log: &DirtyLog, deadline: &Deadline) -> Result<(), Error> {
+    let area = LogArea { size: log.size(), offset: log.offset() };
+    channel.exchange(Request::SET_LOG_BASE, area.as_bytes(), &[log.as_fd()], deadline).map(drop)
 }
 
 pub(super) fn set_features(
@@ -223,7 +230,7 @@ fn start_ring(
     Ok(())
 }
 
-/// A back-end that processes rings.
+/// A backend that processes rings.
 pub struct LiveSession {
     pub(super) session: Session,
     pub(super) features: DriverFeatures,
@@ -235,7 +242,7 @@ pub struct LiveSession {
 }
 
 impl LiveSession {
-    /// What is known of the back-end.
+    /// What is known of the backend.
     pub fn session(&self) -> &Session {
         &self.session
     }
@@ -245,7 +252,7 @@ impl LiveSession {
         self.features
     }
 
-    /// Where the back-end notes what it has in flight. Kept, it lets another back-end go on after this one died.
+    /// Where the backend notes what it has in flight. Kept, it lets another backend go on after this one died.
     pub fn inflight(&self) -> Option<&Arc<InflightArea>> {
         self.inflight.as_ref()
     }
@@ -255,7 +262,7 @@ impl LiveSession {
         self.session.stats()
     }
 
-    /// The back-end's own channel, once, as [`Session::take_backend_channel`].
+    /// The backend's own channel, once, as [`Session::take_backend_channel`].
     pub fn take_backend_channel(&mut self) -> Option<BackendChannel> {
         self.session.take_backend_channel()
     }
@@ -275,12 +282,8 @@ impl LiveSession {
         self.session.change_config(offset, bytes, size)
     }
 
-    /// Enables or disables a started ring. Needs feature bit 30; some back-ends ignore it, so it pauses nothing.
-    pub fn switch_ring(&mut self, index: u16, switch: RingSwitch) -> Result<(), Error> {
-        self.switch_rings(&[index], switch)
-    }
-
-    /// The same for several. Blocks for one deadline at most, all together.
+    /// Enables or disables started rings. Needs feature bit 30; some backends ignore it, so it pauses nothing. Blocks for
+    /// one deadline at most, all together.
     pub fn switch_rings(&mut self, indexes: &[u16], switch: RingSwitch) -> Result<(), Error> {
         let deadline = self.session.channel.deadline();
         let num = u32::from(switch == RingSwitch::Enabled);
@@ -291,30 +294,71 @@ impl LiveSession {
         })
     }
 
-    /// Kicks a ring by message. Needs INBAND_NOTIFICATIONS; waits until the back-end has processed it.
+    /// Kicks a ring by message. Needs INBAND_NOTIFICATIONS; waits until the backend has processed it.
     pub fn kick_in_band(&mut self, index: u16) -> Result<(), Error> {
-        let deadline = self.session.channel.deadline();
         let state = VringState { index: index.into(), num: 0 };
-        let channel = &mut self.session.channel;
-        channel.exchange(Request::VRING_KICK, state.as_bytes(), &[], &deadline).map(|_| ())
+        self.session.channel.order(Request::VRING_KICK, state.as_bytes(), &[])
+    }
+
+    /// True when memory can be added and removed while the device runs.
+    pub fn has_mem_slots(&self) -> bool {
+        self.session.protocol().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    /// Adds a region of guest memory. Needs CONFIGURE_MEM_SLOTS. Whole multiples of 2 MiB are understood by all.
+    pub fn add_region(&mut self, region: &SharedRegion) -> Result<(), Error> {
+        let deadline = self.session.channel.deadline();
+        mem_table::add(&mut self.session.channel, region, &deadline)
+    }
+
+    /// Takes a region of guest memory away. Needs CONFIGURE_MEM_SLOTS.
+    pub fn remove_region(&mut self, region: &SharedRegion) -> Result<(), Error> {
+        let payload = mem_table::single(region);
+        // No fd: backends identify the region by its addresses, and some refuse a stray one.
+        self.session.channel.order(Request::REM_MEM_REG, payload.as_bytes(), &[])
+    }
+
+    /// Tells the backend of a range that came to its map. Nothing is said to a driver without ACCESS_PLATFORM.
+    pub fn announce(&mut self, range: &IovaRange) -> Result<(), Error> {
+        match iotlb::update(range).filter(|_| self.features.has(bit::ACCESS_PLATFORM)) {
+            Some(message) => self.send_iotlb(&message),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes back a range that went from its map, likewise.
+    pub fn revoke(&mut self, range: &IovaRange) -> Result<(), Error> {
+        if !self.features.has(bit::ACCESS_PLATFORM) {
+            return Ok(());
+        }
+        self.iotlb_invalidate(range.iova, range.size)
+    }
+
+    /// Takes translations back; when this returns, the backend uses them no more.
+    pub fn iotlb_invalidate(&mut self, at: Iova, size: u64) -> Result<(), Error> {
+        self.send_iotlb(&iotlb::invalidation(at, size))
+    }
+
+    fn send_iotlb(&mut self, message: &Iotlb) -> Result<(), Error> {
+        self.session.channel.order(Request::IOTLB_MSG, message.as_bytes(), &[])
     }
 
     /// Stops every ring and says where each one got to, in the order in which they were started.
     ///
-    /// Blocks for one deadline at most. The back-end finishes what it has in flight, but where GET_VRING_BASE_INFLIGHT
+    /// Blocks for one deadline at most. The backend finishes what it has in flight, but where GET_VRING_BASE_INFLIGHT
     /// was negotiated alone: then it never does, and the session keeps its inflight area for the next start. Afterwards
     /// it touches neither guest memory nor the eventfds.
     pub fn stop(self) -> Result<(Session, Vec<RingBase>), Lost> {
         self.stop_as(Stop::Drain)
     }
 
-    /// Stops every ring as [`LiveSession::stop`], and has the back-end reset the device, as the guest did: by its status,
+    /// Stops every ring as [`LiveSession::stop`], and has the backend reset the device, as the guest did: by its status,
     /// or where it has none by RESET_DEVICE, when it can. One that refuses has stopped all the same.
     pub fn reset(self) -> Result<Session, Lost> {
         self.stop_as(Stop::Reset).map(|(session, _)| session)
     }
 
-    /// Stops every ring without waiting for what is in flight, where the back-end can (GET_VRING_BASE_SKIP_DRAIN, or
+    /// Stops every ring without waiting for what is in flight, where the backend can (GET_VRING_BASE_SKIP_DRAIN, or
     /// the older GET_VRING_BASE_INFLIGHT): that stays noted in its inflight area, which the session keeps for the
     /// next start. Elsewhere as [`LiveSession::stop`].
     pub fn suspend(self) -> Result<(Session, Vec<RingBase>), Lost> {

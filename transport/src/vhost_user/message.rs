@@ -4,9 +4,9 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-pub(crate) use crate::wire::length;
-use crate::wire::payloads;
-pub use crate::wire::{Fault, parse, parse_front};
+pub(crate) use crate::peer::wire::length;
+use crate::peer::wire::payloads;
+pub use crate::peer::wire::{Fault, parse, parse_front};
 
 /// The version that bits 0-1 of the flags must hold.
 const VERSION: u32 = 1;
@@ -66,7 +66,7 @@ impl Header {
         Ok(())
     }
 
-    /// Judges the header of a back-end request; `most` is the largest payload that may follow.
+    /// Judges the header of a backend request; `most` is the largest payload that may follow.
     pub fn judge_request(&self, most: u32) -> Result<(), Fault> {
         if self.flags & !NEED_REPLY != VERSION {
             return Err(Fault::Flags(self.flags));

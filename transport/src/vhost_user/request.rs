@@ -6,6 +6,7 @@
 use std::fmt;
 
 use super::features::ProtocolFeatures;
+use crate::peer::MessageName;
 
 /// A front-end request. Open: an unknown code prints, it never crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -156,10 +157,66 @@ impl Request {
 
 impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.row() {
-            Some(row) => f.write_str(row.name),
-            None => write!(f, "request {}", self.0),
+        MessageName::from(*self).fmt(f)
+    }
+}
+
+/// A request code of the backend. Open: an unknown code prints, it never crashes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BackendRequest(pub u32);
+
+macro_rules! backend_requests {
+    ($($code:literal $name:ident, $needs:expr;)*) => {
+        impl BackendRequest {
+            $(#[doc = concat!("VHOST_USER_BACKEND_", stringify!($name), ".")] pub const $name: Self = Self($code);)*
+
+            /// Its name in the specification, without the VHOST_USER_BACKEND_ prefix.
+            pub fn name(self) -> Option<&'static str> {
+                match self.0 {
+                    $($code => Some(stringify!($name)),)*
+                    _ => None,
+                }
+            }
+
+            /// What must be negotiated for it; `None` for an unknown request.
+            pub fn needs(self) -> Option<ProtocolFeatures> {
+                match self.0 {
+                    $($code => Some($needs),)*
+                    _ => None,
+                }
+            }
         }
+    };
+}
+
+backend_requests! {
+    1 IOTLB_MSG, P::BACKEND_REQ;
+    2 CONFIG_CHANGE_MSG, P::CONFIG;
+    3 VRING_HOST_NOTIFIER_MSG, P::HOST_NOTIFIER;
+    4 VRING_CALL, P::INBAND_NOTIFICATIONS;
+    5 VRING_ERR, P::INBAND_NOTIFICATIONS;
+    6 SHARED_OBJECT_ADD, P::SHARED_OBJECT;
+    7 SHARED_OBJECT_REMOVE, P::SHARED_OBJECT;
+    8 SHARED_OBJECT_LOOKUP, P::SHARED_OBJECT;
+    9 SHMEM_MAP, P::SHMEM;
+    10 SHMEM_UNMAP, P::SHMEM;
+}
+
+impl fmt::Display for BackendRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        MessageName::from(*self).fmt(f)
+    }
+}
+
+impl From<Request> for MessageName {
+    fn from(request: Request) -> Self {
+        Self { code: request.0, name: request.row().map(|row| row.name).ok_or("request") }
+    }
+}
+
+impl From<BackendRequest> for MessageName {
+    fn from(request: BackendRequest) -> Self {
+        Self { code: request.0, name: request.name().ok_or("backend request") }
     }
 }
 

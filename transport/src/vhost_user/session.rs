@@ -1,6 +1,6 @@
-//! The typestate of a back-end: `Connection → Session → LiveSession`, each step consuming the last.
+//! The typestate of a backend: `Connection → Session → LiveSession`, each step consuming the last.
 //!
-//! Order of messages, as every known back-end takes it: GET_FEATURES, GET/SET_PROTOCOL_FEATURES, SET_OWNER,
+//! Order of messages, as every known backend takes it: GET_FEATURES, GET/SET_PROTOCOL_FEATURES, SET_OWNER,
 //! \[GET_QUEUE_NUM\], \[GET_MAX_MEM_SLOTS\], \[SET_BACKEND_REQ_FD\]; [`super::live`] goes on from there.
 //!
 //! Must never send what was not negotiated.
@@ -13,29 +13,27 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use super::backend_req::BackendChannel;
-use super::channel::{Channel, Limits, Stats};
+use super::backend_requests::BackendChannel;
+use super::channel::Channel;
 use super::config::{self, WriteKind};
-use super::dirty_log::DirtyLog;
-use super::error::{Cause, Error, Step};
 use super::features::{DeviceFeatures, ProtocolFeatures, Wanted, bit};
 use super::inflight::InflightArea;
-use super::iotlb::IovaMap;
+use super::iotlb::{IovaMap, MissAnswers};
 use super::mem_table;
 use super::message::Fault;
-use super::reconnect::Attempts;
 use super::request::Request;
-use crate::deadline::Deadline;
-use crate::memory_map::MemoryMap;
-use crate::socket::{self, Listener};
+use crate::memory::{DirtyLog, MemoryMap};
+use crate::peer::deadline::Deadline;
+use crate::peer::socket::{self, Attempts, Listener};
+use crate::peer::{Cause, Error, Limits, Peer, Protocol, Stats, Step};
 
-/// A connected back-end that nothing is known of yet.
+/// A connected backend that nothing is known of yet.
 pub struct Connection {
     channel: Channel,
 }
 
 impl Connection {
-    /// Connects to the back-end that listens on `path` (`@name` for an abstract socket).
+    /// Connects to the backend that listens on `path` (`@name` for an abstract socket).
     ///
     /// Blocks for the deadline of `limits` at most.
     pub fn connect(path: &Path, limits: &Limits) -> Result<Self, Error> {
@@ -44,11 +42,10 @@ impl Connection {
 
     /// As [`Connection::connect`], but waits for a place in the listener's queue for as long as `deadline` says.
     pub fn connect_before(path: &Path, limits: &Limits, deadline: &Deadline) -> Result<Self, Error> {
-        let peer = path.to_string_lossy().into_owned();
-        match socket::connect(path, deadline) {
-            Ok(stream) => Self::from_stream(stream, peer, limits),
-            Err(source) => Err(Error::new(&Arc::from(peer), Step::Connect, Cause::Unreachable(source))),
-        }
+        let peer = Peer::new(Protocol::VhostUser, path.to_string_lossy());
+        let stream = socket::connect(path, deadline)
+            .map_err(|source| Error::new(&peer, Step::Connect, Cause::Unreachable(source)))?;
+        Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }
 
     /// As [`Connection::connect`], again and again while nobody listens there, as often as `attempts` says.
@@ -64,21 +61,22 @@ impl Connection {
         }
     }
 
-    /// Waits for the back-end to connect to `listener`, for the deadline of `limits` at most.
+    /// Waits for the backend to connect to `listener`, for the deadline of `limits` at most.
     pub fn accept(listener: &Listener, limits: &Limits) -> Result<Self, Error> {
         Self::accept_before(listener, limits, &Deadline::after(limits.deadline()))
     }
 
     /// As [`Connection::accept`], for as long as `deadline` says.
     pub fn accept_before(listener: &Listener, limits: &Limits, deadline: &Deadline) -> Result<Self, Error> {
-        let peer: Arc<str> = Arc::from(listener.path().to_string_lossy());
-        match listener.accept(deadline) {
-            Ok(stream) => Self::from_stream(stream, peer, limits),
-            Err(source) if source.kind() == io::ErrorKind::TimedOut => {
-                Err(Error::new(&peer, Step::Accept, Cause::Silent(deadline.limit())))
-            }
-            Err(source) => Err(Error::new(&peer, Step::Accept, Cause::Unreachable(source))),
-        }
+        let peer = Peer::new(Protocol::VhostUser, listener.path().to_string_lossy());
+        let stream = listener.accept(deadline).map_err(|source| {
+            let cause = match source.kind() {
+                io::ErrorKind::TimedOut => Cause::Silent(deadline.limit()),
+                _ => Cause::Unreachable(source),
+            };
+            Error::new(&peer, Step::Accept, cause)
+        })?;
+        Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }
 
     /// Speaks over `stream`; `peer` is what error messages call the other side.
@@ -87,10 +85,11 @@ impl Connection {
         peer: impl Into<Arc<str>>,
         limits: &Limits,
     ) -> Result<Self, Error> {
-        Channel::new(stream, peer.into(), limits).map(|channel| Self { channel })
+        let peer = Peer::new(Protocol::VhostUser, peer);
+        Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }
 
-    /// Learns what the back-end offers and agrees on protocol features.
+    /// Learns what the backend offers and agrees on protocol features.
     ///
     /// Blocks for one deadline at most. Sends nothing that is not negotiated.
     pub fn negotiate(mut self, wanted: &Wanted) -> Result<Session, Error> {
@@ -155,14 +154,14 @@ fn open_backend_channel(channel: &mut Channel, deadline: &Deadline) -> Result<Ba
     const REQUEST: Request = Request::SET_BACKEND_REQ_FD;
     let local = |source| Cause::Io(source);
     let (ours, theirs) = UnixStream::pair().map_err(|source| channel.error(REQUEST, local(source)))?;
-    let (peer, trace) = (Arc::clone(channel.peer()), channel.limits().trace());
-    let backend = BackendChannel::new(ours, peer, channel.negotiated(), trace)
+    let (peer, limits) = (channel.peer().clone(), channel.limits().clone());
+    let backend = BackendChannel::new(ours, peer, channel.negotiated(), limits)
         .map_err(|source| channel.error(REQUEST, local(source)))?;
     channel.exchange(REQUEST, &[], &[theirs.as_fd()], deadline)?;
     Ok(backend)
 }
 
-/// A back-end whose offer is known and that has no rings.
+/// A backend whose offer is known and that has no rings.
 pub struct Session {
     pub(super) channel: Channel,
     wanted: Wanted,
@@ -171,7 +170,7 @@ pub struct Session {
     queue_num: Option<u16>,
     pub(super) mem_slots: usize,
     backend: Option<BackendChannel>,
-    /// To be given to the back-end at the next start; a fresh one is asked for when there is none.
+    /// To be given to the backend at the next start; a fresh one is asked for when there is none.
     pub(super) inflight: Option<Arc<InflightArea>>,
     /// Writes are logged from the next start on.
     pub(super) log: Option<Arc<DirtyLog>>,
@@ -182,12 +181,12 @@ pub struct Session {
 }
 
 impl Session {
-    /// Device features that the guest may see: what the back-end offers, less what is masked.
+    /// Device features that the guest may see: what the backend offers, less what is masked.
     pub fn offered(&self) -> DeviceFeatures {
         self.wanted.visible(self.offered)
     }
 
-    /// Everything that the back-end offered, unmasked.
+    /// Everything that the backend offered, unmasked.
     pub fn offered_raw(&self) -> (DeviceFeatures, ProtocolFeatures) {
         (DeviceFeatures::from_bits(self.offered), self.protocol_offered)
     }
@@ -197,17 +196,17 @@ impl Session {
         self.channel.negotiated()
     }
 
-    /// Queues (for net: pairs, with some back-ends) that the back-end serves; `u16::MAX` when it does not say.
+    /// Queues (for net: pairs, with some backends) that the backend serves; `u16::MAX` when it does not say.
     pub fn queue_num(&self) -> u16 {
         self.queue_num.unwrap_or(u16::MAX)
     }
 
     /// The peer's name.
     pub fn peer(&self) -> &str {
-        self.channel.peer()
+        self.channel.peer().name()
     }
 
-    /// Judges whether the back-end can be told of `memory`.
+    /// Judges whether the backend can be told of `memory`.
     pub fn holds(&self, memory: &MemoryMap) -> Result<(), Error> {
         mem_table::fits(&self.channel, memory, self.mem_slots)
     }
@@ -222,12 +221,12 @@ impl Session {
         self.channel.stats()
     }
 
-    /// The back-end's own channel, once; it wants to be served from now on. `None` when it was not negotiated.
+    /// The backend's own channel, once; it wants to be served from now on. `None` when it was not negotiated.
     pub fn take_backend_channel(&mut self) -> Option<BackendChannel> {
         self.backend.take()
     }
 
-    /// Reads the configuration space, `size` bytes (1 to 256) or the most below that which the back-end gives.
+    /// Reads the configuration space, `size` bytes (1 to 256) or the most below that which the backend gives.
     pub fn read_config(&mut self, size: usize) -> Result<Vec<u8>, Error> {
         let deadline = self.channel.deadline();
         config::read(&mut self.channel, size, &deadline)
@@ -253,16 +252,65 @@ impl Session {
         config::write(&mut self.channel, 0, bytes, WriteKind::Migration, &deadline)
     }
 
-    /// The device status as the back-end holds it. Needs STATUS.
+    /// The device status as the backend holds it. Needs STATUS.
     pub fn status(&mut self) -> Result<u64, Error> {
         let deadline = self.channel.deadline();
         self.channel.ask_u64(Request::GET_STATUS, &deadline)
     }
 
-    /// Resets the device in the back-end. Needs RESET_DEVICE; features are sent again by [`Session::go_live`].
+    /// Resets the device in the backend. Needs RESET_DEVICE; features are sent again by [`Session::go_live`].
     pub fn reset_device(&mut self) -> Result<(), Error> {
-        let deadline = self.channel.deadline();
-        self.channel.exchange(Request::RESET_DEVICE, &[], &[], &deadline).map(|_| ())
+        self.channel.order(Request::RESET_DEVICE, &[], &[])
+    }
+
+    /// Goes on, at the next [`Session::go_live`], with what `area` says was in flight. Needs INFLIGHT_SHMFD.
+    ///
+    /// Without it a fresh area is asked for, as a guest that reset its device wants it.
+    #[must_use]
+    pub fn with_inflight(mut self, area: Arc<InflightArea>) -> Self {
+        self.inflight = Some(area);
+        self
+    }
+
+    /// What answers the misses of a driver that takes ACCESS_PLATFORM; `None` without
+    /// [`Session::with_iova_map`].
+    pub fn miss_answers(&self) -> io::Result<Option<MissAnswers>> {
+        let Some(map) = self.iova_map.clone() else { return Ok(None) };
+        Ok(Some(MissAnswers {
+            socket: self.channel.as_fd().try_clone_to_owned()?.into(),
+            peer: self.channel.peer().clone(),
+            limits: self.channel.limits().clone(),
+            map,
+            translating: Arc::clone(&self.translating),
+        }))
+    }
+
+    /// Uses `map`, at the next [`Session::go_live`] of a driver that takes ACCESS_PLATFORM.
+    #[must_use]
+    pub fn with_iova_map(mut self, map: Arc<IovaMap>) -> Self {
+        self.iova_map = Some(map);
+        self
+    }
+
+    /// True when the backend can log its writes.
+    pub fn can_log(&self) -> bool {
+        self.log_permitted().is_ok()
+    }
+
+    /// Logs from the next [`Session::go_live`] on.
+    #[must_use]
+    pub fn with_log(mut self, log: Arc<DirtyLog>) -> Self {
+        self.log = Some(log);
+        self
+    }
+
+    /// The backend offered to log.
+    pub(super) fn log_permitted(&self) -> Result<(), Error> {
+        let offered = self.offered_raw().0.has(bit::LOG_ALL);
+        if !offered || !self.protocol().contains(ProtocolFeatures::LOG_SHMFD) {
+            return Err(self.channel.error(Request::SET_LOG_BASE, Cause::NotNegotiated));
+        }
+        Ok(())
     }
 }
 

@@ -5,15 +5,13 @@
 //! shown with it, and is the file's or zeroes.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 
-use rustix::fs::{OFlags, fcntl_getfl};
-
-use super::error::Error;
 use super::message::{Fault, ShmemArea, ShmemHead, parse_front};
 use super::request::Request;
 use super::session::Session;
-use crate::memory_map::PAGE;
+use crate::memory::PAGE;
+use crate::peer::Error;
+use crate::peer::fds::Protection;
 
 /// Regions that a device may have: the id has 8 bits.
 const REGIONS_MAX: usize = 256;
@@ -47,13 +45,12 @@ impl Session {
     /// The sizes of the device's shared memory regions, by id. Needs SHMEM.
     pub fn shmem_config(&mut self) -> Result<Vec<u64>, Error> {
         const REQUEST: Request = Request::GET_SHMEM_CONFIG;
-        let deadline = self.channel.deadline();
-        let answered = self.channel.exchange(REQUEST, &[], &[], &deadline)?;
+        let answered = self.channel.ask(REQUEST, &[], &[])?;
         parse_config(&answered.payload).map_err(|fault| self.channel.malformed(REQUEST, fault))
     }
 }
 
-/// Why a request of the back-end is not allowed.
+/// Why a request of the backend is not allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ShmemFault {
     /// There is no region of that id.
@@ -80,15 +77,6 @@ pub enum ShmemFault {
     /// Reserved flags are set.
     #[error("the flags {0:#x} have no meaning")]
     Flags(u64),
-}
-
-/// Whether the guest may write to a map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Protection {
-    /// It may not.
-    ReadOnly,
-    /// It may.
-    ReadWrite,
 }
 
 /// Where a file goes, judged.
@@ -187,25 +175,6 @@ impl ShmemRegions {
     }
 }
 
-impl Protection {
-    /// Whether `fd` was opened in a way that lets it be mapped like this.
-    pub fn is_open_for(self, fd: impl AsFd) -> bool {
-        let Ok(flags) = fcntl_getfl(fd) else { return false };
-        let mode = flags & OFlags::RWMODE;
-        let enough = mode == OFlags::RDWR || (self == Self::ReadOnly && mode == OFlags::RDONLY);
-        enough && !flags.contains(OFlags::PATH)
-    }
-}
-
-/// The bytes that a regular file holds; 0 for what is no such file (mapping it would fault or fail).
-pub fn file_size(fd: impl AsFd) -> u64 {
-    let Ok(stat) = rustix::fs::fstat(fd) else { return 0 };
-    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
-        return 0;
-    }
-    u64::try_from(stat.st_size).unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,31 +253,5 @@ mod tests {
         assert!(config(1, &[0x1001]).is_err(), "not whole pages");
         assert!(parse_config(&[0; 7]).is_err());
         assert!(parse_config(&[0; 12]).is_err());
-    }
-
-    #[test]
-    fn files_are_mapped_as_they_were_opened() {
-        let path = std::env::temp_dir().join(format!("outboard-shmem-{}", std::process::id()));
-        let writable = std::fs::File::options().write(true).create_new(true).open(&path).unwrap();
-        let both = std::fs::File::options().read(true).write(true).open(&path).unwrap();
-        let read_only = std::fs::File::open(&path).unwrap();
-        let named = rustix::fs::open(&path, OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        let opened = |fd: &dyn Fn(Protection) -> bool| (fd(Protection::ReadOnly), fd(Protection::ReadWrite));
-        assert_eq!(opened(&|what| what.is_open_for(&both)), (true, true));
-        assert_eq!(opened(&|what| what.is_open_for(&read_only)), (true, false));
-        assert_eq!(opened(&|what| what.is_open_for(&writable)), (false, false));
-        assert_eq!(opened(&|what| what.is_open_for(&named)), (false, false));
-    }
-
-    #[test]
-    fn only_regular_files_have_a_size() {
-        let memfd = rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&memfd, 8192).unwrap();
-        assert_eq!(file_size(&memfd), 8192);
-        assert_eq!(file_size(std::fs::File::open("/").unwrap()), 0, "a directory");
-        assert_eq!(file_size(std::fs::File::open("/dev/zero").unwrap()), 0, "a device");
-        assert_eq!(file_size(std::os::unix::net::UnixStream::pair().unwrap().0), 0, "a socket");
-        assert_eq!(file_size(crate::vhost_user::Kick::new().unwrap()), 0, "an eventfd");
     }
 }

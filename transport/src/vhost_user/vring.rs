@@ -1,4 +1,4 @@
-//! Rings: their eventfds, what the back-end is told of each, and where it stopped.
+//! Rings: their eventfds, what the backend is told of each, and where it stopped.
 //!
 //! A ring is *started* by SET_VRING_KICK and *stopped* by GET_VRING_BASE; independently of that it is *enabled*
 //! or not by SET_VRING_ENABLE. A ring that a guest laid out wrongly is refused here, before any message.
@@ -12,8 +12,8 @@ use rustix::io::Errno;
 use super::features::{DriverFeatures, bit};
 use super::iotlb::IovaMap;
 use super::message::{Fault, VringAddr, VringState, parse};
-use crate::deadline::never_block;
-use crate::memory_map::{GuestAddr, Iova, MemoryMap, UserAddr};
+use crate::memory::{GuestAddr, Iova, MemoryMap, UserAddr};
+use crate::peer::deadline::never_block;
 
 /// The largest queue size of virtio 1.2 §2.7 and §2.8.
 pub const QUEUE_SIZE_MAX: u16 = 32768;
@@ -80,15 +80,15 @@ macro_rules! eventfd {
 }
 
 eventfd! {
-    /// Towards the back-end: the guest has put buffers into the ring.
+    /// Towards the backend: the guest has put buffers into the ring.
     Kick
 }
 eventfd! {
-    /// Towards the guest: the back-end has used buffers.
+    /// Towards the guest: the backend has used buffers.
     Call
 }
 eventfd! {
-    /// Towards us: the back-end found the ring in error.
+    /// Towards us: the backend found the ring in error.
     RingError
 }
 
@@ -113,9 +113,9 @@ pub struct Ring<'a> {
     pub base: RingBase,
     /// Rung by the guest.
     pub kick: &'a Kick,
-    /// Rung by the back-end.
+    /// Rung by the backend.
     pub call: &'a Call,
-    /// Rung by the back-end for a ring in error; optional.
+    /// Rung by the backend for a ring in error; optional.
     pub error: Option<&'a RingError>,
 }
 
@@ -221,7 +221,7 @@ pub fn parse_base(payload: &[u8], index: u32, features: DriverFeatures) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory_map::{SharedRegion, USER_BIAS};
+    use crate::memory::{SharedRegion, USER_BIAS};
     use crate::vhost_user::features::DeviceFeatures;
     use std::sync::Arc;
 

@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use transport::memory_map::{GuestAddr, Iova};
+use transport::memory::{GuestAddr, Iova};
 use transport::vhost_user::iotlb::{Access, IovaRange, MissAnswers};
 use transport::vhost_user::message::Iotlb;
 use transport::vhost_user::{BackendRequests, IovaMap, Refused, Session};

@@ -14,12 +14,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
+use transport::peer::socket::Attempts;
+use transport::peer::{Error, Limits};
 use transport::testing::{Offer, Script, ScriptedBackend};
-use transport::vhost_user::reconnect::Attempts;
-use transport::vhost_user::{
-    Call, Connection, Error, Kick, Limits, ProtocolFeatures, Ring, RingBase, Session, Wanted,
-};
+use transport::vhost_user::{Call, Connection, Kick, ProtocolFeatures, Ring, RingBase, Session, Wanted};
 
 /// Guest memory of one region at address 0, read and written through its file.
 pub struct GuestMemory {
@@ -149,7 +148,7 @@ pub fn whole_life(stream: UnixStream, limits: &Limits, wanted: &Wanted) -> Resul
     Ok(session)
 }
 
-/// Runs a whole life with a back-end that follows `script`; the outcome, and how long it took.
+/// Runs a whole life with a backend that follows `script`; the outcome, and how long it took.
 pub fn life_with(offer: Offer, script: Script, deadline: Duration) -> (Result<(), Error>, Duration) {
     let (_backend, stream) = ScriptedBackend::pair(offer, script).unwrap();
     let begin = Instant::now();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::{Call, Kick, Ring, RingBase, RingError};
 
 use super::{GuestMemory, eventually};

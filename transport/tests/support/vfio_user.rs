@@ -5,13 +5,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
+use transport::peer::{Error, Limits, Step};
 use transport::testing::vfio_user::{Offer, Script, ScriptedServer};
 use transport::vfio_user::message::Command;
-use transport::vfio_user::{
-    Client, DmaRange, Error, Feature, FeatureUse, IrqIndex, Limits, MigrationState, RegionIndex, Sharing,
-    SmallWrite, Step,
-};
+use transport::vfio_user::migration::{DmaRange, FeatureUse, MigrationState};
+use transport::vfio_user::{Client, Feature, IrqIndex, RegionIndex, Sharing, SmallWrite};
 
 use super::{GuestMemory, open_fds};
 
@@ -33,7 +32,7 @@ pub enum End {
 impl End {
     fn step(&self) -> Option<Step> {
         match self {
-            Lost(command, _) | Fails(command, _) => Some(Step::Command(*command)),
+            Lost(command, _) | Fails(command, _) => Some(Step::Request((*command).into())),
             LostAnywhere(_) | Works => None,
         }
     }
@@ -124,7 +123,7 @@ pub fn row(what: &str, offer: impl Fn() -> Offer, script: Script, deadline: Dura
         (outcome, server, lost) = live(offer(), script.clone(), deadline);
         // On a busy machine a good answer may take longer than a short deadline.
         let elsewhere =
-            |error: &Error| error.is_hung() && end.step().is_some_and(|step| step != error.step());
+            |error: &Error| error.is_silence() && end.step().is_some_and(|step| step != error.step());
         if deadline >= PATIENT / 4 || !outcome.as_ref().is_err_and(elsewhere) {
             break;
         }
@@ -136,7 +135,7 @@ pub fn row(what: &str, offer: impl Fn() -> Offer, script: Script, deadline: Dura
     match (end, &outcome) {
         (Lost(command, expected), Err(error)) => {
             assert!(error.is_fatal() && lost, "{what}: {words}");
-            let at = [Step::Command(*command), Step::ServerCommand(*command)];
+            let at = [Step::Request((*command).into()), Step::PeerRequest((*command).into())];
             assert!(at.contains(&error.step()), "{what}: {words}");
             assert!(words.contains(expected), "{what}: {words}");
         }
@@ -146,7 +145,7 @@ pub fn row(what: &str, offer: impl Fn() -> Offer, script: Script, deadline: Dura
         }
         (Fails(command, expected), Err(error)) => {
             assert!(!lost || *command == C::VERSION, "{what}: {words}");
-            assert_eq!(error.step(), Step::Command(*command), "{what}: {words}");
+            assert_eq!(error.step(), Step::Request((*command).into()), "{what}: {words}");
             assert!(words.contains(expected), "{what}: {words}");
         }
         (Works, Ok(())) => assert_eq!(server.breaches(), Vec::<String>::new(), "{what}"),

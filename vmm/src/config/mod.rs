@@ -23,7 +23,7 @@ use devices::virtio::types::table::Wishes;
 pub(crate) use parse::parse_device_type;
 pub use parse::{parse_memory, parse_serial, parse_vhost_user};
 pub use toml_file::load as load_toml;
-use transport::vhost_user::Trace;
+use transport::peer::Trace;
 pub use vfio_user::{VfioUser, parse_vfio_user};
 
 /// How long a peer may take over one request, unless `deadline=` says otherwise.
@@ -67,8 +67,6 @@ pub struct Config {
     pub discovery: arch::platform::Discovery,
     /// Who sees every message exchanged with a peer.
     pub trace: Option<Arc<dyn Trace>>,
-    /// Who sees every message exchanged with a vfio-user server.
-    pub vfio_trace: Option<Arc<dyn transport::vfio_user::Trace>>,
 }
 
 impl Config {
@@ -86,7 +84,6 @@ impl Config {
             on_reset: OnReset::Exit,
             discovery: arch::platform::Discovery::Acpi,
             trace: None,
-            vfio_trace: None,
         }
     }
 

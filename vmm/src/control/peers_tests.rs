@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 use devices::virtio::backend::vhost_user::{Order, VhostUser, open};
 use devices::virtio::types::table::{DeviceType, Wishes};
 use rustix::fs::{MemfdFlags, memfd_create};
+use transport::peer::Limits;
 use transport::testing::{Offer, Script, ScriptedBackend};
-use transport::vhost_user::backend_req::BackendRequest;
-use transport::vhost_user::{Connection, Limits, ProtocolFeatures};
+use transport::vhost_user::request::BackendRequest;
+use transport::vhost_user::{Connection, ProtocolFeatures};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const LOOKUP: BackendRequest = BackendRequest::SHARED_OBJECT_LOOKUP;

@@ -15,10 +15,11 @@ use devices::virtio::recovery::revival::Trial;
 use devices::virtio::recovery::watch::Standing;
 use devices::virtio::{DeviceHandle, Reconnect};
 use rustix::net::{Shutdown, shutdown};
-use transport::deadline::Deadline;
-use transport::socket::Listener;
-use transport::vhost_user::reconnect::Attempts;
-use transport::vhost_user::{Connection, Error, Limits};
+use transport::peer::deadline::Deadline;
+use transport::peer::socket::Attempts;
+use transport::peer::socket::Listener;
+use transport::peer::{Error, Limits};
+use transport::vhost_user::Connection;
 
 use crate::control::peers::Peers;
 

@@ -12,8 +12,9 @@ use devices::pci::hotplug::{Hotplug, Occupant};
 use devices::pci::vfio_user::{self, Device, Opened, Remote};
 use devices::pci::{DeviceNumber, Function, HostBridge};
 use devices::ports::Ports;
-use transport::memory_map::MemoryMap;
-use transport::vfio_user::{Client, Limits, Receiver};
+use transport::memory::MemoryMap;
+use transport::peer::Limits;
+use transport::vfio_user::{Client, Receiver};
 
 use crate::config::{Socket, VfioUser};
 use crate::error::{Error, Fault};

@@ -20,10 +20,11 @@ use devices::virtio::ring::address::Iommu;
 use devices::virtio::transport::mmio::{self, MmioDevice, Place};
 use devices::virtio::types::table::Model;
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
-use transport::memory_map::{GuestAddr, MemoryMap};
-use transport::socket::Listener;
+use transport::memory::{GuestAddr, MemoryMap};
+use transport::peer::socket::Listener;
+use transport::peer::{Limits, Trace};
+use transport::vhost_user::Connection;
 use transport::vhost_user::vring::Kick;
-use transport::vhost_user::{Connection, Limits, Trace};
 
 use crate::config::{Role, Socket, Transport, VhostUser};
 use crate::control::peers::Peers;

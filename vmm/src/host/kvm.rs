@@ -15,7 +15,7 @@ use devices::ports::{
     WriteMatch,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
 
 use crate::error::Error;

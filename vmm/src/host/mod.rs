@@ -2,7 +2,6 @@
 
 pub(crate) mod descriptors;
 #[doc(hidden)]
-pub(crate) mod huge_memory;
 pub mod kvm;
 pub mod memory;
 pub mod peer_memory;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::ports::{Access, FileRange, Guard, OnVanished};
 use rustix::fs::{FileType, fstat, fstatfs};
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 use crate::host::kvm::PAGE;
 use crate::host::memory::{MemoryError, PeerMapping, Slot, Slots};

@@ -7,14 +7,13 @@
 //! `>` is ours, `<` the answer; `<<` a request of the backend on its own channel, `>>` our answer to it. Off, it
 //! costs one comparison a message; on, it writes without a buffer, so that a crash loses nothing.
 
-use std::fmt::Display;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use transport::{vfio_user, vhost_user};
+use transport::peer::{Trace, TraceEvent};
 
 use crate::error::Error;
 
@@ -46,8 +45,8 @@ impl Tracer {
     }
 }
 
-impl Tracer {
-    fn line(&self, event: &dyn Display) {
+impl Trace for Tracer {
+    fn message(&self, event: &TraceEvent<'_>) {
         let time = self.begun.elapsed();
         let (millis, micros) = (time.as_millis(), time.subsec_micros() % 1000);
         let line = format!("{millis:>6}.{micros:03} ms  {event}\n");
@@ -55,18 +54,6 @@ impl Tracer {
         if let Err(error) = out.write_all(line.as_bytes()) {
             log::debug!("a line of the trace is lost: {error}");
         }
-    }
-}
-
-impl vhost_user::Trace for Tracer {
-    fn message(&self, event: &vhost_user::TraceEvent<'_>) {
-        self.line(event);
-    }
-}
-
-impl vfio_user::Trace for Tracer {
-    fn message(&self, event: &vfio_user::TraceEvent<'_>) {
-        self.line(event);
     }
 }
 
@@ -90,7 +77,7 @@ mod tests {
         let tracer = Tracer::to(Box::new(Sink(Arc::clone(&shared))));
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         drop(theirs);
-        let limits = transport::vhost_user::Limits::new(std::time::Duration::from_millis(100)).traced(tracer);
+        let limits = transport::peer::Limits::new(std::time::Duration::from_millis(100)).traced(tracer);
         let connection = transport::vhost_user::Connection::from_stream(ours, "peer", &limits).unwrap();
         assert!(connection.negotiate(&transport::vhost_user::Wanted::default()).is_err());
         let text = String::from_utf8(shared.lock().unwrap().clone()).unwrap();

@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use transport::memory_map::MemoryMap;
+use transport::memory::MemoryMap;
+use transport::peer::Error;
 use transport::vfio_user::{
-    Client, Error, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing,
+    Client, ClientStats, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing,
 };
 
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -348,11 +349,11 @@ impl Server for Session {
     }
 
     fn stats(&self) -> ServerStats {
-        let stats = self.client.stats();
+        let ClientStats { exchanges, posted, .. } = self.client.stats();
         ServerStats {
-            messages: stats.sent.saturating_add(stats.posted),
-            waits: stats.answers.saturating_add(stats.failures),
-            worst_wait: stats.worst_wait,
+            messages: exchanges.sent.saturating_add(posted),
+            waits: exchanges.answers.saturating_add(exchanges.failures),
+            worst_wait: exchanges.worst_wait,
         }
     }
 }

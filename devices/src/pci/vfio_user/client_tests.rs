@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::testing;
+use transport::peer::Limits;
 use transport::testing::vfio_user::{Act, Offer, Script, ScriptedServer};
-use transport::vfio_user::Limits;
 use transport::vfio_user::message::Command;
 
 const CONFIG: usize = 7;

@@ -5,7 +5,7 @@ use super::*;
 use crate::pci::{Space, Window, Windows};
 use crate::ports::Route;
 use crate::testing::{Recorder, Shown};
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },

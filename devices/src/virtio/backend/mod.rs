@@ -11,8 +11,8 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use transport::memory_map::MemoryMap;
-use transport::vhost_user::crypto::{SessionId, SymmetricSession};
+use transport::memory::MemoryMap;
+use transport::vhost_user::extras::{SessionId, SymmetricSession};
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::{Ring, RingBase};
@@ -62,7 +62,7 @@ impl BackendError {
         let cause: &(dyn Error + 'static) = self.cause();
         let mut next = Some(cause);
         while let Some(error) = next {
-            if let Some(error) = error.downcast_ref::<transport::vhost_user::Error>() {
+            if let Some(error) = error.downcast_ref::<transport::peer::Error>() {
                 return error.is_silence();
             }
             next = error.source();

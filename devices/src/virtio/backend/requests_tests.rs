@@ -3,12 +3,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use transport::memory_map::{GuestAddr, USER_BIAS};
+use transport::memory::{GuestAddr, USER_BIAS};
+use transport::peer::Limits;
 use transport::testing::{Offer, Script, ScriptedBackend};
-use transport::vhost_user::backend_req::BackendRequest;
 use transport::vhost_user::features::bit;
+use transport::vhost_user::request::BackendRequest;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{BackendRequests, Connection, Limits, ProtocolFeatures, Served};
+use transport::vhost_user::{BackendRequests, Connection, ProtocolFeatures, Served};
 use zerocopy::IntoBytes;
 
 use crate::testing::memory;

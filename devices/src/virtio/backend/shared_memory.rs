@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, Weak};
 
+use transport::peer::fds::{Protection, file_size};
 use transport::vhost_user::Refused;
 use transport::vhost_user::message::ShmemArea;
-use transport::vhost_user::shmem::{Placement, Protection, ShmemFault, ShmemRegions, file_size};
+use transport::vhost_user::shmem::{Placement, ShmemFault, ShmemRegions};
 
 use crate::lock;
 use crate::ports::{Access, DeviceMemory, FileRange, Guard, OnVanished, PortError};

@@ -2,7 +2,7 @@ use super::*;
 
 use std::os::fd::AsRawFd;
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 use crate::testing::{Recorder, Shown};
 

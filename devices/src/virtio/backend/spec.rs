@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use transport::deadline::Deadline;
-use transport::socket;
+use transport::peer::deadline::Deadline;
+use transport::peer::socket;
 use transport::vhost_user::IovaMap;
 use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
 

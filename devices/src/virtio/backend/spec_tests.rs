@@ -3,9 +3,10 @@ use super::*;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::Ordering;
 
+use transport::peer::Limits;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
+use transport::vhost_user::Connection;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Connection, Limits};
 
 use crate::virtio::backend::vhost_user::tests::Guest;
 use crate::virtio::backend::vhost_user::{OpenError, Opened, open};

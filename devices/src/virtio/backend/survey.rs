@@ -4,9 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
+use transport::peer::Error;
 use transport::vhost_user::features::{ProtocolFeatures, bit};
-use transport::vhost_user::{Connection, Error, IovaMap, Session};
+use transport::vhost_user::{Connection, IovaMap, Session};
 
 use crate::virtio::backend::requests::{Calls, NotifierPlace, OwnChannel};
 use crate::virtio::backend::shared_memory::SharedRegions;

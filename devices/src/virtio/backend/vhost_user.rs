@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use transport::memory_map::{MemoryMap, SharedRegion};
-use transport::vhost_user::crypto::{SessionId, SymmetricSession};
+use transport::memory::{MemoryMap, SharedRegion};
+use transport::peer::{Error, Stats};
+use transport::vhost_user::extras::{SessionId, SymmetricSession};
 use transport::vhost_user::features::ProtocolFeatures;
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::{Ring, RingBase};
-use transport::vhost_user::{Error, InflightArea, IovaMap, LiveSession, Lost, RingSwitch, Session, Stats};
+use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Lost, RingSwitch, Session};
 
 use crate::lock;
 use crate::virtio::backend::shared_memory::Tenancy;

@@ -5,10 +5,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use transport::peer::Limits;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
-use transport::vhost_user::backend_req::BackendRequest;
+use transport::vhost_user::request::BackendRequest;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{BackendRequests, Connection, Limits, Served};
+use transport::vhost_user::{BackendRequests, Connection, Served};
 
 use super::tests::{Guest, eventually, order};
 use super::*;

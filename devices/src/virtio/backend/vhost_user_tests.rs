@@ -6,8 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use transport::memory_map::GuestAddr;
-use transport::vhost_user::{Connection, Limits};
+use transport::memory::GuestAddr;
+use transport::peer::Limits;
+use transport::vhost_user::Connection;
 
 use super::*;
 use crate::bus::BusDevice;
@@ -105,7 +106,7 @@ pub(in crate::virtio) fn order(features: &str) -> Order {
 pub(in crate::virtio) struct Guest {
     pub(in crate::virtio) device: MmioDevice,
     pub(in crate::virtio) machine: Recorder,
-    ram: transport::memory_map::MemoryMap,
+    ram: transport::memory::MemoryMap,
     next: AtomicU16,
     /// Which of the lower 32 features the driver takes.
     pub(in crate::virtio) takes: AtomicU32,
@@ -199,7 +200,7 @@ impl Guest {
         self.store(DESC + 16 * index, &bytes.concat());
     }
 
-    pub(in crate::virtio) fn ram(&self) -> &transport::memory_map::MemoryMap {
+    pub(in crate::virtio) fn ram(&self) -> &transport::memory::MemoryMap {
         &self.ram
     }
 

@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use transport::memory_map::MemoryMap;
+use transport::memory::MemoryMap;
 use transport::vhost_user::Refused;
 use transport::vhost_user::features::DeviceFeatures;
 use transport::vhost_user::message::Uuid;

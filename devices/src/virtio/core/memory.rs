@@ -1,7 +1,7 @@
 //! Guest memory that comes and goes while a device runs. Called by whoever plugs memory, with the device's
 //! lock held for one exchange with the backend; must never leave queues with memory that is gone.
 
-use transport::memory_map::MemoryMap;
+use transport::memory::MemoryMap;
 use transport::vhost_user::Refused;
 use transport::vhost_user::vring::Ring;
 

@@ -3,11 +3,12 @@ use super::*;
 use std::sync::Arc;
 use std::time::Duration;
 
-use transport::memory_map::{GuestAddr, SharedRegion, USER_BIAS};
+use transport::memory::{GuestAddr, SharedRegion, USER_BIAS};
+use transport::peer::Limits;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::features::bit;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Connection, Limits, ProtocolFeatures};
+use transport::vhost_user::{Connection, ProtocolFeatures};
 
 use crate::testing::RAM;
 use crate::virtio::PhaseReport;

@@ -1,7 +1,7 @@
 //! Virtio 1.2 §2.6 to §2.8: what the driver says of one queue, checked before anyone uses it.
 //! Must never look into the rings: those are the backend's.
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::vring::RingBase;
 
 use crate::virtio::ring::address::Space;
@@ -136,7 +136,7 @@ mod tests {
     use super::*;
     use std::os::fd::OwnedFd;
     use std::sync::Arc;
-    use transport::memory_map::{MemoryMap, SharedRegion};
+    use transport::memory::{MemoryMap, SharedRegion};
 
     const RAM: u64 = 0x10_0000;
 

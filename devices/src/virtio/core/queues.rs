@@ -3,7 +3,7 @@
 
 use std::io;
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
 use crate::ports::{Guard, PortError};

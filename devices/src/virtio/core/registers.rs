@@ -2,7 +2,7 @@
 //! no side effect, a write answers with an [`Effect`] for the device to carry out. Must never know
 //! an offset of a transport, nor call anyone.
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::features::{DeviceFeatures, DriverFeatures, WITHHELD, bit};
 
 use crate::virtio::core::queue::{QueueState, RingLayout};

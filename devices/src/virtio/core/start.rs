@@ -1,7 +1,7 @@
 //! A device's queues start, stop, and fail: the transitions of [`Phase`]. Called with the device's lock
 //! held. Must never leave a backend on rings that the guest was told are its own again.
 
-use transport::memory_map::MemoryMap;
+use transport::memory::MemoryMap;
 use transport::vhost_user::features::bit;
 use transport::vhost_user::vring::Ring;
 

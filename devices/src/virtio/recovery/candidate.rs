@@ -12,7 +12,8 @@ use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use transport::vhost_user::{Connection, Error as PeerError};
+use transport::peer::Error as PeerError;
+use transport::vhost_user::Connection;
 
 use crate::virtio::backend::BackendError;
 use crate::virtio::backend::requests::{Answers, Calls, NotifierPlace, OwnChannel};

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use transport::peer::Limits;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
+use transport::vhost_user::ProtocolFeatures;
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Limits, ProtocolFeatures};
 
 use super::*;
 use crate::bus::BusDevice;

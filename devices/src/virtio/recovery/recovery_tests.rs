@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use transport::vhost_user::{Connection, Limits};
+use transport::peer::Limits;
+use transport::vhost_user::Connection;
 
 use super::*;
 use crate::virtio::backend::vhost_user::tests::{Daemon, Guest, order};

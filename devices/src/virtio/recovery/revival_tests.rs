@@ -3,8 +3,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use transport::memory_map::GuestAddr;
-use transport::vhost_user::{Connection, Limits};
+use transport::memory::GuestAddr;
+use transport::peer::Limits;
+use transport::vhost_user::Connection;
 
 use crate::bus::BusDevice;
 use crate::testing::{Recorder, Scripted, disk, memory};

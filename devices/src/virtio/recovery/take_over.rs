@@ -15,8 +15,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
-use transport::deadline::Deadline;
-use transport::memory_map::MemoryMap;
+use transport::memory::MemoryMap;
+use transport::peer::deadline::Deadline;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
 

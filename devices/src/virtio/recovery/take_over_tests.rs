@@ -2,7 +2,7 @@ use super::*;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::DeviceFeatures;
 
 use crate::bus::BusDevice;

@@ -4,7 +4,7 @@
 
 use std::str::FromStr;
 
-use transport::memory_map::{GuestAddr, Iova, MemoryMap};
+use transport::memory::{GuestAddr, Iova, MemoryMap};
 use transport::vhost_user::IovaMap;
 use transport::vhost_user::iotlb::{Access, IovaRange};
 
@@ -110,7 +110,7 @@ impl Space<'_> {
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use transport::memory_map::SharedRegion;
+    use transport::memory::SharedRegion;
 
     const MIB: u64 = 1 << 20;
 

@@ -1,11 +1,10 @@
-//! Virtio 1.2 §2.7: where a split ring goes on after its backend was cut off. Reads guest memory
-//! through its file, and writes there no more than which entries of the available ring come first; must
-//! never do so while somebody serves the ring, trust what stands there, or map it.
+//! Virtio 1.2 §2.7: where a split ring goes on after its backend was cut off. Reads guest memory, and writes
+//! there no more than which entries of the available ring come first; must never do so while a backend serves
+//! the ring, nor trust what stands there.
 
 use std::io;
 
-use rustix::io::{pread, pwrite};
-use transport::memory_map::{GuestAddr, MemoryMap, SharedRegion};
+use transport::memory::{GuestAddr, MemoryMap};
 use transport::vhost_user::vring::RingBase;
 
 use crate::virtio::core::queue::{QueueState, RingLayout};
@@ -89,22 +88,6 @@ pub(crate) enum ResumeError {
 /// How often a ring is read until the driver did nothing meanwhile. It has only so many descriptors.
 const ATTEMPTS: usize = 1000;
 
-/// `length` bytes of guest memory `offset` after `base`: their file, and where they are in it.
-fn place(
-    memory: &MemoryMap,
-    base: GuestAddr,
-    offset: u64,
-    length: usize,
-) -> io::Result<(&SharedRegion, u64)> {
-    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
-    let at = base.checked_add(offset).ok_or_else(outside)?;
-    let end = u64::try_from(length).ok().and_then(|length| at.checked_add(length)).ok_or_else(outside)?;
-    let holds = |region: &&SharedRegion| region.guest() <= at && region.end().is_some_and(|last| end <= last);
-    let region = memory.regions().iter().find(holds).ok_or_else(outside)?;
-    let within = at.0.saturating_sub(region.guest().0);
-    Ok((region, region.offset().checked_add(within).ok_or_else(outside)?))
-}
-
 /// One part of a ring.
 pub(crate) struct Part<'a> {
     pub(crate) memory: &'a MemoryMap,
@@ -112,16 +95,16 @@ pub(crate) struct Part<'a> {
 }
 
 /// `idx` and `ring` of the available and of the used ring alike.
-pub(crate) const INDEX: u64 = 2;
+const INDEX: u64 = 2;
 pub(crate) const ENTRIES: u64 = 4;
 
 impl Part<'_> {
+    fn at(&self, offset: u64) -> io::Result<GuestAddr> {
+        self.base.checked_add(offset).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
     pub(crate) fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let (region, at) = place(self.memory, self.base, offset, bytes.len())?;
-        match pread(region.fd(), &mut *bytes, at)? {
-            read if read == bytes.len() => Ok(()),
-            _ => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
+        self.memory.read(self.at(offset)?, bytes)
     }
 
     pub(crate) fn index(&self) -> io::Result<u16> {
@@ -138,11 +121,12 @@ impl Part<'_> {
     }
 
     pub(crate) fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let (region, at) = place(self.memory, self.base, offset, bytes.len())?;
-        match pwrite(region.fd(), bytes, at)? {
-            written if written == bytes.len() => Ok(()),
-            _ => Err(io::ErrorKind::WriteZero.into()),
-        }
+        self.memory.write(self.at(offset)?, bytes)
+    }
+
+    /// Advances `idx`.
+    pub(crate) fn store_index(&self, index: u16) -> io::Result<()> {
+        self.memory.store_index(self.at(INDEX)?, index)
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use transport::vhost_user::crypto::{AUTH_KEY_MAX, CIPHER_KEY_MAX, SessionId, SymmetricSession};
+use transport::vhost_user::extras::{AUTH_KEY_MAX, CIPHER_KEY_MAX, SessionId, SymmetricSession};
 
 /// Sessions that a driver may hold.
 const SESSIONS_MAX: usize = 1024;

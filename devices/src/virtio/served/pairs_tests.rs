@@ -2,9 +2,10 @@ use super::*;
 
 use std::time::Duration;
 
+use transport::peer::Limits;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Connection, Limits, ProtocolFeatures};
+use transport::vhost_user::{Connection, ProtocolFeatures};
 
 use crate::virtio::backend::vhost_user::tests::Guest;
 use crate::virtio::backend::vhost_user::{Opened, Order, open};

@@ -1,15 +1,14 @@
 //! Virtio 1.2 §2.7: a split queue that we serve ourselves, as its backend does not. Not on anybody's hot
-//! path: reads and writes guest memory through its file. Must never trust what stands there, nor run on a
-//! vCPU.
+//! path. Must never trust what stands in guest memory, nor run on a vCPU.
 
 use std::io;
 use std::sync::atomic::{Ordering, fence};
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 
 use crate::virtio::core::queue::QueueState;
 use crate::virtio::ring::address::Space;
-use crate::virtio::ring::resume::{ENTRIES, INDEX, Part};
+use crate::virtio::ring::resume::{ENTRIES, Part};
 
 /// The most that a request may hold.
 const REQUEST_MAX: usize = 4096;
@@ -204,7 +203,7 @@ impl ControlQueue {
         self.next = self.next.wrapping_add(1);
         // The entry before the index that speaks of it.
         fence(Ordering::SeqCst);
-        used.store(INDEX, &self.next.to_le_bytes())
+        used.store_index(self.next)
     }
 }
 

@@ -3,10 +3,11 @@ use super::*;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use transport::memory_map::MemoryMap;
+use transport::memory::MemoryMap;
+use transport::peer::Limits;
 use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::request::Request;
-use transport::vhost_user::{Connection, Limits, ProtocolFeatures};
+use transport::vhost_user::{Connection, ProtocolFeatures};
 
 use crate::testing::{RAM, memory};
 use crate::virtio::PhaseReport;

@@ -7,7 +7,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::vring::{Call, Kick};
 
 use crate::bus::BusDevice;

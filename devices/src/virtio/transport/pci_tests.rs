@@ -1,4 +1,4 @@
-use transport::memory_map::GuestAddr;
+use transport::memory::GuestAddr;
 use transport::vhost_user::NotifierArea;
 use transport::vhost_user::message::ShmemArea;
 

@@ -13,7 +13,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::role::{Frame, Reply, Seen, State};
 use super::script::{Act, Ask, Offer, Script};
-use crate::deadline::Deadline;
+use crate::peer::deadline::Deadline;
 use crate::testing::stream::{FOREVER, fill, park_until_closed, send_all, spare_fds};
 use crate::vfio_user::message::{Command, Header, length};
 

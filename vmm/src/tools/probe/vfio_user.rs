@@ -7,9 +7,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
-use transport::vfio_user::{
-    Cause, Client, Feature, FeatureUse, IoFdKind, IrqIndex, Limits, RegionIndex, RegionInfo,
-};
+use transport::peer::{Cause, Limits};
+use transport::vfio_user::migration::FeatureUse;
+use transport::vfio_user::{Client, Feature, IoFdKind, IrqIndex, RegionIndex, RegionInfo};
 
 use crate::error::Error;
 
@@ -139,7 +139,7 @@ pub fn vfio_user(socket: &Path, limits: &Limits) -> Result<VfioUserReport, Error
     })
 }
 
-fn ask(socket: &Path, client: &Client) -> Result<VfioUserReport, transport::vfio_user::Error> {
+fn ask(socket: &Path, client: &Client) -> Result<VfioUserReport, transport::peer::Error> {
     let mut quirks = Vec::new();
     let version = client.version();
     let theirs = version.theirs;
@@ -194,9 +194,9 @@ fn ask(socket: &Path, client: &Client) -> Result<VfioUserReport, transport::vfio
 
 /// A refusal is noted and the probe goes on.
 fn unless_refused<T>(
-    answer: Result<T, transport::vfio_user::Error>,
+    answer: Result<T, transport::peer::Error>,
     quirks: &mut Vec<String>,
-) -> Result<Option<T>, transport::vfio_user::Error> {
+) -> Result<Option<T>, transport::peer::Error> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
         Err(error) if !error.is_fatal() => {
@@ -213,7 +213,7 @@ fn region(
     client: &Client,
     found: &RegionInfo,
     quirks: &mut Vec<String>,
-) -> Result<Region, transport::vfio_user::Error> {
+) -> Result<Region, transport::peer::Error> {
     let index = found.index.0;
     let flags = ["read", "write", "mmap", "capabilities"].into_iter().enumerate();
     let flags = flags.filter(|(bit, _)| found.flags >> bit & 1 != 0).map(|(_, name)| name).collect();
@@ -263,10 +263,7 @@ fn interrupt_name(index: u32) -> String {
     name.map_or_else(|| format!("interrupts {index}"), |name| (*name).to_owned())
 }
 
-fn identity(
-    client: &Client,
-    quirks: &mut Vec<String>,
-) -> Result<Option<Identity>, transport::vfio_user::Error> {
+fn identity(client: &Client, quirks: &mut Vec<String>) -> Result<Option<Identity>, transport::peer::Error> {
     let mut header = [0_u32; HEADER / 4];
     for (number, register) in (0_u64..).zip(header.iter_mut()) {
         let mut bytes = [0; 4];

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use devices::virtio::types::table::DeviceType;
 use serde::Serialize;
-use transport::vhost_user::{
-    Cause, Connection, DeviceFeatures, Limits, ProtocolFeatures, Session, Wanted, features::bit,
-};
+use transport::peer::{Cause, Limits};
+use transport::vhost_user::features::bit;
+use transport::vhost_user::{Connection, DeviceFeatures, ProtocolFeatures, Session, Wanted};
 
 use crate::error::Error;
 
@@ -55,7 +55,7 @@ pub fn vhost_user(
     report(socket, session, device)
 }
 
-fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::vhost_user::Error> {
+fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::peer::Error> {
     // The sizes of its shared memory are told to those alone who negotiated the feature, and it stands on the channel.
     let wanted = Wanted::default().and(ProtocolFeatures::BACKEND_SEND_FD.with(ProtocolFeatures::SHMEM));
     Connection::connect(socket, limits)?.negotiate(&wanted)

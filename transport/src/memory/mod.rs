@@ -1,0 +1,9 @@
+//! Guest memory: which files hold it, how it is read and written, and the log of its pages that were written.
+
+pub mod access;
+pub mod dirty_log;
+pub mod map;
+
+pub use access::MemoryAccess;
+pub use dirty_log::{DirtyLog, log_size};
+pub use map::{GuestAddr, Iova, MapError, MemoryMap, PAGE, SharedRegion, USER_BIAS, UserAddr};

@@ -1,0 +1,26 @@
+//! What both protocols need to talk to a process that is not trusted: sockets, deadlines, descriptors, errors.
+//!
+//! | module | what it holds |
+//! |--|--|
+//! | [`error`] | the one error type: which peer, at which step, for which cause |
+//! | [`limits`] | the deadline of a peer, and who watches its messages |
+//! | [`trace`] | a message as it is shown to whoever watches |
+//! | [`socket`] | how a peer is reached: connect, listen, try again |
+//! | [`deadline`] | bounded waits |
+//! | [`fds`] | one message with descriptors over a unix socket |
+//! | [`wire`] | payloads of a fixed size, and what can be wrong with a message |
+//!
+//! Nothing here knows a message of either protocol.
+
+pub mod deadline;
+pub mod error;
+pub mod fds;
+pub mod limits;
+pub mod socket;
+pub mod trace;
+pub mod wire;
+
+pub use error::{Cause, Error, MessageName, Peer, Protocol, Step};
+pub use limits::{Limits, Stats};
+pub use trace::{Direction, Trace, TraceEvent};
+pub use wire::Fault;

@@ -1,0 +1,221 @@
+//! Messages on their way in from one socket: any split, any coalescing. Framing only; judges nothing but sizes.
+//!
+//! Must never block, never allocate on the word of a header that was not judged, and never give one message's fds
+//! to another.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use zerocopy::FromBytes;
+
+use crate::peer::Cause;
+use crate::peer::fds;
+use crate::vfio_user::message::{Fault, HEADER_SIZE, Header};
+
+/// Bytes that are read at once when messages are small.
+const READ_AT_ONCE: usize = 4096;
+
+/// Bytes that are read at once at most: memory grows as bytes come, not as they are promised.
+const READ_MOST: usize = 256 << 10;
+
+/// How much may be read past the end of the message that is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ahead {
+    /// Nothing: the next message's fds would be taken for this one's.
+    Never,
+    /// As much as there is, for fewer system calls: no fds are due.
+    Freely,
+}
+
+/// A whole message.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) header: Header,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+/// What reading brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Read {
+    /// Some bytes.
+    Some,
+    /// Nothing is there now.
+    Nothing,
+    /// The peer closed its end, between messages.
+    HungUp,
+}
+
+/// What was read and is not a whole message yet.
+#[derive(Default)]
+pub(crate) struct Incoming {
+    buffer: Vec<u8>,
+    start: usize,
+    fds: Vec<OwnedFd>,
+    /// Up to where in `buffer` the read reached that brought the fds: they belong to the last message that begins
+    /// before.
+    fds_until: usize,
+}
+
+impl Incoming {
+    fn unread(&self) -> &[u8] {
+        self.buffer.get(self.start..).unwrap_or_default()
+    }
+
+    /// The next whole message, if there is one. `judge` says how large the payload behind a header is, or what is
+    /// wrong with it.
+    pub(crate) fn take(
+        &mut self,
+        judge: impl FnOnce(&Header) -> Result<u32, Fault>,
+    ) -> Result<Option<Message>, (Header, Fault)> {
+        let Ok((header, rest)) = Header::read_from_prefix(self.unread()) else { return Ok(None) };
+        let size = judge(&header).map_err(|fault| (header, fault))?;
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        let Some(payload) = rest.get(..size) else { return Ok(None) };
+        let payload = payload.to_vec();
+        self.start = self.start.saturating_add(HEADER_SIZE).saturating_add(size);
+        let fds = if self.start >= self.fds_until { std::mem::take(&mut self.fds) } else { Vec::new() };
+        if self.start == self.buffer.len() {
+            self.buffer.clear();
+            self.start = 0;
+            self.fds_until = 0;
+        }
+        Ok(Some(Message { header, payload, fds }))
+    }
+
+    /// Bytes that the message in progress still needs, as far as is known.
+    fn needed(&self) -> usize {
+        let unread = self.unread();
+        let whole = match Header::read_from_prefix(unread) {
+            // Its size was judged: `take` comes before every read.
+            Ok((header, _)) => usize::try_from(header.size).unwrap_or(usize::MAX),
+            Err(_) => HEADER_SIZE,
+        };
+        whole.saturating_sub(unread.len())
+    }
+
+    /// Reads what is there, once. Call it only after `take` gave nothing.
+    pub(crate) fn read(&mut self, socket: &UnixStream, ahead: Ahead) -> Result<Read, Cause> {
+        if self.start > 0 {
+            self.buffer.drain(..self.start);
+            self.fds_until = self.fds_until.saturating_sub(self.start);
+            self.start = 0;
+        }
+        let have = self.buffer.len();
+        let needed = self.needed().min(READ_MOST);
+        let room = if ahead == Ahead::Freely { needed.max(READ_AT_ONCE) } else { needed };
+        self.buffer.resize(have.saturating_add(room), 0);
+        let rest = self.buffer.get_mut(have..).unwrap_or_default();
+        let fds_before = self.fds.len();
+        let outcome = fds::receive(socket.as_fd(), rest, &mut self.fds);
+        let got = outcome.as_ref().map_or(0, |received| received.bytes);
+        self.buffer.truncate(have.saturating_add(got));
+        match outcome {
+            Ok(received) if received.fds_truncated => Err(Cause::Malformed(Fault::FdsTruncated)),
+            Ok(received) if received.bytes == 0 && have == 0 => Ok(Read::HungUp),
+            Ok(received) if received.bytes == 0 => Err(Cause::ClosedMidMessage),
+            Ok(_) => {
+                if self.fds.len() > fds_before {
+                    self.fds_until = self.buffer.len();
+                }
+                // No message has more; a flood of them is not collected.
+                if self.fds.len() > fds::MAX_FDS {
+                    return Err(Cause::Malformed(Fault::Fds { got: self.fds.len(), least: 0, most: 253 }));
+                }
+                Ok(Read::Some)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Read::Nothing),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Read::HungUp),
+            Err(error) => Err(Cause::Io(error)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vfio_user::message::Command;
+    use std::io::Write;
+    use zerocopy::IntoBytes;
+
+    fn message(id: u16, payload: &[u8]) -> Vec<u8> {
+        let size = u32::try_from(payload.len()).unwrap();
+        [Header::command(id, Command::DMA_READ, size).as_bytes(), payload].concat()
+    }
+
+    fn any(header: &Header) -> Result<u32, Fault> {
+        header.judge_size(1 << 20)
+    }
+
+    fn next(incoming: &mut Incoming, socket: &UnixStream, ahead: Ahead) -> Option<Message> {
+        loop {
+            if let Some(message) = incoming.take(any).unwrap() {
+                return Some(message);
+            }
+            match incoming.read(socket, ahead).unwrap() {
+                Read::Some => {}
+                Read::Nothing | Read::HungUp => return None,
+            }
+        }
+    }
+
+    #[test]
+    fn messages_arrive_whole_however_they_are_cut_or_joined() {
+        for ahead in [Ahead::Never, Ahead::Freely] {
+            for piece in 1..90 {
+                let (ours, mut theirs) = UnixStream::pair().unwrap();
+                let bytes = [message(1, &[]), message(2, &[5; 30]), message(3, &[6; 3])].concat();
+                let mut incoming = Incoming::default();
+                let mut seen = Vec::new();
+                for part in bytes.chunks(piece) {
+                    theirs.write_all(part).unwrap();
+                    while let Some(message) = next(&mut incoming, &ours, ahead) {
+                        seen.push((message.header.id, message.payload.len()));
+                    }
+                }
+                assert_eq!(seen, [(1, 0), (2, 30), (3, 3)], "{piece} {ahead:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn fds_stay_with_their_message() {
+        for ahead in [Ahead::Never, Ahead::Freely] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let file = std::fs::File::open("/dev/null").unwrap();
+            theirs.write_all(&message(1, &[1; 8])).unwrap();
+            fds::send(theirs.as_fd(), &message(2, &[2; 8]), &[file.as_fd(), file.as_fd()]).unwrap();
+            theirs.write_all(&message(3, &[3; 8])).unwrap();
+            let mut incoming = Incoming::default();
+            let mut seen = Vec::new();
+            while let Some(message) = next(&mut incoming, &ours, ahead) {
+                seen.push((message.header.id, message.fds.len()));
+            }
+            assert_eq!(seen, [(1, 0), (2, 2), (3, 0)], "{ahead:?}");
+        }
+    }
+
+    #[test]
+    fn a_huge_promise_takes_no_memory_before_its_bytes_come() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&Header::command(1, Command::DMA_WRITE, 1 << 20).as_bytes()[..16]).unwrap();
+        let mut incoming = Incoming::default();
+        assert!(next(&mut incoming, &ours, Ahead::Freely).is_none());
+        assert!(incoming.buffer.capacity() <= 2 * READ_MOST);
+    }
+
+    #[test]
+    fn an_end_in_a_message_and_an_end_between_messages_differ() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&message(1, &[])[..7]).unwrap();
+        drop(theirs);
+        let mut incoming = Incoming::default();
+        assert_eq!(incoming.read(&ours, Ahead::Never).unwrap(), Read::Some);
+        assert!(incoming.take(any).unwrap().is_none());
+        assert!(matches!(incoming.read(&ours, Ahead::Never), Err(Cause::ClosedMidMessage)));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert_eq!(Incoming::default().read(&ours, Ahead::Freely).unwrap(), Read::HungUp);
+    }
+}

@@ -1,0 +1,9 @@
+//! What a device does for a migration: its features, its states and their data, logging what its DMA writes.
+
+mod dma_logging;
+mod feature;
+mod states;
+
+pub use dma_logging::{DirtyPages, DmaRange, parse_logging_start, parse_report};
+pub use feature::{FeatureUse, parse_feature};
+pub use states::{MigrationState, MigrationSupport, parse_migration_data, parse_migration_state};
