@@ -19,7 +19,7 @@ use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::extras::{SessionId, SymmetricSession};
 use transport::vhost_user::features::bit;
 use transport::vhost_user::iotlb::{Access, IovaRange};
-use transport::vhost_user::message::{Iotlb, Uuid};
+use transport::vhost_user::message::Uuid;
 use transport::vhost_user::request::{Request, TABLE};
 use transport::vhost_user::{
     Connection, IovaMap, LiveSession, ProtocolFeatures, RingBase, RingSwitch, Session, Wanted,

@@ -20,30 +20,31 @@ pub enum Protocol {
 
 /// The process at the other end of a socket, as errors and log lines call it.
 #[derive(Clone, Debug)]
-pub struct Peer {
-    protocol: Protocol,
-    name: Arc<str>,
-}
+pub struct Peer(Arc<(Protocol, String)>);
 
 impl Peer {
     /// `name` is usually the path of the socket.
-    pub fn new(protocol: Protocol, name: impl Into<Arc<str>>) -> Self {
-        Self { protocol, name: name.into() }
+    pub fn new(protocol: Protocol, name: impl Into<String>) -> Self {
+        Self(Arc::new((protocol, name.into())))
     }
 
     /// The name without the protocol.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.0.1
+    }
+
+    fn protocol(&self) -> Protocol {
+        self.0.0
     }
 }
 
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.protocol {
+        let kind = match self.protocol() {
             Protocol::VhostUser => "vhost-user backend",
             Protocol::VfioUser => "vfio-user server",
         };
-        write!(f, "{kind} {}", self.name)
+        write!(f, "{kind} {}", self.name())
     }
 }
 
@@ -191,8 +192,8 @@ impl Error {
             Step::Request(MessageName { name, .. }) => name.ok(),
             _ => None,
         };
-        match (peer.protocol, cause) {
-            (protocol, Cause::Unreachable(source)) => unreachable_hint(source, &peer.name, protocol),
+        match (peer.protocol(), cause) {
+            (protocol, Cause::Unreachable(source)) => unreachable_hint(source, peer.name(), protocol),
             (_, Cause::Malformed(Fault::FdsTruncated)) => Some("raise the limit of open files (ulimit -n)"),
             (Protocol::VhostUser, cause) => vhost_user_hint(*step, asked, cause),
             (Protocol::VfioUser, cause) => vfio_user_hint(*step, asked, cause),
@@ -293,7 +294,7 @@ impl fmt::Display for Error {
         let Parts { peer, step, cause } = &*self.0;
         match cause {
             Cause::Unreachable(_) if *step == Step::Accept => {
-                write!(f, "cannot listen for a vhost-user backend on {}", peer.name)
+                write!(f, "cannot listen for a vhost-user backend on {}", peer.name())
             }
             Cause::Unreachable(_) => write!(f, "cannot connect to {peer}"),
             Cause::Silent(limit) if *step == Step::Accept => {
@@ -314,7 +315,7 @@ impl fmt::Display for Error {
                 Step::PeerRequest(_) | Step::Idle => write!(f, "{peer} sent {step} {fault}"),
                 _ => write!(f, "{peer} answered {step} {fault}"),
             },
-            Cause::Refused(code) => match peer.protocol {
+            Cause::Refused(code) => match peer.protocol() {
                 Protocol::VhostUser => write!(f, "{peer} refused {step} (code {code:#x})"),
                 Protocol::VfioUser if *code == 0 => write!(f, "{peer} refused {step}"),
                 Protocol::VfioUser => write!(f, "{peer} refused {step}: {}", ErrnoOfPeer(*code)),

@@ -3,6 +3,7 @@
 //! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -12,7 +13,7 @@ use super::message::{
     IrqInfoPayload, Kind, MigrationData, RegionAccess, RegionInfoPayload, SetIrqs, VersionHead,
 };
 use crate::peer::wire::describe_bytes as bytes;
-use crate::peer::{Direction, Limits, Peer, TraceEvent};
+use crate::peer::{Direction, Peer, Trace, TraceEvent};
 
 /// Characters of the capabilities that are printed.
 const TEXT_MOST: usize = 512;
@@ -26,13 +27,13 @@ pub struct Fields<'a> {
 
 /// Shows a message, which came or went with so many descriptors after such a time, to whoever watches.
 pub(super) fn show(
-    limits: &Limits,
+    trace: Option<&Arc<dyn Trace>>,
     peer: &Peer,
     direction: Direction,
     fields: &Fields<'_>,
     (fds, took): (usize, Duration),
 ) {
-    let Some(trace) = limits.trace() else { return };
+    let Some(trace) = trace else { return };
     let Fields { header, payload } = fields;
     let (message, header) = (Command(header.command).into(), header.as_bytes());
     trace.message(&TraceEvent { peer, direction, message, header, payload, fields, fds, took });
@@ -137,8 +138,8 @@ fn decode<T: FromBytes>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peer::{Protocol, Trace};
-    use std::sync::{Arc, Mutex};
+    use crate::peer::Protocol;
+    use std::sync::Mutex;
 
     #[derive(Default)]
     struct Lines(Mutex<String>);
@@ -151,9 +152,9 @@ mod tests {
 
     fn line(direction: Direction, header: Header, payload: &[u8], fds: usize) -> String {
         let lines = Arc::new(Lines::default());
-        let limits = Limits::default().traced(Arc::<Lines>::clone(&lines));
+        let trace: Arc<dyn Trace> = Arc::<Lines>::clone(&lines);
         let peer = Peer::new(Protocol::VfioUser, "/run/s");
-        show(&limits, &peer, direction, &Fields { header, payload }, (fds, Duration::from_micros(17)));
+        show(Some(&trace), &peer, direction, &Fields { header, payload }, (fds, Duration::from_micros(17)));
         lines.0.lock().unwrap().clone()
     }
 

@@ -8,6 +8,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -20,7 +21,7 @@ use crate::memory::PAGE;
 use crate::peer::fds;
 use crate::peer::fds::file_size;
 use crate::peer::{Cause, Error, Step};
-use crate::peer::{Direction, Limits, Peer};
+use crate::peer::{Direction, Peer, Trace};
 
 /// The largest payload that is read; the largest that any request has is 40.
 const PAYLOAD_MOST: u32 = 1024;
@@ -204,7 +205,7 @@ pub struct BackendChannel {
     socket: UnixStream,
     peer: Peer,
     negotiated: ProtocolFeatures,
-    limits: Limits,
+    trace: Option<Arc<dyn Trace>>,
     partial: Vec<u8>,
     fds: Vec<OwnedFd>,
     /// Out of step: what still lies in the socket must not be taken for requests.
@@ -218,11 +219,11 @@ impl BackendChannel {
         socket: UnixStream,
         peer: Peer,
         negotiated: ProtocolFeatures,
-        limits: Limits,
+        trace: Option<Arc<dyn Trace>>,
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let (partial, fds) = (Vec::new(), Vec::new());
-        Ok(Self { socket, peer, negotiated, limits, partial, fds, lost: false, fault_logged: false })
+        Ok(Self { socket, peer, negotiated, trace, partial, fds, lost: false, fault_logged: false })
     }
 
     /// The peer's name.
@@ -379,7 +380,7 @@ impl BackendChannel {
 
     fn trace(&self, direction: Direction, header: &Header, payload: &[u8], fds: usize) {
         let fields = Fields { direction, header: *header, payload };
-        describe::show(&self.limits, &self.peer, &fields, fds, Duration::ZERO);
+        describe::show(self.trace.as_ref(), &self.peer, &fields, fds, Duration::ZERO);
     }
 }
 

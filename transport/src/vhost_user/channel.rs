@@ -360,7 +360,7 @@ impl Channel {
 
     fn trace(&self, direction: Direction, header: &Header, payload: &[u8], fds: usize, took: Duration) {
         let fields = Fields { direction, header: *header, payload };
-        describe::show(&self.limits, &self.peer, &fields, fds, took);
+        describe::show(self.limits.trace(), &self.peer, &fields, fds, took);
     }
 }
 

@@ -3,6 +3,7 @@
 //! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -14,7 +15,7 @@ use super::message::{
 };
 use super::request::{BackendRequest, Request};
 use crate::peer::wire::describe_bytes as bytes;
-use crate::peer::{Direction, Limits, Peer, TraceEvent};
+use crate::peer::{Direction, Peer, Trace, TraceEvent};
 
 /// The fields of one message.
 #[expect(missing_docs, reason = "the names say it")]
@@ -25,8 +26,14 @@ pub struct Fields<'a> {
 }
 
 /// Shows a message to whoever watches.
-pub(super) fn show(limits: &Limits, peer: &Peer, fields: &Fields<'_>, fds: usize, took: Duration) {
-    let Some(trace) = limits.trace() else { return };
+pub(super) fn show(
+    trace: Option<&Arc<dyn Trace>>,
+    peer: &Peer,
+    fields: &Fields<'_>,
+    fds: usize,
+    took: Duration,
+) {
+    let Some(trace) = trace else { return };
     let code = fields.header.request;
     let message = match fields.direction {
         Direction::Request | Direction::Answer => Request(code).into(),
@@ -195,8 +202,8 @@ fn inflight(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peer::{Protocol, Trace};
-    use std::sync::{Arc, Mutex};
+    use crate::peer::Protocol;
+    use std::sync::Mutex;
 
     #[derive(Default)]
     struct Lines(Mutex<String>);
@@ -209,9 +216,9 @@ mod tests {
 
     fn line(direction: Direction, header: Header, payload: &[u8], fds: usize) -> String {
         let lines = Arc::new(Lines::default());
-        let limits = Limits::default().traced(Arc::<Lines>::clone(&lines));
+        let trace: Arc<dyn Trace> = Arc::<Lines>::clone(&lines);
         let peer = Peer::new(Protocol::VhostUser, "/run/s");
-        show(&limits, &peer, &Fields { direction, header, payload }, fds, Duration::from_micros(17));
+        show(Some(&trace), &peer, &Fields { direction, header, payload }, fds, Duration::from_micros(17));
         lines.0.lock().unwrap().clone()
     }
 

@@ -14,7 +14,7 @@ use crate::memory::{GuestAddr, Iova, MemoryMap, SharedRegion, UserAddr};
 use crate::peer::Error;
 use crate::peer::deadline::Deadline;
 use crate::peer::fds;
-use crate::peer::{Direction, Limits, Peer};
+use crate::peer::{Direction, Peer, Trace};
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -270,7 +270,7 @@ pub(super) fn invalidation(at: Iova, size: u64) -> Iotlb {
 pub struct MissAnswers {
     pub(super) socket: UnixStream,
     pub(super) peer: Peer,
-    pub(super) limits: Limits,
+    pub(super) trace: Option<Arc<dyn Trace>>,
     pub(super) map: Arc<IovaMap>,
     pub(super) translating: Arc<AtomicBool>,
 }
@@ -288,7 +288,7 @@ impl MissAnswers {
         let header = Header::request(Request::IOTLB_MSG.0, length(size_of::<Iotlb>()));
         let bytes = [header.as_bytes(), update.as_bytes()].concat();
         let fields = Fields { direction: Direction::Request, header, payload: update.as_bytes() };
-        describe::show(&self.limits, &self.peer, &fields, 0, Duration::ZERO);
+        describe::show(self.trace.as_ref(), &self.peer, &fields, 0, Duration::ZERO);
         match fds::send(self.socket.as_fd(), &bytes, &[]) {
             Ok(sent) if sent == bytes.len() => Ok(()),
             // It does not read what it asked for: it will miss this again.

@@ -80,11 +80,7 @@ impl Connection {
     }
 
     /// Speaks over `stream`; `peer` is what error messages call the other side.
-    pub fn from_stream(
-        stream: UnixStream,
-        peer: impl Into<Arc<str>>,
-        limits: &Limits,
-    ) -> Result<Self, Error> {
+    pub fn from_stream(stream: UnixStream, peer: impl Into<String>, limits: &Limits) -> Result<Self, Error> {
         let peer = Peer::new(Protocol::VhostUser, peer);
         Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }
@@ -154,8 +150,8 @@ fn open_backend_channel(channel: &mut Channel, deadline: &Deadline) -> Result<Ba
     const REQUEST: Request = Request::SET_BACKEND_REQ_FD;
     let local = |source| Cause::Io(source);
     let (ours, theirs) = UnixStream::pair().map_err(|source| channel.error(REQUEST, local(source)))?;
-    let (peer, limits) = (channel.peer().clone(), channel.limits().clone());
-    let backend = BackendChannel::new(ours, peer, channel.negotiated(), limits)
+    let (peer, trace) = (channel.peer().clone(), channel.limits().trace().cloned());
+    let backend = BackendChannel::new(ours, peer, channel.negotiated(), trace)
         .map_err(|source| channel.error(REQUEST, local(source)))?;
     channel.exchange(REQUEST, &[], &[theirs.as_fd()], deadline)?;
     Ok(backend)
@@ -279,7 +275,7 @@ impl Session {
         Ok(Some(MissAnswers {
             socket: self.channel.as_fd().try_clone_to_owned()?.into(),
             peer: self.channel.peer().clone(),
-            limits: self.channel.limits().clone(),
+            trace: self.channel.limits().trace().cloned(),
             map,
             translating: Arc::clone(&self.translating),
         }))

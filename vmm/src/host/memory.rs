@@ -397,3 +397,7 @@ impl Drop for Slot {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

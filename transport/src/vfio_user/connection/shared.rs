@@ -291,7 +291,7 @@ impl Shared {
         took: Duration,
     ) {
         let fields = Fields { header: *header, payload };
-        describe::show(&self.limits, &self.peer, direction, &fields, (fds, took));
+        describe::show(self.limits.trace(), &self.peer, direction, &fields, (fds, took));
     }
 }
 

@@ -1,0 +1,44 @@
+use super::*;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+#[test]
+fn guest_memory_is_copied_by_the_kernel_and_never_touched() {
+    let file: OwnedFd = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 0x3000).unwrap();
+    let memory = Mapping::shared(&file, 0x1000, 0x2000).unwrap();
+    memory.write(0xffe, b"word").unwrap();
+    let mut data = [0; 4];
+    memory.read(0xffe, &mut data).unwrap();
+    assert_eq!(&data, b"word");
+    rustix::io::pread(&file, &mut data, 0x1ffe).unwrap();
+    assert_eq!(&data, b"word");
+    for at in [0x1ffd, 0x2000, u64::MAX] {
+        assert!(memory.read(at, &mut data).is_err(), "{at:#x}");
+        assert!(memory.write(at, &data).is_err(), "{at:#x}");
+    }
+    // What a hole in huge pages is: pages that a touch answers with SIGBUS.
+    ftruncate(&file, 0x2000).unwrap();
+    assert!(memory.read(0xffe, &mut data).is_err());
+    assert!(memory.write(0x1000, &data).is_err());
+    assert_eq!(memory.store_index(0x1002, 1).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    memory.read(0xffc, &mut data).unwrap();
+}
+
+#[test]
+fn a_ring_index_goes_from_the_old_value_to_the_new_one_and_nowhere_else() {
+    let memory = Mapping::anonymous(0x1000).unwrap();
+    memory.write(0, &[7, 0, 0xfe, 0xff]).unwrap();
+    for (index, wire) in
+        [(0xffff, [7, 0, 0xff, 0xff]), (3, [7, 0, 3, 0]), (3, [7, 0, 3, 0]), (0x100, [7, 0, 0, 1])]
+    {
+        memory.store_index(2, index).unwrap();
+        let mut word = [0; 4];
+        memory.read(0, &mut word).unwrap();
+        assert_eq!(word, wire, "{index:#x}");
+    }
+    memory.store_index(4, 0x1234).unwrap();
+    let mut half = [0; 2];
+    memory.read(4, &mut half).unwrap();
+    assert_eq!(half, [0x34, 0x12]);
+}
