@@ -1,9 +1,10 @@
 //! The 16550 serial port: vm-superio's registers behind a lock, its interrupt as an eventfd.
-//! Must never lose a typed byte: what does not fit into its FIFO stays with the caller.
+//! Must never lose a typed byte: what does not fit into its FIFO stays with the caller. While the output takes no more,
+//! the transmitter is not empty, as on a real line.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, eventfd};
 use vm_superio::Trigger;
@@ -35,13 +36,46 @@ impl Trigger for Interrupt {
     }
 }
 
+/// Where the guest's bytes go. Called on vCPU threads and by the control loop.
+pub trait Transmitter: Send + Sync {
+    /// Takes a byte. Never waits.
+    fn send(&self, byte: u8);
+
+    /// True when a byte should not be sent now.
+    fn is_full(&self) -> bool;
+
+    /// A guest sends without having asked. Waits a few milliseconds for room.
+    fn hold(&self);
+}
+
+/// Takes everything.
+impl Transmitter for () {
+    fn send(&self, _: u8) {}
+    fn is_full(&self) -> bool {
+        false
+    }
+    fn hold(&self) {}
+}
+
+struct Sender(Arc<dyn Transmitter>);
+
+impl Write for Sender {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        bytes.iter().for_each(|byte| self.0.send(*byte));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 struct State {
-    uart: Uart<Interrupt, NoEvents, Box<dyn Write + Send>>,
+    uart: Uart<Interrupt, NoEvents, Sender>,
     /// The last value of the modem control register: in loop mode no input is taken.
     modem_control: u8,
     /// Input was turned away; its owner waits for the space event.
     starved: bool,
-    output_failed: bool,
 }
 
 impl State {
@@ -50,7 +84,16 @@ impl State {
     }
 
     fn read(&mut self, register: u8) -> u8 {
-        let value = self.uart.read(register);
+        let mut value = self.uart.read(register);
+        if (register == Serial::LSR || register == Serial::IIR) && self.uart.writer().0.is_full() {
+            match register {
+                Serial::LSR => value &= !Serial::LSR_TRANSMITTER_EMPTY,
+                _ if value & Serial::IIR_REASON == Serial::IIR_TRANSMITTER_EMPTY => {
+                    value = value & !Serial::IIR_REASON | Serial::IIR_NONE;
+                }
+                _ => {}
+            }
+        }
         // The UART forgets "received data" at the first byte that is read. A driver that reads a part, as Linux
         // does after 256 bytes, then asks for the reason again and must hear that there is more.
         if register == Serial::IIR && value & Serial::IIR_NONE != 0 && self.may_announce_input() {
@@ -70,24 +113,19 @@ impl State {
         if register == Serial::MCR {
             self.modem_control = value;
         }
-        match self.uart.write(register, value) {
-            Ok(()) => {}
-            Err(UartError::IOError(error)) => {
-                if !std::mem::replace(&mut self.output_failed, true) {
-                    log::warn!("serial output is lost from here on: {error}");
-                }
-            }
-            Err(error) => log::debug!("serial: {error}"),
+        if let Err(error) = self.uart.write(register, value) {
+            log::debug!("serial: {error}");
         }
     }
 }
 
 /// A 16550 at eight I/O ports.
 ///
-/// Reads and writes come on vCPU threads and wait only as long as the output does; [`Serial::enqueue`]
-/// comes from the control loop.
+/// Reads and writes come on vCPU threads, and a write waits no longer than [`Transmitter::hold`]; [`Serial::enqueue`] and
+/// [`Serial::output_space`] come from the control loop.
 pub struct Serial {
     state: Mutex<State>,
+    output: Arc<dyn Transmitter>,
     interrupt: OwnedFd,
     space: OwnedFd,
 }
@@ -104,20 +142,23 @@ impl Serial {
     const MCR_LOOP: u8 = 1 << 4;
     const LSR: u8 = 5;
     const LSR_DATA_READY: u8 = 1;
+    const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
     const LCR_DIVISOR: u8 = 1 << 7;
     const IER_RECEIVED: u8 = 1;
     const IIR_NONE: u8 = 1;
     const IIR_RECEIVED: u8 = 4;
+    const IIR_TRANSMITTER_EMPTY: u8 = 2;
+    const IIR_REASON: u8 = 0x0f;
 
     /// A serial port that prints to `output`, each byte at once.
     ///
     /// # Errors
     /// When no eventfd is to be had.
-    pub fn new(output: Box<dyn Write + Send>) -> io::Result<Self> {
+    pub fn new(output: Arc<dyn Transmitter>) -> io::Result<Self> {
         let interrupt = new_eventfd()?;
-        let uart = Uart::new(Interrupt(interrupt.try_clone()?), output);
-        let state = State { uart, modem_control: 0, starved: false, output_failed: false };
-        Ok(Self { state: Mutex::new(state), interrupt, space: new_eventfd()? })
+        let uart = Uart::new(Interrupt(interrupt.try_clone()?), Sender(Arc::clone(&output)));
+        let state = State { uart, modem_control: 0, starved: false };
+        Ok(Self { state: Mutex::new(state), output, interrupt, space: new_eventfd()? })
     }
 
     /// The eventfd that is signalled for every interrupt.
@@ -157,6 +198,18 @@ impl Serial {
         };
         state.starved = accepted < bytes.len();
         accepted
+    }
+
+    /// The output takes bytes again: interrupts a guest that waits for that.
+    pub fn output_space(&self) {
+        let mut state = lock(&self.state);
+        // The interrupt of an empty transmitter comes with a write of the interrupt enable register, which is the
+        // divisor's while the latch is open.
+        let control = state.uart.read(Self::LCR);
+        state.write(Self::LCR, control & !Self::LCR_DIVISOR);
+        let enabled = state.uart.read(Self::IER);
+        state.write(Self::IER, enabled);
+        state.write(Self::LCR, control);
     }
 
     /// Puts the registers back to what they are at power-on. Input that waits in the FIFO stays.
@@ -203,11 +256,14 @@ impl BusDevice for Serial {
     /// More than one byte is a string instruction: as many writes to the same register.
     fn write(&self, offset: u64, data: &[u8]) {
         let Ok(register) = u8::try_from(offset) else { return };
-        let mut state = lock(&self.state);
         for byte in data {
+            if register == 0 && self.output.is_full() {
+                self.output.hold();
+            }
+            let mut state = lock(&self.state);
             state.write(register, *byte);
+            self.signal_space(&mut state);
         }
-        self.signal_space(&mut state);
     }
 }
 
@@ -220,25 +276,15 @@ mod tests {
     #[derive(Clone, Default)]
     struct Output(Arc<Mutex<Vec<u8>>>);
 
-    impl Write for Output {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            lock(&self.0).extend_from_slice(bytes);
-            Ok(bytes.len())
+    /// Full from the third byte on.
+    impl Transmitter for Output {
+        fn send(&self, byte: u8) {
+            lock(&self.0).push(byte);
         }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
+        fn is_full(&self) -> bool {
+            lock(&self.0).len() > 2
         }
-    }
-
-    struct Broken;
-
-    impl Write for Broken {
-        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-            Err(io::ErrorKind::BrokenPipe.into())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
+        fn hold(&self) {}
     }
 
     fn is_readable(fd: BorrowedFd<'_>) -> bool {
@@ -255,7 +301,7 @@ mod tests {
     #[test]
     fn written_bytes_reach_the_output_in_order() {
         let output = Output::default();
-        let serial = Serial::new(Box::new(output.clone())).unwrap();
+        let serial = Serial::new(Arc::new(output.clone())).unwrap();
         serial.write(0, b"a");
         serial.write(0, b"bcd");
         assert_eq!(*lock(&output.0), b"abcd");
@@ -263,7 +309,7 @@ mod tests {
 
     #[test]
     fn input_interrupts_only_when_the_guest_enabled_it() {
-        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        let serial = Serial::new(Arc::new(())).unwrap();
         assert_eq!(serial.enqueue(b"x"), 1);
         assert!(!is_readable(serial.interrupt()));
         serial.write(Serial::IER.into(), &[1]);
@@ -273,7 +319,7 @@ mod tests {
 
     #[test]
     fn input_beyond_the_fifo_is_turned_away_and_nothing_is_lost() {
-        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        let serial = Serial::new(Arc::new(())).unwrap();
         let typed: Vec<u8> = (0..=255).collect();
         let mut rest = typed.as_slice();
         let mut seen = Vec::new();
@@ -297,7 +343,7 @@ mod tests {
 
     #[test]
     fn input_refused_in_loop_mode_is_asked_for_again_when_it_ends() {
-        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        let serial = Serial::new(Arc::new(())).unwrap();
         serial.write(Serial::MCR.into(), &[Serial::MCR_LOOP]);
         assert_eq!(serial.enqueue(b"abc"), 0);
         assert!(!is_readable(serial.input_space()));
@@ -308,7 +354,7 @@ mod tests {
 
     #[test]
     fn a_driver_that_reads_a_part_of_the_input_hears_that_there_is_more() {
-        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        let serial = Serial::new(Arc::new(())).unwrap();
         serial.write(Serial::IER.into(), &[1]);
         assert_eq!(serial.enqueue(b"ab"), 2);
         assert_eq!(read(&serial, Serial::IIR), 0xc4);
@@ -318,7 +364,7 @@ mod tests {
 
     #[test]
     fn reset_clears_registers_and_keeps_input() {
-        let serial = Serial::new(Box::new(io::sink())).unwrap();
+        let serial = Serial::new(Arc::new(())).unwrap();
         for (register, value) in [(Serial::SCR, 0x55), (Serial::IER, 0xf), (Serial::LCR, 0x80)] {
             serial.write(register.into(), &[value]);
         }
@@ -330,10 +376,30 @@ mod tests {
     }
 
     #[test]
-    fn output_that_fails_does_not_stop_the_guest() {
-        let serial = Serial::new(Box::new(Broken)).unwrap();
+    fn a_transmitter_whose_output_is_full_is_empty_again_when_there_is_room() {
+        let output = Output::default();
+        let serial = Serial::new(Arc::new(output.clone())).unwrap();
         serial.write(Serial::IER.into(), &[2]);
+        assert_eq!((read(&serial, Serial::IIR), read(&serial, Serial::LSR)), (0xc2, 0x60));
         serial.write(0, b"ab");
+        assert_eq!((read(&serial, Serial::IIR), read(&serial, Serial::LSR)), (0xc2, 0x60));
+        serial.write(0, b"c");
+        assert_eq!((read(&serial, Serial::IIR), read(&serial, Serial::LSR)), (0xc1, 0));
+        rustix::io::read(serial.interrupt(), &mut [0; 8]).unwrap();
+        lock(&output.0).clear();
+        serial.write(Serial::LCR.into(), &[0x83]);
+        serial.output_space();
+        assert_eq!(read(&serial, Serial::LCR), 0x83);
+        serial.write(Serial::LCR.into(), &[3]);
         assert!(is_readable(serial.interrupt()));
+        assert_eq!((read(&serial, Serial::IIR), read(&serial, Serial::LSR)), (0xc2, 0x60));
+    }
+
+    #[test]
+    fn bytes_are_sent_though_the_transmitter_is_not_empty() {
+        let output = Output::default();
+        let serial = Serial::new(Arc::new(output.clone())).unwrap();
+        serial.write(0, b"abcdef");
+        assert_eq!(*lock(&output.0), b"abcdef");
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::fs::OFlags;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Termios, tcgetattr};
+use rustix::termios::{InputModes, LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::capture::Capture;
 
@@ -58,6 +58,17 @@ impl Pty {
     /// When the terminal is gone.
     pub fn press(&mut self, keys: &[u8]) {
         self.keyboard.write_all(keys).unwrap();
+    }
+
+    /// Changes input and local modes, as a shell does.
+    ///
+    /// # Panics
+    /// When the terminal is gone.
+    pub fn set(&self, settings: &Settings) {
+        let mut termios = tcgetattr(&self.terminal).unwrap();
+        termios.input_modes = InputModes::from_bits_retain(settings.input);
+        termios.local_modes = LocalModes::from_bits_retain(settings.local);
+        tcsetattr(&self.terminal, OptionalActions::Now, &termios).unwrap();
     }
 
     /// The terminal's settings.

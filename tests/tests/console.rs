@@ -176,6 +176,170 @@ impl Client {
 }
 
 #[test]
+fn a_client_that_reads_slowly_gets_every_byte() {
+    need!(place::kvm());
+    let launch = Launch::payload(&echo());
+    let path = launch.scratch().path("console");
+    let serial = format!("socket={}", path.display());
+    let vm = launch.arg("--serial").arg(serial).start();
+    let mut client = Client::connect(&path);
+    client.expect("echo ready\n");
+    let text: String = (0..2000).map(|n| format!("line {n:05}\n")).collect();
+    let mut keyboard = client.0.try_clone().unwrap();
+    let typed = text.clone();
+    let typist = std::thread::spawn(move || keyboard.write_all(format!("{typed}q").as_bytes()).unwrap());
+    let mut got = Vec::new();
+    loop {
+        std::thread::sleep(Duration::from_millis(20));
+        let mut some = [0; 1 << 16];
+        match client.0.read(&mut some).unwrap() {
+            0 => break,
+            length => got.extend_from_slice(&some[..length]),
+        }
+    }
+    typist.join().unwrap();
+    let ended = vm.end(STEP).with_code(0);
+    assert!(String::from_utf8_lossy(&got).contains(&text), "{} bytes\n{ended}", got.len());
+}
+
+#[test]
+fn a_late_client_gets_what_was_printed_before_it_came() {
+    need!(place::kvm());
+    let launch = Launch::payload(&CommandLine::new("hello").arg("end", "hang"));
+    let path = launch.scratch().path("console");
+    let serial = format!("socket={}", path.display());
+    let vm = launch.arg("--serial").arg(serial).start();
+    std::thread::sleep(Duration::from_millis(300));
+    Client::connect(&path).expect("hello from the tiny kernel\n");
+    vm.signal(Signal::TERM);
+    let ended = vm.end(STEP).with_code(143);
+    assert!(!ended.log.contains("warn"), "nothing was lost\n{ended}");
+}
+
+#[test]
+fn console_bytes_that_nobody_read_are_told_of() {
+    need!(place::kvm());
+    let launch = Launch::payload(&CommandLine::new("hello"));
+    let serial = format!("socket={}", launch.scratch().path("console").display());
+    let ended = launch.arg("--serial").arg(serial).run().with_code(0);
+    assert!(ended.log.contains("the last 27 bytes of the console"), "{ended}");
+}
+
+#[test]
+fn the_sockets_path_is_removed_while_it_is_ours_and_replaced_when_it_is_stale() {
+    need!(place::kvm());
+    let scratch = outboard_tests::scratch::Scratch::new();
+    let path = scratch.path("console");
+    let start = || {
+        let launch = Launch::payload(&CommandLine::new("hello").arg("end", "hang"));
+        let vm = launch.arg("--serial").arg(format!("socket={}", path.display())).start();
+        wait::until("the console's socket", STEP, || UnixStream::connect(&path).ok());
+        vm
+    };
+    let vm = start();
+    fs::rename(&path, scratch.path("moved")).unwrap();
+    fs::write(&path, "precious").unwrap();
+    vm.signal(Signal::TERM);
+    vm.end(STEP).with_code(143);
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+    fs::remove_file(&path).unwrap();
+
+    start().signal(Signal::KILL);
+    assert!(path.exists(), "whoever is killed leaves its socket");
+    start();
+}
+
+#[test]
+fn the_console_in_a_file_survives_its_rotation() {
+    need!(place::kvm());
+    // A line a boot.
+    let launch = Launch::payload(&CommandLine::new("hello").arg("end", "reset"));
+    let (path, moved) = (launch.scratch().path("console"), launch.scratch().path("console.1"));
+    let vm = launch.arg("--serial").arg(format!("file={}", path.display())).start();
+    let grows = |path: &Path| {
+        wait::until("a line", STEP, || fs::read_to_string(path).ok().filter(|text| text.ends_with('\n')))
+    };
+    grows(&path);
+    fs::rename(&path, &moved).unwrap();
+    grows(&path);
+    // As `copytruncate` does it.
+    fs::OpenOptions::new().write(true).truncate(true).open(&path).unwrap();
+    grows(&path);
+    vm.signal(Signal::TERM);
+    let _folder = vm.end(STEP).with_code(143);
+    for path in [moved, path] {
+        let text = fs::read_to_string(path).unwrap();
+        assert_eq!(
+            text.replace("hello from the tiny kernel\n", ""),
+            "",
+            "lines are whole, and there is no hole"
+        );
+    }
+}
+
+#[test]
+fn a_stream_that_nobody_reads_does_not_keep_a_machine_from_ending() {
+    need!(place::kvm());
+    let image = outboard_tests::scratch::Scratch::new();
+    let kernel = outboard_tests::payload::write_tiny_kernel(image.folder()).unwrap();
+    for (stream, arguments) in
+        [(">", "--memory 64M"), ("2>", "-vvv --trace -"), (">", "--stats - --serial null")]
+    {
+        let launch = Launch::new(["run", "--cmdline", "mode=echo", "--kernel"]).arg(&kernel);
+        let fifo = launch.scratch().path("fifo");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &fifo,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        // Full, and open for reading, but nobody reads.
+        let mut full = fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+        full.write_all(&[0; 1 << 16]).unwrap();
+        let launch = launch.by_shell(&format!("exec \"$0\" \"$@\" {stream}'{}'", fifo.display()));
+        let mut vm = launch.args(arguments.split(' ')).start();
+        vm.send(&b"0123456789abcdef".repeat(100));
+        std::thread::sleep(Duration::from_millis(500));
+        vm.signal(Signal::TERM);
+        let ended = vm.end(Duration::from_secs(5));
+        // Statistics that nobody read are an error.
+        let code = if arguments.contains("--stats") { 1 } else { 143 };
+        assert_eq!(ended.code, Some(code), "{stream} {arguments}\n{ended}");
+    }
+}
+
+#[test]
+fn a_terminal_is_raw_again_after_a_stop_and_cooked_during_it() {
+    need!(place::kvm());
+    let mut pty = Pty::new();
+    let before = pty.settings();
+    let vm = Launch::payload(&echo()).on_terminal(pty.terminal()).start();
+    pty.screen.find("echo ready", 0, STEP).unwrap();
+    let raw = pty.settings();
+    for stop in [Signal::TSTP, Signal::STOP] {
+        vm.signal(stop);
+        let status = format!("/proc/{}/status", vm.pid());
+        let stopped = || fs::read_to_string(&status).unwrap().contains("State:\tT").then_some(());
+        wait::until("the process is stopped", STEP, stopped);
+        if stop == Signal::TSTP {
+            assert_eq!(pty.settings(), before);
+        } else {
+            // As a shell does it.
+            pty.set(&before);
+        }
+        vm.signal(Signal::CONT);
+        wait::until("a raw terminal", STEP, || (pty.settings() == raw).then_some(()));
+        pty.press(b"again");
+    }
+    pty.screen.find("againagain", 0, STEP).unwrap();
+    vm.signal(Signal::TERM);
+    vm.end(STEP).with_code(143);
+    assert_eq!(pty.settings(), before);
+}
+
+#[test]
 fn the_console_on_a_socket_takes_one_client_after_the_other() {
     need!(place::kvm());
     let launch = Launch::payload(&echo());

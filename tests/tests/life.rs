@@ -3,6 +3,8 @@
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::time::Duration;
+
 use outboard_tests::daemon::{StorageDaemon, is_listening};
 use outboard_tests::launch::{Launch, STEP, first_device};
 use outboard_tests::payload::CommandLine;
@@ -82,6 +84,30 @@ fn signals_end_a_hanging_guest_in_order() {
         vm.signal(signal);
         let ended = vm.end(STEP).with_code(128 + signal.as_raw());
         assert_eq!(ended.stats().text("/end"), "signal", "{ended}");
+    }
+}
+
+#[test]
+fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
+    need!(place::kvm());
+    let line = CommandLine::new("hello").arg("end", "hang");
+    let mut vm = Launch::payload(&line).by_shell("trap '' HUP; exec \"$0\" \"$@\"").start();
+    vm.expect("hello");
+    vm.signal(Signal::HUP);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(vm.is_running());
+    vm.signal(Signal::TERM);
+    vm.end(STEP).with_code(143);
+}
+
+#[test]
+fn a_limit_of_the_host_is_one_sentence_and_code_3() {
+    need!(place::kvm());
+    for (limit, word) in [("-f 20480", "LimitFSIZE"), ("-n 16", "LimitNOFILE"), ("-v 131072", "ulimit -v")] {
+        let launch = Launch::payload(&CommandLine::new("hello"));
+        let ended = launch.by_shell(&format!("ulimit {limit}; exec \"$0\" \"$@\"")).run();
+        assert_eq!(ended.code, Some(3), "{limit}\n{ended}");
+        assert!(ended.log.contains("outboard: cannot ") && ended.log.contains(word), "{limit}\n{ended}");
     }
 }
 

@@ -325,7 +325,7 @@ fn legacy_devices(
     console: &Console,
 ) -> Result<Arc<Serial>, Error> {
     let serial = Arc::new(
-        Serial::new(console.output())
+        Serial::new(console.output().clone())
             .map_err(|error| Error::internal("cannot make the serial port").because(error))?,
     );
     let on_reset = |lifecycle: &Arc<Lifecycle>| {

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,8 +15,10 @@ use crate::config::{
     Config, Image, Memory, OnReset, Serial, load_toml, parse_device_type, parse_memory, parse_serial,
     parse_vfio_user, parse_vhost_user,
 };
+use crate::console::outlet::Outlet;
 use crate::console::terminal;
 use crate::error::{Error, Fault};
+use crate::life::signals::{Signals, survive_file_size_limit};
 use crate::machine::{End, Machine, Outcome};
 use crate::tools::trace::Tracer;
 use crate::tools::{check, probe};
@@ -165,18 +168,20 @@ pub fn main() -> ExitCode {
         Command::Probe(options) => probe(&options),
         Command::Completions { shell } => completions(shell),
     };
-    done.unwrap_or_else(|error| {
+    let code = done.unwrap_or_else(|error| {
         terminal::restore();
-        complain(&error);
+        complain(&error, "");
         ExitCode::from(error.fault().exit_code())
-    })
+    });
+    crate::logging::finish();
+    code
 }
 
-/// Prints an error chain; a standard error that is closed is nobody's loss.
-fn complain(error: &Error) {
+/// Prints an error chain and what follows it; a standard error that is closed is nobody's loss.
+fn complain(error: &Error, more: &str) {
     let mut text = Vec::new();
-    if error.report(&mut text).is_ok() && io::stderr().write_all(&text).is_err() {
-        log::debug!("standard error is closed");
+    if error.report(&mut text).is_ok() {
+        crate::logging::write(&(String::from_utf8_lossy(&text) + more));
     }
 }
 
@@ -215,12 +220,14 @@ fn probe(options: &Probe) -> Result<ExitCode, Error> {
 fn run(options: Run) -> Result<ExitCode, Error> {
     crate::logging::start(options.verbose);
     terminal::restore_on_panic();
+    survive_file_size_limit();
     crate::host::descriptors::allow_many();
     let Job { config, stats } = options.job()?;
     // Before the machine: a path that cannot be written is better known now than at the end.
     let mut sink = stats.map(StatsSink::open).transpose()?;
-    let mut machine = Machine::build(config)?;
-    machine.watch_signals()?;
+    let signals = Signals::watch()?;
+    let mut machine = signals.during(|| Machine::build(config))?;
+    machine.serve_signals(signals);
     crate::host::memory::release_text();
     let Outcome { end, stats } = machine.run()?;
     if let Some(sink) = sink.as_mut() {
@@ -231,10 +238,8 @@ fn run(options: Run) -> Result<ExitCode, Error> {
         End::Signal(signal) => Ok(ExitCode::from(128_u8.saturating_add(u8::try_from(signal).unwrap_or(0)))),
         End::Crash(report) => {
             let (what, registers) = report.split_once('\n').unwrap_or((&report, ""));
-            complain(&Error::new(Fault::Guest, "the guest crashed").because(what.to_owned()));
-            if io::stderr().write_all(format!("{registers}\n").as_bytes()).is_err() {
-                log::debug!("standard error is closed");
-            }
+            let crashed = Error::new(Fault::Guest, "the guest crashed").because(what.to_owned());
+            complain(&crashed, &format!("{registers}\n"));
             Ok(ExitCode::from(Fault::Guest.exit_code()))
         }
     }
@@ -309,7 +314,17 @@ impl StatsSink {
         let mut text = serde_json::to_string_pretty(stats).map_err(|error| cannot(io::Error::from(error)))?;
         text.push('\n');
         match self {
-            StatsSink::Stdout => io::stdout().write_all(text.as_bytes()).map_err(cannot),
+            StatsSink::Stdout => {
+                let mut outlet = Outlet::stream(io::stdout().as_fd()).map_err(cannot)?;
+                outlet.push(text.as_bytes()).map_err(cannot)?;
+                let silence = Duration::from_secs(1);
+                outlet.drain(silence, 10 * silence).map_err(cannot)?;
+                match outlet.waiting() {
+                    0 => Ok(()),
+                    rest => Err(Error::internal("cannot write the statistics")
+                        .because(format!("nobody reads standard output: {rest} bytes are left"))),
+                }
+            }
             StatsSink::File(file, path) => file.write_all(text.as_bytes()).map_err(|error| {
                 Error::internal(format!("cannot write statistics to {}", path.display())).because(error)
             }),

@@ -7,6 +7,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io::Write;
 
+use rustix::io::Errno;
+
 /// Who has to act; decides the exit code of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -67,15 +69,20 @@ impl Error {
         Self::new(Fault::Internal, doing)
     }
 
-    /// The cause, printed under `because:`.
+    /// The cause, printed under `because:`. A limit of this host is the host's fault, whatever it kept from being done.
     pub fn because(mut self, source: impl Into<Source>) -> Self {
-        self.source = Some(source.into());
+        let source = source.into();
+        if let Some(hint) = exceeded(source.as_ref()) {
+            self.fault = Fault::Host;
+            self.hint = Some(hint.to_owned());
+        }
+        self.source = Some(source);
         self
     }
 
     /// What the reader may try, printed under `hint:`.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.hint.get_or_insert(hint.into());
         self
     }
 
@@ -102,6 +109,25 @@ impl Error {
     }
 }
 
+/// What to do about the limit of this host that is at the bottom of `error`, if one is.
+fn exceeded(error: &(dyn StdError + 'static)) -> Option<&'static str> {
+    if let Some(deeper) = error.source().and_then(exceeded) {
+        return Some(deeper);
+    }
+    let io = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    let errno = || error.downcast_ref::<Errno>().map(|errno| errno.raw_os_error());
+    let system = || error.downcast_ref::<kvm_ioctls::Error>().map(|error| error.errno());
+    match Errno::from_raw_os_error(io.or_else(errno).or_else(system)?) {
+        Errno::MFILE => Some("allow more open files: `ulimit -n`, or LimitNOFILE= of systemd"),
+        Errno::NFILE => Some("this host has no open file left: see /proc/sys/fs/file-max"),
+        Errno::FBIG => {
+            Some("allow larger files, as guest memory counts as one: `ulimit -f`, or LimitFSIZE= of systemd")
+        }
+        Errno::NOMEM => Some("give less --memory, or allow this process more: see `ulimit -v`"),
+        _ => None,
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.doing)
@@ -117,6 +143,19 @@ impl StdError for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_of_the_host_is_the_hosts_fault() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("no answer")]
+        struct Deep(#[source] std::io::Error);
+        for (code, word) in [(24, "ulimit -n"), (23, "file-max"), (27, "LimitFSIZE"), (12, "--memory")] {
+            let deep = Deep(std::io::Error::from_raw_os_error(code));
+            let error = Error::new(Fault::Peer, "cannot start device a").because(deep).hint("another");
+            assert_eq!(error.fault(), Fault::Host);
+            assert!(error.hint.as_ref().is_some_and(|hint| hint.contains(word)), "{error:?}");
+        }
+    }
 
     #[test]
     fn report_prints_sentence_causes_and_hint_in_that_order() {

@@ -1,13 +1,17 @@
-//! Messages on standard error: `outboard: LEVEL: text`, from the `log` crate.
+//! Messages on standard error: `outboard: LEVEL: text`, from the `log` crate; and the trace of `--trace -`.
 //!
-//! Guests and peers cause messages; they must not fill a disk with them, whatever they do.
+//! Guests and peers cause messages; they must not fill a disk with them, whatever they do. Nobody may be reading
+//! standard error: a message never waits.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+
+use crate::console::outlet::Outlet;
 
 /// Lines that one place of the program may write at once: enough for every device of a machine, again and again.
 /// Afterwards it is one a second.
@@ -51,9 +55,59 @@ type Place = (Option<&'static str>, Option<u32>);
 struct Stderr {
     /// Locked for a moment.
     places: Mutex<BTreeMap<Place, Allowance>>,
+    out: Mutex<Out>,
 }
 
-static STDERR: Stderr = Stderr { places: Mutex::new(BTreeMap::new()) };
+/// Lines that standard error has not taken yet, and how many it will never see.
+struct Out {
+    outlet: Option<Outlet>,
+    omitted: u64,
+}
+
+/// How many bytes may wait for a reader of standard error.
+const WAITING: usize = 256 << 10;
+
+static STDERR: Stderr =
+    Stderr { places: Mutex::new(BTreeMap::new()), out: Mutex::new(Out { outlet: None, omitted: 0 }) };
+
+impl Out {
+    /// Opened when first needed. `None` when that cannot be.
+    fn outlet(&mut self) -> Option<&mut Outlet> {
+        if self.outlet.is_none() {
+            self.outlet = Outlet::stream(io::stderr().as_fd()).ok();
+        }
+        self.outlet.as_mut()
+    }
+}
+
+/// Writes text to standard error, or keeps it until somebody reads. False when nobody will.
+pub(crate) fn write(text: &str) -> bool {
+    let mut out = STDERR.out.lock().unwrap_or_else(PoisonError::into_inner);
+    let omitted = out.omitted;
+    let Some(outlet) = out.outlet() else { return false };
+    if outlet.waiting() + text.len() > WAITING && outlet.pass_on().is_ok() && outlet.waiting() > 0 {
+        out.omitted += 1;
+        return true;
+    }
+    let note = if omitted > 0 {
+        format!("outboard: warn: {omitted} messages before this one were not read and are lost\n")
+    } else {
+        String::new()
+    };
+    let written = outlet.push(note.as_bytes()).and_then(|()| outlet.push(text.as_bytes()));
+    out.omitted = 0;
+    written.is_ok()
+}
+
+/// Gives a reader of standard error the time to read the last messages, as long as it goes on reading.
+pub(crate) fn finish() {
+    let mut out = STDERR.out.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(outlet) = &mut out.outlet
+        && outlet.drain(Duration::from_millis(100), Duration::from_secs(5)).is_err()
+    {
+        outlet.forget(0);
+    }
+}
 
 impl Stderr {
     /// See [`Allowance::take`]. Who asks for debugging gets all of it.
@@ -82,7 +136,7 @@ impl Log for Stderr {
         let level = record.level().as_str().to_lowercase();
         let line = format!("outboard: {level}: {}{more}\n", record.args());
         // A closed standard error leaves nowhere to complain.
-        if std::io::stderr().write_all(line.as_bytes()).is_err() {
+        if !write(&line) {
             log::set_max_level(LevelFilter::Off);
         }
     }
@@ -122,7 +176,8 @@ mod tests {
 
     #[test]
     fn places_are_told_apart_and_debugging_is_whole() {
-        let stderr = Stderr { places: Mutex::default() };
+        let out = Mutex::new(Out { outlet: None, omitted: 0 });
+        let stderr = Stderr { places: Mutex::default(), out };
         let allowed = |level, line| {
             let record = Record::builder().level(level).file_static(Some("a.rs")).line(Some(line)).build();
             (0..1500).filter(|_| stderr.allows(&record).is_some()).count()

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arch::boot::{BootImage, Entry};
 use arch::cpu::HostCpu;
@@ -33,6 +33,7 @@ use crate::error::Error;
 use crate::host::kvm;
 use crate::host::memory::Mapping;
 use crate::life::gate::Request;
+use crate::life::signals::Signals;
 use crate::life::vcpu::VcpuCounters;
 use crate::stats::{Startup, Stats};
 
@@ -100,7 +101,8 @@ pub struct Machine {
     peers: Arc<Peers>,
     counters: Vec<Arc<VcpuCounters>>,
     board: Board,
-    signals: Vec<(i32, UnixStream)>,
+    signals: Signals,
+    asked: UnixStream,
     handle: Handle,
     stats: Stats,
     begun: Instant,
@@ -222,7 +224,8 @@ impl Machine {
             peers,
             counters,
             board,
-            signals: vec![(0, asked)],
+            signals: Signals::default(),
+            asked,
             handle: Handle { quit: Arc::new(quit) },
             stats: Stats { startup_us: startup, ..Stats::default() },
             begun,
@@ -234,18 +237,9 @@ impl Machine {
         self.handle.clone()
     }
 
-    /// Ends the machine in order when this process gets SIGINT, SIGTERM, SIGHUP or SIGQUIT.
-    ///
-    /// # Errors
-    /// When the handlers cannot be installed.
-    pub fn watch_signals(&mut self) -> Result<(), Error> {
-        let cannot = |error: std::io::Error| Error::internal("cannot watch for signals").because(error);
-        for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
-            let (handler, ours) = UnixStream::pair().map_err(cannot)?;
-            signal_hook::low_level::pipe::register(signal, handler).map_err(cannot)?;
-            self.signals.push((signal, ours));
-        }
-        Ok(())
+    /// Has the machine end in order when this process gets a signal, and give the terminal back while it is stopped.
+    pub fn serve_signals(&mut self, signals: Signals) {
+        self.signals = signals;
     }
 
     /// Runs the guest until it ends. Blocks; the calling thread becomes the control loop.
@@ -257,7 +251,8 @@ impl Machine {
         loop {
             self.stats.boots += 1;
             self.board.lifecycle().open();
-            let request = Control::run(&self.board, &mut self.console, &self.peers, &self.signals)?;
+            let request =
+                Control::run(&self.board, &mut self.console, &self.peers, &self.signals, &self.asked)?;
             self.board.end_vcpus();
             for (bus, counters) in self.board.bus_counters() {
                 self.stats.add_bus(bus, counters);
@@ -269,7 +264,7 @@ impl Machine {
                 }
                 Request::Reset => End::Reset,
                 Request::PowerOff => End::PowerOff,
-                Request::Quit | Request::Signal(0) => End::Quit,
+                Request::Quit => End::Quit,
                 Request::Signal(signal) => End::Signal(signal),
                 Request::Crash(report) => End::Crash(report),
             };
@@ -308,6 +303,9 @@ impl Machine {
         let (devices, functions) = self.board.dismantle();
         stats.devices = devices.into_iter().map(Detached::finish).collect();
         stats.devices.extend(functions.into_iter().map(Spare::finish));
+        // Whoever sent a signal does not wait for the console's reader.
+        let silence = Duration::from_millis(if matches!(end, End::Signal(_)) { 50 } else { 1000 });
+        self.console.output().finish(silence, 10 * silence);
         Outcome { end, stats }
     }
 }
@@ -497,8 +495,3 @@ fn interruptible_vcpus() -> Result<(), Error> {
 fn elapsed(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
-
-const SIGHUP: i32 = 1;
-const SIGINT: i32 = 2;
-const SIGQUIT: i32 = 3;
-const SIGTERM: i32 = 15;

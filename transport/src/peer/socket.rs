@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -49,6 +50,24 @@ pub fn connect(path: &Path, deadline: &Deadline) -> io::Result<UnixStream> {
     }
 }
 
+/// The paths of this process's listeners, with device and inode.
+static OURS: Mutex<Vec<(PathBuf, (u64, u64))>> = Mutex::new(Vec::new());
+
+/// Removes the paths of all listeners, as far as they are still ours: for a process that ends on the spot.
+pub fn remove_paths() {
+    for (path, file) in std::mem::take(&mut *OURS.lock().unwrap_or_else(PoisonError::into_inner)) {
+        remove(&path, file);
+    }
+}
+
+fn remove(path: &Path, file: (u64, u64)) {
+    if identity(path).is_ok_and(|found| found == file)
+        && let Err(error) = std::fs::remove_file(path)
+    {
+        log::debug!("removing {}: {error}", path.display());
+    }
+}
+
 /// A socket on which we wait for the peer, as OVS and DPDK like it. Its path goes away with it.
 #[derive(Debug)]
 pub struct Listener {
@@ -72,6 +91,9 @@ impl Listener {
         }
         let is_file = address.abstract_name().is_none();
         let file = is_file.then(|| identity(path)).transpose()?;
+        if let Some(file) = file {
+            OURS.lock().unwrap_or_else(PoisonError::into_inner).push((path.to_owned(), file));
+        }
         let listener = Self { socket, name: path.to_owned(), file };
         // One peer; a second one may wait its turn.
         rustix::net::listen(&listener.socket, 1)?;
@@ -109,9 +131,9 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let ours = self.file.is_some() && identity(&self.name).ok() == self.file;
-        if ours && let Err(error) = std::fs::remove_file(&self.name) {
-            log::debug!("removing {}: {error}", self.name.display());
+        if let Some(file) = self.file {
+            OURS.lock().unwrap_or_else(PoisonError::into_inner).retain(|(_, ours)| *ours != file);
+            remove(&self.name, file);
         }
     }
 }

@@ -1,21 +1,28 @@
 //! The far end of the serial port: standard streams, a file, a socket, or a sink of the caller's.
 //!
-//! Output never makes a vCPU wait for a socket's client: what a client does not take is dropped. Input is
-//! bounded: what the guest's FIFO does not take stays in the source.
+//! Output that nobody takes is kept, up to a bound; then the guest is slowed down, as by a real line. Input is bounded:
+//! what the guest's FIFO does not take stays in the source. Neither makes the control loop wait.
 
 pub mod keyboard;
+pub(crate) mod outlet;
 pub(crate) mod terminal;
+mod transmit;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+use transport::deadline::Deadline;
+use transport::socket::Listener;
 
 use crate::config::Serial;
 use crate::console::keyboard::{Key, Keyboard};
-use crate::console::terminal::RawTerminal;
+use crate::console::outlet::{Outlet, reopen};
+use crate::console::transmit::Transmit;
 use crate::error::Error;
 
 /// Bytes read from the source at a time; also the most that waits for the guest.
@@ -23,7 +30,7 @@ const CHUNK: usize = 1024;
 
 /// The console of a machine; outlives its reboots.
 pub(crate) struct Console {
-    output: Arc<Mutex<dyn Write + Send>>,
+    output: Arc<Transmit>,
     source: Source,
     keyboard: Keyboard,
     waiting: Vec<u8>,
@@ -31,8 +38,8 @@ pub(crate) struct Console {
 
 enum Source {
     None,
-    Stdin { file: File, terminal: Option<RawTerminal> },
-    Socket { listener: UnixListener, client: Arc<Mutex<Option<UnixStream>>>, path: PathBuf },
+    Stdin { file: File, is_terminal: bool },
+    Socket { listener: Listener, client: Option<UnixStream> },
 }
 
 /// What reading the source brought.
@@ -58,31 +65,32 @@ pub(crate) enum Readable<'a> {
 }
 
 impl Console {
-    /// Opens what `serial` names.
+    /// Opens what `serial` names. The terminal stays as it is until [`Console::begin`].
     ///
     /// # Errors
-    /// When the file, the socket or the terminal cannot be had.
+    /// When the file, the socket or the standard streams cannot be had.
     pub(crate) fn open(serial: &Serial) -> Result<Self, Error> {
-        let (output, source): (Arc<Mutex<dyn Write + Send>>, Source) = match serial {
-            Serial::Null => (Arc::new(Mutex::new(io::sink())), Source::None),
-            Serial::Sink(sink) => (Arc::clone(sink), Source::None),
+        let (output, source) = match serial {
+            Serial::Null => (Transmit::to_sink(Arc::new(std::sync::Mutex::new(io::sink()))), Source::None),
+            Serial::Sink(sink) => (Transmit::to_sink(Arc::clone(sink)), Source::None),
             Serial::File(path) => {
-                let file = File::create(path).map_err(|error| {
+                let outlet = Outlet::file(path).map_err(|error| {
                     Error::usage(format!("cannot write the serial output to {}", path.display()))
                         .because(error)
                 })?;
-                (Arc::new(Mutex::new(file)), Source::None)
+                (Transmit::to_outlet(outlet), Source::None)
             }
             Serial::Stdio => {
                 let cannot = |error| Error::usage("cannot use standard input and output").because(error);
-                // Descriptors of our own, without the buffers of std: a byte is shown when it is written.
-                let output = File::from(io::stdout().as_fd().try_clone_to_owned().map_err(cannot)?);
-                let file = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(cannot)?);
-                let terminal = RawTerminal::enter().map_err(cannot)?;
-                (Arc::new(Mutex::new(output)), Source::Stdin { file, terminal })
+                let outlet = Outlet::stream(io::stdout().as_fd()).map_err(cannot)?;
+                let is_terminal = terminal::is_terminal();
+                // A description of our own: a read must not wait, whoever else reads.
+                let file = reopen(io::stdin().as_fd(), OFlags::RDONLY);
+                let file = file.or_else(|_| io::stdin().as_fd().try_clone_to_owned()).map_err(cannot)?;
+                (Transmit::to_outlet(outlet), Source::Stdin { file: File::from(file), is_terminal })
             }
             Serial::Socket(path) => {
-                let cannot = |error: io::Error| {
+                let listener = Listener::bind(path).map_err(|error| {
                     let hint = if error.kind() == io::ErrorKind::AddrInUse {
                         "the file exists: is another machine using it? If not, remove it"
                     } else {
@@ -91,23 +99,25 @@ impl Console {
                     Error::usage(format!("cannot listen for the console on {}", path.display()))
                         .because(error)
                         .hint(hint)
-                };
-                let listener = UnixListener::bind(path).map_err(cannot)?;
-                listener.set_nonblocking(true).map_err(cannot)?;
-                let client = Arc::new(Mutex::new(None));
-                let output = Arc::new(Mutex::new(ToClient(Arc::clone(&client))));
-                (output, Source::Socket { listener, client, path: path.clone() })
+                })?;
+                (Transmit::to_outlet(Outlet::nowhere()), Source::Socket { listener, client: None })
             }
         };
-        Ok(Console { output, source, keyboard: Keyboard::default(), waiting: Vec::new() })
+        Ok(Console { output: Arc::new(output), source, keyboard: Keyboard::default(), waiting: Vec::new() })
     }
 
-    /// A writer for the serial port of one boot.
-    pub(crate) fn output(&self) -> Box<dyn Write + Send> {
-        Box::new(Output(Arc::clone(&self.output)))
+    /// Where the serial port's bytes go.
+    pub(crate) fn output(&self) -> &Arc<Transmit> {
+        &self.output
     }
 
-    /// What to watch.
+    /// Makes the terminal raw, if there is one and this process is in its foreground. False when its keys are not ours
+    /// to read now.
+    pub(crate) fn begin(&self) -> bool {
+        !matches!(self.source, Source::Stdin { is_terminal: true, .. }) || terminal::take()
+    }
+
+    /// What to watch for input.
     pub(crate) fn readable(&self) -> Readable<'_> {
         match &self.source {
             Source::None => Readable::Nothing,
@@ -116,14 +126,15 @@ impl Console {
         }
     }
 
-    /// A client is waiting at the socket: takes it. True when there is one now.
+    /// A client is waiting at the socket: takes it, and gives it what the guest has printed so far. True when there is
+    /// one now.
     pub(crate) fn accept(&mut self) -> bool {
-        let Source::Socket { listener, client, .. } = &self.source else { return false };
-        let accepted =
-            listener.accept().and_then(|(stream, _)| stream.set_nonblocking(true).map(|()| stream));
-        match accepted {
-            Ok(stream) => {
-                *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+        let Source::Socket { listener, client } = &mut self.source else { return false };
+        let accepted = listener.accept(&Deadline::after(Duration::ZERO));
+        match accepted.and_then(|stream| Ok((stream.try_clone()?, stream))) {
+            Ok((output, stream)) => {
+                self.output.lead_to(Some(output.into()));
+                *client = Some(stream);
                 true
             }
             Err(error) => {
@@ -136,26 +147,24 @@ impl Console {
     /// The socket's client, if there is one, to be watched for input; it stays over a reboot.
     pub(crate) fn client(&self) -> Option<UnixStream> {
         let Source::Socket { client, .. } = &self.source else { return None };
-        client.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.try_clone().ok()
+        client.as_ref()?.try_clone().ok()
+    }
+
+    /// The client has gone; what it has not read is the next one's.
+    pub(crate) fn client_gone(&mut self) {
+        if let Source::Socket { client, .. } = &mut self.source {
+            *client = None;
+            self.output.lead_to(None);
+        }
     }
 
     /// Reads what the source has, up to a bound, and offers it to the guest.
     pub(crate) fn receive(&mut self, mut offer: impl FnMut(&[u8]) -> usize) -> Input {
         let mut bytes = [0; CHUNK];
         let read = match &mut self.source {
-            Source::None => return Input::Ended,
+            Source::None | Source::Socket { client: None, .. } => return Input::Ended,
             Source::Stdin { file, .. } => file.read(&mut bytes),
-            Source::Socket { client, .. } => {
-                let mut client = client.lock().unwrap_or_else(PoisonError::into_inner);
-                let read = match client.as_mut() {
-                    Some(stream) => stream.read(&mut bytes),
-                    None => Ok(0),
-                };
-                if matches!(&read, Ok(0)) {
-                    *client = None;
-                }
-                read
-            }
+            Source::Socket { client: Some(client), .. } => client.read(&mut bytes),
         };
         let read = match read {
             Ok(0) => return Input::Ended,
@@ -168,7 +177,7 @@ impl Console {
                 return Input::Ended;
             }
         };
-        let terminal = matches!(self.source, Source::Stdin { terminal: Some(_), .. });
+        let terminal = matches!(self.source, Source::Stdin { is_terminal: true, .. });
         for byte in read {
             if !terminal {
                 self.waiting.push(*byte);
@@ -194,61 +203,25 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        if let Source::Socket { path, .. } = &self.source
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            log::warn!("cannot remove the console socket {}: {error}", path.display());
+        if matches!(self.source, Source::Stdin { is_terminal: true, .. }) {
+            terminal::restore();
         }
-    }
-}
-
-/// One boot's handle on the machine's console.
-struct Output(Arc<Mutex<dyn Write + Send>>);
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).flush()
-    }
-}
-
-/// Writes to the socket's client, if there is one and it keeps up.
-struct ToClient(Arc<Mutex<Option<UnixStream>>>);
-
-impl Write for ToClient {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(stream) = client.as_mut() {
-            match stream.write(bytes) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => *client = None,
-                Ok(_) => {}
-            }
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     #[test]
     fn input_that_the_guest_does_not_take_waits() {
-        let (theirs, ours) = UnixStream::pair().unwrap();
         let path = std::env::temp_dir().join(format!("outboard-console-{}", std::process::id()));
         let mut console = Console::open(&Serial::Socket(path.clone())).unwrap();
-        if let Source::Socket { client, .. } = &console.source {
-            *client.lock().unwrap() = Some(ours);
-        }
-        (&theirs).write_all(b"hello").unwrap();
+        assert!(!console.accept(), "there is no client yet");
+        let client = UnixStream::connect(&path).unwrap();
+        assert!(console.accept());
+        (&client).write_all(b"hello").unwrap();
         assert_eq!(console.receive(|bytes| bytes.len().min(2)), Input::Open);
         let mut got = Vec::new();
         assert!(console.flush(|bytes| {

@@ -6,12 +6,16 @@
 pub(crate) mod peers;
 mod shared_objects;
 
-use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 use transport::vhost_user::Refused;
 
 use crate::board::Board;
@@ -20,6 +24,7 @@ use crate::control::peers::{News, Peers};
 use crate::devices::virtio::Attached;
 use crate::error::Error;
 use crate::life::gate::Request;
+use crate::life::signals::{Asked, Signals};
 
 /// What an event is about; a device's number is added to the last ones.
 mod token {
@@ -29,6 +34,9 @@ mod token {
     pub(crate) const CLIENT: u32 = 3;
     pub(crate) const NEWS: u32 = 4;
     pub(crate) const EVENT_LINE: u32 = 5;
+    pub(crate) const OUTPUT: u32 = 6;
+    pub(crate) const QUIT: u32 = 7;
+    pub(crate) const LOOK: u32 = 8;
     pub(crate) const SIGNAL: u32 = 0x100;
     pub(crate) const HANG_UP: u32 = 0x1000;
     pub(crate) const FUNCTION: u32 = 0x2000;
@@ -45,9 +53,12 @@ pub(crate) struct Control<'m> {
     console: &'m mut Console,
     /// The thread that listens to backends.
     peers: &'m Arc<Peers>,
-    /// One socket a signal, with the signal's number.
-    signals: &'m [(i32, UnixStream)],
+    signals: &'m Signals,
+    /// Readable when a handle asks for the end.
+    asked: &'m UnixStream,
     client: Option<UnixStream>,
+    /// Says when to look again whether this process is in the foreground of its terminal.
+    look: Option<OwnedFd>,
     input: Watch,
     ended: bool,
 }
@@ -74,11 +85,21 @@ impl<'m> Control<'m> {
         board: &'m Board,
         console: &'m mut Console,
         peers: &'m Arc<Peers>,
-        signals: &'m [(i32, UnixStream)],
+        signals: &'m Signals,
+        asked: &'m UnixStream,
     ) -> Result<Request, Error> {
         let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
-        let control =
-            Control { board, console, peers, signals, client: None, input: Watch::Ended, ended: false };
+        let control = Control {
+            board,
+            console,
+            peers,
+            signals,
+            asked,
+            client: None,
+            look: None,
+            input: Watch::Ended,
+            ended: false,
+        };
         let mut events = EventManager::new().map_err(cannot)?;
         let id = events.add_subscriber(control);
         loop {
@@ -97,8 +118,31 @@ impl<'m> Control<'m> {
         }
     }
 
+    /// Takes the terminal, if there is one. In its background, looks again every now and then: no shell says when that
+    /// ends.
+    fn begin_input(&mut self, ops: &mut EventOps<'_>) {
+        if self.console.begin() {
+            self.look = None;
+            if self.input == Watch::Paused {
+                self.input_space(ops);
+            }
+            return;
+        }
+        self.watch_input(ops, Watch::Paused);
+        match timer(LOOK) {
+            Ok(look) => {
+                watch(ops, Events::with_data(&look, token::LOOK, EventSet::IN));
+                self.look = Some(look);
+            }
+            Err(error) => log::warn!("the keys of the terminal are not read any more: {error}"),
+        }
+    }
+
     /// Input for the guest; stops watching the source when it has ended or the guest is full.
     fn receive(&mut self, ops: &mut EventOps<'_>) {
+        if !self.console.begin() {
+            return self.begin_input(ops);
+        }
         let serial = self.board.serial();
         let input = self.console.receive(|bytes| serial.enqueue(bytes));
         let full = !self.console.flush(|bytes| serial.enqueue(bytes));
@@ -119,7 +163,7 @@ impl<'m> Control<'m> {
             self.receive(ops);
             empty = self.console.flush(|bytes| serial.enqueue(bytes));
         }
-        if empty && self.input == Watch::Paused {
+        if empty && self.input == Watch::Paused && self.look.is_none() {
             self.watch_input(ops, Watch::Watched);
         }
     }
@@ -146,8 +190,22 @@ impl<'m> Control<'m> {
         }
         self.input = wanted;
         if wanted == Watch::Ended && self.client.take().is_some() {
+            self.watch_output(ops, Watch::Ended);
+            self.console.client_gone();
             self.watch_clients(ops);
         }
+    }
+
+    /// Has epoll say when the reader of the console takes more: at each change, as there is mostly nothing to pass on.
+    fn watch_output(&self, ops: &mut EventOps<'_>, wanted: Watch) {
+        self.console.output().with_outlet(|outlet| {
+            let Some(fd) = outlet.fd() else { return };
+            let event = Events::with_data(&fd, token::OUTPUT, EventSet::OUT | EventSet::EDGE_TRIGGERED);
+            let changed = if wanted == Watch::Watched { ops.add(event) } else { ops.remove(event) };
+            if let Err(error) = changed {
+                log::debug!("console output cannot be waited for, and need not ({error})");
+            }
+        });
     }
 
     /// Serves the console socket's client, or waits for one. While there is one the next waits in the socket's
@@ -155,6 +213,7 @@ impl<'m> Control<'m> {
     fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
         self.client = self.console.client();
         if self.client.is_some() {
+            self.watch_output(ops, Watch::Watched);
             self.watch_input(ops, Watch::Watched);
         } else if let Readable::Clients(fd) = self.console.readable() {
             watch(ops, Events::with_data(&fd, token::INPUT, EventSet::IN));
@@ -202,15 +261,11 @@ impl<'m> Control<'m> {
         self.board.devices().get(usize::try_from(index).ok()?)
     }
 
-    fn signal(&self, index: u32) {
-        let signal = usize::try_from(index).ok().and_then(|index| self.signals.get(index));
-        if let Some((number, stream)) = signal {
-            let mut drained = [0; 16];
-            let mut stream: &UnixStream = stream;
-            if let Err(error) = stream.read(&mut drained) {
-                log::debug!("cannot read from the signal's socket: {error}");
-            }
-            self.board.lifecycle().request(Request::Signal(*number));
+    fn signal(&mut self, index: u32, ops: &mut EventOps<'_>) {
+        match self.signals.take(usize::try_from(index).unwrap_or(usize::MAX)) {
+            Some(Asked::End(signal)) => self.board.lifecycle().request(Request::Signal(signal)),
+            Some(Asked::Continued) => self.begin_input(ops),
+            None => {}
         }
     }
 }
@@ -223,7 +278,8 @@ impl MutEventSubscriber for Control<'_> {
         if let Some(hotplug) = self.board.hotplug() {
             watch(ops, Events::with_data(&hotplug.line().lowered(), token::EVENT_LINE, EventSet::IN));
         }
-        for (index, (_, stream)) in (0..).zip(self.signals) {
+        watch(ops, Events::with_data(self.asked, token::QUIT, EventSet::IN));
+        for (index, stream) in (0..).zip(self.signals.sockets()) {
             watch(ops, Events::with_data(stream, token::SIGNAL + index, EventSet::IN));
         }
         for (index, device) in (0..).zip(self.board.devices()) {
@@ -240,7 +296,13 @@ impl MutEventSubscriber for Control<'_> {
         match self.console.readable() {
             Readable::Nothing => {}
             Readable::Clients(_) => self.watch_clients(ops),
-            Readable::Bytes(_) => self.watch_input(ops, Watch::Watched),
+            Readable::Bytes(_) => {
+                self.watch_input(ops, Watch::Watched);
+                self.begin_input(ops);
+            }
+        }
+        if self.client.is_none() {
+            self.watch_output(ops, Watch::Watched);
         }
         // Bytes may wait from before a reboot, and a plain file has its bytes ready.
         self.input_space(ops);
@@ -254,6 +316,20 @@ impl MutEventSubscriber for Control<'_> {
             }
             token::INPUT | token::CLIENT => self.receive(ops),
             token::INPUT_SPACE => self.input_space(ops),
+            token::OUTPUT => {
+                if self.console.output().pass_on() {
+                    self.board.serial().output_space();
+                }
+            }
+            token::LOOK => {
+                unwatch(ops, event);
+                self.begin_input(ops);
+            }
+            token::QUIT => {
+                // Asked once or often: it counts once, and a handle that is gone asks for nothing.
+                unwatch(ops, event);
+                self.board.lifecycle().request(Request::Quit);
+            }
             token::NEWS => {
                 for news in self.peers.take_news() {
                     self.hear(news, ops);
@@ -265,7 +341,7 @@ impl MutEventSubscriber for Control<'_> {
                 }
             }
             signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
-                self.signal(signal - token::SIGNAL);
+                self.signal(signal - token::SIGNAL, ops);
             }
             queue if queue >= token::QUEUE => {
                 let (device, queue) = ((queue - token::QUEUE) / token::QUEUES, queue % token::QUEUES);
@@ -292,6 +368,18 @@ impl MutEventSubscriber for Control<'_> {
 }
 
 const INTERRUPTED: i32 = 4;
+
+/// How long to wait before looking again whether this process is in the foreground of its terminal.
+const LOOK: Duration = Duration::from_millis(300);
+
+/// Becomes readable once, after `pause`.
+fn timer(pause: Duration) -> std::io::Result<OwnedFd> {
+    let fd = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+    let it_value = Timespec::try_from(pause).map_err(std::io::Error::other)?;
+    let when = Itimerspec { it_interval: Timespec::default(), it_value };
+    timerfd_settime(&fd, TimerfdTimerFlags::empty(), &when)?;
+    Ok(fd)
+}
 
 /// A connection that is gone already is told of at once.
 fn watch_hang_up(ops: &mut EventOps<'_>, index: u32, device: &Attached) {

@@ -2,4 +2,5 @@
 
 mod crash;
 pub mod gate;
+pub mod signals;
 pub mod vcpu;

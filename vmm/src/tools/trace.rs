@@ -30,7 +30,7 @@ impl Tracer {
     /// When the file cannot be written.
     pub fn open(target: &str) -> Result<Arc<Self>, Error> {
         if target == "-" {
-            return Ok(Self::to(Box::new(std::io::stderr())));
+            return Ok(Self::to(Box::new(StandardError)));
         }
         let file = File::create(Path::new(target)).map_err(|error| {
             let hint = "is the path right? `--trace -` writes to standard error";
@@ -54,6 +54,20 @@ impl Trace for Tracer {
         if let Err(error) = out.write_all(line.as_bytes()) {
             log::debug!("a line of the trace is lost: {error}");
         }
+    }
+}
+
+/// Standard error, which nobody may be reading.
+struct StandardError;
+
+impl Write for StandardError {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        crate::logging::write(&String::from_utf8_lossy(bytes));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
