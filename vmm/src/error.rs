@@ -8,6 +8,7 @@ use std::fmt;
 use std::io::Write;
 
 use rustix::io::Errno;
+use vm_memory::mmap::MmapRegionError;
 
 /// Who has to act; decides the exit code of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +115,11 @@ fn exceeded(error: &(dyn StdError + 'static)) -> Option<&'static str> {
     if let Some(deeper) = error.source().and_then(exceeded) {
         return Some(deeper);
     }
-    let io = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    let mapping = match error.downcast_ref() {
+        Some(MmapRegionError::Mmap(error)) => Some(error),
+        _ => None,
+    };
+    let io = error.downcast_ref().or(mapping).and_then(std::io::Error::raw_os_error);
     let errno = || error.downcast_ref::<Errno>().map(|errno| errno.raw_os_error());
     let system = || error.downcast_ref::<kvm_ioctls::Error>().map(|error| error.errno());
     match Errno::from_raw_os_error(io.or_else(errno).or_else(system)?) {

@@ -126,7 +126,7 @@ impl Outlet {
             };
             match written {
                 Ok(written) => {
-                    self.last = self.waiting.drain(..written).last().unwrap_or(self.last);
+                    self.last = self.waiting.drain(..written).next_back().unwrap_or(self.last);
                     if written == 0 {
                         return Ok(());
                     }
