@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
-use transport::deadline::Deadline;
-use transport::socket::Listener;
+use transport::peer::deadline::Deadline;
+use transport::peer::socket::Listener;
 
 use crate::config::Serial;
 use crate::console::keyboard::{Key, Keyboard};

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use rustix::net::{SendFlags, send};
 use rustix::termios::isatty;
-use transport::deadline::{Deadline, Waited, wait_writable};
+use transport::peer::deadline::{Deadline, Waited, wait_writable};
 
 /// How a descriptor is written without waiting.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, getpid, kill_process};
 use signal_hook::{flag, low_level};
-use transport::socket::remove_paths;
+use transport::peer::socket::remove_paths;
 
 use crate::console::terminal;
 use crate::error::Error;
