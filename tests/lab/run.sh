@@ -55,7 +55,7 @@ lab_run() {
     case $LAB_VERDICT in
         exit\ *) lab_run_results; exit "${LAB_VERDICT#exit }" ;;
         timeout) lab_run_keep_log; say "the command did not end within $LAB_TIMEOUT s; kernel log: $LAB_KEPT_LOG"; exit 124 ;;
-        stalled) die "the lab stalled (no heartbeat for $LAB_STALL s); kernel log: $LAB_KEPT_LOG" ;;
+        stalled) say "the lab stalled (no heartbeat for $LAB_STALL s); kernel log: $LAB_KEPT_LOG"; exit 123 ;;
         *)
             lab_run_keep_log
             tail -n 25 "$LAB_KEPT_LOG" >&2
