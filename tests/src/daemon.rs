@@ -8,15 +8,16 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+pub use outboard_testkit::disk::{SECTOR, pattern};
+
+pub use outboard_testkit::served::is_listening;
+
 use crate::backends;
 use crate::capture::{Capture, tail};
 use crate::place::{self, Missing};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::wait;
-
-/// Bytes of a sector.
-pub const SECTOR: usize = 512;
 
 /// Which program it is, and what it serves.
 #[derive(Clone, Copy, Debug)]
@@ -288,26 +289,4 @@ impl Drop for StorageDaemon {
         self.child.kill().unwrap_or_default();
         self.child.wait().map(|_| ()).unwrap_or_default();
     }
-}
-
-/// The byte that fills sector `number` at first.
-#[must_use]
-pub fn pattern(number: usize) -> u8 {
-    u8::try_from(number % 251).unwrap_or(0)
-}
-
-/// True when somebody listens on the unix socket `path`. Looks, and does not connect: most backends take one
-/// connection.
-///
-/// # Panics
-/// When the host has no `/proc/net/unix`.
-#[must_use]
-pub fn is_listening(path: &Path) -> bool {
-    const ACCEPTS: u32 = 0x10000;
-    let table = fs::read_to_string("/proc/net/unix").unwrap();
-    table.lines().any(|line| {
-        let mut words = line.split_whitespace();
-        let flags = words.nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok()).unwrap_or(0);
-        flags & ACCEPTS != 0 && words.nth(3).is_some_and(|name| Path::new(name) == path)
-    })
 }

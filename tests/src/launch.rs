@@ -12,15 +12,14 @@ use std::time::{Duration, Instant};
 use arch::layout::virtio_mmio_slot;
 use rustix::process::{Pid, Signal, kill_process};
 
+pub use outboard_testkit::machine::STEP;
+
 use crate::capture::{Capture, tail};
 use crate::payload::{self, CommandLine};
 use crate::place;
 use crate::scratch::Scratch;
 use crate::stats::Stats;
 use crate::wait;
-
-/// How long one step of a machine may take on a quiet host: the limit of every wait that names none.
-pub const STEP: Duration = Duration::from_secs(20);
 
 const STATS: &str = "stats.json";
 const TRACE: &str = "trace";

@@ -1,63 +1,148 @@
-//! The library as a backend author's own test uses it: a `Machine` in this process. Needs KVM's interface only.
+//! The library as the author of a backend uses it, by the test kit: a machine in the process of the test. Needs KVM's interface only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::fs;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use outboard_testkit::kernel::{Ask, Blk, CommandLine, Ending, Operation};
+use outboard_testkit::machine::{TestMachine, device};
 use outboard_tests::daemon::StorageDaemon;
-use outboard_tests::launch::{STEP, first_device};
-use outboard_tests::library::{InProcess, tiny_machine};
-use outboard_tests::payload::{CommandLine, field};
+use outboard_tests::disk::MemoryDisk;
+use outboard_tests::place::Missing;
+use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
-use vmm::config::{Config, Image, OnReset, Socket, VhostUser};
+use vmm::config::{Config, Image, Socket, Transport};
 use vmm::{End, Machine};
 
-#[path = "../examples/own_backend.rs"]
-mod own_backend;
-
+/// Somebody's crate: a workspace of its own, outside of this one, with the example of the kit's documentation as its test. It shares
+/// the folder of builds, the lock file and the profiles, so that little is built again.
 #[test]
-fn the_documented_example_runs() {
+fn the_documented_test_of_a_backend_passes_in_a_workspace_of_its_own() {
     need!(place::kvm());
-    own_backend::main().unwrap();
+    let Some(cargo) = std::env::var_os("CARGO") else {
+        return Missing::skipped(
+            "a workspace of its own",
+            "no cargo here: the test was not started by cargo",
+        );
+    };
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let outside = Scratch::new();
+    fs::create_dir_all(outside.path("tests")).unwrap();
+    fs::create_dir_all(outside.path("src")).unwrap();
+    let _library = outside.file("src/lib.rs", b"");
+    fs::copy(root.join("tests/kit/example/own_backend.rs"), outside.path("tests/own_backend.rs")).unwrap();
+    fs::copy(root.join("Cargo.lock"), outside.path("Cargo.lock")).unwrap();
+    let profiles = fs::read_to_string(root.join("Cargo.toml")).unwrap();
+    let profiles = profiles.split("\n[").filter(|table| table.starts_with("profile.dev"));
+    let profiles = profiles.filter(|table| !table.contains("outboard-servers"));
+    let profiles: String = profiles.map(|table| format!("[{table}\n")).collect();
+    let ours = ["transport", "devices", "arch", "vmm", "outboard-testkit"];
+    // For the outside workspace these are packages of others.
+    let ours: String = ours
+        .iter()
+        .map(|name| format!("[profile.dev.package.{name}]\nopt-level = 0\ndebug = \"line-tables-only\"\n"))
+        .collect();
+    let manifest = format!(
+        r#"[package]
+name = "somebodys-backend"
+version = "0.1.0"
+edition = "2024"
+
+[workspace]
+
+[dev-dependencies]
+outboard-testkit = {{ path = "{}/tests/kit" }}
+vhost = {{ version = "0.18", features = ["vhost-user-backend"] }}
+vhost-user-backend = "0.24"
+virtio-queue = "0.18"
+vm-memory = {{ version = "0.18", features = ["backend-mmap", "backend-atomic"] }}
+vmm-sys-util = "0.15"
+
+{profiles}{ours}"#,
+        fs::canonicalize(root).unwrap().display()
+    );
+    let _manifest = outside.file("Cargo.toml", manifest.as_bytes());
+    let test = std::env::current_exe().unwrap();
+    let target = test.ancestors().nth(3).expect("a test lies in target/PROFILE/deps");
+    let done = Command::new(cargo)
+        .args(["test", "--offline", "--test", "own_backend"])
+        .current_dir(outside.folder())
+        .env("CARGO_TARGET_DIR", target)
+        .env_remove("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER")
+        .output()
+        .unwrap();
+    let (said, log) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success() && said.contains("test result: ok. 1 passed"), "{said}\n{log}");
 }
 
 #[test]
 fn a_machine_made_from_a_configuration_runs_to_its_end() {
     need!(place::kvm());
-    let (config, console) = tiny_machine(&CommandLine::new("hello"));
-    let outcome = Machine::build(config).unwrap().run().unwrap();
-    assert_eq!(outcome.end, End::PowerOff);
-    assert_eq!(outcome.stats.boots, 1);
-    assert_eq!(String::from_utf8_lossy(&console.lock().unwrap()), "hello from the tiny kernel\n");
+    let ended = TestMachine::boot(CommandLine::hello()).run();
+    assert_eq!(ended.outcome.end, End::PowerOff);
+    assert_eq!(ended.outcome.stats.boots, 1);
+    assert_eq!(ended.console, "hello from the tiny kernel\n");
 }
 
 #[test]
 fn a_backend_is_reached_by_a_connected_socket() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::start(1 << 20));
-    let (mut config, console) = tiny_machine(&first_device("blk").arg("n", 2000));
     let stream = UnixStream::connect(disk.socket()).unwrap();
-    config.vhost_user.push(VhostUser::new("blk", Socket::Stream(stream)).unwrap());
-    let outcome = InProcess::start(config, console.clone()).unwrap().end(STEP).unwrap();
-    let console = String::from_utf8_lossy(&console.lock().unwrap()).into_owned();
-    assert_eq!((field(&console, "requests"), field(&console, "errors")), (Some(2000), Some(0)), "{console}");
-    let device = &outcome.stats.devices[0];
+    let line = CommandLine::blk(Blk { requests: 2000, ..Blk::default() });
+    let ended = TestMachine::boot(line).device(device("blk", Socket::Stream(stream))).run();
+    assert_eq!((ended.number("requests"), ended.number("errors")), (2000, 0), "{ended}");
+    let device = &ended.outcome.stats.devices[0];
     assert_eq!((device.id.as_str(), device.requests_through_vmm), ("blk0", 0));
     assert!(device.peer.messages > 10 && device.peer.worst_wait_us > 0, "{device:?}");
+    assert!(ended.trace.contains("SET_VRING_ENABLE"), "{ended}");
+}
+
+#[test]
+fn the_tiny_kernel_finds_each_device_that_it_is_to_drive() {
+    need!(place::kvm());
+    // The first and the last are on the PCI bus, where the other one has a pin of its own.
+    for driven in 0..3 {
+        let disks = [(); 3].map(|()| MemoryDisk::new(1 << 20));
+        let line = CommandLine::blk(Blk { requests: 50, operation: Operation::Verify, ..Blk::default() });
+        let machine = disks.iter().enumerate().fold(TestMachine::boot(line), |machine, (n, disk)| {
+            let mut device = device("blk", Socket::Path(disk.socket()));
+            device.transport = if n == 1 { Transport::Mmio } else { Transport::Pci };
+            machine.device(device)
+        });
+        let ended = machine.driving([driven]).run();
+        assert_eq!((ended.number("requests"), ended.number("errors")), (50, 0), "{ended}");
+        let served: Vec<_> = disks.iter().map(MemoryDisk::served).collect();
+        let expected: Vec<_> = (0..3).map(|n| if n == driven { 50 } else { 0 }).collect();
+        assert_eq!(served, expected, "{ended}");
+    }
+}
+
+#[test]
+fn what_a_device_answers_is_bytes() {
+    need!(place::kvm());
+    let disk = MemoryDisk::new(1 << 20);
+    // A request without data (virtio 1.2 §5.2.6): a type, a reserved word and a sector. The answer is the status.
+    let ask = Ask { queue: 0, request: vec![0; 16] };
+    let line = CommandLine::ask(1, &[ask.clone(), ask], 1);
+    let ended = TestMachine::boot(line).vhost_user("blk", &disk.socket()).run();
+    assert_eq!(ended.answers().complaint(), None, "{ended}");
+    assert_eq!(ended.answers().asked(), [[0], [0]], "VIRTIO_BLK_S_OK\n{ended}");
 }
 
 #[test]
 fn a_socket_pair_whose_other_end_says_nothing_fails_at_the_deadline() {
     need!(place::kvm());
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (mut config, _console) = tiny_machine(&first_device("blk"));
-    let mut device = VhostUser::new("blk", Socket::Stream(ours)).unwrap();
-    device.deadline = Duration::from_millis(200);
-    config.vhost_user.push(device);
-    let error = Machine::build(config).map(|_| ()).unwrap_err();
+    let mut silent = device("blk", Socket::Stream(ours));
+    silent.deadline = Duration::from_millis(200);
+    let error = TestMachine::boot(CommandLine::hello()).device(silent).try_start().map(|_| ()).unwrap_err();
     drop(theirs);
     let mut text = Vec::new();
     error.report(&mut text).unwrap();
@@ -70,36 +155,30 @@ fn a_socket_pair_whose_other_end_says_nothing_fails_at_the_deadline() {
 #[test]
 fn another_thread_ends_a_machine() {
     need!(place::kvm());
-    let (config, console) = tiny_machine(&CommandLine::new("hello").arg("end", "hang"));
-    let machine = InProcess::start(config, console).unwrap();
+    let machine = TestMachine::boot(CommandLine::hello().end(Ending::Hang)).start();
     machine.expect("hello");
     machine.quit();
-    assert_eq!(machine.end(STEP).unwrap().end, End::Quit);
+    assert_eq!(machine.end().outcome.end, End::Quit);
 }
 
 #[test]
 fn a_crash_is_an_outcome_and_not_an_error() {
     need!(place::kvm());
-    let (config, _console) = tiny_machine(&CommandLine::new("hello").arg("end", "triple"));
-    let outcome = Machine::build(config).unwrap().run().unwrap();
-    let End::Crash(report) = outcome.end else { panic!("{:?}", outcome.end) };
+    let ended = TestMachine::boot(CommandLine::hello().end(Ending::TripleFault)).run();
+    let End::Crash(report) = &ended.outcome.end else { panic!("{ended}") };
     assert!(report.starts_with("the guest took a triple fault\nvCPU 0:\n  rip "), "{report}");
 }
 
 #[test]
 fn a_reset_ends_a_machine_of_the_library_unless_told_otherwise() {
     need!(place::kvm());
-    let (config, _console) = tiny_machine(&CommandLine::new("hello").arg("end", "reset"));
-    let outcome = Machine::build(config).unwrap().run().unwrap();
-    assert_eq!((outcome.end, outcome.stats.boots), (End::Reset, 1));
+    let ended = TestMachine::boot(CommandLine::hello().end(Ending::Reset)).run();
+    assert_eq!((&ended.outcome.end, ended.outcome.stats.boots), (&End::Reset, 1), "{ended}");
 
     let disk = need!(StorageDaemon::start(1 << 20));
-    let (mut config, _console) = tiny_machine(&first_device("blk").arg("boots", 5).arg("boots-at", 3));
-    config.on_reset = OnReset::Reboot;
-    let stream = UnixStream::connect(disk.socket()).unwrap();
-    config.vhost_user.push(VhostUser::new("blk", Socket::Stream(stream)).unwrap());
-    let outcome = Machine::build(config).unwrap().run().unwrap();
-    assert_eq!((outcome.end, outcome.stats.boots), (End::PowerOff, 5));
+    let line = CommandLine::blk(Blk::default()).arg("boots", 5).arg("boots-at", 3);
+    let ended = TestMachine::boot(line).vhost_user("blk", &disk.socket()).reboots().run();
+    assert_eq!((&ended.outcome.end, ended.outcome.stats.boots), (&End::PowerOff, 5), "{ended}");
 }
 
 #[test]
@@ -109,9 +188,9 @@ fn four_machines_in_one_process_do_not_disturb_each_other() {
         .map(|_| {
             thread::spawn(|| {
                 for _ in 0..5 {
-                    let (config, console) = tiny_machine(&CommandLine::new("hello"));
-                    assert_eq!(Machine::build(config).unwrap().run().unwrap().end, End::PowerOff);
-                    assert_eq!(console.lock().unwrap().as_slice(), b"hello from the tiny kernel\n");
+                    let ended = TestMachine::boot(CommandLine::hello()).run();
+                    assert_eq!(ended.outcome.end, End::PowerOff, "{ended}");
+                    assert_eq!(ended.console, "hello from the tiny kernel\n");
                 }
             })
         })
@@ -127,16 +206,18 @@ fn nothing_stays_open_after_a_machine_that_failed_to_start_or_has_run() {
     // In a process of its own the count is exact; here the other tests come and go, so the kinds are counted that only
     // machines have.
     let machines = || {
-        let open = std::fs::read_dir("/proc/self/fd").unwrap();
-        let names = open.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+        let open = fs::read_dir("/proc/self/fd").unwrap();
+        let names = open.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
         names.filter(|name| name.to_string_lossy().contains("kvm-vcpu:77")).count()
     };
-    let (mut config, _console) = tiny_machine(&CommandLine::new("cpus").arg("n", 1));
-    config.cpus = 78;
-    config.memory.size = 64 << 20;
-    let machine = Machine::build(config).unwrap();
+    let machine = TestMachine::boot(CommandLine::new("cpus").arg("n", 1).end(Ending::Hang)).with(|config| {
+        config.cpus = 78;
+        config.memory.size = 64 << 20;
+    });
+    let machine = machine.start();
     assert_eq!(machines(), 1);
-    machine.run().unwrap();
+    machine.quit();
+    assert_eq!(machine.end().outcome.end, End::Quit);
     assert_eq!(machines(), 0);
     let mut config = Config::new(Image::Bytes(b"no kernel".as_slice().into()));
     config.cpus = 78;

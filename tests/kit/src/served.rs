@@ -1,7 +1,7 @@
-//! A vhost-user backend made with the crates `vhost-user-backend` and `vhost`, run on a thread of this process. Knows how one
-//! starts and ends, not what it serves: that is in [`crate::disk`] and [`crate::gadget`].
+//! A vhost-user backend made with the crates `vhost-user-backend` and `vhost`, run on a thread of this process.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -10,7 +10,6 @@ use vhost::vhost_user::Listener;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::daemon::is_listening;
 use crate::scratch::Scratch;
 use crate::wait;
 
@@ -39,7 +38,7 @@ impl Served {
             let mut daemon = VhostUserDaemon::new(name.to_owned(), backend, memory).unwrap();
             let mut listener = Listener::new(&path, true).unwrap();
             daemon.start(&mut listener).unwrap();
-            // Every way of going ends in an error of this crate; what matters was asserted by then.
+            // The crate calls every end of a connection an error. The test has asserted before what matters.
             if let Err(error) = daemon.wait() {
                 println!("{name}: {error}");
             }
@@ -60,15 +59,36 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        // A machine that never came leaves the thread in accept(). Whether it is there is not asked: the host's table of
-        // sockets may skip one while others come and go, and this waits for ever then.
+        // The thread is in accept() when no machine came, and a connection ends that. Whether the thread listens is not asked: the
+        // host's table of sockets may skip a socket while others come and go.
         drop(std::os::unix::net::UnixStream::connect(self.socket()));
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        let Some(thread) = self.thread.take() else { return };
+        // A backend without `exit_event` leaves a thread of the crate behind that waits for kicks.
+        if wait::poll(Duration::from_secs(2), || thread.is_finished().then_some(())).is_none() {
+            eprintln!("the thread of the {} does not end: has the backend an exit_event()?", self.name);
+        } else if thread.join().is_err() {
             eprintln!("the thread of the {} panicked", self.name);
         }
     }
 }
 
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// True when somebody listens on the unix socket `path`. The table of sockets is read, and no connection is made: most backends take
+/// one connection.
+///
+/// # Panics
+/// When the host has no `/proc/net/unix`.
+#[must_use]
+pub fn is_listening(path: &Path) -> bool {
+    const ACCEPTS: u32 = 0x10000;
+    let table = fs::read_to_string("/proc/net/unix").unwrap();
+    table.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        let flags = words.nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok()).unwrap_or(0);
+        flags & ACCEPTS != 0 && words.nth(3).is_some_and(|name| Path::new(name) == path)
+    })
+}
+
+/// The value of a mutex, also after a panic of another thread.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

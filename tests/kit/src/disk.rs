@@ -14,8 +14,16 @@ use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-use crate::daemon::{SECTOR, pattern};
 use crate::served::{Served, lock};
+
+/// Bytes of a sector.
+pub const SECTOR: usize = 512;
+
+/// The byte that fills sector `number` at first.
+#[must_use]
+pub fn pattern(number: usize) -> u8 {
+    u8::try_from(number % 251).unwrap_or(0)
+}
 
 const VERSION_1: u64 = 1 << 32;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -35,7 +43,7 @@ impl std::fmt::Debug for MemoryDisk {
 }
 
 impl MemoryDisk {
-    /// A disk of `size` bytes, with the pattern of [`crate::daemon::StorageDaemon::start`].
+    /// A disk of `size` bytes, in which every byte of sector n is [`pattern`] of n.
     ///
     /// # Panics
     /// When the socket cannot be made.
@@ -53,7 +61,7 @@ impl MemoryDisk {
         self.served.socket()
     }
 
-    /// Changes the size; new bytes are 0. Whoever does so also tells the machine.
+    /// Changes the size; new bytes are 0. The machine is not told.
     pub fn resize(&self, size: usize) {
         lock(&self.disk.bytes).resize(size, 0);
     }

@@ -1,11 +1,11 @@
-//! Waits that end: every one has a limit and says what it waited for.
+//! Waits that end: each has a limit and says what it waited for.
 
 use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// `limit` on a quiet machine, stretched where time runs slower: `OUTBOARD_PATIENCE` is the factor, by default 3 on a
-/// host and 4 inside the lab. Only for limits that a correct run never reaches.
+/// `limit` on a quiet machine, stretched where time runs slower. `OUTBOARD_PATIENCE` is the factor; it is 3 on a
+/// host, and 4 inside the lab (`OUTBOARD_IN_LAB`), by default. Only for limits that a correct run never reaches.
 ///
 /// # Panics
 /// When the factor is no number.
@@ -14,7 +14,7 @@ pub fn patience(limit: Duration) -> Duration {
     static FACTOR: OnceLock<u32> = OnceLock::new();
     let factor = FACTOR.get_or_init(|| match std::env::var("OUTBOARD_PATIENCE") {
         Ok(text) => text.parse().expect("OUTBOARD_PATIENCE is a whole number"),
-        Err(_) if crate::place::in_lab() => 4,
+        Err(_) if std::env::var_os("OUTBOARD_IN_LAB").is_some() => 4,
         Err(_) => 3,
     });
     limit * *factor
@@ -23,8 +23,8 @@ pub fn patience(limit: Duration) -> Duration {
 /// How long a wait sleeps before it looks again.
 pub const ROUND: Duration = Duration::from_millis(2);
 
-/// What is left of a limit. Sleep that took much longer than was asked for does not count in full: this process was not run
-/// meanwhile, and so, most likely, was not what it waits for. On a machine (or in a lab) that has an eighth of a processor, a limit
+/// What is left of a limit. A sleep that took much longer than was asked for does not count in full: this process was not run
+/// meanwhile, and most likely the process that it waits for was not run either. On a machine that has an eighth of a processor, a limit
 /// lasts about eight times as long; it still ends.
 #[derive(Debug)]
 pub struct Allowance(Duration);
