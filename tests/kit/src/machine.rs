@@ -39,8 +39,7 @@ impl TestMachine {
         config.serial = serial;
         let trace = Arc::new(Mutex::new(Vec::new()));
         let tracer = Tracer::to(Box::new(Lines(Arc::clone(&trace))));
-        config.trace = Some(tracer.clone());
-        config.vfio_trace = Some(tracer);
+        config.trace = Some(tracer);
         Self { config, line, driven: vec![0], console, trace }
     }
 
