@@ -484,10 +484,16 @@ impl Registers {
             Transition::Illegal => return Effect::Refused(Refusal::IllegalStatus),
             Transition::Same => {}
             Transition::GiveUp => self.status.give_up(),
-            Transition::Step(Step::FeaturesOk) => return self.agree_on_features(),
-            Transition::Step(step) => {
-                self.status.take(step);
-                if step == Step::DriverOk {
+            Transition::Steps(steps) => {
+                for step in steps {
+                    if *step == Step::FeaturesOk
+                        && let Err(refusal) = self.agree_on_features()
+                    {
+                        return Effect::Refused(refusal);
+                    }
+                    self.status.take(*step);
+                }
+                if self.status.has(Status::DRIVER_OK) {
                     return Effect::Activate;
                 }
             }
@@ -496,17 +502,16 @@ impl Registers {
     }
 
     /// `FEATURES_OK` stays clear when the device cannot agree (§3.1.1, step 6).
-    fn agree_on_features(&mut self) -> Effect {
+    fn agree_on_features(&mut self) -> Result<(), Refusal> {
         if self.broken {
-            return Effect::Refused(Refusal::DeviceBroken);
+            return Err(Refusal::DeviceBroken);
         }
         match self.offered.accept(self.driver_features) {
             Ok(features) if features.has(bit::VERSION_1) && !self.features_beyond => {
                 self.accepted = Some(features);
-                self.status.take(Step::FeaturesOk);
-                Effect::None
+                Ok(())
             }
-            _ => Effect::Refused(Refusal::UnacceptableFeatures),
+            _ => Err(Refusal::UnacceptableFeatures),
         }
     }
 

@@ -48,12 +48,26 @@ fn drivers_path_activates_at_driver_ok_only() {
 #[test]
 fn illegal_status_changes_nothing() {
     for (status, written) in
-        [(0x0, 0x3), (0x1, 0xb), (0x3, 0xf), (0x3, 0x1), (0xb, 0x7), (0xf, 0xb), (0xf, 0x10f), (0x1, 0x80)]
+        [(0x0, 0x2), (0x1, 0x9), (0x3, 0x7), (0x3, 0x1), (0xb, 0x7), (0xf, 0xb), (0xf, 0x10f), (0x1, 0x80)]
     {
         let mut registers = registers_at(status);
         assert_eq!(registers.write(Reg::Status, written), Effect::Refused(Refusal::IllegalStatus));
         assert_eq!(registers.read(Reg::Status), status, "{status:#x} -> {written:#x}");
     }
+}
+
+#[test]
+fn several_status_bits_in_one_write_are_steps_in_order() {
+    let mut registers = registers();
+    assert_eq!(registers.write(Reg::Status, 0x3), Effect::None);
+    assert_eq!(registers.read(Reg::Status), 0x3);
+    // Features without VERSION_1: the write goes as far as DRIVER, and no further.
+    registers.reset();
+    assert_eq!(registers.write(Reg::Status, 0xf), Effect::Refused(Refusal::UnacceptableFeatures));
+    assert_eq!(registers.read(Reg::Status), 0x3);
+    take_features(&mut registers, 1 << 32);
+    assert_eq!(registers.write(Reg::Status, 0xf), Effect::Activate);
+    assert_eq!(registers.read(Reg::Status), 0xf);
 }
 
 #[test]

@@ -22,8 +22,8 @@ pub enum Transition {
     Reset,
     /// The driver writes what is there.
     Same,
-    /// One step forward.
-    Step(Step),
+    /// One or more steps forward, in the order in which they are taken.
+    Steps(&'static [Step]),
     /// The driver gives up.
     GiveUp,
     /// Anything else: a step left out, a bit taken back, an unknown bit.
@@ -57,13 +57,10 @@ impl Status {
     /// The driver has given up on the device.
     pub const FAILED: u8 = 0x80;
 
-    /// The only steps there are: driver bits before, driver bits written, the step.
-    const STEPS: [(u8, u8, Step); 4] = [
-        (0x0, 0x1, Step::Acknowledge),
-        (0x1, 0x3, Step::Driver),
-        (0x3, 0xb, Step::FeaturesOk),
-        (0xb, 0xf, Step::DriverOk),
-    ];
+    /// The driver's bits before the first step, and after each step.
+    const PATH: [u8; 5] = [0x0, 0x1, 0x3, 0xb, 0xf];
+    /// The steps, in the order that §3.1.1 asks for.
+    const STEPS: [Step; 4] = [Step::Acknowledge, Step::Driver, Step::FeaturesOk, Step::DriverOk];
 
     /// The field as a number.
     #[must_use]
@@ -82,8 +79,9 @@ impl Status {
         self.0 & !Self::NEEDS_RESET
     }
 
-    /// What writing `written` means in this state. `NEEDS_RESET` is not the driver's to write: as
-    /// drivers write back what they read, it is ignored.
+    /// What writing `written` means in this state. The specification asks for an order of steps, not for a write each:
+    /// several drivers (the crate `virtio-drivers`, `SeaBIOS`) take two steps in one write. `NEEDS_RESET` belongs to the
+    /// device; it is ignored, because drivers write back what they have read.
     #[must_use]
     pub fn transition(self, written: u8) -> Transition {
         if written == 0 {
@@ -93,10 +91,11 @@ impl Status {
         match written & !Self::NEEDS_RESET {
             same if same == now => Transition::Same,
             failed if failed == now | Self::FAILED => Transition::GiveUp,
-            next => Self::STEPS
-                .iter()
-                .find(|(from, to, _)| (*from, *to) == (now, next))
-                .map_or(Transition::Illegal, |(_, _, step)| Transition::Step(*step)),
+            next => {
+                let place = |bits: u8| Self::PATH.iter().position(|reached| *reached == bits);
+                let steps = place(now).zip(place(next)).and_then(|(from, to)| Self::STEPS.get(from..to));
+                steps.map_or(Transition::Illegal, Transition::Steps)
+            }
         }
     }
 
@@ -133,24 +132,34 @@ mod tests {
 
     #[test]
     fn every_pair_of_states_is_exactly_what_the_specification_says() {
-        let path = [0x0, 0x1, 0x3, 0xb, 0xf];
-        for from in path {
+        for (place, from) in Status::PATH.into_iter().enumerate() {
             for written in 0..=u8::MAX {
                 let plain = written & !Status::NEEDS_RESET;
-                let position = path.iter().position(|s| *s == from).unwrap();
                 let expected = if written == 0 {
                     Transition::Reset
                 } else if plain == from {
                     Transition::Same
                 } else if plain == from | Status::FAILED {
                     Transition::GiveUp
-                } else if path.get(position + 1) == Some(&plain) {
-                    Transition::Step(Status::STEPS[position].2)
                 } else {
-                    Transition::Illegal
+                    match Status::PATH.iter().position(|bits| *bits == plain) {
+                        Some(to) if to > place => Transition::Steps(&Status::STEPS[place..to]),
+                        _ => Transition::Illegal,
+                    }
                 };
                 assert_eq!(Status(from).transition(written), expected, "{from:#x} -> {written:#x}");
             }
+        }
+    }
+
+    #[test]
+    fn several_steps_may_be_taken_in_one_write_if_none_is_left_out() {
+        use Step::{Acknowledge, Driver, DriverOk, FeaturesOk};
+        assert_eq!(Status(0).transition(0x3), Transition::Steps(&[Acknowledge, Driver]));
+        assert_eq!(Status(0x1).transition(0xb), Transition::Steps(&[Driver, FeaturesOk]));
+        assert_eq!(Status(0x3).transition(0xf), Transition::Steps(&[FeaturesOk, DriverOk]));
+        for written in [0x2, 0x8, 0x9, 0xa, 0x4, 0x7, 0xc] {
+            assert_eq!(Status(0).transition(written), Transition::Illegal, "{written:#x}");
         }
     }
 
@@ -170,7 +179,7 @@ mod tests {
         assert_eq!(broken.transition(0x4f), Transition::Same);
         assert_eq!(broken.transition(0x0f), Transition::Same);
         assert_eq!(broken.transition(0xcf), Transition::GiveUp);
-        assert_eq!(Status(0x41).transition(0x43), Transition::Step(Step::Driver));
+        assert_eq!(Status(0x41).transition(0x43), Transition::Steps(&[Step::Driver]));
         assert_eq!(broken.transition(0), Transition::Reset);
     }
 }
