@@ -148,6 +148,7 @@ fn odd_memory_sizes() {
         ("129M", "--memory 129M is not a multiple of 2 MiB", "try 128M"),
         ("1000000", "--memory 1000000 is not a multiple of 2 MiB", "try "),
         ("0", "not a multiple", "try"),
+        ("256", "--memory 256 is not a multiple of 2 MiB", "is 256M meant"),
         ("16M", "--memory 16M is too little", "give at least 32M"),
         ("lots", "cannot use the size `lots`", "write a size such as 512M"),
         ("-1G", "cannot use the size `-1G`", "write a size"),
@@ -228,6 +229,8 @@ fn options_that_do_not_exist_or_do_not_work_yet() {
             "cannot use descriptor 99 as a socket",
             "must leave one end of a socket pair open",
         ),
+        ("--vhost-user", "blk,socket=/a,b", "cannot use `b`", "a comma inside a value twice"),
+        ("--vhost-user", "blk,socket=/s,tag=x", "cannot use tag=x", ""),
         ("--vfio-user", "id=nvme", "--vfio-user needs a socket", "for example --vfio-user socket="),
         ("--vfio-user", "socket=/s,colour=red", "--vfio-user has no key `colour`", "its keys are socket"),
         ("--vfio-user", "socket=/s,deadline=soon", "cannot use deadline=soon", "deadline is a whole number"),
@@ -243,6 +246,53 @@ fn options_that_do_not_exist_or_do_not_work_yet() {
         "--serial cannot use `printer`",
         "",
         "write stdio, null, file=PATH or socket=PATH",
+    );
+}
+
+/// None of these is found out by opening a file or by connecting: the kernel and the peers are not there.
+#[test]
+fn what_the_configuration_alone_shows_to_be_wrong() {
+    let long = format!("socket=/{}", "x".repeat(107));
+    for (arguments, sentence, hint) in [
+        (
+            &["--vhost-user", "blk,socket=/a,id=x", "--vfio-user", "socket=/b,id=x"][..],
+            "two devices are called x",
+            "another id=",
+        ),
+        (
+            &["--vhost-user", "blk,socket=/a", "--vhost-user", "blk,socket=/b,id=blk0"],
+            "two devices are called blk0",
+            "another id=",
+        ),
+        (
+            &["--vhost-user", "blk,server=on,socket=/a", "--serial", "socket=/a"],
+            "would listen on /a",
+            "a path of its own",
+        ),
+        (&["--vhost-user", &format!("blk,{long}")], "has 108 bytes", "at most 107 bytes"),
+        (&["--vhost-user", &format!("blk,server=on,{long}")], "has 108 bytes", "at most 107 bytes"),
+        (&["--vfio-user", &long], "has 108 bytes", "at most 107 bytes"),
+        (&["--serial", &long], "has 108 bytes", "at most 107 bytes"),
+    ] {
+        assert_explained(refuse(&[&["--kernel", "/k"], arguments].concat()), USAGE, sentence, "", hint);
+    }
+}
+
+#[test]
+fn arguments_that_are_not_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+    let odd = std::ffi::OsStr::from_bytes(b"quiet \xff");
+    let ended = Launch::new(["run", "--kernel", "/k", "--cmdline"]).arg(odd).run();
+    assert_explained(ended, USAGE, "the argument `quiet \u{fffd}` is not valid UTF-8", "", "UTF-8");
+    // A path may be any bytes.
+    let device = std::ffi::OsStr::from_bytes(b"blk,socket=/nonexistent/\xff");
+    let ended = Launch::new(["run", "--kernel", "/nonexistent/k", "--vhost-user"]).arg(device).run();
+    assert_explained(
+        ended,
+        USAGE,
+        "cannot open the kernel /nonexistent/k",
+        "No such file",
+        "is the path right",
     );
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Everything it does is in the library; see [`crate::Machine`].
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config::{
@@ -71,7 +73,7 @@ struct Probe {
     deadline: u64,
     /// Write every message to a file, or to standard error for -
     #[arg(long, value_name = "FILE|-")]
-    trace: Option<String>,
+    trace: Option<PathBuf>,
 }
 
 /// What `outboard run` takes; a TOML file given by `--config` may say the same.
@@ -99,21 +101,21 @@ struct Run {
     /// iommu=identity (the backend is told what the driver's addresses mean), mtu=N and mac=ADDRESS (net), gpu-socket=PATH,
     /// reconnect=SECONDS; socket=fd=N takes an inherited descriptor
     #[arg(long, value_name = "TYPE,socket=PATH[,KEY=VALUE]")]
-    vhost_user: Vec<String>,
+    vhost_user: Vec<OsString>,
     /// A PCI device served by a vfio-user server (may be given again). Keys: id=NAME, deadline=MS,
     /// posted-writes=on|off (whether a write to a BAR waits for the server; by default it does where
     /// memory of the BAR is mapped into the guest, and with old libvfio-user); socket=fd=N takes an inherited descriptor
     #[arg(long, value_name = "socket=PATH[,KEY=VALUE]")]
-    vfio_user: Vec<String>,
+    vfio_user: Vec<OsString>,
     /// Where the serial console goes: stdio, null, file=PATH or socket=PATH (we listen) [default: stdio]
     #[arg(long, value_name = "WHERE")]
-    serial: Option<String>,
+    serial: Option<OsString>,
     /// Write statistics as JSON when the machine ends; - is standard output
     #[arg(long, value_name = "PATH|-")]
-    stats: Option<String>,
+    stats: Option<PathBuf>,
     /// Write every message exchanged with a peer, a line each, to a file or to standard error for -
     #[arg(long, value_name = "FILE|-")]
-    trace: Option<String>,
+    trace: Option<PathBuf>,
     /// End, as at a power-off, when the guest resets
     #[arg(long)]
     no_reboot: bool,
@@ -147,13 +149,21 @@ enum Discovery {
 /// What `run` needs beyond the machine itself.
 struct Job {
     config: Config,
-    stats: Option<String>,
+    stats: Option<PathBuf>,
 }
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
+        Err(error) if error.kind() == ErrorKind::InvalidUtf8 => {
+            let odd = std::env::args_os().find(|argument| argument.to_str().is_none()).unwrap_or_default();
+            let error = Error::usage(format!("the argument `{}` is not valid UTF-8", odd.display())).hint(
+                "paths and devices may be any bytes; names, numbers and the kernel's command line are UTF-8",
+            );
+            complain(&error, "");
+            return ExitCode::from(Fault::Usage.exit_code());
+        }
         Err(error) => {
             let code = u8::try_from(error.exit_code()).unwrap_or(2);
             return match error.print() {
@@ -260,17 +270,14 @@ impl Run {
             None => Memory::default(),
         };
         config.cpus = self.cpus.or(file.cpus).unwrap_or(1);
-        if config.cpus == 0 {
-            return Err(Error::usage("a machine needs at least one vCPU").hint("give cpus from 1 to 255"));
-        }
-        for text in file.vhost_user.iter().chain(&self.vhost_user) {
+        for text in file.vhost_user.into_iter().map(OsString::from).chain(self.vhost_user) {
             config.vhost_user.push(parse_vhost_user(text)?);
         }
-        for text in file.vfio_user.iter().chain(&self.vfio_user) {
+        for text in file.vfio_user.into_iter().map(OsString::from).chain(self.vfio_user) {
             config.vfio_user.push(parse_vfio_user(text)?);
         }
-        config.serial = match self.serial.or(file.serial) {
-            Some(text) => parse_serial(&text)?,
+        config.serial = match self.serial.or(file.serial.map(OsString::from)) {
+            Some(text) => parse_serial(text)?,
             None => Serial::Stdio,
         };
         config.on_reset = if self.no_reboot || file.no_reboot { OnReset::Exit } else { OnReset::Reboot };
@@ -283,6 +290,7 @@ impl Run {
             None | Some(Discovery::Acpi) => arch::platform::Discovery::Acpi,
             Some(Discovery::Cmdline) => arch::platform::Discovery::Cmdline,
         };
+        config.settle()?;
         if let Some(target) = self.trace.or(file.trace) {
             let tracer = Tracer::open(&target)?;
             config.trace = Some(tracer);
@@ -298,11 +306,10 @@ enum StatsSink {
 }
 
 impl StatsSink {
-    fn open(target: String) -> Result<Self, Error> {
-        if target == "-" {
+    fn open(path: PathBuf) -> Result<Self, Error> {
+        if path.as_os_str() == "-" {
             return Ok(StatsSink::Stdout);
         }
-        let path = PathBuf::from(target);
         let file = File::create(&path).map_err(|error| {
             Error::usage(format!("cannot write statistics to {}", path.display())).because(error)
         })?;
@@ -366,7 +373,7 @@ mod tests {
         assert_eq!((job.config.memory.size, job.config.cpus), (512 << 20, 2));
         assert_eq!(job.config.on_reset, OnReset::Exit);
         assert_eq!(job.config.vhost_user.len(), 1);
-        assert_eq!(job.stats.as_deref(), Some("-"));
+        assert_eq!(job.stats.as_deref(), Some(std::path::Path::new("-")));
     }
 
     #[test]
@@ -379,6 +386,22 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         assert_eq!((job.config.cpus, job.config.memory.size), (2, 64 << 20));
         assert_eq!(job.config.vhost_user.len(), 2);
+    }
+
+    #[test]
+    fn a_device_of_the_configuration_file_may_be_a_table() {
+        let path = std::env::temp_dir().join(format!("outboard-table-{}.toml", std::process::id()));
+        let device = "{ type = 'blk', socket = '/run/a,b', queues = 2, server = true, id = 'disk' }";
+        std::fs::write(&path, format!("kernel = '/a'\nvhost-user = [{device}, 'net,socket=/n']\nvfio-user = [{{ socket = '/v,' }}]\n")).unwrap();
+        let config = job(&["--config", path.to_str().unwrap()]).map(|job| job.config);
+        std::fs::remove_file(&path).unwrap();
+        let config = config.unwrap();
+        let disk = &config.vhost_user[0];
+        assert_eq!(
+            (disk.socket.to_string(), disk.queues, disk.id.as_deref()),
+            ("/run/a,b".to_owned(), Some(2), Some("disk"))
+        );
+        assert_eq!((config.vhost_user.len(), config.vfio_user[0].socket.to_string()), (2, "/v,".to_owned()));
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! outboard as a library: everything that the command line does.
 //!
 //! ```no_run
-//! use vmm::config::{Config, Image, Serial, Socket, VhostUser};
+//! use vmm::config::{Config, Image, Serial, VhostUser};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! // One end goes to the machine, the other to the backend under test.
 //! let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
 //! # drop(theirs);
 //! let mut config = Config::new(Image::Path("/path/to/tiny-kernel".into()));
-//! config.vhost_user.push(VhostUser::new("blk", Socket::Stream(ours))?);
+//! config.vhost_user.push(VhostUser::blk(ours));
 //! let (serial, console) = Serial::buffer();
 //! config.serial = serial;
 //!

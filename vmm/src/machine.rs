@@ -115,8 +115,9 @@ impl Machine {
     /// # Errors
     /// When the configuration makes no sense, the host lacks something, or a peer fails. Nothing is left
     /// behind then.
-    pub fn build(config: Config) -> Result<Self, Error> {
+    pub fn build(mut config: Config) -> Result<Self, Error> {
         let begun = Instant::now();
+        config.settle()?;
         let mut startup = Startup::default();
 
         // 1. What the user named: files, then the host's KVM.

@@ -58,10 +58,11 @@ fn vhost_user(text: &str) {
         return;
     }
     told(parse_vhost_user(text).inspect(|device| {
-        let wishes = device.order.wishes;
+        let order = device.order().expect("checked while it was parsed");
+        let wishes = order.wishes;
         assert!(wishes.queues.is_none_or(|queues| (1..=256).contains(&queues)));
         assert!(wishes.queue_size.is_none_or(|size| size.is_power_of_two() && size <= 32768));
-        assert!(device.order.device_type.config_size() <= 256);
+        assert!(order.device_type.config_size() <= 256);
         assert!(device.id.as_deref().is_none_or(|id| (1..=64).contains(&id.len())));
         assert!(device.deadline > Duration::ZERO && device.deadline <= Duration::from_secs(3600));
     }));

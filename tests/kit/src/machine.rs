@@ -138,12 +138,9 @@ impl TestMachine {
 }
 
 /// A virtio device of the type called `kind`, with everything else by default.
-///
-/// # Panics
-/// When there is no such type.
 #[must_use]
 pub fn device(kind: &str, socket: Socket) -> VhostUser {
-    VhostUser::new(kind, socket).unwrap_or_else(|error| panic!("{error}"))
+    VhostUser::new(kind, socket)
 }
 
 impl fmt::Debug for TestMachine {

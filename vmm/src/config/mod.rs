@@ -1,33 +1,29 @@
-//! What to build: plain data, however it was written.
+//! What to build: plain data, whether it was written on a command line, in a TOML file or in a test.
 //!
-//! The command line and the TOML file both end here; so does a test that fills the structs by hand.
 //! Nothing in this module opens a file or talks to a peer.
 
+mod devices;
 mod parse;
 mod toml_file;
-mod vfio_user;
 
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use crate::error::Error;
 
-use devices::virtio::backend::vhost_user::Order;
-use devices::virtio::ring::address::Iommu;
-use devices::virtio::types::table::Wishes;
-pub(crate) use parse::parse_device_type;
-pub use parse::{parse_memory, parse_serial, parse_vhost_user};
+pub use ::devices::pci::vfio_user::link::Writes;
+pub use ::devices::virtio::backend::spec::Display;
+pub use ::devices::virtio::ring::address::Iommu;
+pub use arch::platform::Discovery;
+pub use arch::ram::Hugepages;
+pub(crate) use devices::parse_device_type;
+pub use devices::{DEFAULT_DEADLINE, Role, Socket, Transport, VfioUser, VhostUser};
+pub use parse::{parse_memory, parse_serial, parse_vfio_user, parse_vhost_user};
 pub use toml_file::load as load_toml;
-use transport::peer::Trace;
-pub use vfio_user::{VfioUser, parse_vfio_user};
-
-/// How long a peer may take over one request, unless `deadline=` says otherwise.
-pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(2000);
+pub use transport::peer::Trace;
 
 /// The kernel command line when none is given.
 ///
@@ -64,7 +60,7 @@ pub struct Config {
     /// What a guest's reset does.
     pub on_reset: OnReset,
     /// How the guest is told of its virtio-mmio devices.
-    pub discovery: arch::platform::Discovery,
+    pub discovery: Discovery,
     /// Who sees every message exchanged with a peer.
     pub trace: Option<Arc<dyn Trace>>,
 }
@@ -82,7 +78,7 @@ impl Config {
             vfio_user: Vec::new(),
             serial: Serial::Null,
             on_reset: OnReset::Exit,
-            discovery: arch::platform::Discovery::Acpi,
+            discovery: Discovery::Acpi,
             trace: None,
         }
     }
@@ -94,7 +90,61 @@ impl Config {
         !self.vfio_user.is_empty() || self.vhost_user.iter().any(|device| device.transport == Transport::Pci)
     }
 
-    /// The kernel command line for who gave none.
+    /// Gives an id to each device that has none, and refuses what the configuration alone shows to be wrong, before a
+    /// file is opened or a peer is touched.
+    ///
+    /// # Errors
+    /// When there is no vCPU, a device cannot be as it is described, a socket's path cannot be one, two devices have
+    /// one id, or two sockets would listen on one path.
+    pub fn settle(&mut self) -> Result<(), Error> {
+        if self.cpus == 0 {
+            return Err(Error::usage("a machine needs at least one vCPU").hint("give cpus from 1 to 255"));
+        }
+        let mut ids: Vec<&str> = Vec::new();
+        let mut listening: Vec<&Path> = Vec::new();
+        for (index, device) in self.vhost_user.iter_mut().enumerate() {
+            device.order()?;
+            device.id.get_or_insert_with(|| {
+                format!("{}{index}", device.kind.split(':').next().unwrap_or_default())
+            });
+        }
+        for (index, device) in self.vfio_user.iter_mut().enumerate() {
+            device.id.get_or_insert_with(|| format!("vfio-user{index}"));
+        }
+        let virtio = self.vhost_user.iter().map(|device| (&device.id, &device.socket, device.role));
+        let functions = self.vfio_user.iter().map(|device| (&device.id, &device.socket, Role::Client));
+        for (id, socket, role) in virtio.chain(functions) {
+            let id = id.as_deref().unwrap_or_default();
+            if ids.contains(&id) {
+                return Err(
+                    Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
+                );
+            }
+            ids.push(id);
+            if let Socket::Path(path) = socket {
+                devices::check_socket_path(path)?;
+                if role == Role::Server {
+                    listening.push(path);
+                }
+            }
+        }
+        if let Serial::Socket(path) = &self.serial {
+            devices::check_socket_path(path)?;
+            listening.push(path);
+        }
+        for (index, path) in listening.iter().enumerate() {
+            if listening.iter().skip(index + 1).any(|other| other == path) {
+                return Err(Error::usage(format!(
+                    "two sockets of this machine would listen on {}",
+                    path.display()
+                ))
+                .hint("give each device with server=on, and the console, a path of its own"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel command line for a user who gave none.
     #[must_use]
     pub fn default_cmdline(&self) -> &'static str {
         if self.has_pci() { DEFAULT_CMDLINE_WITH_PCI } else { DEFAULT_CMDLINE }
@@ -128,97 +178,12 @@ pub struct Memory {
     /// Bytes; a multiple of 2 MiB.
     pub size: u64,
     /// The kind of pages behind it.
-    pub hugepages: arch::ram::Hugepages,
+    pub hugepages: Hugepages,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Memory { size: 256 << 20, hugepages: arch::ram::Hugepages::Off }
-    }
-}
-
-/// One virtio device whose queues a vhost-user backend serves.
-#[derive(Debug)]
-pub struct VhostUser {
-    /// Which device, how many queues, which features.
-    pub order: Order,
-    /// How the guest sees it.
-    pub transport: Transport,
-    /// Where the backend is.
-    pub socket: Socket,
-    /// Its name in messages and statistics; the type and a number when absent.
-    pub id: Option<String>,
-    /// How long the backend may take over one request.
-    pub deadline: Duration,
-    /// How long a backend that is not there, or is lost, is waited for; zero: for ever. Absent: not at all.
-    pub reconnect: Option<Duration>,
-    /// Who connects to whom.
-    pub role: Role,
-    /// What the driver's addresses are, when they are not simply guest addresses.
-    pub iommu: Option<Iommu>,
-}
-
-/// How the guest sees a virtio device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Transport {
-    /// A page of registers and an interrupt line.
-    #[default]
-    Mmio,
-    /// A PCI function with MSI-X.
-    Pci,
-}
-
-/// Who connects to whom on a [`Socket::Path`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Role {
-    /// The backend listens.
-    #[default]
-    Client,
-    /// We listen, and the backend connects.
-    Server,
-}
-
-impl VhostUser {
-    /// A device of the type called `kind` (`blk`, `net`, … `generic:ID`) at `socket`, everything else by
-    /// default.
-    ///
-    /// # Errors
-    /// When there is no such type.
-    pub fn new(kind: &str, socket: Socket) -> Result<Self, Error> {
-        let device_type = parse_device_type(kind)?;
-        let order = Order::new(device_type, Wishes::default(), "")
-            .map_err(|error| Error::internal("cannot use the default features").because(error))?;
-        Ok(VhostUser {
-            order,
-            transport: Transport::default(),
-            socket,
-            id: None,
-            deadline: DEFAULT_DEADLINE,
-            reconnect: None,
-            role: Role::Client,
-            iommu: None,
-        })
-    }
-}
-
-/// Where a peer is found.
-#[derive(Debug)]
-pub enum Socket {
-    /// A unix socket that the peer listens on.
-    Path(PathBuf),
-    /// A connected stream inherited from whoever started us, and its number.
-    Inherited(UnixStream, i32),
-    /// A connected stream, such as one end of a socket pair.
-    Stream(UnixStream),
-}
-
-impl fmt::Display for Socket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Socket::Path(path) => write!(f, "{}", path.display()),
-            Socket::Inherited(_, fd) => write!(f, "fd {fd}"),
-            Socket::Stream(_) => f.write_str("(a connected socket)"),
-        }
+        Memory { size: 256 << 20, hugepages: Hugepages::Off }
     }
 }
 

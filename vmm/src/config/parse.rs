@@ -1,109 +1,195 @@
-//! The values of the options: sizes, and `VALUE,key=value,…` lists.
+//! The values of the options: sizes, times, and `VALUE,key=value,…` lists.
+//!
+//! A value is bytes, as paths are; whatever is no path must be UTF-8. A comma inside a value is written twice, as for
+//! QEMU: `blk,socket=/run/a,,b` is the path `/run/a,b`.
 
+use std::ffi::{OsStr, OsString};
+use std::ops::RangeInclusive;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arch::ram::Hugepages;
-use devices::virtio::backend::spec::{Display, Order};
+use devices::pci::vfio_user::link::Writes;
+use devices::virtio::backend::spec::Display;
 use devices::virtio::ring::address::Iommu;
-use devices::virtio::types::table::{DeviceType, Wishes};
 
-use super::{DEFAULT_DEADLINE, Memory, Role, Serial, Socket, Transport, VhostUser};
+use super::devices::{Role, Socket, Transport, VfioUser, VhostUser, check_socket_path};
+use super::{Memory, Serial};
 use crate::error::Error;
 use crate::host::descriptors;
 
 /// RAM comes in steps of this size, because some backends ignore regions that are not 2 MiB multiples.
 const MEMORY_STEP: u64 = 2 << 20;
+const DEADLINES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(3600);
+const PATIENCE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(31_536_000);
 
-/// A comma-separated list: values without a key first, then `key=value` pairs.
-///
-/// Keys are taken one by one; [`KeyValues::finish`] refuses those that nobody took.
+/// A comma-separated list: one value without a key, then `key=value` pairs, which are taken one by one.
 #[derive(Debug)]
-pub(super) struct KeyValues<'a> {
-    option: &'a str,
-    known: &'static [&'static str],
-    pairs: Vec<(&'a str, &'a str)>,
+struct KeyValues {
+    option: &'static str,
+    pairs: Vec<(String, OsString)>,
 }
 
-impl<'a> KeyValues<'a> {
+impl KeyValues {
     /// Splits `text` into its first value and its pairs. `option` is named in errors.
     ///
     /// # Errors
     /// When an item after the first has no `=`, or a key is given twice or is unknown.
-    pub(super) fn split(
-        option: &'a str,
-        text: &'a str,
-        known: &'static [&'static str],
-    ) -> Result<(Option<&'a str>, Self), Error> {
+    fn split(option: &'static str, text: &OsStr, known: &[&str]) -> Result<(Option<OsString>, Self), Error> {
+        let keys = || format!("its keys are {}", known.join(", "));
         let mut first = None;
-        let mut pairs: Vec<(&str, &str)> = Vec::new();
-        for (index, item) in text.split(',').enumerate() {
-            match item.split_once('=') {
-                Some((key, value)) => {
-                    if !known.contains(&key) {
-                        return Err(Error::usage(format!("{option} has no key `{key}`"))
-                            .hint(format!("its keys are {}", known.join(", "))));
-                    }
-                    if pairs.iter().any(|(seen, _)| *seen == key) {
-                        return Err(Error::usage(format!("{option} got `{key}` twice")));
-                    }
-                    pairs.push((key, value));
+        let mut pairs: Vec<(String, OsString)> = Vec::new();
+        for (index, item) in items(text.as_bytes()).into_iter().enumerate() {
+            let Some(equals) = item.iter().position(|byte| *byte == b'=') else {
+                if index == 0 {
+                    first = Some(OsString::from_vec(item));
+                    continue;
                 }
-                None if index == 0 => first = Some(item),
-                None => {
-                    return Err(Error::usage(format!(
-                        "{option} cannot use `{item}`: only its first item stands without a key"
-                    ))
-                    .hint(format!("write KEY=VALUE; its keys are {}", known.join(", "))));
-                }
+                let item = String::from_utf8_lossy(&item);
+                return Err(Error::usage(format!(
+                    "{option} cannot use `{item}`: only its first item stands without a key"
+                ))
+                .hint(format!("write KEY=VALUE, and a comma inside a value twice; {}", keys())));
+            };
+            let (key, value) = item.split_at(equals);
+            let key = String::from_utf8_lossy(key).into_owned();
+            if !known.contains(&key.as_str()) {
+                return Err(Error::usage(format!("{option} has no key `{key}`")).hint(keys()));
             }
+            if pairs.iter().any(|(seen, _)| *seen == key) {
+                return Err(Error::usage(format!("{option} got `{key}` twice")));
+            }
+            pairs.push((key, OsString::from_vec(value.get(1..).unwrap_or_default().to_vec())));
         }
-        Ok((first, KeyValues { option, known, pairs }))
+        Ok((first, KeyValues { option, pairs }))
+    }
+
+    fn cannot(&self, key: &str, value: &OsStr) -> Error {
+        Error::usage(format!("{} cannot use {key}={}", self.option, value.display()))
     }
 
     /// Takes the value of `key`.
-    pub(super) fn take(&mut self, key: &str) -> Option<&'a str> {
-        debug_assert!(self.known.contains(&key));
+    fn bytes(&mut self, key: &str) -> Option<OsString> {
         let index = self.pairs.iter().position(|(seen, _)| *seen == key)?;
         Some(self.pairs.swap_remove(index).1)
     }
 
-    /// Takes the value of `key` as a number within `range`.
-    ///
-    /// # Errors
-    /// When it is no number or outside the range.
-    pub(super) fn take_number(
+    /// Takes the value of `key`, which is no path.
+    fn text(&mut self, key: &str) -> Result<Option<String>, Error> {
+        let text = self.bytes(key).map(OsString::into_string).transpose();
+        text.map_err(|value| self.cannot(key, &value).because("it is not valid UTF-8"))
+    }
+
+    /// Takes the value of `key` as whatever `parse` makes of it; `hint` says what that takes.
+    fn parsed<T>(
         &mut self,
         key: &str,
-        range: std::ops::RangeInclusive<u64>,
-    ) -> Result<Option<u64>, Error> {
-        let Some(text) = self.take(key) else { return Ok(None) };
-        match text.parse::<u64>() {
-            Ok(number) if range.contains(&number) => Ok(Some(number)),
-            _ => Err(Error::usage(format!("{} cannot use {key}={text}", self.option)).hint(format!(
-                "{key} is a whole number from {} to {}",
-                range.start(),
-                range.end()
-            ))),
+        hint: impl Into<String>,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
+        let Some(text) = self.text(key)? else { return Ok(None) };
+        match parse(&text) {
+            Some(value) => Ok(Some(value)),
+            None => Err(self.cannot(key, OsStr::new(&text)).hint(hint)),
         }
+    }
+
+    fn number<T: FromStr + PartialOrd + std::fmt::Display>(
+        &mut self,
+        key: &str,
+        range: RangeInclusive<T>,
+    ) -> Result<Option<T>, Error> {
+        let hint = format!("{key} is a whole number from {} to {}", range.start(), range.end());
+        self.parsed(key, hint, |text| whole(text).filter(|number| range.contains(number)))
+    }
+
+    fn switch(&mut self, key: &str) -> Result<Option<bool>, Error> {
+        let hint = format!("write {key}=on or {key}=off");
+        self.parsed(key, hint, |text| match text {
+            "on" => Some(true),
+            "off" => Some(false),
+            _ => None,
+        })
+    }
+
+    /// Takes a time: a whole number of `unit`, or one with `ms` or `s` behind it.
+    fn time(
+        &mut self,
+        key: &str,
+        unit: &str,
+        range: RangeInclusive<Duration>,
+    ) -> Result<Option<Duration>, Error> {
+        let hint = format!(
+            "{key} is a whole number of {unit}, or a time such as 500ms or 2s, from {:?} to {:?}",
+            range.start(),
+            range.end()
+        );
+        self.parsed(key, hint, |text| {
+            let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+            let number = whole(digits)?;
+            let time = match text.get(digits.len()..) {
+                Some("") if unit == "ms" => Duration::from_millis(number),
+                Some("ms") => Duration::from_millis(number),
+                Some("" | "s") => Duration::from_secs(number),
+                _ => return None,
+            };
+            range.contains(&time).then_some(time)
+        })
+    }
+
+    fn socket(&mut self, device: &str, example: &str) -> Result<Socket, Error> {
+        match self.bytes("socket").filter(|path| !path.is_empty()) {
+            Some(path) => Socket::parse(path),
+            None => Err(Error::usage(format!("{device} needs a socket"))
+                .hint(format!("for example {} {example}", self.option))),
+        }
+    }
+
+    /// A device's name.
+    fn id(&mut self) -> Result<Option<String>, Error> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let hint = "an id has 1 to 64 letters, digits, '-', '_' or '.'";
+        self.parsed("id", hint, |id| {
+            ((1..=64).contains(&id.len()) && id.chars().all(plain)).then(|| id.to_owned())
+        })
     }
 }
 
-/// `512M`, `2G`, `1048576`, with binary suffixes K, M, G, T.
-fn parse_size(text: &str) -> Option<u64> {
-    let (digits, shift) = match text.char_indices().last()? {
-        (at, 'K' | 'k') => (text.get(..at)?, 10),
-        (at, 'M' | 'm') => (text.get(..at)?, 20),
-        (at, 'G' | 'g') => (text.get(..at)?, 30),
-        (at, 'T' | 't') => (text.get(..at)?, 40),
-        _ => (text, 0),
-    };
-    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
+/// Splits at single commas; two commas are one comma of the value.
+fn items(text: &[u8]) -> Vec<Vec<u8>> {
+    let (mut items, mut item) = (Vec::new(), Vec::new());
+    let mut bytes = text.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        if byte != b',' || bytes.next_if_eq(&b',').is_some() {
+            item.push(byte);
+        } else {
+            items.push(std::mem::take(&mut item));
+        }
     }
-    let number: u64 = digits.parse().ok()?;
-    number.checked_mul(1 << shift)
+    items.push(item);
+    items
+}
+
+/// `512M`, `2G`, `2GiB`, `1048576`, with binary suffixes K, M, G, T.
+fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text.get(digits.len()..)? {
+        "" => 0,
+        "K" | "k" | "KiB" => 10,
+        "M" | "m" | "MiB" => 20,
+        "G" | "g" | "GiB" => 30,
+        "T" | "t" | "TiB" => 40,
+        _ => return None,
+    };
+    whole::<u64>(digits)?.checked_mul(1 << shift)
+}
+
+/// A number of nothing but digits.
+fn whole<T: FromStr>(digits: &str) -> Option<T> {
+    digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())?
 }
 
 /// `02:00:00:00:00:01`.
@@ -119,286 +205,170 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 /// # Errors
 /// When the size is no size, too small, or no multiple of 2 MiB (of the huge page size, with one).
 pub fn parse_memory(text: &str) -> Result<Memory, Error> {
-    let (size, mut keys) = KeyValues::split("--memory", text, &["hugepages"])?;
+    let (size, mut keys) = KeyValues::split("--memory", OsStr::new(text), &["hugepages"])?;
     let bad = |what: String| Error::usage(what).hint("write a size such as 512M or 2G");
-    let Some(size) = size else { return Err(bad("--memory needs a size first".to_owned())) };
-    let bytes = parse_size(size).ok_or_else(|| bad(format!("--memory cannot use the size `{size}`")))?;
-    let (hugepages, step, name) = match keys.take("hugepages") {
-        None => (Hugepages::Off, MEMORY_STEP, "2 MiB"),
-        Some("2M") => (Hugepages::Size2M, MEMORY_STEP, "2 MiB"),
-        Some("1G") => (Hugepages::Size1G, 1 << 30, "1 GiB"),
-        Some(other) => {
-            return Err(Error::usage(format!("--memory cannot use hugepages={other}"))
-                .hint("the sizes are 2M and 1G"));
-        }
+    let Some(size) = size.and_then(|size| size.into_string().ok()) else {
+        return Err(bad("--memory needs a size first".to_owned()));
+    };
+    let bytes = parse_size(&size).ok_or_else(|| bad(format!("--memory cannot use the size `{size}`")))?;
+    let hugepages = keys.parsed("hugepages", "the sizes are 2M and 1G", |size| match size {
+        "2M" => Some(Hugepages::Size2M),
+        "1G" => Some(Hugepages::Size1G),
+        _ => None,
+    })?;
+    let (step, name) = match hugepages {
+        Some(Hugepages::Size1G) => (1 << 30, "1 GiB"),
+        _ => (MEMORY_STEP, "2 MiB"),
     };
     if bytes == 0 || !bytes.is_multiple_of(step) {
-        let below = (bytes / step).max(1) * step;
-        return Err(Error::usage(format!("--memory {size} is not a multiple of {name}"))
-            .hint(format!("try {}M", below >> 20)));
+        let nearest = (bytes / step * step).max(arch::layout::RAM_MIN).max(step) >> 20;
+        let hint = match size.parse::<u64>() {
+            Ok(number) if (1..=1 << 16).contains(&number) => {
+                format!("a number without a unit is bytes: is {number}M meant?")
+            }
+            _ => format!("try {nearest}M"),
+        };
+        return Err(Error::usage(format!("--memory {size} is not a multiple of {name}")).hint(hint));
     }
     if bytes < arch::layout::RAM_MIN {
         return Err(Error::usage(format!("--memory {size} is too little for a machine"))
             .hint(format!("give at least {}M", arch::layout::RAM_MIN >> 20)));
     }
-    Ok(Memory { size: bytes, hugepages })
+    Ok(Memory { size: bytes, hugepages: hugepages.unwrap_or_default() })
 }
 
 /// `--serial stdio|null|file=PATH|socket=PATH`.
 ///
 /// # Errors
 /// When it is none of these.
-pub fn parse_serial(text: &str) -> Result<Serial, Error> {
-    match text.split_once('=') {
-        None if text == "stdio" => Ok(Serial::Stdio),
-        None if text == "null" => Ok(Serial::Null),
-        Some(("file", path)) if !path.is_empty() => Ok(Serial::File(PathBuf::from(path))),
-        Some(("socket", path)) if !path.is_empty() => Ok(Serial::Socket(PathBuf::from(path))),
-        _ => Err(Error::usage(format!("--serial cannot use `{text}`"))
-            .hint("write stdio, null, file=PATH or socket=PATH")),
+pub fn parse_serial(text: impl AsRef<OsStr>) -> Result<Serial, Error> {
+    let text = text.as_ref();
+    let path = |key: &str| {
+        let path = text.as_bytes().strip_prefix(key.as_bytes()).filter(|path| !path.is_empty());
+        path.map(|path| PathBuf::from(OsStr::from_bytes(path)))
+    };
+    if text == "stdio" {
+        Ok(Serial::Stdio)
+    } else if text == "null" {
+        Ok(Serial::Null)
+    } else if let Some(path) = path("file=") {
+        Ok(Serial::File(path))
+    } else if let Some(path) = path("socket=") {
+        check_socket_path(&path)?;
+        Ok(Serial::Socket(path))
+    } else {
+        Err(Error::usage(format!("--serial cannot use `{}`", text.display()))
+            .hint("write stdio, null, file=PATH or socket=PATH"))
     }
 }
-
-/// The keys of `--vhost-user`.
-pub(super) const VHOST_USER_KEYS: &[&str] = &[
-    "socket",
-    "id",
-    "transport",
-    "queues",
-    "queue-size",
-    "config-size",
-    "tag",
-    "reconnect",
-    "deadline",
-    "features",
-    "server",
-    "iommu",
-    "mtu",
-    "mac",
-    "gpu-socket",
-];
 
 /// `--vhost-user TYPE,socket=PATH[,key=value…]`.
 ///
 /// # Errors
 /// When the type or a key is unknown, a value out of range, or the socket is missing.
-pub fn parse_vhost_user(text: &str) -> Result<VhostUser, Error> {
+pub fn parse_vhost_user(text: impl AsRef<OsStr>) -> Result<VhostUser, Error> {
     let option = "--vhost-user";
-    let (kind, mut keys) = KeyValues::split(option, text, VHOST_USER_KEYS)?;
-    let Some(name) = kind.filter(|name| !name.is_empty()) else {
+    let known = [
+        "socket",
+        "id",
+        "transport",
+        "queues",
+        "queue-size",
+        "config-size",
+        "tag",
+        "reconnect",
+        "deadline",
+        "features",
+        "server",
+        "iommu",
+        "mtu",
+        "mac",
+        "gpu-socket",
+    ];
+    let (kind, mut keys) = KeyValues::split(option, text.as_ref(), &known)?;
+    let Some(kind) = kind.filter(|kind| !kind.is_empty()) else {
         return Err(Error::usage(format!("{option} needs a device type first"))
             .hint("for example --vhost-user blk,socket=/run/blk.sock"));
     };
-    let mut device_type = parse_device_type(name)?;
-    if let Some(size) = number16(keys.take_number("config-size", 0..=256)?) {
-        device_type = device_type.with_config_size(size).map_err(|error| {
-            Error::usage(format!("{option} cannot use config-size={size}")).because(error)
-        })?;
+    let kind = kind.to_string_lossy();
+    let mut device = VhostUser::new(
+        kind.as_ref(),
+        keys.socket(&format!("{option} {kind}"), &format!("{kind},socket=/run/{kind}.sock"))?,
+    );
+    device.id = keys.id()?;
+    device.queues = keys.number("queues", 1..=256)?;
+    device.queue_size = keys.number("queue-size", 1..=32768)?;
+    device.config_size = keys.number("config-size", 0..=256)?;
+    device.tag = keys.text("tag")?;
+    device.mtu = keys.number("mtu", 68..=u16::MAX)?;
+    device.mac = keys.parsed("mac", "an address has six numbers: mac=02:00:00:00:00:01", parse_mac)?;
+    device.features = keys.text("features")?.unwrap_or_default();
+    device.reconnect = keys.time("reconnect", "seconds", PATIENCE)?;
+    device.deadline = keys.time("deadline", "ms", DEADLINES)?.unwrap_or(device.deadline);
+    device.transport = keys
+        .parsed("transport", "write transport=mmio or transport=pci", |text| match text {
+            "mmio" => Some(Transport::Mmio),
+            "pci" => Some(Transport::Pci),
+            _ => None,
+        })?
+        .unwrap_or_default();
+    if keys.switch("server")? == Some(true) {
+        device.role = Role::Server;
     }
-    if let Some(tag) = keys.take("tag") {
-        device_type = device_type
-            .with_tag(tag)
-            .map_err(|error| Error::usage(format!("{option} cannot use tag={tag}")).because(error))?;
-    }
-
-    if let Some(mtu) = number16(keys.take_number("mtu", 68..=65535)?) {
-        device_type = device_type
-            .with_mtu(mtu)
-            .map_err(|error| Error::usage(format!("{option} cannot use mtu={mtu}")).because(error))?;
-    }
-
-    if let Some(text) = keys.take("mac") {
-        let refused = Error::usage(format!("{option} cannot use mac={text}"));
-        device_type = match parse_mac(text).map(|mac| device_type.with_mac(mac)) {
-            Some(Ok(with)) => with,
-            Some(Err(error)) => return Err(refused.because(error)),
-            None => return Err(refused.hint("an address has six numbers: mac=02:00:00:00:00:01")),
-        };
-    }
-
-    let transport = match keys.take("transport") {
-        None | Some("mmio") => Transport::Mmio,
-        Some("pci") => Transport::Pci,
-        Some(other) => {
-            return Err(Error::usage(format!("{option} cannot use transport={other}"))
-                .hint("write transport=mmio or transport=pci"));
-        }
-    };
-
-    let socket = match keys.take("socket") {
-        Some(path) if !path.is_empty() => Socket::parse(path)?,
-        _ => {
-            return Err(Error::usage(format!("{option} {name} needs a socket"))
-                .hint(format!("for example --vhost-user {name},socket=/run/{name}.sock")));
-        }
-    };
-    let wishes = Wishes {
-        queues: number16(keys.take_number("queues", 1..=256)?),
-        queue_size: number16(keys.take_number("queue-size", 1..=32768)?),
-    };
-    wishes
-        .validate()
-        .map_err(|error| Error::usage(format!("{option} cannot make this {name} device")).because(error))?;
-    let features = keys.take("features").unwrap_or("");
-    let mut order = Order::new(device_type, wishes, features).map_err(|error| {
-        Error::usage(format!("{option} cannot use features={features}"))
-            .because(error)
-            .hint("write names with a sign, for example features=-event_idx+mq")
-    })?;
-    if let Some(text) = keys.take("gpu-socket") {
-        if name != "gpu" {
-            return Err(Error::usage(format!("{option} cannot use gpu-socket={text}"))
-                .because(format!("a {name} device draws nothing, only gpu does")));
-        }
-        order = order.drawing_on(match Socket::parse(text)? {
+    let iommu = |text: &str| if text == "off" { Some(None) } else { text.parse::<Iommu>().ok().map(Some) };
+    device.iommu = keys.parsed("iommu", "write iommu=identity, or leave it out", iommu)?.flatten();
+    if let Some(socket) = keys.bytes("gpu-socket") {
+        device.display = Some(match Socket::parse(socket)? {
             Socket::Path(path) => Display::Path(path),
             Socket::Inherited(stream, _) | Socket::Stream(stream) => Display::Open(Arc::new(stream.into())),
         });
     }
-    let role = match keys.take("server") {
-        None | Some("off") => Role::Client,
-        Some("on") => Role::Server,
-        Some(other) => {
-            return Err(Error::usage(format!("{option} cannot use server={other}"))
-                .hint("write server=on or server=off"));
-        }
-    };
-    let reconnect = keys.take_number("reconnect", 0..=31_536_000)?.map(Duration::from_secs);
-    let has_path = matches!(socket, Socket::Path(_));
-    if !has_path && (role == Role::Server || reconnect.is_some()) {
-        return Err(Error::usage(format!("{option} cannot find a backend again by a descriptor"))
-            .hint("server=on and reconnect= need socket=PATH"));
-    }
-    let iommu = match keys.take("iommu") {
-        None | Some("off") => None,
-        Some(word) => Some(word.parse::<Iommu>().map_err(|error| {
-            Error::usage(format!("{option} cannot use iommu={word}"))
-                .because(error)
-                .hint("write iommu=identity, or leave it out")
-        })?),
-    };
-    let mut device =
-        VhostUser { order, transport, socket, id: None, deadline: DEFAULT_DEADLINE, reconnect, role, iommu };
-    device.id = id(option, &mut keys)?;
-    if let Some(deadline) = keys.take_number("deadline", 1..=3_600_000)? {
-        device.deadline = Duration::from_millis(deadline);
-    }
+    device.order()?;
     Ok(device)
 }
 
-/// A device's name.
-pub(super) fn id(option: &str, keys: &mut KeyValues<'_>) -> Result<Option<String>, Error> {
-    let Some(id) = keys.take("id") else { return Ok(None) };
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
-        return Err(Error::usage(format!("{option} cannot use id={id}"))
-            .hint("an id has 1 to 64 letters, digits, '-', '_' or '.'"));
+/// `--vfio-user socket=PATH[,key=value…]`.
+///
+/// # Errors
+/// When a key is unknown, a value out of range, or the socket is missing.
+pub fn parse_vfio_user(text: impl AsRef<OsStr>) -> Result<VfioUser, Error> {
+    let option = "--vfio-user";
+    let (first, mut keys) =
+        KeyValues::split(option, text.as_ref(), &["socket", "id", "deadline", "posted-writes"])?;
+    let example = "socket=/run/nvme.sock";
+    if let Some(word) = first.filter(|word| !word.is_empty()) {
+        return Err(Error::usage(format!("{option} cannot use `{}`: everything has a key", word.display()))
+            .hint(format!("for example {option} {example}")));
     }
-    Ok(Some(id.to_owned()))
-}
-
-/// `blk`, `net`, … or `generic:DEVICE_ID`.
-pub(crate) fn parse_device_type(name: &str) -> Result<DeviceType, Error> {
-    let known = match name.strip_prefix("generic:") {
-        Some(id) => id.parse::<u16>().ok().filter(|id| *id > 0).map(DeviceType::generic),
-        None => DeviceType::named(name),
-    };
-    known.ok_or_else(|| {
-        Error::usage(format!("there is no virtio device type `{name}`"))
-            .hint(format!("the types are {} and generic:DEVICE_ID", DeviceType::names().join(" ")))
-    })
+    let mut device = VfioUser::new(keys.socket(option, example)?);
+    device.id = keys.id()?;
+    device.deadline = keys.time("deadline", "ms", DEADLINES)?.unwrap_or(device.deadline);
+    let posted = keys.switch("posted-writes")?;
+    device.wishes.writes = posted.map(|posted| if posted { Writes::Posted } else { Writes::Answered });
+    Ok(device)
 }
 
 impl Socket {
     /// `PATH`, or `fd=N` for an inherited descriptor.
-    pub(super) fn parse(text: &str) -> Result<Self, Error> {
-        match text.strip_prefix("fd=") {
-            None => Ok(Socket::Path(PathBuf::from(text))),
-            Some(number) => match number.parse::<i32>() {
-                Ok(fd) if fd > 2 => match descriptors::inherited_stream(fd) {
-                    Ok(stream) => Ok(Socket::Inherited(stream, fd)),
-                    Err(error) => Err(Error::usage(format!("cannot use descriptor {fd} as a socket"))
-                        .because(error)
-                        .hint("whoever starts outboard must leave one end of a socket pair open under that number")),
-                },
-                _ => Err(Error::usage(format!("`{number}` is no inherited descriptor"))
-                    .hint("write socket=fd=N with the number of an open descriptor above 2")),
+    fn parse(text: OsString) -> Result<Self, Error> {
+        let Some(number) = text.as_bytes().strip_prefix(b"fd=") else {
+            check_socket_path(text.as_ref())?;
+            return Ok(Socket::Path(PathBuf::from(text)));
+        };
+        let number = String::from_utf8_lossy(number);
+        match number.parse::<i32>() {
+            Ok(fd) if fd > 2 => match descriptors::inherited_stream(fd) {
+                Ok(stream) => Ok(Socket::Inherited(stream, fd)),
+                Err(error) => Err(Error::usage(format!("cannot use descriptor {fd} as a socket"))
+                    .because(error)
+                    .hint("the program that starts outboard must leave one end of a socket pair open under that number")),
             },
+            _ => Err(Error::usage(format!("`{number}` is no inherited descriptor"))
+                .hint("write socket=fd=N with the number of an open descriptor above 2")),
         }
     }
-}
-
-/// A number that its range already keeps within 16 bits.
-fn number16(number: Option<u64>) -> Option<u16> {
-    number.and_then(|number| u16::try_from(number).ok())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_take_binary_suffixes_and_nothing_else() {
-        assert_eq!(parse_size("512M"), Some(512 << 20));
-        assert_eq!(parse_size("2g"), Some(2 << 30));
-        assert_eq!(parse_size("4096"), Some(4096));
-        for bad in ["", "M", "-1", "1.5G", "0x10", "99999999999999999999", "18446744073709551615K", "+3"] {
-            assert_eq!(parse_size(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn odd_memory_size_is_refused_with_the_nearest_one() {
-        let error = parse_memory("129M").unwrap_err();
-        let mut out = Vec::new();
-        error.report(&mut out).unwrap();
-        let text = String::from_utf8(out).unwrap();
-        assert!(text.contains("129M is not a multiple of 2 MiB") && text.contains("try 128M"), "{text}");
-    }
-
-    #[test]
-    fn vhost_user_takes_every_key() {
-        let device = parse_vhost_user(
-            "blk,socket=/s,id=disk0,transport=pci,queues=2,queue-size=128,deadline=500,features=-event_idx",
-        )
-        .unwrap();
-        assert_eq!(device.id.as_deref(), Some("disk0"));
-        let wishes = device.order.wishes;
-        assert_eq!((wishes.queues, wishes.queue_size), (Some(2), Some(128)));
-        assert_eq!(device.deadline, Duration::from_millis(500));
-        assert_eq!(device.transport, Transport::Pci);
-    }
-
-    #[test]
-    fn vhost_user_refuses_what_it_cannot_do() {
-        for (text, part) in [
-            ("blk", "needs a socket"),
-            ("socket=/s", "needs a device type"),
-            ("floppy,socket=/s", "no virtio device type `floppy`"),
-            ("blk,socket=/s,colour=red", "has no key `colour`"),
-            ("blk,socket=/s,id=a,id=b", "got `id` twice"),
-            ("blk,socket=/s,queue-size=100", "cannot make this blk device"),
-            ("blk,socket=/s,queues=0", "queues=0"),
-            ("blk,socket=/s,transport=isa", "transport=isa"),
-            ("blk,socket=/s,server=maybe", "server=maybe"),
-            ("blk,socket=/s,reconnect=soon", "reconnect=soon"),
-            ("blk,socket=/s,mtu=1500", "mtu=1500"),
-            ("net,socket=/s,mtu=67", "mtu=67"),
-            ("blk,socket=/s,mac=02:00:00:00:00:01", "mac=02:00:00:00:00:01"),
-            ("net,socket=/s,mac=03:00:00:00:00:01", "mac=03:00:00:00:00:01"),
-            ("net,socket=/s,mac=00:00:00:00:00:00", "mac=00:00:00:00:00:00"),
-            ("net,socket=/s,mac=2:0:0:0:0:1", "mac=2:0:0:0:0:1"),
-            ("net,socket=/s,mac=02:00:00:00:00:+1", "mac=02:00:00:00:00:+1"),
-            ("net,socket=/s,mac=02:00:00:00:00:00:01", "mac=02:00:00:00:00:00:01"),
-            ("blk,socket=/s,gpu-socket=/d", "gpu-socket=/d"),
-            ("blk,socket=/s,iommu=yes", "iommu=yes"),
-            ("blk,socket=fd=x", "no inherited descriptor"),
-            ("blk,/s", "only its first item"),
-            ("blk,socket=/s,features=-nonsense", "features=-nonsense"),
-        ] {
-            let error = parse_vhost_user(text).unwrap_err();
-            assert!(error.to_string().contains(part), "{text}: {error}");
-            assert_eq!(error.fault().exit_code(), 2);
-        }
-    }
-}
+#[path = "parse_tests.rs"]
+mod tests;

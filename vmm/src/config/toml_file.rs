@@ -4,12 +4,13 @@
 //! kernel = "/boot/vmlinuz"
 //! memory = "512M"
 //! cpus = 2
-//! vhost-user = ["blk,socket=/run/blk.sock,id=disk0", "net,socket=/run/net.sock"]
+//! vhost-user = ["blk,socket=/run/blk.sock,id=disk0", { type = "net", socket = "/run/a,b.sock", queues = 2 }]
 //! ```
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::error::Error;
 
@@ -27,23 +28,54 @@ pub struct File {
     pub memory: Option<String>,
     /// `--cpus`
     pub cpus: Option<u8>,
-    /// `--vhost-user`, once an item
-    #[serde(default)]
+    /// `--vhost-user`, once an item: its text, or a table of its keys
+    #[serde(default, deserialize_with = "devices")]
     pub vhost_user: Vec<String>,
-    /// `--vfio-user`, once an item
-    #[serde(default)]
+    /// The same for `--vfio-user`
+    #[serde(default, deserialize_with = "devices")]
     pub vfio_user: Vec<String>,
     /// `--serial`
     pub serial: Option<String>,
     /// `--stats`
-    pub stats: Option<String>,
+    pub stats: Option<PathBuf>,
     /// `--trace`
-    pub trace: Option<String>,
+    pub trace: Option<PathBuf>,
     /// `--no-reboot`
     #[serde(default)]
     pub no_reboot: bool,
     /// `--discovery`
     pub discovery: Option<String>,
+}
+
+/// Tables become the text that the command line would have, with the commas of their values written twice.
+fn devices<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Device {
+        Text(String),
+        Keys(BTreeMap<String, Value>),
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Value {
+        Text(String),
+        Number(i64),
+        Switch(bool),
+    }
+    let text = |device| match device {
+        Device::Text(text) => text,
+        Device::Keys(mut keys) => {
+            let kind = keys.remove("type");
+            let value = |value| match value {
+                Value::Text(text) => text.replace(',', ",,"),
+                Value::Number(number) => number.to_string(),
+                Value::Switch(on) => if on { "on" } else { "off" }.to_owned(),
+            };
+            let pairs = keys.into_iter().map(|(key, it)| format!("{key}={}", value(it)));
+            kind.map(value).into_iter().chain(pairs).collect::<Vec<_>>().join(",")
+        }
+    };
+    Ok(Vec::<Device>::deserialize(source)?.into_iter().map(text).collect())
 }
 
 /// A configuration is a page of text; more is a mistake, or a device that never ends.

@@ -116,7 +116,8 @@ impl Detached {
         machine: &Surroundings<'_>,
     ) -> Result<(Self, Option<OwnChannel>), Error> {
         let Surroundings { memory, peers, trace } = *machine;
-        let kind = config.order.device_type.name();
+        let mut order = config.order()?;
+        let kind = order.device_type.name();
         let id = config.id.unwrap_or_else(|| format!("{kind}{index}"));
         if others.iter().any(|other| other.lasting.id == id) {
             return Err(
@@ -148,7 +149,9 @@ impl Detached {
             Err((stream, name)) => (None, Connection::from_stream(stream, name, &limits)),
         };
         let opened = connection.map_err(vhost_user::OpenError::from);
-        let mut order = if config.reconnect.is_some() { config.order.recoverable() } else { config.order };
+        if config.reconnect.is_some() {
+            order = order.recoverable();
+        }
         if config.transport == Transport::Pci {
             order = order.with_notifiers();
         }

@@ -28,13 +28,13 @@ impl Tracer {
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn open(target: &str) -> Result<Arc<Self>, Error> {
-        if target == "-" {
+    pub fn open(target: &Path) -> Result<Arc<Self>, Error> {
+        if target.as_os_str() == "-" {
             return Ok(Self::to(Box::new(StandardError)));
         }
-        let file = File::create(Path::new(target)).map_err(|error| {
+        let file = File::create(target).map_err(|error| {
             let hint = "is the path right? `--trace -` writes to standard error";
-            Error::usage(format!("cannot write the trace to {target}")).because(error).hint(hint)
+            Error::usage(format!("cannot write the trace to {}", target.display())).because(error).hint(hint)
         })?;
         Ok(Self::to(Box::new(file)))
     }
