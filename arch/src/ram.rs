@@ -14,6 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pread, pwrite};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use rustix::process::{Resource, getrlimit};
 use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{Bytes, FileOffset, MmapRegion};
 
@@ -73,6 +74,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// Guest memory counts as a file, and files may not be so large.
+    #[error("{} MiB of memory are more than the limit of {} MiB for files (RLIMIT_FSIZE)", size >> 20, limit >> 20)]
+    FileLimit {
+        /// Wanted size in bytes.
+        size: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
     /// The host did not give the huge pages.
     #[error("the host has not enough huge pages of {} MiB for {} MiB of memory", page >> 20, size >> 20)]
     NoHugepages {
@@ -112,6 +121,9 @@ impl Error {
             Self::Odd { .. } | Self::TooSmall { .. } => {
                 Some("memory sizes are multiples of 2 MiB, from 32M up")
             }
+            Self::FileLimit { .. } => Some(
+                "guest memory is a file in memory: raise the limit (`ulimit -f unlimited`, systemd's LimitFSIZE=infinity)",
+            ),
             Self::NoHugepages { page, .. } if *page == 1 << 30 => {
                 Some("reserve them: echo N > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
             }
@@ -156,6 +168,10 @@ impl Ram {
         }
         if size < RAM_MIN {
             return Err(Error::TooSmall { size });
+        }
+        // Beyond this limit the kernel sends a signal that ends the process.
+        if let Some(limit) = getrlimit(Resource::Fsize).current.filter(|limit| size > *limit) {
+            return Err(Error::FileLimit { size, limit });
         }
         let refused = |errno: Errno| Error::Refused { size, source: errno.into() };
         let no_hugepages =

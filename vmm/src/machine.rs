@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arch::boot::{BootImage, Entry};
+use arch::boot::{BootImage, Entry, cmdline};
 use arch::cpu::HostCpu;
 use arch::layout::{self, Gpa};
 use arch::platform::{Discovery, PciRoot, PciSlots, Platform, SerialPort};
@@ -121,8 +121,9 @@ impl Machine {
         let mut startup = Startup::default();
 
         // 1. What the user named: files, then the host's KVM.
-        let files = Files::open(&config)?;
+        let mut files = Files::open(&config)?;
         let kvm = kvm::open()?;
+        files.cmdline = HostCpu::with_tsc(&kvm, files.cmdline);
         let host_cpu =
             HostCpu::probe(&kvm).map_err(|error| Error::host("cannot use KVM's CPUs").because(error))?;
         let numbers = function_numbers(&config)?;
@@ -360,19 +361,20 @@ impl Files {
             };
             Ok::<_, Error>((file, image.to_string()))
         };
+        let cmdline = config.cmdline.as_deref().unwrap_or_else(|| config.default_cmdline());
+        let (cmdline, said) = cmdline::servable(cmdline, config.discovery);
+        for words in said {
+            log::warn!("{words}");
+        }
         Ok(Files {
             kernel: open("kernel", &config.kernel)?,
             initramfs: config.initramfs.as_ref().map(|image| open("initramfs", image)).transpose()?,
-            cmdline: config.cmdline.clone().unwrap_or_else(|| config.default_cmdline().to_owned()),
+            cmdline,
         })
     }
 
     fn load(&self, ram: &Ram, platform: &Platform) -> Result<Entry, Error> {
-        let mut cmdline = self.cmdline.clone();
-        for parameter in platform.device_parameters() {
-            cmdline.push(' ');
-            cmdline.push_str(&parameter);
-        }
+        let cmdline = cmdline::with_parameters(&self.cmdline, &platform.device_parameters());
         let image = BootImage {
             kernel: &self.kernel.0,
             initramfs: self.initramfs.as_ref().map(|(file, _)| file),
@@ -411,8 +413,16 @@ fn fits(config: &Config, host: &HostCpu) -> Result<(), Error> {
             .because(format!("processors of this host address {bits} bits of physical memory"))
             .hint("give less --memory"));
     }
+    if end > KVM_SLOT_MAX {
+        return Err(Error::host(format!("guest memory of {} MiB is too large", config.memory.size >> 20))
+            .because("KVM takes less than 8 TiB in one piece")
+            .hint("give less --memory"));
+    }
     Ok(())
 }
+
+/// A memory slot of KVM has less than 2^31 pages.
+const KVM_SLOT_MAX: u64 = ((1 << 31) - 1) * layout::PAGE_SIZE;
 
 /// Where vfio-user servers' devices are on the PCI bus, behind the virtio devices: at the same place on every board,
 /// whether or not those before are there.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::layout::Gpa;
+use crate::layout::{Gpa, HOLE_START};
 use crate::{acpi, ram};
 
 /// Why a machine cannot be loaded. The caller names the file.
@@ -88,6 +88,8 @@ pub enum Error {
         size: u64,
         /// Room in bytes.
         free: u64,
+        /// The room that a machine with much memory has: both lie below the 32-bit hole.
+        most: u64,
     },
     /// The initramfs could not be moved to guest memory.
     #[error("cannot load the initramfs")]
@@ -118,6 +120,12 @@ impl Error {
             Self::NotAKernel { hint } => *hint,
             Self::WrongElf(_) | Self::Not64Bit => Some("outboard boots x86-64 kernels only"),
             Self::Truncated { .. } => Some("was the file downloaded or copied completely?"),
+            Self::TooLarge { needed, .. } if *needed > HOLE_START.0 => {
+                Some("a kernel must lie below 3 GiB, whatever the size of memory")
+            }
+            Self::InitramfsTooLarge { size, most, .. } if size > most => Some(
+                "an initramfs lies beside the kernel below 3 GiB, whatever the size of memory: make it smaller, or use a disk",
+            ),
             Self::TooLarge { .. } | Self::InitramfsTooLarge { .. } => Some("give the machine more --memory"),
             Self::OldProtocol { .. } => Some("Linux 3.8 and later will do"),
             Self::Ram(error) | Self::KernelCopy(error) | Self::InitramfsCopy(error) => error.hint(),

@@ -5,6 +5,7 @@
 //! Images are moved by [`Ram::copy_from_file`] only; what is parsed here is headers, read with bounds.
 
 mod bzimage;
+pub mod cmdline;
 mod elf;
 mod error;
 mod mptable;
@@ -20,8 +21,8 @@ pub use error::Error;
 pub use pagetables::GDT;
 
 use crate::layout::{
-    CMDLINE, CMDLINE_MAX, Gpa, HIGH_MEMORY, PAGE_SIZE, PVH_START_INFO, RESET_PORT, RESET_VALUE, RESET_VECTOR,
-    ZERO_PAGE,
+    CMDLINE, CMDLINE_MAX, Gpa, HIGH_MEMORY, HOLE_START, PAGE_SIZE, PVH_START_INFO, RESET_PORT, RESET_VALUE,
+    RESET_VECTOR, ZERO_PAGE,
 };
 use crate::platform::{Discovery, Platform};
 use crate::ram::Ram;
@@ -145,7 +146,8 @@ fn load_initramfs(ram: &Ram, file: &File, kernel: &Kernel) -> Result<Placed, Err
     }
     let limit = kernel.initramfs_end.min(ram.low_end().0);
     let free = limit.saturating_sub(kernel.end.0);
-    let too_large = Error::InitramfsTooLarge { size, free };
+    let most = kernel.initramfs_end.min(HOLE_START.0).saturating_sub(kernel.end.0);
+    let too_large = Error::InitramfsTooLarge { size, free, most };
     let Some(at) = limit.checked_sub(size).map(|at| at & !(PAGE_SIZE - 1)) else {
         return Err(too_large);
     };

@@ -15,7 +15,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
-use crate::boot::Entry;
+use crate::boot::{Entry, cmdline};
 use crate::platform::{Discovery, Platform};
 
 /// Errors of this module.
@@ -47,6 +47,23 @@ impl HostCpu {
         Ok(Self { cpuid: cpuid.as_slice().to_vec(), tsc_deadline })
     }
 
+    /// `cmdline` with the frequency of the TSC for a kernel that is told not to use KVM's clock. Linux finds the frequency
+    /// in CPUID on Intel processors alone, and this machine has no timer to measure it by.
+    #[must_use]
+    pub fn with_tsc(kvm: &Kvm, line: String) -> String {
+        if !cmdline::has(&line, "no-kvmclock") || cmdline::has(&line, "tsc_early_khz=") {
+            return line;
+        }
+        let vcpu = kvm.create_vm().and_then(|vm| vm.create_vcpu(0));
+        match vcpu.and_then(|vcpu| vcpu.get_tsc_khz()) {
+            Ok(khz) => cmdline::with_parameters(&line, &[format!("tsc_early_khz={khz}")]),
+            Err(error) => {
+                log::warn!("KVM does not tell the frequency of the TSC: {error}");
+                line
+            }
+        }
+    }
+
     /// Width of guest-physical addresses in bits: RAM must end below.
     pub fn physical_address_bits(&self) -> u8 {
         cpuid::physical_address_bits(&self.cpuid)
@@ -65,7 +82,8 @@ pub struct PowerOn {
 /// APIC id. Wants the in-kernel irqchip to exist. A machine that reboots gets new vCPUs: KVM has no
 /// way back to the first state of an old one.
 pub fn configure(vcpu: &VcpuFd, index: u8, host: &HostCpu, platform: &Platform) -> Result<PowerOn, Error> {
-    let entries = cpuid::for_vcpu(&host.cpuid, host.tsc_deadline, index, platform.cpus);
+    let tsc_khz = or_warn(index, "tell the frequency of the TSC", vcpu.get_tsc_khz());
+    let entries = cpuid::for_vcpu(&host.cpuid, host.tsc_deadline, tsc_khz, index, platform.cpus);
     let set = CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(7 /* E2BIG */));
     if let Err(error) = set.and_then(|cpuid| vcpu.set_cpuid2(&cpuid)) {
         warn(index, format_args!("KVM refused our CPUID, the guest sees KVM's default: {error}"));
