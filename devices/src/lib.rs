@@ -5,6 +5,7 @@
 
 pub mod bus;
 pub mod event_line;
+pub mod hang_up;
 pub mod pci;
 pub mod ports;
 pub mod reset;

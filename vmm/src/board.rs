@@ -27,8 +27,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::config::Transport;
 use crate::console::Console;
-use crate::devices::vfio::{Placed, Spare};
-use crate::devices::virtio::{Attached, Detached, Site};
+use crate::devices::{DeviceList, Site};
 use crate::error::Error;
 use crate::host::kvm::{self, KvmPorts};
 use crate::host::memory::{Access, Mapping, Slot, Slots};
@@ -46,6 +45,7 @@ pub(crate) struct Parts<'m> {
     pub(crate) entry: &'m Entry,
     pub(crate) console: &'m Console,
     pub(crate) counters: &'m [Arc<VcpuCounters>],
+    pub(crate) devices: &'m DeviceList,
     pub(crate) begun: Instant,
 }
 
@@ -54,8 +54,7 @@ pub(crate) struct Board {
     lifecycle: Arc<Lifecycle>,
     threads: Vec<JoinHandle<()>>,
     serial: Arc<Serial>,
-    devices: Vec<Attached>,
-    functions: Vec<Placed>,
+    devices: DeviceList,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     bridge: Option<Arc<HostBridge>>,
@@ -69,11 +68,7 @@ pub(crate) struct Board {
 
 impl Board {
     /// The wiring, from top to bottom. Each step needs the ones before it.
-    pub(crate) fn build(
-        parts: &Parts<'_>,
-        devices: Vec<Detached>,
-        functions: Vec<Spare>,
-    ) -> Result<Self, Error> {
+    pub(crate) fn build(parts: &Parts<'_>) -> Result<Self, Error> {
         // 1. The VM, with the interrupt controller before any vCPU, which KVM insists on.
         let (vm, routes) = create_vm(parts.kvm, parts.platform)?;
         let vm = Arc::new(vm);
@@ -108,19 +103,13 @@ impl Board {
         let removable = parts.platform.pci.filter(|root| !root.removable.is_empty()).and(bridge.as_ref());
         let hotplug = removable.map(|bridge| hotplug(bridge, &ports, &mut pio)).transpose()?;
         let mut pages = parts.platform.virtio_mmio.iter();
-        let mut attached = Vec::new();
-        for device in devices {
+        for device in parts.devices.iter() {
             let no_place = || Error::internal("a device has no place on the board");
             let site = match device.transport() {
                 Transport::Mmio => Site::Mmio(pages.next().ok_or_else(no_place)?, &mut mmio),
-                Transport::Pci => Site::Pci(bridge.as_ref().ok_or_else(no_place)?),
+                Transport::Pci => Site::Pci(bridge.as_ref().ok_or_else(no_place)?, hotplug.as_ref()),
             };
-            attached.push(device.attach(&ports, site)?);
-        }
-        let mut placed = Vec::new();
-        for function in functions {
-            let bridge = bridge.as_ref().ok_or_else(|| Error::internal("there is no PCI root"))?;
-            placed.push(function.place(&ports, bridge, hotplug.as_ref())?);
+            device.plug(&ports, site)?;
         }
 
         // 5. The vCPUs, last: their threads share the finished buses.
@@ -129,8 +118,7 @@ impl Board {
             lifecycle,
             threads: Vec::new(),
             serial,
-            devices: attached,
-            functions: placed,
+            devices: parts.devices.clone(),
             pio,
             mmio,
             bridge,
@@ -179,17 +167,7 @@ impl Board {
         &self.serial
     }
 
-    /// The virtio devices, in the order of the configuration.
-    pub(crate) fn devices(&self) -> &[Attached] {
-        &self.devices
-    }
-
-    /// The PCI devices of vfio-user servers, in the order of the configuration.
-    pub(crate) fn functions(&self) -> &[Placed] {
-        &self.functions
-    }
-
-    /// What tells the guest that one of them is gone.
+    /// What tells the guest that a removable device is gone.
     pub(crate) fn hotplug(&self) -> Option<&Hotplug> {
         self.hotplug.as_deref()
     }
@@ -217,38 +195,16 @@ impl Board {
         }
     }
 
-    /// Takes the board apart and keeps the devices, their queues stopped.
-    pub(crate) fn dismantle(mut self) -> (Vec<Detached>, Vec<Spare>) {
+    /// Takes the board apart: all devices are unplugged afterwards.
+    pub(crate) fn dismantle(mut self) {
         self.end_vcpus();
         // The buses hold the devices' other references.
         (self.pio, self.mmio) = Default::default();
         if let Some(bridge) = self.bridge.take() {
             bridge.clear();
         }
-        let devices = std::mem::take(&mut self.devices);
-        stop_all(&devices);
-        let devices = devices.into_iter().map(Attached::detach).collect();
-        let functions = Placed::remove_all(std::mem::take(&mut self.functions));
-        (devices, functions)
+        self.devices.unplug_all();
     }
-}
-
-/// Stops the queues of all devices at the same time: of several hung backends the deadline is waited for once.
-fn stop_all(devices: &[Attached]) {
-    devices.iter().for_each(Attached::stop_looking);
-    std::thread::scope(|scope| {
-        // One is as well stopped here, when it is detached; so is a device for which there is no thread.
-        for device in devices.iter().skip(1) {
-            let handle = device.handle().clone();
-            let thread = std::thread::Builder::new().name("stop".to_owned());
-            if let Err(error) = thread.spawn_scoped(scope, move || handle.machine_reset()) {
-                log::debug!("a device is stopped after the others: {error}");
-            }
-        }
-        if let Some(first) = devices.first() {
-            first.handle().machine_reset();
-        }
-    });
 }
 
 impl Drop for Board {

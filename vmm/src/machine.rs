@@ -13,8 +13,6 @@ use arch::layout::{self, Gpa};
 use arch::platform::{Discovery, PciRoot, PciSlots, Platform, SerialPort};
 use arch::ram::Ram;
 use devices::pci::DeviceNumber;
-use devices::virtio::DeviceHandle;
-use devices::virtio::recovery::revival::Trial;
 use kvm_ioctls::Kvm;
 use rustix::fs::{MemfdFlags, memfd_create};
 use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
@@ -25,10 +23,10 @@ use crate::config::{Config, Image, OnReset, Transport};
 use crate::console::Console;
 use crate::control::Control;
 use crate::control::peers::{Heard, Peers};
-use crate::devices::recovery::{Plan, Stop};
-use crate::devices::vfio::Spare;
-use crate::devices::virtio::{Attached, Detached, Surroundings};
+use crate::devices::vfio::VfioDevice;
+use crate::devices::virtio::{Surroundings, VirtioDevice};
 use crate::devices::windows::Windows;
+use crate::devices::{DeviceId, DeviceList};
 use crate::error::Error;
 use crate::host::kvm;
 use crate::host::memory::Mapping;
@@ -98,7 +96,9 @@ pub struct Machine {
     ram_mappings: Vec<Mapping>,
     on_reset: OnReset,
     console: Console,
-    peers: Arc<Peers>,
+    devices: DeviceList,
+    /// Serves servers' requests as long as the machine lives.
+    _peers: Arc<Peers>,
     counters: Vec<Arc<VcpuCounters>>,
     board: Board,
     signals: Signals,
@@ -155,39 +155,30 @@ impl Machine {
         let peers = Peers::new(config.vhost_user.len())
             .map(Arc::new)
             .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
-        let mut devices = Vec::new();
-        let machine = Surroundings { memory: &memory, peers: &peers, trace: config.trace.as_ref() };
-        for (index, device) in config.vhost_user.into_iter().enumerate() {
-            let (device, channel) = Detached::connect(index, device, &devices, &machine)?;
-            if let Some(channel) = channel {
-                peers.add(index, channel).map_err(no_thread)?;
-            }
-            devices.push(device);
-        }
         let pci = platform.pci.and_then(|root| root.memory64);
         let pci = pci.map(|range| range.base.0..range.base.0.saturating_add(range.size));
         let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits(), pci);
-        devices.iter_mut().try_for_each(|device| device.place_shared_memory(&mut windows))?;
-        let mut functions: Vec<Spare> = Vec::new();
+        let mut devices = DeviceList::default();
+        let trace = config.trace.as_ref();
+        let mut machine = Surroundings { memory: &memory, peers: &peers, trace, windows: &mut windows };
+        for (index, device) in config.vhost_user.into_iter().enumerate() {
+            let device = VirtioDevice::connect(index, device, &devices, &mut machine)?;
+            devices.push(device);
+        }
         for ((index, device), number) in config.vfio_user.into_iter().enumerate().zip(numbers) {
-            let id = device.id.clone().unwrap_or_else(|| format!("vfio-user{index}"));
-            let taken = devices.iter().map(Detached::id).chain(functions.iter().map(Spare::id));
-            if taken.into_iter().any(|other| other == id) {
-                return Err(
-                    Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
-                );
-            }
+            let id = DeviceId::from(device.id.clone().unwrap_or_else(|| format!("vfio-user{index}")));
+            devices.check_free(&id)?;
             let limits = Limits::new(device.deadline);
             let limits = match &config.trace {
                 Some(trace) => limits.traced(Arc::clone(trace)),
                 None => limits,
             };
-            let (function, receiver) = Spare::connect(device, id, number, &memory, limits)?;
+            let (function, receiver) = VfioDevice::connect(device, id, number, &memory, limits)?;
             peers.listen(Heard::Server(receiver, Arc::clone(function.remote()))).map_err(no_thread)?;
             if function.remote().contents.pin.is_some() {
                 peers.listen(Heard::Pin(Arc::clone(function.remote()))).map_err(no_thread)?;
             }
-            functions.push(function);
+            devices.push(function);
         }
         startup.peers = elapsed(begun);
 
@@ -207,9 +198,10 @@ impl Machine {
             entry: &entry,
             console: &console,
             counters: &counters,
+            devices: &devices,
             begun,
         };
-        let board = Board::build(&parts, devices, functions)?;
+        let board = Board::build(&parts)?;
         startup.board = elapsed(begun);
 
         let (quit, asked) = UnixStream::pair()
@@ -223,7 +215,8 @@ impl Machine {
             ram_mappings,
             on_reset: config.on_reset,
             console,
-            peers,
+            devices,
+            _peers: peers,
             counters,
             board,
             signals: Signals::default(),
@@ -254,7 +247,7 @@ impl Machine {
             self.stats.boots += 1;
             self.board.lifecycle().open();
             let request =
-                Control::run(&self.board, &mut self.console, &self.peers, &self.signals, &self.asked)?;
+                Control::run(&self.board, &mut self.console, &self.devices, &self.signals, &self.asked)?;
             self.board.end_vcpus();
             for (bus, counters) in self.board.bus_counters() {
                 self.stats.add_bus(bus, counters);
@@ -277,7 +270,7 @@ impl Machine {
     /// Another board around the same RAM, console and backends.
     fn reboot(self) -> Result<Self, Error> {
         log::info!("the guest reset the machine: starting it again");
-        let (devices, functions) = self.board.dismantle();
+        self.board.dismantle();
         let entry = self.files.load(&self.ram, &self.platform)?;
         let parts = Parts {
             kvm: &self.kvm,
@@ -288,10 +281,10 @@ impl Machine {
             entry: &entry,
             console: &self.console,
             counters: &self.counters,
+            devices: &self.devices,
             begun: self.begun,
         };
-        let board = Board::build(&parts, devices, functions)?;
-        revive(board.devices());
+        let board = Board::build(&parts)?;
         Ok(Machine { board, ..self })
     }
 
@@ -302,36 +295,13 @@ impl Machine {
         stats.vcpus = self.counters.iter().map(|counters| counters.stats()).collect();
         stats.exits = stats.vcpus.iter().map(|vcpu| vcpu.exits).sum();
         stats.startup_us.first_entry = self.counters.first().map_or(0, |first| first.first_entry_us());
-        let (devices, functions) = self.board.dismantle();
-        stats.devices = devices.into_iter().map(Detached::finish).collect();
-        stats.devices.extend(functions.into_iter().map(Spare::finish));
+        self.board.dismantle();
+        stats.devices = self.devices.end();
         // Whoever sent a signal does not wait for the console's reader.
         let silence = Duration::from_millis(if matches!(end, End::Signal(_)) { 50 } else { 1000 });
         self.console.output().finish(silence, 10 * silence);
         Outcome { end, stats }
     }
-}
-
-/// Looks for the backends of broken devices, of all at the same time, as the guest does not run yet.
-fn revive(devices: &[Attached]) {
-    let broken = devices.iter().filter_map(|device| Some((device, device.second_chance()?)));
-    let broken: Vec<_> = broken.collect();
-    std::thread::scope(|scope| {
-        let (devices, chances): (Vec<_>, Vec<_>) = broken.into_iter().unzip();
-        let search = |(plan, handle, trial): (Arc<Plan>, DeviceHandle, Trial)| {
-            let thread = std::thread::Builder::new().name("revive".to_owned());
-            thread.spawn_scoped(scope, move || plan.revive(&handle, trial, &Stop::default()))
-        };
-        let searches: Vec<_> = chances.into_iter().map(search).collect();
-        for (device, search) in devices.into_iter().zip(searches) {
-            match search.map(|search| search.join()) {
-                Ok(Ok(Some(hang_up))) => device.recovered(hang_up),
-                Ok(Ok(None)) => {}
-                Ok(Err(_)) => log::error!("the search for a backend panicked"),
-                Err(error) => log::error!("no thread can be had to look for a backend: {error}"),
-            }
-        }
-    });
 }
 
 /// The images, open for the machine's whole life: a reboot starts the same kernel even if the path has since

@@ -9,7 +9,9 @@
 //! | [`backend`] | whoever serves the queues, and that over vhost-user |
 //! | [`served`] | the control queues that the VMM serves itself |
 //! | [`recovery`] | a lost backend, and how the next one takes its place |
+//! | [`attendant`] | the thread that waits for the backend on behalf of everybody else |
 
+pub mod attendant;
 pub mod backend;
 pub mod core;
 pub mod recovery;

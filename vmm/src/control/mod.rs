@@ -16,33 +16,27 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
-use transport::vhost_user::Refused;
 
 use crate::board::Board;
 use crate::console::{Console, Input, Readable};
-use crate::control::peers::{News, Peers};
-use crate::devices::virtio::Attached;
+use crate::devices::{DeviceList, MachineDevice, Notice};
 use crate::error::Error;
 use crate::life::gate::Request;
 use crate::life::signals::{Asked, Signals};
 
-/// What an event is about; a device's number is added to the last ones.
+/// What an event is about; a number is added to the last two.
 mod token {
     pub(crate) const REQUEST: u32 = 0;
     pub(crate) const INPUT: u32 = 1;
     pub(crate) const INPUT_SPACE: u32 = 2;
     pub(crate) const CLIENT: u32 = 3;
-    pub(crate) const NEWS: u32 = 4;
     pub(crate) const EVENT_LINE: u32 = 5;
     pub(crate) const OUTPUT: u32 = 6;
     pub(crate) const QUIT: u32 = 7;
     pub(crate) const LOOK: u32 = 8;
     pub(crate) const SIGNAL: u32 = 0x100;
-    pub(crate) const HANG_UP: u32 = 0x1000;
-    pub(crate) const FUNCTION: u32 = 0x2000;
-    pub(crate) const QUEUE: u32 = 0x1_0000;
-    /// Distance of two devices' queues.
-    pub(crate) const QUEUES: u32 = 0x100;
+    /// The descriptors of all devices.
+    pub(crate) const DEVICE: u32 = 0x1000;
 }
 
 /// The parts of a machine that the loop serves during one boot.
@@ -51,8 +45,8 @@ pub(crate) struct Control<'m> {
     board: &'m Board,
     /// The console, for its input.
     console: &'m mut Console,
-    /// The thread that listens to backends.
-    peers: &'m Arc<Peers>,
+    /// What is watched for devices: a token is a place in this list.
+    notices: Vec<(Arc<dyn MachineDevice>, Notice)>,
     signals: &'m Signals,
     /// Readable when a handle asks for the end.
     asked: &'m UnixStream,
@@ -84,15 +78,20 @@ impl<'m> Control<'m> {
     pub(crate) fn run(
         board: &'m Board,
         console: &'m mut Console,
-        peers: &'m Arc<Peers>,
+        devices: &DeviceList,
         signals: &'m Signals,
         asked: &'m UnixStream,
     ) -> Result<Request, Error> {
         let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
+        let notices = devices.iter().flat_map(|device| {
+            let notices = device.watched().into_iter().map(|(_, notice)| (Arc::clone(device), notice));
+            notices.collect::<Vec<_>>()
+        });
+        let notices = notices.collect();
         let control = Control {
             board,
             console,
-            peers,
+            notices,
             signals,
             asked,
             client: None,
@@ -227,40 +226,6 @@ impl<'m> Control<'m> {
         }
     }
 
-    fn hear(&self, news: News, ops: &mut EventOps<'_>) {
-        match news {
-            News::ConfigChanged(index) => {
-                if let Some(device) = self.board.devices().get(index) {
-                    device.handle().config_changed();
-                }
-            }
-            News::Lookup(lookup) => {
-                let exporter = self.board.devices().get(lookup.exporter);
-                let found =
-                    exporter.map(|device| device.handle().with(|device| device.shared_object(lookup.uuid)));
-                self.peers.found(lookup, found.unwrap_or(Err(Refused)));
-            }
-            News::Wanted(index, trial) => {
-                if let Some(device) = self.board.devices().get(index) {
-                    // The connection that broke the device must not break it again when its end is noticed.
-                    unwatch(ops, Events::empty(&*device.hang_up()));
-                    device.wanted(trial);
-                }
-            }
-            News::Recovered(index, hang_up) => {
-                let number = u32::try_from(index).unwrap_or(u32::MAX);
-                if let Some(device) = self.device(number) {
-                    device.recovered(hang_up);
-                    watch_hang_up(ops, number, device);
-                }
-            }
-        }
-    }
-
-    fn device(&self, index: u32) -> Option<&Attached> {
-        self.board.devices().get(usize::try_from(index).ok()?)
-    }
-
     fn signal(&mut self, index: u32, ops: &mut EventOps<'_>) {
         match self.signals.take(usize::try_from(index).unwrap_or(usize::MAX)) {
             Some(Asked::End(signal)) => self.board.lifecycle().request(Request::Signal(signal)),
@@ -274,7 +239,6 @@ impl MutEventSubscriber for Control<'_> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::with_data(self.board.lifecycle().wake(), token::REQUEST, EventSet::IN));
         watch(ops, Events::with_data(&self.board.serial().input_space(), token::INPUT_SPACE, EventSet::IN));
-        watch(ops, Events::with_data(self.peers.news(), token::NEWS, EventSet::IN));
         if let Some(hotplug) = self.board.hotplug() {
             watch(ops, Events::with_data(&hotplug.line().lowered(), token::EVENT_LINE, EventSet::IN));
         }
@@ -282,16 +246,13 @@ impl MutEventSubscriber for Control<'_> {
         for (index, stream) in (0..).zip(self.signals.sockets()) {
             watch(ops, Events::with_data(stream, token::SIGNAL + index, EventSet::IN));
         }
-        for (index, device) in (0..).zip(self.board.devices()) {
-            watch_hang_up(ops, index, device);
-            for (queue, kick) in device.kicks() {
-                let token = token::QUEUE + index * token::QUEUES + u32::from(*queue);
-                watch(ops, Events::with_data(kick, token, EventSet::IN));
+        let mut token = token::DEVICE;
+        for (device, notice) in &self.notices {
+            let watched = device.watched();
+            if let Some((fd, _)) = watched.iter().find(|(_, watched)| watched == notice) {
+                watch(ops, Events::with_data(fd, token, EventSet::IN));
             }
-        }
-        for (index, function) in (0..).zip(self.board.functions()) {
-            let hang_up = function.hang_up();
-            watch(ops, Events::with_data(&*hang_up, token::FUNCTION + index, EventSet::READ_HANG_UP));
+            token = token.saturating_add(1);
         }
         match self.console.readable() {
             Readable::Nothing => {}
@@ -330,37 +291,18 @@ impl MutEventSubscriber for Control<'_> {
                 unwatch(ops, event);
                 self.board.lifecycle().request(Request::Quit);
             }
-            token::NEWS => {
-                for news in self.peers.take_news() {
-                    self.hear(news, ops);
-                }
-            }
             token::EVENT_LINE => {
                 if let Some(hotplug) = self.board.hotplug() {
                     hotplug.line_lowered();
                 }
             }
-            signal if (token::SIGNAL..token::HANG_UP).contains(&signal) => {
+            signal if (token::SIGNAL..token::DEVICE).contains(&signal) => {
                 self.signal(signal - token::SIGNAL, ops);
             }
-            queue if queue >= token::QUEUE => {
-                let (device, queue) = ((queue - token::QUEUE) / token::QUEUES, queue % token::QUEUES);
-                if let (Some(device), Ok(queue)) = (self.device(device), u16::try_from(queue)) {
-                    device.handle().serve_kick(queue);
-                }
-            }
-            function if function >= token::FUNCTION => {
-                unwatch(ops, event);
-                let index = usize::try_from(function - token::FUNCTION).unwrap_or(usize::MAX);
-                if let Some(function) = self.board.functions().get(index) {
-                    function.hung_up();
-                }
-            }
-            peer => {
-                unwatch(ops, event);
-                let index = peer.saturating_sub(token::HANG_UP);
-                if let Some(device) = self.device(index) {
-                    device.hung_up();
+            other => {
+                let place = usize::try_from(other.saturating_sub(token::DEVICE)).ok();
+                if let Some((device, notice)) = place.and_then(|place| self.notices.get(place)) {
+                    device.notice(*notice);
                 }
             }
         }
@@ -379,11 +321,6 @@ fn timer(pause: Duration) -> std::io::Result<OwnedFd> {
     let when = Itimerspec { it_interval: Timespec::default(), it_value };
     timerfd_settime(&fd, TimerfdTimerFlags::empty(), &when)?;
     Ok(fd)
-}
-
-/// A connection that is gone already is told of at once.
-fn watch_hang_up(ops: &mut EventOps<'_>, index: u32, device: &Attached) {
-    watch(ops, Events::with_data(&*device.hang_up(), token::HANG_UP + index, EventSet::READ_HANG_UP));
 }
 
 fn watch(ops: &mut EventOps<'_>, event: Events) -> bool {

@@ -1,10 +1,10 @@
 //! The thread `peers`: answers what backends and servers ask on their own.
 //!
 //! It never blocks on any of them and never takes a device's lock, so a backend gets its answer even while a
-//! vCPU holds the device and waits for that same backend. What needs the device is left as news for the
-//! control loop.
+//! vCPU holds the device and waits for that same backend. What needs the device is a job for the device's attendant.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use devices::pci::vfio_user::Remote;
+use devices::virtio::attendant::Job;
 use devices::virtio::backend::requests::{Answers, OwnChannel};
-use devices::virtio::recovery::revival::Trial;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use transport::vfio_user::{self, Receiver};
@@ -26,19 +26,6 @@ use crate::control::shared_objects::{Owner, SharedObjects};
 pub(crate) struct Peers {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// What the control loop has to act upon.
-#[derive(Debug)]
-pub(crate) enum News {
-    /// The configuration of this device changed.
-    ConfigChanged(usize),
-    /// This broken device was reset and wants its backend looked for.
-    Wanted(usize, Trial),
-    /// This device has a backend again; the descriptor tells when that one is gone.
-    Recovered(usize, OwnedFd),
-    /// A backend wants the descriptor of another one's object.
-    Lookup(Box<Lookup>),
 }
 
 /// A backend's channel, as long as it lives.
@@ -67,35 +54,40 @@ impl Heard {
     }
 }
 
-/// A lookup of a shared object; its backend waits for [`Peers::found`]. Its channel closes when it is dropped.
-pub(crate) struct Lookup {
-    line: Line,
-    /// The number of the device whose backend has the object.
-    pub(crate) exporter: usize,
-    /// The object.
-    pub(crate) uuid: Uuid,
+/// A lookup of a shared object, whose backend waits for the answer: refused when this is dropped.
+struct Lookup {
+    shared: Arc<Shared>,
+    line: Option<Line>,
 }
 
-impl std::fmt::Debug for Lookup {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lookup")
-            .field("exporter", &self.exporter)
-            .field("uuid", &self.uuid)
-            .finish_non_exhaustive()
+impl Lookup {
+    /// Answers, and has the channel served again.
+    fn answer(&mut self, found: Result<OwnedFd, Refused>) {
+        let Some(mut line) = self.line.take() else { return };
+        lock(&self.shared.waiting).retain(|device| *device != line.owner.device);
+        if let Err(error) = line.own.channel.answer_lookup(found) {
+            log::warn!("the backend's own channel is closed: {error}");
+        }
+        // Also a closed one, whose objects have to go.
+        lock(&self.shared.inbox).push(Heard::Backend(line));
+        ring(&self.shared.wake);
     }
 }
 
+impl Drop for Lookup {
+    fn drop(&mut self) {
+        self.answer(Err(Refused));
+    }
+}
+
+/// Has a device's attendant do something. Never waits; false when there is none any more.
+type Post = dyn Fn(Job) -> bool + Send + Sync;
+
 struct Shared {
-    /// Readable when a flag below is up.
-    news: OwnedFd,
-    /// "The configuration of device N changed."
-    changed: Vec<AtomicBool>,
+    /// The devices' attendants, by number.
+    attendants: Mutex<BTreeMap<usize, Arc<Post>>>,
     /// "The log knows that a backend found a ring of device N in error."
     ring_errors: Vec<AtomicBool>,
-    /// "Device N wants its backend looked for." At most one a device: it asks again when that search is over.
-    wanted: Mutex<Vec<(usize, Trial)>>,
-    recovered: Mutex<Vec<(usize, OwnedFd)>>,
-    lookups: Mutex<Vec<Lookup>>,
     /// The devices of lookups that are not answered yet.
     waiting: Mutex<Vec<usize>>,
     /// Connections so far.
@@ -114,12 +106,8 @@ impl Peers {
     pub(crate) fn new(devices: usize) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let shared = Arc::new(Shared {
-            news: eventfd(0, flags)?,
-            changed: (0..devices).map(|_| AtomicBool::new(false)).collect(),
+            attendants: Mutex::default(),
             ring_errors: (0..devices).map(|_| AtomicBool::new(false)).collect(),
-            wanted: Mutex::new(Vec::new()),
-            recovered: Mutex::new(Vec::new()),
-            lookups: Mutex::new(Vec::new()),
             waiting: Mutex::new(Vec::new()),
             connections: AtomicU64::new(0),
             wake: eventfd(0, flags)?,
@@ -154,46 +142,9 @@ impl Peers {
         Ok(())
     }
 
-    /// Tells the control loop that device number `device` has a backend again. Called by its recovery thread.
-    pub(crate) fn recovered(&self, device: usize, hang_up: OwnedFd) {
-        lock(&self.shared.recovered).push((device, hang_up));
-        ring(&self.shared.news);
-    }
-
-    /// Asks the control loop to look for the backend of device number `device`. Never waits.
-    pub(crate) fn want(&self, device: usize, trial: Trial) {
-        lock(&self.shared.wanted).push((device, trial));
-        ring(&self.shared.news);
-    }
-
-    /// Answers a lookup, and has its channel served again. Called by the control loop.
-    pub(crate) fn found(&self, lookup: Box<Lookup>, found: Result<OwnedFd, Refused>) {
-        let Lookup { mut line, .. } = *lookup;
-        lock(&self.shared.waiting).retain(|device| *device != line.owner.device);
-        if let Err(error) = line.own.channel.answer_lookup(found) {
-            log::warn!("the backend's own channel is closed: {error}");
-        }
-        // Also a closed one, whose objects have to go.
-        lock(&self.shared.inbox).push(Heard::Backend(line));
-        ring(&self.shared.wake);
-    }
-
-    /// Readable when [`Peers::take_news`] has something.
-    pub(crate) fn news(&self) -> &OwnedFd {
-        &self.shared.news
-    }
-
-    /// What happened since the last call.
-    pub(crate) fn take_news(&self) -> Vec<News> {
-        drain(&self.shared.news);
-        let recovered = std::mem::take(&mut *lock(&self.shared.recovered));
-        let mut news: Vec<News> =
-            recovered.into_iter().map(|(index, fd)| News::Recovered(index, fd)).collect();
-        news.extend(lock(&self.shared.lookups).drain(..).map(|lookup| News::Lookup(Box::new(lookup))));
-        news.extend(lowered(&self.shared.changed).map(News::ConfigChanged));
-        let wanted = std::mem::take(&mut *lock(&self.shared.wanted));
-        news.extend(wanted.into_iter().map(|(index, trial)| News::Wanted(index, trial)));
-        news
+    /// Jobs for device number `device` go to `post` from now on.
+    pub(crate) fn attend(&self, device: usize, post: impl Fn(Job) -> bool + Send + Sync + 'static) {
+        lock(&self.shared.attendants).insert(device, Arc::new(post));
     }
 }
 
@@ -207,18 +158,13 @@ impl Drop for Peers {
     }
 }
 
-/// The flags that were up.
-fn lowered(flags: &[AtomicBool]) -> impl Iterator<Item = usize> {
-    let flags = flags.iter().enumerate();
-    flags.filter(|(_, flag)| flag.swap(false, Ordering::AcqRel)).map(|(index, _)| index)
-}
-
 impl Shared {
-    /// Puts up a device's flag.
-    fn raise(&self, flags: &[AtomicBool], device: usize) {
-        if let Some(flag) = flags.get(device) {
-            flag.store(true, Ordering::Release);
-            ring(&self.news);
+    /// Has a device's attendant do something.
+    fn post(&self, device: usize, job: Job) {
+        let post = lock(&self.attendants).get(&device).cloned();
+        // A lookup is refused when its job is dropped.
+        if !post.is_some_and(|post| post(job)) {
+            log::debug!("device number {device} has no attendant");
         }
     }
 
@@ -228,7 +174,7 @@ impl Shared {
         lock(&self.waiting).contains(&device)
     }
 
-    fn serve(&self) {
+    fn serve(self: &Arc<Self>) {
         let mut lines: Vec<Heard> = Vec::new();
         let objects = RefCell::default();
         loop {
@@ -246,7 +192,11 @@ impl Shared {
 
     /// One wait, then every channel that has something. A channel that ends is dropped: its device hears of it
     /// by the hang-up of the main socket, if the backend is gone.
-    fn wait_and_serve(&self, lines: &mut Vec<Heard>, objects: &RefCell<SharedObjects>) -> io::Result<()> {
+    fn wait_and_serve(
+        self: &Arc<Self>,
+        lines: &mut Vec<Heard>,
+        objects: &RefCell<SharedObjects>,
+    ) -> io::Result<()> {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         fds.extend(lines.iter().map(|line| PollFd::from_borrowed_fd(line.as_fd(), PollFlags::IN)));
         match poll(&mut fds, None) {
@@ -266,7 +216,7 @@ impl Shared {
     }
 
     /// Serves what there is; gives it back if it is to be listened to again.
-    fn hear(&self, heard: Heard, objects: &RefCell<SharedObjects>) -> Option<Heard> {
+    fn hear(self: &Arc<Self>, heard: Heard, objects: &RefCell<SharedObjects>) -> Option<Heard> {
         match heard {
             Heard::Backend(line) => self.serve_line(line, objects).map(Heard::Backend),
             Heard::Server(mut receiver, remote) => match receiver.serve() {
@@ -286,7 +236,7 @@ impl Shared {
     }
 
     /// Serves a channel; gives it back if it is to be served again.
-    fn serve_line(&self, mut line: Line, objects: &RefCell<SharedObjects>) -> Option<Line> {
+    fn serve_line(self: &Arc<Self>, mut line: Line, objects: &RefCell<SharedObjects>) -> Option<Line> {
         let (owner, wanted) = (line.owner, Cell::new(None));
         let OwnChannel { channel, answers } = &mut line.own;
         let served = channel.serve(&Asked { shared: self, owner, answers, objects, wanted: &wanted });
@@ -295,8 +245,8 @@ impl Shared {
             Ok(Served::Deferred) => {
                 let (uuid, exporter) = wanted.into_inner()?;
                 lock(&self.waiting).push(owner.device);
-                lock(&self.lookups).push(Lookup { line, exporter, uuid });
-                ring(&self.news);
+                let mut lookup = Lookup { shared: Arc::clone(self), line: Some(line) };
+                self.post(exporter, Job::Lookup(uuid, Box::new(move |found| lookup.answer(found))));
                 return None;
             }
             Ok(Served::HungUp) => {}
@@ -319,7 +269,7 @@ struct Asked<'a> {
 
 impl BackendRequests for Asked<'_> {
     fn config_changed(&self) {
-        self.shared.raise(&self.shared.changed, self.owner.device);
+        self.shared.post(self.owner.device, Job::Reload);
     }
 
     fn iotlb(&self, message: Iotlb) -> Result<(), Refused> {
@@ -359,7 +309,7 @@ impl BackendRequests for Asked<'_> {
         self.objects.borrow_mut().remove(uuid, self.owner).then_some(()).ok_or(Refused)
     }
 
-    /// What another device's backend has is asked for by the control loop. A backend that asks for its own
+    /// What another device's backend has is asked for by that device's attendant. A backend that asks for its own
     /// would have to answer while it waits, and is refused.
     fn defers_lookup(&self, uuid: Uuid) -> bool {
         let exporter = self.objects.borrow().owner(uuid).map(|owner| owner.device);

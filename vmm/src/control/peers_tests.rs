@@ -41,20 +41,42 @@ fn ask(backend: &ScriptedBackend, request: BackendRequest, uuid: u8) -> (u64, us
     backend.answer(LIMIT).unwrap()
 }
 
-fn lookup(peers: &Peers) -> Box<Lookup> {
+/// Jobs for the attendants of two devices, with the device's number.
+type Jobs = Arc<Mutex<Vec<(usize, Job)>>>;
+
+fn peers() -> (Peers, Jobs) {
+    let (peers, jobs) = (Peers::new(2).unwrap(), Jobs::default());
+    for device in [0, 1] {
+        let jobs = Arc::clone(&jobs);
+        peers.attend(device, move |job| {
+            jobs.lock().unwrap().push((device, job));
+            true
+        });
+    }
+    (peers, jobs)
+}
+
+/// A lookup that waits to be answered.
+struct Wanted {
+    exporter: usize,
+    uuid: Uuid,
+    answer: Box<dyn FnOnce(Result<OwnedFd, Refused>) + Send>,
+}
+
+fn lookup(jobs: &Jobs) -> Wanted {
     let begun = Instant::now();
     loop {
         assert!(begun.elapsed() < LIMIT, "no lookup");
-        if let Some(News::Lookup(lookup)) = peers.take_news().into_iter().next() {
-            return lookup;
+        if let Some((exporter, Job::Lookup(uuid, answer))) = jobs.lock().unwrap().pop() {
+            return Wanted { exporter, uuid, answer };
         }
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn objects_go_from_one_backend_to_another_through_the_control_loop() {
-    let peers = Peers::new(2).unwrap();
+fn objects_go_from_one_backend_to_another_by_the_attendant_of_its_device() {
+    let (peers, jobs) = peers();
     let (exporter, asker) = (backend(&peers, 0), backend(&peers, 1));
     assert_eq!(ask(&asker, LOOKUP, 7), (1, 0), "nobody has it");
     assert_eq!(ask(&exporter, ADD, 7), (0, 0));
@@ -63,37 +85,37 @@ fn objects_go_from_one_backend_to_another_through_the_control_loop() {
     assert_eq!(ask(&exporter, LOOKUP, 7), (1, 0), "its own, it would have to answer while it waits");
 
     asker.request(LOOKUP, &[7; 16], &[]).unwrap();
-    let wanted = lookup(&peers);
+    let wanted = lookup(&jobs);
     assert_eq!((wanted.exporter, wanted.uuid.bytes), (0, [7; 16]));
     // The thread goes on meanwhile, for others and for the exporter.
     assert_eq!(ask(&exporter, ADD, 8), (0, 0));
-    peers.found(wanted, Ok(memfd_create("object", MemfdFlags::CLOEXEC).unwrap()));
+    (wanted.answer)(Ok(memfd_create("object", MemfdFlags::CLOEXEC).unwrap()));
     assert_eq!(asker.answer(LIMIT).unwrap(), (0, 1));
     // And so does the channel.
     assert_eq!(ask(&asker, ADD, 9), (0, 0));
     asker.request(LOOKUP, &[8; 16], &[]).unwrap();
-    peers.found(lookup(&peers), Err(Refused));
+    (lookup(&jobs).answer)(Err(Refused));
     assert_eq!(asker.answer(LIMIT).unwrap(), (1, 0));
 }
 
 #[test]
 fn backends_that_wait_for_each_other_are_not_asked() {
-    let peers = Peers::new(2).unwrap();
+    let (peers, jobs) = peers();
     let (a, b) = (backend(&peers, 0), backend(&peers, 1));
     assert_eq!((ask(&a, ADD, 1), ask(&b, ADD, 2)), ((0, 0), (0, 0)));
     a.request(LOOKUP, &[2; 16], &[]).unwrap();
-    let wanted = lookup(&peers);
+    let wanted = lookup(&jobs);
     assert_eq!(ask(&b, LOOKUP, 1), (1, 0), "its owner waits itself");
-    peers.found(wanted, Err(Refused));
+    (wanted.answer)(Err(Refused));
     assert_eq!(a.answer(LIMIT).unwrap(), (1, 0));
     b.request(LOOKUP, &[1; 16], &[]).unwrap();
-    peers.found(lookup(&peers), Err(Refused));
+    (lookup(&jobs).answer)(Err(Refused));
     assert_eq!(b.answer(LIMIT).unwrap(), (1, 0));
 }
 
 #[test]
 fn objects_go_with_their_backend() {
-    let peers = Peers::new(2).unwrap();
+    let (peers, jobs) = peers();
     let (exporter, asker) = (backend(&peers, 0), backend(&peers, 1));
     assert_eq!(ask(&exporter, ADD, 1), (0, 0));
     exporter.hang_up();
@@ -105,11 +127,23 @@ fn objects_go_with_their_backend() {
     let gone = backend(&peers, 0);
     assert_eq!(ask(&gone, ADD, 2), (0, 0));
     gone.request(LOOKUP, &[1; 16], &[]).unwrap();
-    let wanted = lookup(&peers);
+    let wanted = lookup(&jobs);
     drop(gone);
-    peers.found(wanted, Ok(memfd_create("object", MemfdFlags::CLOEXEC).unwrap()));
+    (wanted.answer)(Ok(memfd_create("object", MemfdFlags::CLOEXEC).unwrap()));
     let begun = Instant::now();
     while ask(&asker, ADD, 2) != (0, 0) {
         assert!(begun.elapsed() < LIMIT);
     }
+}
+
+#[test]
+fn lookup_that_no_attendant_carries_out_is_refused() {
+    let (peers, jobs) = peers();
+    let (exporter, asker) = (backend(&peers, 0), backend(&peers, 1));
+    assert_eq!(ask(&exporter, ADD, 1), (0, 0));
+    asker.request(LOOKUP, &[1; 16], &[]).unwrap();
+    drop(lookup(&jobs));
+    assert_eq!(asker.answer(LIMIT).unwrap(), (1, 0));
+    peers.attend(0, |_| false);
+    assert_eq!(ask(&asker, LOOKUP, 1), (1, 0), "the device has ended");
 }

@@ -1,46 +1,51 @@
-//! A PCI device of a vfio-user server between boots and on a board.
+//! A PCI device whose function a vfio-user server provides.
 //!
-//! `Spare → Placed` puts it on a board, `Placed → Spare` takes it off again, reset. Its connection lives as long as
-//! the machine. A server that is lost leaves a broken device, which the guest is asked to let go of; it is on no board
-//! that is built afterwards, while a device that the guest itself has switched off is on the next one again.
+//! The connection lives as long as the machine. A server that is lost leaves a broken device, which the guest is asked to
+//! let go of; it is on no board that is built afterwards, while a device that the guest itself has switched off is on the
+//! next one again.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arch::layout;
+use devices::hang_up::HangUp;
 use devices::pci::hotplug::{Hotplug, Occupant};
 use devices::pci::vfio_user::{self, Device, Opened, Remote};
-use devices::pci::{DeviceNumber, Function, HostBridge};
+use devices::pci::{DeviceNumber, Function};
 use devices::ports::Ports;
 use transport::memory::MemoryMap;
 use transport::peer::Limits;
 use transport::vfio_user::{Client, Receiver};
 
-use crate::config::{Socket, VfioUser};
+use crate::config::{Socket, Transport, VfioUser};
+use crate::devices::{DeviceId, MachineDevice, Notice, Site};
 use crate::error::{Error, Fault};
 use crate::stats::{DeviceStats, PciStats, PeerStats};
 
-/// A device that is on no board.
-pub(crate) struct Spare {
-    id: String,
+/// A device of a vfio-user server, for the machine's whole life.
+pub(crate) struct VfioDevice {
+    id: DeviceId,
     number: DeviceNumber,
     remote: Arc<Remote>,
-    hang_up: Arc<OwnedFd>,
+    hang_up: HangUp,
+    /// What [`VfioDevice::hang_up`] watches.
+    _connection: OwnedFd,
+    plugged: Mutex<Plugged>,
 }
 
-/// A device on a board, or a broken one beside it.
-pub(crate) struct Placed {
-    spare: Spare,
+/// What the device has on a board.
+#[derive(Default)]
+struct Plugged {
     device: Option<Arc<Device>>,
     hotplug: Option<Arc<Hotplug>>,
 }
 
-impl Spare {
+impl VfioDevice {
     /// Connects to the server within these limits, asks what its function is, and gives it guest memory. The receiver wants to be served
     /// from now on. `number` is the device's on every board.
     pub(crate) fn connect(
         config: VfioUser,
-        id: String,
+        id: DeviceId,
         number: DeviceNumber,
         memory: &MemoryMap,
         limits: Limits,
@@ -53,7 +58,7 @@ impl Spare {
         };
         let opened = client
             .map_err(vfio_user::OpenError::from)
-            .and_then(|client| vfio_user::open(client, id.clone(), config.wishes, memory));
+            .and_then(|client| vfio_user::open(client, id.to_string(), config.wishes, memory));
         let Opened { remote, receiver, hang_up } = opened.map_err(|error| {
             let hint = error.hint();
             let failed = Error::new(Fault::Peer, cannot()).because(error);
@@ -63,12 +68,10 @@ impl Spare {
             }
         })?;
         log::info!("device {id}: {}", remote.contents.identity);
-        Ok((Spare { id, number, remote, hang_up: Arc::new(hang_up) }, receiver))
-    }
-
-    /// Its name.
-    pub(crate) fn id(&self) -> &str {
-        &self.id
+        let (connection, plugged) = (hang_up, Mutex::default());
+        let hang_up = HangUp::new().map_err(|error| Error::host(cannot()).because(error))?;
+        hang_up.watch(&connection).map_err(|error| Error::host(cannot()).because(error))?;
+        Ok((VfioDevice { id, number, remote, hang_up, _connection: connection, plugged }, receiver))
     }
 
     /// What outlives its boards.
@@ -76,17 +79,27 @@ impl Spare {
         &self.remote
     }
 
-    /// Puts the device on a board, unless it is broken: who reads nothing but ones is not there.
-    pub(crate) fn place(
-        self,
-        ports: &Ports,
-        bridge: &HostBridge,
-        hotplug: Option<&Arc<Hotplug>>,
-    ) -> Result<Placed, Error> {
+    fn plugged(&self) -> MutexGuard<'_, Plugged> {
+        self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MachineDevice for VfioDevice {
+    fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
+    fn transport(&self) -> Transport {
+        Transport::Pci
+    }
+
+    /// A broken device is on no board: what reads nothing but ones is not there.
+    fn plug(&self, ports: &Ports, site: Site<'_>) -> Result<(), Error> {
         let cannot = || format!("cannot wire device {}", self.id);
+        let Site::Pci(bridge, hotplug) = site else { return Err(Error::internal(cannot())) };
         if let Some(why) = self.remote.link.broken() {
             log::info!("device {} is not there any more: {why}", self.id);
-            return Ok(Placed { spare: self, device: None, hotplug: None });
+            return Ok(());
         }
         let number = self.number;
         let pin = self.remote.contents.pin.and_then(|pin| layout::intx_gsi(number.get(), pin));
@@ -99,16 +112,38 @@ impl Spare {
             hotplug.occupy(number, occupant);
         }
         log::info!("device {} is PCI device {number}", self.id);
-        Ok(Placed { spare: self, device: Some(device), hotplug: hotplug.cloned() })
+        *self.plugged() = Plugged { device: Some(device), hotplug: hotplug.cloned() };
+        Ok(())
     }
 
-    /// The end: the server sees us go. What was counted over the device's whole life.
-    pub(crate) fn finish(self) -> DeviceStats {
+    fn unplug(&self) {
+        let plugged = std::mem::take(&mut *self.plugged());
+        plugged.device.iter().for_each(|device| device.retire());
+    }
+
+    fn watched(&self) -> Vec<(BorrowedFd<'_>, Notice)> {
+        vec![(self.hang_up.as_fd(), Notice::HangUp)]
+    }
+
+    /// The connection is gone, of itself or as the device broke: the guest sees the device gone, and is asked to let
+    /// go of it.
+    fn notice(&self, _: Notice) {
+        self.hang_up.take();
+        let plugged = self.plugged();
+        if let Some(device) = &plugged.device {
+            device.give_up("the server closed the connection");
+        }
+        if let Some(hotplug) = &plugged.hotplug {
+            hotplug.lost(self.number);
+        }
+    }
+
+    fn stats(&self) -> DeviceStats {
         let report = self.remote.report();
         let bars: Vec<_> = report.accesses.iter().take(6).copied().collect();
         let (config_reads, config_writes) = report.accesses.last().copied().unwrap_or_default();
         DeviceStats {
-            id: self.id,
+            id: self.id.to_string(),
             kind: "vfio-user".to_owned(),
             state: match (&report.broken, report.ejected) {
                 (Some(_), _) => "broken",
@@ -134,42 +169,7 @@ impl Spare {
             }),
         }
     }
-}
 
-impl Placed {
-    /// Hung up when the connection is gone.
-    pub(crate) fn hang_up(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.spare.hang_up)
-    }
-
-    /// The connection is gone, of itself or as the device broke: the guest sees the device gone, and is asked to let
-    /// go of it. Called by the control loop.
-    pub(crate) fn hung_up(&self) {
-        if let Some(device) = &self.device {
-            device.give_up("the server closed the connection");
-        }
-        if let Some(hotplug) = &self.hotplug {
-            hotplug.lost(self.spare.number);
-        }
-    }
-
-    /// Takes all devices off their board at the same time: of several hung servers the deadline is waited for once.
-    pub(crate) fn remove_all(placed: Vec<Placed>) -> Vec<Spare> {
-        std::thread::scope(|scope| {
-            let mut devices = placed.iter().filter_map(|placed| placed.device.as_deref());
-            // One is as well retired here.
-            let first = devices.next();
-            for other in devices {
-                let thread = std::thread::Builder::new().name("retire".to_owned());
-                if let Err(error) = thread.spawn_scoped(scope, || other.retire()) {
-                    log::debug!("a device is retired after the others: {error}");
-                    other.retire();
-                }
-            }
-            if let Some(first) = first {
-                first.retire();
-            }
-        });
-        placed.into_iter().map(|placed| placed.spare).collect()
-    }
+    /// The connection closes when the device is dropped.
+    fn end(&self) {}
 }

@@ -1,24 +1,20 @@
-//! A virtio device between boots: its backend's connection and what the guest will see of it.
-//!
-//! `Detached → Attached` puts it on a board, `Attached → Detached` takes it off again with its queues stopped.
+//! A virtio device whose queues a vhost-user backend serves.
 
-use std::cell::RefCell;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
-use arch::platform::VirtioMmio;
-use devices::bus::Bus;
-use devices::pci::HostBridge;
+use devices::hang_up::HangUp;
 use devices::pci::host_bridge::InsertError;
 use devices::ports::Ports;
-use devices::virtio::backend::Backend;
-use devices::virtio::backend::requests::{Calls, NotifierPlace, OwnChannel};
+use devices::virtio::attendant::{Attendant, Job};
+use devices::virtio::backend::requests::NotifierPlace;
 use devices::virtio::backend::shared_memory::{FixedWindows, SharedRegions};
 use devices::virtio::backend::vhost_user::{self, Opened};
-use devices::virtio::recovery::revival::{Seeker, Trial};
+use devices::virtio::core::registers::SharedMemory;
+use devices::virtio::recovery::search::{Meeting, Search};
 use devices::virtio::ring::address::Iommu;
 use devices::virtio::transport::mmio::{self, MmioDevice, Place};
-use devices::virtio::types::table::Model;
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
 use transport::memory::{GuestAddr, MemoryMap};
 use transport::peer::socket::Listener;
@@ -28,24 +24,12 @@ use transport::vhost_user::vring::Kick;
 
 use crate::config::{Role, Socket, Transport, VhostUser};
 use crate::control::peers::Peers;
-use crate::devices::recovery::{Meeting, Plan, Recovery};
 use crate::devices::windows::Windows;
+use crate::devices::{DeviceId, DeviceList, MachineDevice, Notice, Site};
 use crate::error::{Error, Fault};
 use crate::stats::{DeviceStats, PeerStats};
 
-/// Accesses that came to userspace while the queues ran, on all boards so far.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counted {
-    /// Kicks and acknowledgements of used buffers.
-    requests: u64,
-    /// Everything else.
-    register_writes: u64,
-    /// Backends that took over from a lost one.
-    recoveries: u64,
-}
-
 /// What a device finds when it is made.
-#[derive(Clone, Copy)]
 pub(crate) struct Surroundings<'m> {
     /// Guest memory.
     pub(crate) memory: &'m MemoryMap,
@@ -53,77 +37,41 @@ pub(crate) struct Surroundings<'m> {
     pub(crate) peers: &'m Arc<Peers>,
     /// Who sees every message.
     pub(crate) trace: Option<&'m Arc<dyn Trace>>,
+    /// Where shared memory of virtio-mmio devices goes.
+    pub(crate) windows: &'m mut Windows,
 }
 
-/// What a device takes from board to board.
-struct Lasting {
-    id: String,
+/// A virtio device, for the machine's whole life.
+pub(crate) struct VirtioDevice {
+    id: DeviceId,
     transport: Transport,
-    model: Model,
-    memory: MemoryMap,
-    shared: SharedRegions,
-    calls: Calls,
-    notifiers: NotifierPlace,
-    /// How its backend is found again, if it is to be.
-    plan: Option<Arc<Plan>>,
-    /// What was counted on earlier boards.
-    counted: Counted,
-}
-
-/// A device that is on no board.
-pub(crate) struct Detached {
-    lasting: Lasting,
-    backend: Box<dyn Backend>,
-    hang_up: Arc<OwnedFd>,
-    /// Whether it has a backend.
-    state: Result<(), Lost>,
-}
-
-/// Why a device has no backend.
-enum Lost {
-    /// Another one is waited for.
-    Recovering(String),
-    /// It will not have one again.
-    Broken(String),
-}
-
-/// Where on a board a device goes.
-pub(crate) enum Site<'b> {
-    /// A register page, and the bus for what misses it.
-    Mmio(&'b VirtioMmio, &'b mut Bus),
-    /// The PCI bus.
-    Pci(&'b HostBridge),
-}
-
-/// A device on a board.
-pub(crate) struct Attached {
-    lasting: Lasting,
-    /// Becomes ready when the connection is gone; another one with another backend.
-    hang_up: RefCell<Arc<OwnedFd>>,
-    recovery: RefCell<Option<Recovery>>,
     handle: DeviceHandle,
+    attendant: Arc<Attendant>,
+    hang_up: Arc<HangUp>,
     /// Ring for the queues whose kicks we serve or pass on.
     kicks: Vec<(u16, Kick)>,
+    shared: SharedRegions,
+    shared_places: Vec<Option<SharedMemory>>,
+    notifiers: NotifierPlace,
 }
 
-impl Detached {
-    /// Connects to the backend and asks what it offers. `index` is the device's place in the configuration.
-    /// The channel, if there is one, wants to be served from now on.
+impl VirtioDevice {
+    /// Connects to the backend, asks what it offers, and makes the device of that. `index` is the device's place in the
+    /// configuration.
+    ///
+    /// # Errors
+    /// When the backend fails or does not fit, or another one of the `others` has the name.
     pub(crate) fn connect(
         index: usize,
         config: VhostUser,
-        others: &[Detached],
-        machine: &Surroundings<'_>,
-    ) -> Result<(Self, Option<OwnChannel>), Error> {
-        let Surroundings { memory, peers, trace } = *machine;
+        others: &DeviceList,
+        machine: &mut Surroundings<'_>,
+    ) -> Result<Self, Error> {
+        let Surroundings { memory, peers, trace, windows } = machine;
         let mut order = config.order()?;
         let kind = order.device_type.name();
-        let id = config.id.unwrap_or_else(|| format!("{kind}{index}"));
-        if others.iter().any(|other| other.lasting.id == id) {
-            return Err(
-                Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
-            );
-        }
+        let id = DeviceId::from(config.id.unwrap_or_else(|| format!("{kind}{index}")));
+        others.check_free(&id)?;
         let cannot = || format!("cannot start device {id}");
         let mut limits = Limits::new(config.deadline);
         if let Some(trace) = trace {
@@ -160,7 +108,7 @@ impl Detached {
             order = order.behind(Arc::new(iommu.map(memory)));
         }
         let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
-        let Opened { model, backend, channel, hang_up, reconnect, shared, calls, notifiers } = opened
+        let Opened { mut model, backend, channel, hang_up, reconnect, shared, calls, notifiers } = opened
             .map_err(|error| {
                 let hint = error.hint();
                 let failed = Error::new(Fault::Peer, cannot()).because(error);
@@ -170,218 +118,171 @@ impl Detached {
                 }
             })?;
         log::info!("device {id}: {kind}, {} queue(s), features {:#x}", model.queues, model.features.bits());
-        let (patience, peers) = (config.reconnect, Arc::clone(peers));
-        let plan =
-            meeting.map(|meeting| Arc::new(Plan { meeting, patience, limits, reconnect, index, peers }));
-        let (transport, memory, counted) = (config.transport, memory.clone(), Counted::default());
-        let lasting = Lasting { id, transport, model, memory, shared, calls, notifiers, plan, counted };
-        let (backend, hang_up) = (Box::new(backend), Arc::new(hang_up));
-        Ok((Detached { lasting, backend, hang_up, state: Ok(()) }, channel))
-    }
-
-    /// Finds places for the device's shared memory.
-    pub(crate) fn place_shared_memory(&mut self, windows: &mut Windows) -> Result<(), Error> {
-        if self.lasting.transport != Transport::Mmio {
-            return Ok(());
+        if config.transport == Transport::Mmio {
+            place_shared_memory(&id, &mut model.shared_memory, windows)?;
         }
-        for region in self.lasting.model.shared_memory.iter_mut().flatten() {
-            let place = windows.take(region.length).ok_or_else(|| {
-                Error::host(format!("cannot start device {}", self.lasting.id))
-                    .because(format!("there is no room for {:#x} bytes of its shared memory", region.length))
-                    .hint("features=-shmem does without")
-            })?;
-            region.base = GuestAddr(place);
-            log::info!(
-                "device {}: {:#x} bytes of shared memory at {place:#x}",
-                self.lasting.id,
-                region.length
-            );
+        let shared_places = model.shared_memory.clone();
+        let no_fd = |error| Error::host(cannot()).because(error);
+        let parts = Parts { name: id.to_string(), model, backend: Box::new(backend), memory: memory.clone() };
+        let handle = DeviceHandle::new(parts).map_err(no_fd)?;
+        if meeting.is_some() && config.reconnect.is_some() {
+            handle.on_loss(OnLoss::Recover);
         }
-        Ok(())
+        let kicks = handle.kicks_to_serve().map_err(no_fd)?;
+        calls.put(handle.calls().map_err(no_fd)?);
+        let serves = Arc::clone(peers);
+        let serve = move |channel| {
+            if let Err(error) = serves.add(index, channel) {
+                log::error!("the backend's own requests are not answered: {error}");
+            }
+        };
+        let patience = config.reconnect.unwrap_or(Duration::ZERO);
+        let search =
+            meeting.map(|meeting| Search { meeting, patience, limits, reconnect, serve: Box::new(serve) });
+        let attendant = Attendant::new(id.to_string(), handle.clone(), search);
+        let weak = Arc::downgrade(&attendant);
+        peers.attend(index, move |job| weak.upgrade().is_some_and(|attendant| attendant.post(job)));
+        if let Some(channel) = channel {
+            peers.add(index, channel).map_err(no_fd)?;
+        }
+        let transport = config.transport;
+        Ok(VirtioDevice {
+            id,
+            transport,
+            handle,
+            attendant,
+            hang_up,
+            kicks,
+            shared,
+            shared_places,
+            notifiers,
+        })
+    }
+}
+
+/// Finds places for the shared memory regions of a virtio-mmio device.
+fn place_shared_memory(
+    id: &DeviceId,
+    regions: &mut [Option<SharedMemory>],
+    windows: &mut Windows,
+) -> Result<(), Error> {
+    for region in regions.iter_mut().flatten() {
+        let place = windows.take(region.length).ok_or_else(|| {
+            Error::host(format!("cannot start device {id}"))
+                .because(format!("there is no room for {:#x} bytes of its shared memory", region.length))
+                .hint("features=-shmem does without")
+        })?;
+        region.base = GuestAddr(place);
+        log::info!("device {id}: {:#x} bytes of shared memory at {place:#x}", region.length);
+    }
+    Ok(())
+}
+
+impl MachineDevice for VirtioDevice {
+    fn id(&self) -> &DeviceId {
+        &self.id
     }
 
-    /// Its name.
-    pub(crate) fn id(&self) -> &str {
-        &self.lasting.id
+    fn transport(&self) -> Transport {
+        self.transport
     }
 
-    /// How the guest sees it.
-    pub(crate) fn transport(&self) -> Transport {
-        self.lasting.transport
-    }
-
-    /// Puts the device on a board: its register page into memory and its other accesses on the bus, or its
-    /// function on the PCI bus.
-    pub(crate) fn attach(self, ports: &Ports, site: Site<'_>) -> Result<Attached, Error> {
-        let Detached { lasting, backend, hang_up, state } = self;
-        let Lasting { id, transport: _, model, memory, shared, calls, notifiers, plan, counted: _ } =
-            &lasting;
+    fn plug(&self, ports: &Ports, site: Site<'_>) -> Result<(), Error> {
+        let id = &self.id;
         let cannot = || format!("cannot wire device {id}");
-        let parts = Parts { name: id.clone(), model: model.clone(), backend, memory: memory.clone() };
         let failed = |error| Error::host(cannot()).because(error);
-        let handle = match site {
+        match site {
             Site::Mmio(place, bus) => {
                 let place = Place { base: GuestAddr(place.base.0), gsi: place.gsi.0 };
-                let device = MmioDevice::new(parts, place, ports).map_err(failed)?;
-                let handle = device.handle();
-                let places = model.shared_memory.clone();
-                shared.put(Arc::new(FixedWindows::new(Arc::clone(&ports.memory), places)));
-                bus.insert(place.base.0, mmio::LENGTH, id.clone(), Arc::new(device))
+                let device = MmioDevice::new(&self.handle, place, ports).map_err(failed)?;
+                let places = self.shared_places.clone();
+                self.shared.put(Arc::new(FixedWindows::new(Arc::clone(&ports.memory), places)));
+                bus.insert(place.base.0, mmio::LENGTH, id.to_string(), Arc::new(device))
                     .map_err(|error| Error::internal(cannot()).because(error))?;
-                handle
             }
-            Site::Pci(bridge) => {
+            Site::Pci(bridge, _) => {
                 let number = bridge.free().ok_or_else(|| {
                     Error::usage(cannot()).because(InsertError::Full).hint("use transport=mmio for some")
                 })?;
-                let device = PciDevice::new(parts, number, bridge, ports).map_err(failed)?;
-                let handle = device.handle();
-                notifiers.put(Some(device.notifiers()));
+                let device = PciDevice::new(&self.handle, number, bridge, ports).map_err(failed)?;
+                self.notifiers.put(Some(device.notifiers()));
                 if let Some(windows) = device.windows() {
-                    shared.put(windows);
+                    self.shared.put(windows);
                 }
                 bridge
                     .insert(Some(number), Arc::new(device))
                     .map_err(|error| Error::internal(cannot()).because(error))?;
                 log::info!("device {id} is PCI device {number}");
-                handle
             }
-        };
-        if let Some(plan) = plan {
-            handle.on_loss(if plan.patience.is_some() { OnLoss::Recover } else { OnLoss::Break });
-            let (peers, index) = (Arc::clone(&plan.peers), plan.index);
-            handle.seek_with(Seeker {
-                limit: plan.limits.deadline(),
-                ask: Box::new(move |trial| peers.want(index, trial)),
-            });
         }
-        match state {
-            Ok(()) => {}
-            Err(Lost::Recovering(why)) => handle.peer_lost(&why),
-            Err(Lost::Broken(why)) => handle.give_up(&why),
-        }
-        let (hang_up, recovery) = (RefCell::new(hang_up), RefCell::new(None));
-        let kicks = handle.kicks_to_serve().map_err(|error| Error::host(cannot()).because(error))?;
-        calls.put(handle.calls().map_err(|error| Error::host(cannot()).because(error))?);
-        Ok(Attached { lasting, hang_up, recovery, handle, kicks })
+        Ok(())
     }
 
-    /// The end: the backend sees us go. What was counted over the device's whole life.
-    pub(crate) fn finish(mut self) -> DeviceStats {
-        let peer = self.backend.stats();
-        self.backend.disconnect();
-        let (state, broken) = match self.state {
-            Ok(()) => ("idle", None),
-            Err(Lost::Recovering(_)) => ("recovering", None),
-            Err(Lost::Broken(why)) => ("broken", Some(why)),
+    /// Ends the attempt to reach a backend that may hang; a search goes on after that.
+    fn hurry(&self) {
+        self.attendant.interrupt();
+    }
+
+    fn unplug(&self) {
+        self.handle.unplug();
+        self.shared.remove();
+        self.notifiers.put(None);
+    }
+
+    fn watched(&self) -> Vec<(BorrowedFd<'_>, Notice)> {
+        let kicks = self.kicks.iter().map(|(queue, kick)| (kick.as_fd(), Notice::Kick(*queue)));
+        std::iter::once((self.hang_up.as_fd(), Notice::HangUp)).chain(kicks).collect()
+    }
+
+    fn notice(&self, notice: Notice) {
+        match notice {
+            Notice::HangUp => {
+                self.hang_up.take();
+                self.attendant.post(Job::HungUp);
+            }
+            Notice::Kick(queue) => {
+                let kick = self.kicks.iter().find(|(kicked, _)| *kicked == queue);
+                if let Some(Err(error)) = kick.map(|(_, kick)| kick.take()) {
+                    log::warn!("device {}: cannot read the eventfd of queue {queue}: {error}", self.id);
+                }
+                self.attendant.post(Job::Kick(queue));
+            }
+        }
+    }
+
+    fn stats(&self) -> DeviceStats {
+        let stats = self.handle.stats();
+        let Trapped { queue_notify, interrupt_ack, config_ack, config, other } = stats.trapped;
+        let (state, broken) = match stats.phase {
+            PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => ("idle", None),
+            PhaseReport::Recovering(_) => ("recovering", None),
+            PhaseReport::Broken(why) => ("broken", Some(why)),
         };
         DeviceStats {
             state,
-            kind: self.lasting.model.device_type.name().to_owned(),
-            id: self.lasting.id,
+            kind: stats.kind.to_owned(),
+            id: self.id.to_string(),
             broken,
-            recoveries: self.lasting.counted.recoveries,
-            requests_through_vmm: self.lasting.counted.requests,
-            register_writes: self.lasting.counted.register_writes,
+            recoveries: stats.recoveries,
+            requests_through_vmm: queue_notify + interrupt_ack,
+            register_writes: config_ack + config + other,
             peer: PeerStats {
-                messages: peer.messages,
-                waits: peer.waits,
-                worst_wait_us: u64::try_from(peer.worst_wait.as_micros()).unwrap_or(u64::MAX),
+                messages: stats.backend.messages,
+                waits: stats.backend.waits,
+                worst_wait_us: u64::try_from(stats.backend.worst_wait.as_micros()).unwrap_or(u64::MAX),
             },
             pci: None,
         }
     }
+
+    fn end(&self) {
+        self.attendant.end();
+        self.handle.end();
+    }
 }
 
-impl Attached {
-    /// Readable or hung up when the connection is gone.
-    pub(crate) fn hang_up(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.hang_up.borrow())
-    }
-
-    /// The connection is gone: the device breaks, or a thread looks for its backend. Called by the control loop.
-    pub(crate) fn hung_up(&self) {
-        self.handle.peer_lost("the backend closed the connection");
-        let Some(plan) = &self.lasting.plan else { return };
-        if !matches!(self.handle.phase(), PhaseReport::Recovering(_)) {
-            return;
-        }
-        log::warn!("device {} lost its backend and looks for it", self.lasting.id);
-        match Recovery::start(self.handle.clone(), Arc::clone(plan)) {
-            // An earlier recovery has ended, or this one would not have been lost.
-            Ok(recovery) => drop(self.recovery.replace(Some(recovery))),
-            Err(error) => {
-                self.handle.give_up(&format!("no thread can be had to look for the backend: {error}"));
-            }
-        }
-    }
-
-    /// The broken device was reset: a thread looks for its backend, once. Called by the control loop.
-    ///
-    /// Must not take the device's lock: a vCPU may hold it, and wait for what is started here.
-    pub(crate) fn wanted(&self, trial: Trial) {
-        let Some(plan) = &self.lasting.plan else { return };
-        match Recovery::revive(self.handle.clone(), trial, Arc::clone(plan)) {
-            // An earlier one has ended.
-            Ok(recovery) => drop(self.recovery.replace(Some(recovery))),
-            Err(error) => {
-                log::error!("no thread can be had to look for the backend of {}: {error}", self.lasting.id);
-            }
-        }
-    }
-
-    /// What it takes to look for the backend of a broken device before its guest runs.
-    pub(crate) fn second_chance(&self) -> Option<(Arc<Plan>, DeviceHandle, Trial)> {
-        let plan = Arc::clone(self.lasting.plan.as_ref()?);
-        Some((plan, self.handle.clone(), self.handle.begin_revival()?))
-    }
-
-    /// Another backend has taken over; `hang_up` is that of its connection. Called by the control loop.
-    pub(crate) fn recovered(&self, hang_up: OwnedFd) {
-        log::warn!("device {} has its backend again", self.lasting.id);
-        drop(self.hang_up.replace(Arc::new(hang_up)));
-    }
-
-    /// Readable when a queue whose kicks we serve or pass on has something: for the control loop.
-    pub(crate) fn kicks(&self) -> &[(u16, Kick)] {
-        &self.kicks
-    }
-
-    /// For the control loop.
-    pub(crate) fn handle(&self) -> &DeviceHandle {
-        &self.handle
-    }
-
-    /// Ends the search for a backend, without waiting for that.
-    pub(crate) fn stop_looking(&self) {
-        self.recovery.borrow().iter().for_each(Recovery::stop);
-    }
-
-    /// Takes the device off its board: queues stopped, backend kept. The board's bus must be gone, or it
-    /// keeps the register page alive.
-    pub(crate) fn detach(self) -> Detached {
-        let Attached { mut lasting, hang_up, recovery, handle, kicks: _ } = self;
-        // Waits for the thread, whose exchange with a backend ends here.
-        drop(recovery);
-        let hang_up = hang_up.into_inner();
-        handle.with(|device| {
-            let stats = device.stats();
-            let Trapped { queue_notify, interrupt_ack, config_ack, config, other } = stats.trapped;
-            let Lasting { model, shared, calls, notifiers, counted, .. } = &mut lasting;
-            counted.recoveries += stats.recoveries;
-            counted.requests += queue_notify + interrupt_ack;
-            counted.register_writes += config_ack + config + other;
-            (model.features, model.config) = device.features_and_config();
-            let backend = device.take_backend();
-            let state = match device.phase() {
-                PhaseReport::Broken(why) => Err(Lost::Broken(why)),
-                PhaseReport::Recovering(why) => Err(Lost::Recovering(why)),
-                PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => Ok(()),
-            };
-            shared.remove();
-            calls.put(Vec::new());
-            notifiers.put(None);
-            Detached { lasting, backend, hang_up, state }
-        })
+impl Drop for VirtioDevice {
+    fn drop(&mut self) {
+        self.attendant.end();
     }
 }

@@ -56,18 +56,10 @@ impl BackendError {
         Self::Lost("the backend is gone".into())
     }
 
-    /// Whether the peer did not answer in time: the next one in its place is not worth a wait.
+    /// Whether the peer did not answer in time.
     #[must_use]
     pub fn is_silence(&self) -> bool {
-        let cause: &(dyn Error + 'static) = self.cause();
-        let mut next = Some(cause);
-        while let Some(error) = next {
-            if let Some(error) = error.downcast_ref::<transport::peer::Error>() {
-                return error.is_silence();
-            }
-            next = error.source();
-        }
-        false
+        is_silence(self.cause())
     }
 
     /// What is behind it.
@@ -77,6 +69,18 @@ impl BackendError {
             Self::Refused(cause) | Self::Lost(cause) => cause.as_ref(),
         }
     }
+}
+
+/// Whether a peer that did not answer in time is behind `error`: the next one in its place is not worth a wait.
+pub(crate) fn is_silence(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<transport::peer::Error>() {
+            return error.is_silence();
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// Traffic with the peer, since the device was made.
@@ -236,32 +240,4 @@ pub trait Backend: Send {
 
     /// Traffic so far.
     fn stats(&self) -> BackendStats;
-}
-
-/// The place of a backend that was taken away: nothing works, nothing waits.
-#[derive(Debug)]
-pub(crate) struct Gone;
-
-impl Backend for Gone {
-    fn start(&mut self, _start: &Start<'_>) -> Result<(), BackendError> {
-        Err(BackendError::gone())
-    }
-
-    fn stop(&mut self) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
-        Err(BackendError::gone())
-    }
-
-    fn write_config(&mut self, _offset: u32, _bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
-        Err(BackendError::gone())
-    }
-
-    fn disconnect(&mut self) {}
-
-    fn stats(&self) -> BackendStats {
-        BackendStats::default()
-    }
 }

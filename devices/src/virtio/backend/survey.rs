@@ -1,7 +1,7 @@
 //! A vhost-user backend is asked what it is, and a device made of that. Must never start its queues.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use transport::memory::GuestAddr;
@@ -9,6 +9,7 @@ use transport::peer::Error;
 use transport::vhost_user::features::{ProtocolFeatures, bit};
 use transport::vhost_user::{Connection, IovaMap, Session};
 
+use crate::hang_up::HangUp;
 use crate::virtio::backend::requests::{Calls, NotifierPlace, OwnChannel};
 use crate::virtio::backend::shared_memory::SharedRegions;
 use crate::virtio::backend::spec::Order;
@@ -82,9 +83,8 @@ pub struct Opened {
     pub backend: VhostUser,
     /// The backend's own requests, when it may make any: to be served from now on.
     pub channel: Option<OwnChannel>,
-    /// Readable or hung up as soon as the connection is gone, whoever ended it. Nothing is to be read
-    /// from it.
-    pub hang_up: OwnedFd,
+    /// Readable as soon as the connection is gone, and again for that of each later backend.
+    pub hang_up: Arc<HangUp>,
     /// For when it is lost.
     pub reconnect: Reconnect,
     /// Where its calls lead, when it makes them by message.
@@ -103,9 +103,10 @@ pub struct Opened {
 pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
     let survey = Survey::of(connection, order)?;
     let shared = SharedRegions::new(survey.shared.clone());
-    let reconnect = Reconnect::new(order, &survey, shared.clone());
+    let reconnect = Reconnect::new(order, &survey, shared.clone()).map_err(OpenError::Fd)?;
+    let hang_up = reconnect.hang_up();
     let (calls, notifiers) = (reconnect.calls(), reconnect.notifiers());
-    let (Attended { model, backend, hang_up }, channel) = reconnect.attend(survey)?;
+    let (Attended { model, backend }, channel) = reconnect.attend(survey)?;
     Ok(Opened { model, backend, channel, hang_up, reconnect, shared, calls, notifiers })
 }
 
@@ -123,7 +124,6 @@ pub(crate) struct Survey {
 pub(crate) struct Attended {
     pub(crate) model: Model,
     pub(crate) backend: VhostUser,
-    pub(crate) hang_up: OwnedFd,
 }
 
 impl Survey {

@@ -14,6 +14,7 @@ use transport::vhost_user::{BackendRequests, Connection, Served};
 use super::tests::{Guest, eventually, order};
 use super::*;
 use crate::bus::BusDevice;
+use crate::virtio::OnLoss;
 use crate::virtio::PhaseReport;
 use crate::virtio::backend::requests::OwnChannel;
 
@@ -82,7 +83,6 @@ struct Rig {
     guest: Guest,
     backend: ScriptedBackend,
     channel: Option<OwnChannel>,
-    hang_up: OwnedFd,
 }
 
 fn connect(script: Script) -> (ScriptedBackend, Result<Opened, OpenError>) {
@@ -95,8 +95,8 @@ fn connect(script: Script) -> (ScriptedBackend, Result<Opened, OpenError>) {
 
 fn rig(script: Script) -> Rig {
     let (backend, opened) = connect(script);
-    let (guest, channel, hang_up) = Guest::new(opened.unwrap());
-    Rig { guest, backend, channel, hang_up }
+    let (guest, channel, _hang_up) = Guest::new(opened.unwrap());
+    Rig { guest, backend, channel }
 }
 
 impl Rig {
@@ -267,14 +267,27 @@ fn configuration_change_of_the_backend_reaches_the_guest() {
 }
 
 #[test]
-fn broken_device_hangs_up_so_that_whoever_polls_learns_of_it() {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let rig = rig(Script::normal().on(Request::SET_MEM_TABLE, Act::Silent));
-    let mut fds = [PollFd::new(&rig.hang_up, PollFlags::IN)];
-    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-    assert_eq!(poll(&mut fds, Some(&at_once)).unwrap(), 0);
-    rig.guest.start_driver();
-    assert_eq!(poll(&mut fds, Some(&at_once)).unwrap(), 1);
+fn device_that_gives_a_silent_backend_up_has_another_one_searched_for_at_once() {
+    use crate::virtio::core::vacancy::Effort;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    for on_loss in [OnLoss::Recover, OnLoss::Break] {
+        let rig = rig(Script::normal().on(Request::SET_MEM_TABLE, Act::Silent));
+        let (handle, asked) = (rig.guest.device.handle(), Arc::new(AtomicU32::new(0)));
+        let seen = Arc::clone(&asked);
+        handle.on_loss(on_loss);
+        handle.search_with(
+            Duration::ZERO,
+            Box::new(move |effort| {
+                seen.fetch_add(if effort == Effort::Once { 0x100 } else { 1 }, Ordering::Relaxed);
+                true
+            }),
+        );
+        rig.guest.start_driver();
+        let (recovers, breaks) = (on_loss == OnLoss::Recover, on_loss == OnLoss::Break);
+        assert_eq!(asked.load(Ordering::Relaxed), u32::from(recovers), "{on_loss:?}");
+        rig.guest.write(0x70, 0);
+        assert_eq!(asked.load(Ordering::Relaxed) >> 8, u32::from(breaks), "a broken one at its reset");
+    }
 }
 
 #[test]

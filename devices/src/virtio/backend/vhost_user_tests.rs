@@ -12,10 +12,11 @@ use transport::vhost_user::Connection;
 
 use super::*;
 use crate::bus::BusDevice;
+use crate::hang_up::HangUp;
 use crate::testing::{Recorder, memory};
 use crate::virtio::backend::requests::OwnChannel;
 use crate::virtio::transport::mmio::{MmioDevice, Place};
-use crate::virtio::{DeviceType, OnLoss, Parts, PhaseReport, Wishes};
+use crate::virtio::{DeviceHandle, DeviceType, OnLoss, Parts, PhaseReport, Wishes};
 
 const BASE: u64 = 0xd000_0000;
 const SECTORS: u64 = 2048;
@@ -120,16 +121,19 @@ const USED: u64 = 0x3000;
 const HEAD: u64 = 0x8000;
 
 impl Guest {
-    pub(in crate::virtio) fn new(opened: Opened) -> (Self, Option<OwnChannel>, OwnedFd) {
+    pub(in crate::virtio) fn new(opened: Opened) -> (Self, Option<OwnChannel>, Arc<HangUp>) {
         Self::on_loss(opened, OnLoss::Break)
     }
 
-    pub(in crate::virtio) fn on_loss(opened: Opened, on_loss: OnLoss) -> (Self, Option<OwnChannel>, OwnedFd) {
+    pub(in crate::virtio) fn on_loss(
+        opened: Opened,
+        on_loss: OnLoss,
+    ) -> (Self, Option<OwnChannel>, Arc<HangUp>) {
         let Opened { model, backend, channel, hang_up, .. } = opened;
         let (machine, ram) = (Recorder::default(), memory());
         let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone() };
         let place = Place { base: GuestAddr(BASE), gsi: 5 };
-        let device = MmioDevice::new(parts, place, &machine.ports()).unwrap();
+        let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), place, &machine.ports()).unwrap();
         device.handle().on_loss(on_loss);
         (
             Self {
@@ -279,6 +283,7 @@ fn daemon_that_dies_is_seen_on_the_hang_up_descriptor_and_the_guest_can_still_re
     assert!(begin.elapsed() < Duration::from_secs(5), "a deadline passed");
     assert_eq!(guest.machine.page_u32(0x70), 0);
     assert!(matches!(guest.device.handle().phase(), PhaseReport::Broken(_)));
-    // Whoever polls the descriptor learns of every way of breaking, as our side is shut down, too.
-    assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap(), 1);
+    // The connection is closed on our side, too, and nothing is left to be told of it.
+    hang_up.take();
+    assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap(), 0);
 }

@@ -1,7 +1,6 @@
 //! A virtio device: registers, backend and phase, for every type and every transport. It carries out
-//! the effects of register writes; how queues start and stop is in `start`, what happens
-//! when a backend takes the place of another in [`crate::virtio::recovery::take_over`]. Must never touch a ring, wait without a bound, or know an offset of
-//! a transport.
+//! the effects of register writes. How queues start and stop is in `start`; how the backend is lost in `vacancy`. Must
+//! never touch a ring, wait without a bound, or know an offset of a transport.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -11,16 +10,15 @@ use std::os::fd::OwnedFd;
 
 use transport::memory::MemoryMap;
 use transport::vhost_user::Refused;
-use transport::vhost_user::features::DeviceFeatures;
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::Call;
 
 use crate::ports::{Guard, PortError};
-use crate::virtio::backend::{Backend, BackendError, Gone};
+use crate::virtio::backend::{Backend, BackendError};
 use crate::virtio::core::queues::Wiring;
 use crate::virtio::core::registers::{Effect, Identity, Refusal, Reg, Registers};
 use crate::virtio::core::state::{OnLoss, Phase};
-use crate::virtio::recovery::revival::Revival;
+use crate::virtio::core::vacancy::Seeker;
 use crate::virtio::served::Control;
 use crate::virtio::transport::Face;
 use crate::virtio::types::table::{ConfigSource, DeviceType, Model};
@@ -34,9 +32,9 @@ const VENDOR_ID: u32 = u32::from_le_bytes(*b"OUTB");
 /// VIRTIO_NET_F_GUEST_ANNOUNCE.
 const NET_F_GUEST_ANNOUNCE: u32 = 21;
 
-/// Why the device cannot be made.
+/// Why a device is not plugged into a board.
 #[derive(Debug, thiserror::Error)]
-pub enum NewError {
+pub enum PlugError {
     /// No eventfd is to be had.
     #[error("cannot make an eventfd")]
     Eventfd(#[source] io::Error),
@@ -48,24 +46,29 @@ pub enum NewError {
     Describe(#[source] Box<dyn Error + Send + Sync>),
 }
 
-/// A device: see the module's page.
+/// What a device has on a board.
+pub(crate) struct Plugged {
+    pub(crate) transport: Box<dyn Face>,
+    _config_route: Guard,
+}
+
+/// A device lives as long as the machine. A board plugs it into a transport and unplugs it again.
 pub struct Device {
     pub(crate) name: String,
     device_type: DeviceType,
     pub(crate) config_source: ConfigSource,
     pub(crate) registers: Registers,
     pub(crate) backend: Box<dyn Backend>,
-    pub(crate) face: Box<dyn Face>,
+    pub(crate) plugged: Option<Plugged>,
     pub(crate) memory: MemoryMap,
     pub(crate) wiring: Wiring,
     config_call: Call,
-    _config_route: Guard,
     pub(crate) phase: Phase,
     pub(crate) on_loss: OnLoss,
-    pub(crate) revival: Revival,
+    pub(crate) seeker: Option<Seeker>,
     /// The queue that we serve.
     pub(crate) control: Option<Control>,
-    /// Its backend was given away: no other one may come.
+    /// The machine has ended: no other backend may come.
     pub(crate) retired: bool,
     trapped: Trapped,
     pub(crate) activations: u64,
@@ -100,17 +103,16 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
 }
 
 impl Device {
-    /// A device at power-on, shown through `face`.
+    /// A device at power-on that is on no board.
     ///
     /// # Errors
-    /// When eventfds run out, or the machine refuses the interrupt.
-    pub fn new(parts: Parts, face: Box<dyn Face>) -> Result<Self, NewError> {
+    /// When eventfds run out.
+    pub fn new(parts: Parts) -> io::Result<Self> {
         let Parts { name, model, backend, memory } = parts;
         let Model { device_type, features, queues, queue_size, config, config_source, shared_memory } = model;
         let control = Control::of(device_type.service(), queues);
-        let wiring = Wiring::new(queues, control.as_ref().map(Control::queue)).map_err(NewError::Eventfd)?;
-        let config_call = Call::new().map_err(NewError::Eventfd)?;
-        let config_route = face.connect_config(&config_call)?;
+        let wiring = Wiring::new(queues, control.as_ref().map(Control::queue))?;
+        let config_call = Call::new()?;
         let registers = Registers::new(Identity {
             device_id: device_type.id(),
             vendor_id: VENDOR_ID,
@@ -120,22 +122,19 @@ impl Device {
             config,
             shared_memory,
         });
-        face.show_registers(&registers);
-        face.show_config(registers.config());
         Ok(Self {
             name,
             device_type,
             config_source,
             registers,
             backend,
-            face,
+            plugged: None,
             memory,
             wiring,
             config_call,
-            _config_route: config_route,
             phase: Phase::Idle,
             on_loss: OnLoss::default(),
-            revival: Revival::default(),
+            seeker: None,
             control,
             retired: false,
             trapped: Trapped::default(),
@@ -147,6 +146,56 @@ impl Device {
         })
     }
 
+    /// Puts the device on a board, where the guest sees it through `transport`.
+    ///
+    /// # Errors
+    /// When the machine refuses the interrupt of configuration changes.
+    pub fn plug(&mut self, transport: Box<dyn Face>) -> Result<(), PortError> {
+        let config_route = transport.connect_config(&self.config_call)?;
+        self.plugged = Some(Plugged { transport, _config_route: config_route });
+        self.show_all();
+        self.seek_anew();
+        Ok(())
+    }
+
+    /// Takes the device off its board: the queues stop as in a reset by the guest, the registers are as at power-on.
+    /// Waits for the backend, within its deadline.
+    pub(crate) fn unplug(&mut self) {
+        self.machine_reset();
+        self.plugged = None;
+        // The next board begins with no interrupt pending.
+        self.drain();
+        if let Err(error) = self.config_call.take() {
+            log::warn!("{}: cannot drain an eventfd: {error}", self.name);
+        }
+    }
+
+    /// Shows the registers as they are now.
+    pub(crate) fn show_registers(&self) {
+        if let Some(Plugged { transport, .. }) = &self.plugged {
+            transport.show_registers(&self.registers);
+        }
+    }
+
+    fn show_all(&self) {
+        if let Some(Plugged { transport, .. }) = &self.plugged {
+            transport.show_config(self.registers.config());
+            transport.show_registers(&self.registers);
+        }
+    }
+
+    /// The type.
+    #[must_use]
+    pub fn device_type(&self) -> DeviceType {
+        self.device_type
+    }
+
+    /// What the user calls it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The registers.
     #[must_use]
     pub fn registers(&self) -> &Registers {
@@ -155,10 +204,7 @@ impl Device {
 
     /// A write of the driver to a register. May wait for the backend, within its deadline; when this
     /// returns, the guest sees the outcome.
-    pub fn write(&mut self, reg: Reg, value: u32) {
-        if reg == Reg::Status {
-            self.await_trial(value);
-        }
+    pub(crate) fn write(&mut self, reg: Reg, value: u32) {
         let effect = self.registers.write(reg, value);
         self.count(reg, effect);
         match effect {
@@ -171,7 +217,7 @@ impl Device {
             Effect::Notify(queue) => self.ring(queue),
             Effect::Refused(refusal) => self.note_refusal(refusal),
         }
-        self.face.show_registers(&self.registers);
+        self.show_registers();
     }
 
     /// A write of the driver to the configuration space. May wait for the backend, within its deadline.
@@ -193,8 +239,7 @@ impl Device {
                 Some(whole) => {
                     self.registers.end_config_change(&whole);
                     self.tell_config(0, &whole);
-                    self.face.show_config(self.registers.config());
-                    self.face.show_registers(&self.registers);
+                    self.show_all();
                 }
                 None => match u32::try_from(offset) {
                     Ok(offset) => self.tell_config(offset, data),
@@ -269,9 +314,16 @@ impl Device {
         self.on_loss = on_loss;
     }
 
+    /// A connection of the device has ended: its backend is lost, unless that was the connection of an earlier one.
+    pub fn connection_ended(&mut self) {
+        if self.phase.has_backend() && self.backend.has_hung_up() {
+            self.lose("the backend closed the connection".to_owned(), false);
+        }
+    }
+
     /// The backend is gone: the device breaks, or recovers, as it was made to.
     pub fn peer_lost(&mut self, why: &str) {
-        self.lose(why.to_owned());
+        self.lose(why.to_owned(), false);
     }
 
     /// No backend will come, or only such as cannot be used: the device breaks.
@@ -280,52 +332,23 @@ impl Device {
     }
 
     /// The machine restarts: as at power-on, and the backend stops as in a reset by the guest.
-    pub fn machine_reset(&mut self) {
+    pub(crate) fn machine_reset(&mut self) {
         self.registers.reset();
         self.quiesce();
-        self.face.show_config(self.registers.config());
-        self.face.show_registers(&self.registers);
+        self.show_all();
     }
 
-    /// The machine ends: stops the queues, if the backend still lets us, and gives it up.
-    pub fn shutdown(&mut self) {
+    /// The machine ends: takes the device off its board and gives its backend up.
+    pub(crate) fn end(&mut self) {
+        self.unplug();
         self.retired = true;
-        match std::mem::replace(&mut self.phase, Phase::Broken("the machine has ended".to_owned())) {
-            Phase::Running(guards) => {
-                drop(guards);
-                if let Err(error) = self.backend.stop() {
-                    log::warn!("{}: the backend did not stop: {}", self.name, chain(error.cause()));
-                }
-            }
-            // Whoever starts a backend right now finds that nobody waits for it, and hangs up.
-            Phase::Idle | Phase::NeedsReset(_) | Phase::Recovering(_) => {}
-            broken @ Phase::Broken(_) => self.phase = broken,
-        }
         self.backend.disconnect();
-        self.registers.mark_broken();
-        self.face.show_registers(&self.registers);
-    }
-
-    /// Stops the queues and gives the backend away, for another device to be made of it; [`Device::phase`]
-    /// still says whether it can be used, or waited for. This device breaks when a driver starts it again.
-    #[must_use]
-    pub fn take_backend(&mut self) -> Box<dyn Backend> {
-        self.machine_reset();
-        self.retired = true;
-        std::mem::replace(&mut self.backend, Box::new(Gone))
     }
 
     /// Where the device is.
     #[must_use]
     pub fn phase(&self) -> PhaseReport {
         self.phase.report()
-    }
-
-    /// The device as it is now, to make another one of: a successor of the first backend may have
-    /// brought other features and another configuration.
-    #[must_use]
-    pub fn features_and_config(&self) -> (DeviceFeatures, Vec<u8>) {
-        (self.registers.offered_next(), self.registers.config().to_vec())
     }
 
     /// What it did so far.
@@ -342,10 +365,6 @@ impl Device {
             trapped: self.trapped,
             backend: self.backend.stats(),
         }
-    }
-
-    pub(crate) fn is_broken(&self) -> bool {
-        matches!(self.phase, Phase::Broken(_))
     }
 
     fn count(&mut self, reg: Reg, effect: Effect) {
@@ -403,23 +422,22 @@ impl Device {
         config.truncate(old.len());
         config.extend_from_slice(old.get(config.len()..).unwrap_or_default());
         self.device_type.keep_written(old, &mut config);
-        let queues = u16::try_from(self.registers.queues().len()).unwrap_or(u16::MAX);
+        let queues = self.registers.queue_count();
         self.device_type.patch(&mut config, self.registers.offered(), queues);
         if config == self.registers.config() {
             return false;
         }
         self.registers.begin_config_change();
-        self.face.show_registers(&self.registers);
+        self.show_registers();
         self.registers.end_config_change(&config);
-        self.face.show_config(self.registers.config());
-        self.face.show_registers(&self.registers);
+        self.show_all();
         true
     }
 
     /// Tells the driver that the configuration or the status changed, if it is ready to hear that.
     pub(crate) fn interrupt_config(&mut self) {
         let may = self.registers.note_config_interrupt();
-        self.face.show_registers(&self.registers);
+        self.show_registers();
         if may {
             self.config_interrupts += 1;
             if let Err(error) = self.config_call.ring() {

@@ -1,30 +1,83 @@
-//! A device shared between threads. Holds nothing but the lock.
+//! A device shared between threads: its lock, and the two waits of a driver for the attendant's work.
 
-use std::sync::{Arc, Mutex};
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::lock;
-use crate::virtio::core::device::Device;
+use crate::virtio::core::device::{Device, Parts};
+use crate::virtio::core::registers::Reg;
 use crate::virtio::core::report::{DeviceStats, PhaseReport};
 use crate::virtio::core::state::OnLoss;
 use crate::virtio::core::status::Status;
+use crate::virtio::core::vacancy::Ask;
 
-/// A device shared by the bus (vCPU threads) and the control loop.
+/// A device shared by the bus (vCPU threads), its attendant and the control loop.
 ///
 /// Each call takes the device's lock, and may hold it across one bounded exchange with the backend.
 /// Must not be called on the thread that serves the backend's own requests: it could wait for itself.
 #[derive(Debug, Clone)]
-pub struct DeviceHandle(Arc<Mutex<Device>>);
+pub struct DeviceHandle(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    device: Mutex<Device>,
+    /// A search or a start is over.
+    changed: Condvar,
+}
 
 impl DeviceHandle {
-    /// Shares `device`.
-    #[must_use]
-    pub fn new(device: Device) -> Self {
-        Self(Arc::new(Mutex::new(device)))
+    /// A device at power-on that is on no board.
+    ///
+    /// # Errors
+    /// See [`Device::new`].
+    pub fn new(parts: Parts) -> io::Result<Self> {
+        Ok(Self(Arc::new(Shared { device: Mutex::new(Device::new(parts)?), changed: Condvar::new() })))
     }
 
     /// Does something with the device, under its lock.
     pub fn with<T>(&self, act: impl FnOnce(&mut Device) -> T) -> T {
-        act(&mut lock(&self.0))
+        act(&mut lock(&self.0.device))
+    }
+
+    /// See [`Device::write`]. A write of the status field may wait for work of the attendant first, without the lock:
+    /// a reset for a backend that starts the queues, one deadline at most; `FEATURES_OK` on a broken device for the
+    /// search, where the lost backend was not silent, for the limit of [`DeviceHandle::search_with`] at most.
+    pub fn write(&self, reg: Reg, value: u32) {
+        let mut device = lock(&self.0.device);
+        if reg == Reg::Status && value == 0 {
+            device = self.after_start(device);
+        } else if reg == Reg::Status && value & u32::from(Status::FEATURES_OK) != 0 {
+            let limit = device.awaits_search().unwrap_or_default();
+            let waits = |device: &mut Device| device.awaits_search().is_some();
+            let waited = self.0.changed.wait_timeout_while(device, limit, waits);
+            let (again, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            device = again;
+            if timeout.timed_out() {
+                device.stop_waiting();
+            }
+        }
+        device.write(reg, value);
+    }
+
+    /// The device once no backend starts its queues.
+    fn after_start<'d>(
+        &self,
+        device: std::sync::MutexGuard<'d, Device>,
+    ) -> std::sync::MutexGuard<'d, Device> {
+        let waited = self.0.changed.wait_while(device, |device| device.is_starting());
+        waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A search or a start is over.
+    pub(crate) fn wake(&self) {
+        self.0.changed.notify_all();
+    }
+
+    /// Lets a device ask for another backend: when it is lost, or at each reset of a broken device. A driver's
+    /// FEATURES_OK waits for the latter, for `limit` at most.
+    pub fn search_with(&self, limit: Duration, ask: Ask) {
+        self.with(|device| device.search_with(limit, ask));
     }
 
     /// See [`Device::config_changed`].
@@ -37,6 +90,11 @@ impl DeviceHandle {
         self.with(|device| device.on_loss(on_loss));
     }
 
+    /// See [`Device::connection_ended`].
+    pub fn connection_ended(&self) {
+        self.with(Device::connection_ended);
+    }
+
     /// See [`Device::peer_lost`].
     pub fn peer_lost(&self, why: &str) {
         self.with(|device| device.peer_lost(why));
@@ -47,14 +105,19 @@ impl DeviceHandle {
         self.with(|device| device.give_up(why));
     }
 
-    /// See [`Device::machine_reset`].
+    /// See [`Device::machine_reset`]. Waits for a start that is under way.
     pub fn machine_reset(&self) {
-        self.with(Device::machine_reset);
+        self.after_start(lock(&self.0.device)).machine_reset();
     }
 
-    /// See [`Device::shutdown`].
-    pub fn shutdown(&self) {
-        self.with(Device::shutdown);
+    /// See [`Device::unplug`]. Waits for a start that is under way.
+    pub fn unplug(&self) {
+        self.after_start(lock(&self.0.device)).unplug();
+    }
+
+    /// See [`Device::end`]. Waits for a start that is under way.
+    pub fn end(&self) {
+        self.after_start(lock(&self.0.device)).end();
     }
 
     /// See [`Device::phase`].

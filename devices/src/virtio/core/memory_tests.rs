@@ -206,7 +206,7 @@ fn disk_of_qemu_storage_daemon_reads_into_memory_that_came_later() {
         assert_eq!(bytes, [7; 512], "{features}");
         guest.device.handle().change_memory(guest.ram()).unwrap();
         assert_eq!(guest.read_sector(9), [9; 512], "{features}");
-        guest.device.handle().shutdown();
+        guest.device.handle().end();
     }
 }
 

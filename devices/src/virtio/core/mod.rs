@@ -10,3 +10,4 @@ pub mod report;
 pub mod start;
 pub mod state;
 pub mod status;
+pub mod vacancy;

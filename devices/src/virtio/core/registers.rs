@@ -271,6 +271,18 @@ impl Registers {
         &self.queues
     }
 
+    /// How many there are.
+    #[must_use]
+    pub fn queue_count(&self) -> u16 {
+        u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The shared memory regions, by id.
+    #[must_use]
+    pub fn shared_memory(&self) -> &[Option<SharedMemory>] {
+        &self.shared_memory
+    }
+
     /// The configuration space.
     #[must_use]
     pub fn config(&self) -> &[u8] {

@@ -7,10 +7,10 @@ use transport::vhost_user::vring::Ring;
 
 use crate::ports::Guard;
 use crate::virtio::backend::{Backend, BackendError, Begin, Start};
-use crate::virtio::core::device::{Device, chain};
+use crate::virtio::core::device::{Device, Plugged, chain};
 use crate::virtio::core::queues::{ConnectError, OwnedRing, RingsError};
 use crate::virtio::core::registers::Registers;
-use crate::virtio::core::state::{Absence, OnLoss, Phase, Waiting};
+use crate::virtio::core::state::{Phase, Waiting};
 use crate::virtio::ring::address::Space;
 use crate::virtio::ring::resume::Notes;
 
@@ -50,11 +50,13 @@ impl Device {
 
     /// The driver is ready: connects the queues and starts the backend, now or when there is one.
     pub(crate) fn activate(&mut self) {
-        if self.is_broken() {
+        if self.phase.is_broken() {
             // The driver went on with a device that broke under its hands: now it may be told.
             return self.interrupt_config();
         }
-        let connected = self.wiring.connect(&self.registers, self.face.as_ref(), self.space());
+        // A driver that writes registers sees them through a transport.
+        let Some(Plugged { transport, .. }) = &self.plugged else { return };
+        let connected = self.wiring.connect(&self.registers, transport.as_ref(), self.space());
         match connected.map_err(StartError::from).and_then(|guards| self.start(guards)) {
             Ok(()) => {}
             Err(StartError::Driver(why)) => self.need_reset(why),
@@ -64,8 +66,8 @@ impl Device {
 
     /// Has the connected queues served. The connections are undone again when this fails.
     fn start(&mut self, guards: Vec<Guard>) -> Result<(), StartError> {
-        if let Phase::Recovering(absence) = &mut self.phase {
-            absence.queues = Some(Waiting { guards, begin: Begin::Fresh });
+        if let Phase::Vacant(vacancy) = &mut self.phase {
+            vacancy.queues = Some(Waiting { guards, begin: Begin::Fresh });
             self.reset_control();
             return Ok(());
         }
@@ -105,8 +107,12 @@ impl Device {
     pub(crate) fn quiesce(&mut self) {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle | Phase::NeedsReset(_) => {}
-            broken @ Phase::Broken(_) => self.phase = broken,
-            Phase::Recovering(absence) => self.quiesce_absent(absence),
+            Phase::Vacant(mut vacancy) => {
+                // The kicks and interrupts end here.
+                self.resets += u64::from(vacancy.queues.take().is_some());
+                self.phase = Phase::Vacant(vacancy);
+                self.drain();
+            }
             Phase::Running(guards) => {
                 self.resets += 1;
                 // No new kick, no further interrupt, then the backend.
@@ -142,57 +148,9 @@ impl Device {
         self.registers.need_reset();
         match &mut self.phase {
             // The driver's state comes back with the backend.
-            Phase::Recovering(absence) => absence.queues = None,
+            Phase::Vacant(vacancy) => vacancy.queues = None,
             phase => *phase = Phase::NeedsReset(why),
         }
-        self.interrupt_config();
-    }
-
-    /// The peer failed in an exchange.
-    pub(crate) fn lose_by(&mut self, error: &BackendError) {
-        self.note_silence(error);
-        self.lose(chain(error.cause()));
-    }
-
-    /// The peer failed.
-    pub(crate) fn lose(&mut self, why: String) {
-        if self.on_loss == OnLoss::Break || self.retired {
-            return self.break_down(why);
-        }
-        let queues = match std::mem::replace(&mut self.phase, Phase::Idle) {
-            Phase::Running(guards) => Some(Waiting { guards, begin: Begin::Resumed }),
-            Phase::Idle | Phase::NeedsReset(_) => None,
-            // Told twice.
-            absent @ (Phase::Recovering(_) | Phase::Broken(_)) => {
-                self.phase = absent;
-                return;
-            }
-        };
-        log::warn!("device {} waits for another backend: {why}", self.name);
-        self.backend.disconnect();
-        if queues.is_some() {
-            self.cut_off();
-        }
-        self.phase = Phase::Recovering(Absence::new(why, queues));
-    }
-
-    /// Whoever served the queues does so no longer: remembers where they are, and tells the driver of all that was used.
-    pub(crate) fn cut_off(&mut self) {
-        let Self { wiring, registers, memory, backend, .. } = self;
-        wiring.cut(registers, space(registers, memory, backend.as_ref()));
-        self.call_all();
-    }
-
-    /// The device cannot go on.
-    pub(crate) fn break_down(&mut self, why: String) {
-        if self.is_broken() {
-            return;
-        }
-        log::error!("device {} is broken: {why}", self.name);
-        // Drops the connections of the queues, too.
-        self.phase = Phase::Broken(why);
-        self.backend.disconnect();
-        self.registers.mark_broken();
         self.interrupt_config();
     }
 }

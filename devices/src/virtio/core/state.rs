@@ -1,13 +1,12 @@
 //! Where a device is in its life. Data only.
 
-use std::sync::Arc;
+use std::time::Duration;
 
 use crate::ports::Guard;
 use crate::virtio::backend::Begin;
 use crate::virtio::core::report::PhaseReport;
-use crate::virtio::recovery::take_over::Starting;
 
-/// What becomes of a device whose peer is lost.
+/// What becomes of a device whose backend is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnLoss {
     /// It breaks at once, and the driver is told.
@@ -20,42 +19,57 @@ pub enum OnLoss {
 /// Where a device is in its life.
 ///
 /// ```text
-///                 DRIVER_OK, backend started                 peer lost, OnLoss::Recover
+///                 DRIVER_OK, backend started                backend lost
 ///        Idle ─────────────────────────────▶ Running ──────────────────────┐
 ///        │ ▲ ▲ ◀───────────────────────────── │  ▲                         ▼
-///        │ │ │       reset, backend stopped   │  └──────────────────── Recovering
-///        │ │ └── reset ── NeedsReset          │    another backend goes on where
-///        │ └────────────────▲                 │    the lost one was cut off
-///        │   DRIVER_OK with rings that        │
-///        │   cannot be: the driver's mistake  │    peer lost, OnLoss::Break; the successor is
-///        └──────────▶ Broken ◀────────────────┘    another device; the machine's ports failed
+///        │ │ │       reset, backend stopped   │  └────────────────────── Vacant: recovering, or broken
+///        │ │ └── reset ── NeedsReset          │    another backend goes on   │
+///        │ └────────────────▲                 │    where the lost one was    │
+///        │   DRIVER_OK with rings that        │    cut off                   │
+///        │   cannot be: the driver's mistake  │                              │
+///        └──────────────────────────────────────────────────────────────────┘
 /// ```
-/// Only what the peer or the machine did lasts. `NEEDS_RESET` is shown in both cases, to the driver
-/// that was at work when it happened (§2.1.2), and goes with its reset: a reset device reads 0, as
-/// drivers wait for that. A broken device says so to the next driver by refusing `FEATURES_OK`
-/// (§3.1.1, step 6), the earliest point at which a driver takes a no and gives up.
+/// Only what the backend or the machine did lasts. `NEEDS_RESET` is shown to the driver that was at work when its
+/// mistake or the loss happened (§2.1.2), and goes with its reset: a reset device reads 0, as drivers wait for that. A
+/// broken device says so to the next driver by refusing `FEATURES_OK` (§3.1.1, step 6), the earliest point at which a
+/// driver takes a no and gives up.
 ///
-/// A recovering device is whole for its driver: it can be reset, and started, at any time and without
-/// a wait; what it asks of the backend is done once there is one. Any phase but `Broken` may become
-/// `Recovering`, and it leads back to wherever the driver is then.
+/// A recovering device is whole for its driver: it can be reset, and started, at any time; what it asks of the backend is
+/// done once there is one.
 pub(crate) enum Phase {
     Idle,
     /// The guards are the queues' connections to the guest.
     Running(Vec<Guard>),
     /// The driver asked for what cannot be; the backend is as it was.
     NeedsReset(String),
-    Recovering(Absence),
-    Broken(String),
+    /// There is no backend.
+    Vacant(Vacancy),
 }
 
-/// What waits for the next backend.
-pub(crate) struct Absence {
-    /// How the last one was lost.
+/// A device without a backend. A *recovering* device has its backend searched for as long as the user allows. A *broken*
+/// device has it searched for once at each reset.
+pub(crate) struct Vacancy {
+    /// How the last backend was lost.
     pub(crate) why: String,
-    /// What it has to start.
+    /// The driver was told: the device is broken. Otherwise it is recovering.
+    pub(crate) told: bool,
+    /// What the next backend has to start.
     pub(crate) queues: Option<Waiting>,
-    /// A backend that is being started right now, without the device's lock.
-    pub(crate) starting: Option<Arc<Starting>>,
+    /// What others wait for.
+    pub(crate) work: Work,
+    /// How long a driver may wait for the outcome of a search.
+    pub(crate) patience: Duration,
+}
+
+/// What is done about a vacancy without the device's lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// Nothing that others wait for.
+    None,
+    /// A broken device's backend is searched for, once: its driver's FEATURES_OK waits for the outcome.
+    Search,
+    /// A backend starts the queues: a reset waits until it has.
+    Start,
 }
 
 /// Queues of a driver that is ready: the guest's kicks gather in their eventfds.
@@ -65,12 +79,6 @@ pub(crate) struct Waiting {
     pub(crate) begin: Begin,
 }
 
-impl Absence {
-    pub(crate) fn new(why: String, queues: Option<Waiting>) -> Self {
-        Self { why, queues, starting: None }
-    }
-}
-
 impl Phase {
     /// For reports.
     pub(crate) fn report(&self) -> PhaseReport {
@@ -78,22 +86,26 @@ impl Phase {
             Self::Idle => PhaseReport::Idle,
             Self::Running(_) => PhaseReport::Running,
             Self::NeedsReset(why) => PhaseReport::NeedsReset(why.clone()),
-            Self::Recovering(absence) => PhaseReport::Recovering(absence.why.clone()),
-            Self::Broken(why) => PhaseReport::Broken(why.clone()),
+            Self::Vacant(Vacancy { told: false, why, .. }) => PhaseReport::Recovering(why.clone()),
+            Self::Vacant(Vacancy { told: true, why, .. }) => PhaseReport::Broken(why.clone()),
         }
     }
 
     /// Whether there is a backend to ask.
     pub(crate) fn has_backend(&self) -> bool {
-        !matches!(self, Self::Recovering(_) | Self::Broken(_))
+        !matches!(self, Self::Vacant(_))
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        matches!(self, Self::Vacant(Vacancy { told: true, .. }))
     }
 
     /// Whether the guest's kicks go to a queue's eventfd.
     pub(crate) fn takes_kicks(&self) -> bool {
         match self {
             Self::Running(_) => true,
-            Self::Recovering(absence) => absence.queues.is_some(),
-            Self::Idle | Self::NeedsReset(_) | Self::Broken(_) => false,
+            Self::Vacant(vacancy) => vacancy.queues.is_some(),
+            Self::Idle | Self::NeedsReset(_) => false,
         }
     }
 }

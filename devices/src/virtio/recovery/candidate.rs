@@ -9,21 +9,20 @@
 //! 3. the thread ends before the device leaves its board.
 
 use std::error::Error;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use transport::peer::Error as PeerError;
 use transport::vhost_user::Connection;
 
-use crate::virtio::backend::BackendError;
+use crate::hang_up::HangUp;
 use crate::virtio::backend::requests::{Answers, Calls, NotifierPlace, OwnChannel};
 use crate::virtio::backend::shared_memory::SharedRegions;
 use crate::virtio::backend::spec::Order;
 use crate::virtio::backend::survey::{Attended, OpenError, Survey};
 use crate::virtio::backend::vhost_user::{Kept, VhostUser};
 use crate::virtio::core::handle::DeviceHandle;
-use crate::virtio::recovery::revival::Trial;
-use crate::virtio::recovery::take_over::{Candidate, Misfit, TakeOverError};
+use crate::virtio::recovery::vacancy::{Candidate, FillError, Misfit};
 
 /// Why a backend that was connected to does not serve the device.
 #[derive(Debug, thiserror::Error)]
@@ -33,11 +32,11 @@ pub enum ReconnectError {
     Open(#[from] OpenError),
     /// It is a device, but another one, or it failed while it started.
     #[error("{peer} cannot take over")]
-    TakeOver {
+    Fill {
         /// The backend's name.
         peer: String,
         /// Why not.
-        source: TakeOverError,
+        source: FillError,
     },
 }
 
@@ -47,7 +46,7 @@ impl ReconnectError {
     pub fn is_final(&self) -> bool {
         match self {
             Self::Open(error) => matches!(error, OpenError::Unfit { .. }),
-            Self::TakeOver { source, .. } => !matches!(source, TakeOverError::Failed(_)),
+            Self::Fill { source, .. } => !matches!(source, FillError::Failed(_)),
         }
     }
 }
@@ -65,14 +64,21 @@ pub struct Reconnect {
     calls: Calls,
     notifiers: NotifierPlace,
     kept: Arc<Mutex<Kept>>,
+    hang_up: Arc<HangUp>,
 }
 
 impl Reconnect {
-    pub(crate) fn new(order: &Order, first: &Survey, shared: SharedRegions) -> Self {
+    pub(crate) fn new(order: &Order, first: &Survey, shared: SharedRegions) -> io::Result<Self> {
         let in_band = first.notifies_in_band();
         let (order, config_size) = (order.clone(), first.config_size);
         let (calls, notifiers) = (Calls::default(), NotifierPlace::default());
-        Self { order, config_size, in_band, shared, calls, notifiers, kept: Arc::default() }
+        let hang_up = Arc::new(HangUp::new()?);
+        Ok(Self { order, config_size, in_band, shared, calls, notifiers, kept: Arc::default(), hang_up })
+    }
+
+    /// Tells when the present backend's connection is gone.
+    pub(crate) fn hang_up(&self) -> Arc<HangUp> {
+        Arc::clone(&self.hang_up)
     }
 
     /// Where calls lead that a backend makes by message.
@@ -88,19 +94,18 @@ impl Reconnect {
     /// Takes a backend as it was surveyed, with what is kept for it, and has its channel answered.
     pub(crate) fn attend(&self, survey: Survey) -> Result<(Attended, Option<OwnChannel>), OpenError> {
         let Survey { mut session, model, shared, .. } = survey;
-        let hang_up = session.as_fd().try_clone_to_owned().map_err(OpenError::Fd)?;
+        self.hang_up.watch(session.as_fd()).map_err(OpenError::Fd)?;
         let misses = session.miss_answers().map_err(OpenError::Fd)?;
         let tenancy = (!shared.is_empty()).then(|| self.shared.tenancy());
         let answers =
             Answers { misses, shared: tenancy.clone(), calls: self.calls(), notifiers: self.notifiers() };
         let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
         let backend = VhostUser::new(session, &self.order, Arc::clone(&self.kept), tenancy);
-        Ok((Attended { model, backend, hang_up }, channel))
+        Ok((Attended { model, backend }, channel))
     }
 
-    /// Lets the backend at the other end of `connection` serve `device`, which waits for one. Whoever
-    /// answers the backends' own requests gets its channel before its rings start, by `serve`. The
-    /// result is what [`Opened::hang_up`](crate::virtio::backend::vhost_user::Opened) was for the first one.
+    /// Lets the backend at the other end of `connection` serve `device`, which is recovering or broken. Whoever
+    /// answers the backends' own requests gets its channel before its rings start, by `serve`.
     ///
     /// Waits as [`open`](crate::virtio::backend::survey::open) does, and for the start, without the device's lock: for a thread of its own.
     ///
@@ -112,7 +117,7 @@ impl Reconnect {
         device: &DeviceHandle,
         connection: Connection,
         serve: impl FnOnce(OwnChannel),
-    ) -> Result<OwnedFd, ReconnectError> {
+    ) -> Result<(), ReconnectError> {
         let unfit =
             |why: &dyn Error| device.give_up(&format!("another backend came that does not fit: {why}"));
         let survey = Survey::of(connection, &self.order).inspect_err(|error| {
@@ -121,52 +126,20 @@ impl Reconnect {
             }
         })?;
         let peer = format!("vhost-user backend {}", survey.session.peer());
-        let refused = |source: TakeOverError| ReconnectError::TakeOver { peer, source };
-        let (candidate, hang_up) = match self.candidate(survey, serve) {
-            Ok(found) => found,
+        let refused = |source: FillError| ReconnectError::Fill { peer, source };
+        let candidate = match self.candidate(survey, serve) {
+            Ok(candidate) => candidate,
             Err(CandidateError::Misfit(misfit)) => {
                 unfit(&misfit);
                 return Err(refused(misfit.into()));
             }
             Err(CandidateError::Open(error)) => return Err(error.into()),
         };
-        device.take_over(candidate).map_err(refused)?;
-        Ok(hang_up)
-    }
-
-    /// Lets the backend at the other end of `connection` serve a broken device, on whose behalf `trial` was
-    /// begun. The trial is over when this returns. As [`Reconnect::attempt`] otherwise; nothing is started.
-    ///
-    /// # Errors
-    /// When there is no backend, it fails, it does not fit, or it is not wanted any more.
-    pub fn revive(
-        &self,
-        device: &DeviceHandle,
-        trial: Trial,
-        connection: Result<Connection, PeerError>,
-        serve: impl FnOnce(OwnChannel),
-    ) -> Result<OwnedFd, TakeOverError> {
-        let surveyed = connection.map_err(OpenError::from).and_then(|c| Survey::of(c, &self.order));
-        let found = surveyed.map_err(lost).and_then(|survey| {
-            self.candidate(survey, serve).map_err(|error| match error {
-                CandidateError::Misfit(misfit) => BackendError::Lost(misfit.into()),
-                CandidateError::Open(error) => lost(error),
-            })
-        });
-        let (found, hang_up) = match found {
-            Ok((candidate, hang_up)) => (Ok(candidate), Some(hang_up)),
-            Err(error) => (Err(error), None),
-        };
-        device.revive(trial, found)?;
-        hang_up.ok_or(TakeOverError::NotWanted)
+        device.fill(candidate).map_err(refused)
     }
 
     /// A candidate of what was surveyed, if it has what drivers know of.
-    fn candidate(
-        &self,
-        survey: Survey,
-        serve: impl FnOnce(OwnChannel),
-    ) -> Result<(Candidate, OwnedFd), CandidateError> {
+    fn candidate(&self, survey: Survey, serve: impl FnOnce(OwnChannel)) -> Result<Candidate, CandidateError> {
         if survey.config_size < self.config_size {
             return Err(Misfit::Config { has: survey.config_size, needs: self.config_size }.into());
         }
@@ -176,11 +149,11 @@ impl Reconnect {
         if survey.shared != self.shared.sizes() {
             return Err(Misfit::SharedMemory.into());
         }
-        let (Attended { model, backend, hang_up }, channel) = self.attend(survey)?;
+        let (Attended { model, backend }, channel) = self.attend(survey)?;
         if let Some(channel) = channel {
             serve(channel);
         }
-        Ok((Candidate { model, backend: Box::new(backend) }, hang_up))
+        Ok(Candidate { model, backend: Box::new(backend) })
     }
 }
 
@@ -199,13 +172,6 @@ impl From<Misfit> for CandidateError {
 impl From<OpenError> for CandidateError {
     fn from(error: OpenError) -> Self {
         Self::Open(error)
-    }
-}
-
-fn lost(error: OpenError) -> BackendError {
-    match error {
-        OpenError::Peer(error) => BackendError::Lost(error.into()),
-        other => BackendError::Lost(other.into()),
     }
 }
 

@@ -49,7 +49,7 @@ fn lost(offer: Offer) -> Rig {
 }
 
 impl Rig {
-    fn attempt(&self, offer: Offer, script: Script) -> (ScriptedBackend, Result<OwnedFd, ReconnectError>) {
+    fn attempt(&self, offer: Offer, script: Script) -> (ScriptedBackend, Result<(), ReconnectError>) {
         let (backend, connection) = connect(offer, script);
         let result = self.again.attempt(&self.guest.device.handle(), connection, drop);
         (backend, result)

@@ -181,14 +181,14 @@ impl<'a> Load<'a> {
     }
 }
 
-fn reconnect(reconnect: &Reconnect, guest: &Guest, socket: &Path) -> OwnedFd {
+fn reconnect(reconnect: &Reconnect, guest: &Guest, socket: &Path) {
     let begin = Instant::now();
     loop {
         let limits = Limits::new(Duration::from_secs(5));
         let connection = Connection::connect(socket, &limits);
         let attempt = connection.map_err(|error| ReconnectError::from(OpenError::from(error)));
         match attempt.and_then(|connection| reconnect.attempt(&guest.device.handle(), connection, drop)) {
-            Ok(hang_up) => return hang_up,
+            Ok(()) => return,
             Err(error) => {
                 assert!(!error.is_final() && begin.elapsed() < Duration::from_secs(10), "{error:?}");
             }
@@ -202,7 +202,7 @@ fn kill_under_load(name: &str, rounds: usize, slots: u16) -> Option<usize> {
     let mut daemon = Daemon::start(name)?;
     let opened = daemon.open(&order(""));
     let again = opened.reconnect.clone();
-    let (guest, _channel, mut hang_up) = Guest::on_loss(opened, OnLoss::Recover);
+    let (guest, _channel, hang_up) = Guest::on_loss(opened, OnLoss::Recover);
     // The load counts from zero.
     let sectors = BLOCKS * usize::try_from(BLOCK).unwrap();
     std::fs::write(daemon.folder.join("disk"), vec![0; 512 * sectors]).unwrap();
@@ -225,12 +225,15 @@ fn kill_under_load(name: &str, rounds: usize, slots: u16) -> Option<usize> {
         });
         let mut fds = [PollFd::new(&hang_up, PollFlags::IN)];
         assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 5, tv_nsec: 0 })).unwrap(), 1);
-        guest.device.handle().peer_lost("it was killed");
+        hang_up.take();
+        assert_eq!(poll(&mut fds, Some(&Timespec::default())).unwrap(), 0, "told once");
+        guest.device.handle().connection_ended();
         load.reap();
         in_flight += load.order.len();
         (0..round % 3 * usize::from(slots)).for_each(|_| load.submit());
         daemon.start_again();
-        hang_up = reconnect(&again, &guest, &daemon.folder.join("s"));
+        reconnect(&again, &guest, &daemon.folder.join("s"));
+        guest.device.handle().connection_ended();
         assert_eq!(guest.device.handle().phase(), PhaseReport::Running, "round {round} {:?}", load.order);
     }
     load.run(100);

@@ -216,24 +216,24 @@ impl Device {
             Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
             Err(BackendError::Refused(_)) => self.note("the backend refused a kick"),
         }
-        self.face.show_registers(&self.registers);
+        self.show_registers();
     }
 
     /// Whether requests of this queue are refused though the device is broken: Linux waits for the answer to how many pairs it may use,
     /// turning, and all that would change the guest's network waits behind it.
     pub(crate) fn refuses(&self, queue: u16) -> bool {
         let pairs = self.control.as_ref().filter(|control| matches!(control.state, State::Pairs(_)));
-        matches!(self.phase, Phase::Broken(_)) && pairs.is_some_and(|control| control.queue == queue)
+        self.phase.is_broken() && pairs.is_some_and(|control| control.queue == queue)
     }
 
     /// How many pairs a driver uses can be noted without a backend; it waits for the answer, and nothing else meanwhile.
     fn serves_control(&self, queue: u16) -> bool {
         match (&self.phase, &self.control) {
             (Phase::Running(_), _) => true,
-            (Phase::Recovering(absence), Some(Control { state: State::Pairs(_), .. })) => {
-                absence.queues.is_some()
+            (Phase::Vacant(vacancy), Some(Control { state: State::Pairs(_), .. })) => {
+                vacancy.queues.is_some() || self.refuses(queue)
             }
-            _ => self.refuses(queue),
+            _ => false,
         }
     }
 
@@ -254,7 +254,7 @@ impl Device {
                 self.stop_and_need_reset(format!("queue {queue} cannot be served: {error}"));
             }
         }
-        self.face.show_registers(&self.registers);
+        self.show_registers();
     }
 
     /// Says whether there is more to do.
@@ -322,9 +322,9 @@ impl Device {
         rings: Range<u16>,
         switch: RingSwitch,
     ) -> Result<Vec<u8>, BackendError> {
-        let outcome = match self.phase {
+        let outcome = match &self.phase {
             Phase::Running(_) => self.switch_rings(rings, switch),
-            Phase::Broken(_) => return Ok(vec![pairs::ERROR]),
+            phase if phase.is_broken() => return Ok(vec![pairs::ERROR]),
             // The next backend is told.
             _ => Ok(()),
         };
@@ -345,7 +345,7 @@ impl Device {
             Ok(()) => self.need_reset(why),
             Err(error) => self.lose_by(&error),
         }
-        self.face.show_registers(&self.registers);
+        self.show_registers();
     }
 
     /// What a device of this type cannot take from a backend: queues of ours are split ones.

@@ -12,7 +12,7 @@ use transport::vhost_user::vring::{Call, Kick};
 
 use crate::bus::BusDevice;
 use crate::ports::{Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch};
-use crate::virtio::core::device::{Device, NewError, Parts};
+use crate::virtio::core::device::PlugError;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::registers::{Half, Reg, Registers};
 use crate::virtio::transport::Face;
@@ -124,23 +124,23 @@ pub struct MmioDevice {
 }
 
 impl MmioDevice {
-    /// Puts a device at `place`. From here on the guest can read its registers without an exit; the
+    /// Plugs `device` in at `place`. From here on the guest can read its registers without an exit; the
     /// caller puts the result on the bus for the writes.
     ///
     /// # Errors
     /// When eventfds run out or the machine refuses the page, the doorbell or the interrupt.
-    pub fn new(parts: Parts, place: Place, ports: &Ports) -> Result<Self, NewError> {
+    pub fn new(device: &DeviceHandle, place: Place, ports: &Ports) -> Result<Self, PlugError> {
         let Ports { doorbells, interrupts, memory } = ports.clone();
         let page = memory.register_page(place.base)?;
         for (offset, value) in CONSTANT {
             page.store(offset, value);
         }
         // Nobody reads the sink; it swallows the acknowledgement that follows each interrupt.
-        let sink = Kick::new().map_err(NewError::Eventfd)?;
+        let sink = Kick::new().map_err(PlugError::Eventfd)?;
         let ack = doorbells.bind(sink.as_fd(), place.write_of(INTERRUPT_ACK, USED_BUFFER))?;
         let face = MmioFace { place, doorbells, interrupts, page, _ack: Guard::new((ack, sink)) };
-        let device = Device::new(parts, Box::new(face))?;
-        Ok(Self { handle: DeviceHandle::new(device) })
+        device.with(|device| device.plug(Box::new(face)))?;
+        Ok(Self { handle: device.clone() })
     }
 
     /// The device, for the control loop.
@@ -182,14 +182,15 @@ impl BusDevice for MmioDevice {
 
     fn write(&self, offset: u64, data: &[u8]) {
         let Ok(offset) = u16::try_from(offset) else { return };
-        self.handle.with(|device| match (offset.checked_sub(CONFIG), <[u8; 4]>::try_from(data)) {
-            (Some(offset), _) => device.write_config(offset.into(), data),
+        let note = |what| self.handle.with(|device| device.note(what));
+        match (offset.checked_sub(CONFIG), <[u8; 4]>::try_from(data)) {
+            (Some(offset), _) => self.handle.with(|device| device.write_config(offset.into(), data)),
             (None, Ok(bytes)) => match lookup(&WRITABLE, offset) {
-                Some(reg) => device.write(reg, u32::from_le_bytes(bytes)),
-                None => device.note("the driver wrote where there is no register that takes it"),
+                Some(reg) => self.handle.write(reg, u32::from_le_bytes(bytes)),
+                None => note("the driver wrote where there is no register that takes it"),
             },
-            (None, Err(_)) => device.note("the driver wrote a register with a width other than 32 bits"),
-        });
+            (None, Err(_)) => note("the driver wrote a register with a width other than 32 bits"),
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use crate::lock;
 use crate::ports::WriteAddress;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
 use crate::virtio::types::table::Model;
-use crate::virtio::{DeviceType, PhaseReport};
+use crate::virtio::{DeviceType, Parts, PhaseReport};
 
 const BASE: u64 = 0xd000_0000;
 const PLACE: Place = Place { base: GuestAddr(BASE), gsi: 5 };
@@ -24,7 +24,7 @@ fn rig(queues: u16) -> Rig {
 fn rig_of(model: Model) -> Rig {
     let (machine, backend) = (Recorder::default(), Scripted::default());
     let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend.clone()), memory: memory() };
-    let device = MmioDevice::new(parts, PLACE, &machine.ports()).unwrap();
+    let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), PLACE, &machine.ports()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
     Rig { device, machine, backend }
 }
@@ -406,36 +406,43 @@ fn machine_reset_stops_the_backend_and_shows_registers_at_power_on() {
 }
 
 #[test]
-fn backend_taken_away_is_stopped_and_serves_another_device() {
+fn unplugged_device_is_stopped_and_serves_the_next_board_as_at_power_on() {
     let rig = rig(1);
     rig.start_driver();
     rig.backend.calls();
-    let backend = rig.device.handle().with(|device| device.take_backend());
+    let handle = rig.device.handle();
+    handle.with(|device| device.interrupt_config());
+    handle.unplug();
     assert_eq!(rig.backend.calls(), ["stop"]);
-    assert_eq!(rig.device.handle().phase(), PhaseReport::Idle);
-    assert!(rig.kicks().is_empty());
-    rig.start_driver();
-    assert_eq!(rig.machine.page_u32(0x70), 0x4f);
-    assert!(rig.backend.calls().is_empty(), "the old device cannot reach it");
+    assert_eq!(handle.phase(), PhaseReport::Idle);
+    assert!(rig.machine.doorbells().is_empty() && rig.machine.routes().is_empty());
+    rig.device.write(0x70, &1_u32.to_le_bytes());
+    handle.machine_reset();
+    assert!(rig.backend.calls().is_empty(), "the old board cannot reach it");
 
     let machine = Recorder::default();
-    let parts = Parts { name: "disk0".into(), model: disk(1), backend, memory: memory() };
-    let device = MmioDevice::new(parts, PLACE, &machine.ports()).unwrap();
+    let device = MmioDevice::new(&handle, PLACE, &machine.ports()).unwrap();
     let rig = Rig { device, machine, backend: rig.backend };
+    rig.page_is_current();
+    assert_eq!((rig.machine.page_u32(0x60), rig.machine.take_interrupts()), (1, 0));
     rig.start_driver();
     assert_eq!(rig.machine.page_u32(0x70), 0xf);
+    assert_eq!(rig.backend.calls().len(), 1);
 }
 
 #[test]
-fn shutdown_stops_the_backend_once_and_nothing_starts_again() {
+fn end_of_the_machine_stops_the_backend_once_and_nothing_starts_again() {
     let rig = rig(1);
     rig.start_driver();
     rig.backend.calls();
-    rig.device.handle().shutdown();
-    rig.device.handle().shutdown();
+    rig.device.handle().end();
+    rig.device.handle().end();
     assert_eq!(rig.backend.calls(), ["stop", "disconnect", "disconnect"]);
-    assert!(rig.kicks().is_empty());
-    rig.negotiate_in_vain();
+    assert!(rig.machine.doorbells().is_empty() && rig.machine.routes().is_empty());
+    for status in [1_u32, 3, 0xb, 0xf] {
+        rig.device.write(0x70, &status.to_le_bytes());
+    }
+    assert!(rig.backend.calls().is_empty());
 }
 
 #[test]
@@ -452,7 +459,8 @@ fn machine_that_refuses_the_interrupt_refuses_the_device_and_keeps_nothing() {
     let (machine, backend) = (Recorder::default(), Scripted::default());
     machine.refuse_routes();
     let parts = Parts { name: "d".into(), model: disk(1), backend: Box::new(backend), memory: memory() };
-    let error = MmioDevice::new(parts, PLACE, &machine.ports()).map(|_| ()).unwrap_err();
+    let error =
+        MmioDevice::new(&DeviceHandle::new(parts).unwrap(), PLACE, &machine.ports()).map(|_| ()).unwrap_err();
     assert_eq!(error.to_string(), "cannot connect the device to the machine");
     assert!(machine.doorbells().is_empty());
 }

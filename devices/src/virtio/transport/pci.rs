@@ -29,7 +29,7 @@ use crate::pci::{
 };
 use crate::ports::{Guard, PortError, Ports, WriteWidth};
 use crate::virtio::backend::shared_memory::RegionWindows;
-use crate::virtio::core::device::{Device, NewError, Parts};
+use crate::virtio::core::device::{Device, PlugError};
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::registers::{Half, Reg, Registers};
 use crate::virtio::transport::Face;
@@ -165,22 +165,23 @@ pub struct PciDevice {
 }
 
 impl PciDevice {
-    /// Makes a device whose BARs `bridge` places. The caller inserts it, at this number.
+    /// Plugs `device` into a function whose BARs `bridge` places. The caller inserts it, at this number.
     ///
     /// # Errors
     /// When it has more queues or shared memory regions (three) than a function can describe, the bus has no room,
     /// eventfds run out or the machine refuses an interrupt.
     pub fn new(
-        parts: Parts,
+        device: &DeviceHandle,
         number: DeviceNumber,
         bridge: &HostBridge,
         ports: &Ports,
-    ) -> Result<Self, NewError> {
-        let describe = |error: Box<dyn std::error::Error + Send + Sync>| NewError::Describe(error);
-        let (queues, device_type) = (parts.model.queues, parts.model.device_type.id());
+    ) -> Result<Self, PlugError> {
+        let describe = |error: Box<dyn std::error::Error + Send + Sync>| PlugError::Describe(error);
+        let (name, registers) = device.with(|device| (device.name().to_owned(), device.registers().clone()));
+        let (queues, device_type) = (registers.queue_count(), registers.read(Reg::DeviceId));
         let index = BarIndex::FIRST;
         let mut specs = vec![BarSpec { index, kind: BarKind::Memory64, size: notify_offset(queues) }];
-        let shared = Layout::of(&parts.model.shared_memory).zip(Layout::bar());
+        let shared = Layout::of(registers.shared_memory()).zip(Layout::bar());
         specs.extend(shared.iter().map(|(layout, bar)| layout.spec(*bar)));
         let mut bars = Bars::new(&specs, bridge.windows()).map_err(|error| describe(error.into()))?;
         bridge.assign(&mut bars);
@@ -191,10 +192,10 @@ impl PciDevice {
                 "there is no room for its shared memory: features=-shmem does without".into(),
             ));
         }
-        let device = u16::try_from(device_type).ok().and_then(|id| FIRST_DEVICE.checked_add(id));
+        let number_of_type = u16::try_from(device_type).ok().and_then(|id| FIRST_DEVICE.checked_add(id));
         let identity = Identity {
             vendor: VENDOR,
-            device: device.unwrap_or(u16::MAX),
+            device: number_of_type.unwrap_or(u16::MAX),
             revision: 1,
             class: class(device_type),
             subsystem_vendor: VENDOR,
@@ -211,7 +212,7 @@ impl PciDevice {
             }
         }
         let state = Arc::new(Mutex::new(State {
-            name: parts.name.clone(),
+            name,
             config,
             msix,
             live: false,
@@ -224,12 +225,12 @@ impl PciDevice {
             refusal_logged: AtomicBool::new(false),
         }));
         let face = PciFace { state: Arc::clone(&state), config_source: usize::from(queues) };
-        let handle = DeviceHandle::new(Device::new(parts, Box::new(face))?);
+        device.with(|device| device.plug(Box::new(face)))?;
         let windows = shared.map(|(layout, _)| {
             let windows: Arc<dyn RegionWindows> = Arc::new(BarWindows { state: Arc::clone(&state), layout });
             windows
         });
-        Ok(Self { handle, state, queues, windows })
+        Ok(Self { handle: device.clone(), state, queues, windows })
     }
 
     /// Where its backend may show the guest files, if it has shared memory regions.
@@ -298,15 +299,15 @@ impl PciDevice {
         let value = data.iter().rev().fold(0_u32, |value, byte| value << 8 | u32::from(*byte));
         match known.map(|(_, _, field)| *field) {
             Some(Field::Reg(Reg::Status)) => {
-                self.handle.with(|device| device.write(Reg::Status, value));
+                self.handle.write(Reg::Status, value);
                 if value == 0 {
                     self.forget_vectors();
                 }
             }
-            Some(Field::Reg(reg)) => self.handle.with(|device| device.write(reg, value)),
+            Some(Field::Reg(reg)) => self.handle.write(reg, value),
             // Disabling a queue takes a reset of it, or of the device.
             Some(Field::QueueEnable) if value == 1 => {
-                self.handle.with(|device| device.write(Reg::QueueReady, 1));
+                self.handle.write(Reg::QueueReady, 1);
             }
             Some(field @ (Field::ConfigVector | Field::QueueVector)) => {
                 let selected = |device: &mut Device| device.registers().read(Reg::QueueSel);
@@ -484,7 +485,7 @@ impl Function for PciDevice {
             }
             NOTIFY.. => {
                 let queue = u32::try_from((offset - NOTIFY) / PAGE).unwrap_or(u32::MAX);
-                self.handle.with(|device| device.write(Reg::QueueNotify, queue));
+                self.handle.write(Reg::QueueNotify, queue);
             }
             _ => self
                 .handle

@@ -8,11 +8,11 @@ use crate::pci::{Intx, IntxLines, Window, Windows};
 use crate::ports::FileRange;
 use crate::ports::{Route, WriteMatch};
 use crate::testing::{Outcome, Recorder, Scripted, Shown, disk, memory};
-use crate::virtio::PhaseReport;
 use crate::virtio::backend::requests::Answers;
 use crate::virtio::backend::shared_memory::SharedRegions;
 use crate::virtio::core::registers::SharedMemory;
 use crate::virtio::types::table::Model;
+use crate::virtio::{Parts, PhaseReport};
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
@@ -38,7 +38,10 @@ fn rig_of(model: Model) -> Rig {
     let lines = IntxLines::new(machine.ports().interrupts).unwrap();
     let bridge = HostBridge::with_lines(WINDOWS, Intx { lines, gsis: [20, 21, 22, 23] });
     let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend.clone()), memory: memory() };
-    let device = Arc::new(PciDevice::new(parts, bridge.free().unwrap(), &bridge, &machine.ports()).unwrap());
+    let device = Arc::new(
+        PciDevice::new(&DeviceHandle::new(parts).unwrap(), bridge.free().unwrap(), &bridge, &machine.ports())
+            .unwrap(),
+    );
     bridge.insert(bridge.free(), device.clone()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
     Rig { device, ecam: bridge.ecam(), bridge, machine, backend }
@@ -292,7 +295,8 @@ fn halves_of_large_regions_are_told_and_too_many_or_too_large_ones_refused() {
         let (machine, bridge) = (Recorder::default(), HostBridge::new(WINDOWS));
         let backend = Box::new(Scripted::default());
         let parts = Parts { name: "disk0".into(), model, backend, memory: memory() };
-        PciDevice::new(parts, bridge.free().unwrap(), &bridge, &machine.ports()).map(drop)
+        PciDevice::new(&DeviceHandle::new(parts).unwrap(), bridge.free().unwrap(), &bridge, &machine.ports())
+            .map(drop)
     };
     let region = Some(SharedMemory { base: GuestAddr(0), length: 4096 });
     make(Model { shared_memory: vec![region; 3], ..disk(1) }).unwrap();

@@ -6,6 +6,7 @@ use transport::memory::GuestAddr;
 use transport::vhost_user::DeviceFeatures;
 
 use crate::bus::BusDevice;
+use crate::lock;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
 use crate::virtio::core::device::Parts;
 use crate::virtio::transport::mmio::{MmioDevice, Place};
@@ -30,7 +31,12 @@ fn rig_of(model: Model) -> Rig {
     let (machine, first, ram) = (Recorder::default(), Scripted::default(), memory());
     let backend = Box::new(first.clone());
     let parts = Parts { name: "disk0".into(), model, backend, memory: ram.clone() };
-    let device = MmioDevice::new(parts, Place { base: GuestAddr(BASE), gsi: 5 }, &machine.ports()).unwrap();
+    let device = MmioDevice::new(
+        &DeviceHandle::new(parts).unwrap(),
+        Place { base: GuestAddr(BASE), gsi: 5 },
+        &machine.ports(),
+    )
+    .unwrap();
     device.handle().on_loss(OnLoss::Recover);
     Rig { handle: device.handle(), device, machine, ram, first }
 }
@@ -133,7 +139,7 @@ fn lost_backend_is_replaced_and_the_guest_notices_nothing_but_an_interrupt() {
     assert_eq!(rig.machine.take_interrupts(), 1, "used buffers that nobody may have told of");
     assert!(rig.kicks(), "kicks gather in the kernel");
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+7"]);
     assert_eq!(rig.handle.phase(), PhaseReport::Running);
     assert_eq!((rig.status(), rig.machine.page_u32(0x60)), (0xf, 1));
@@ -158,7 +164,7 @@ fn reset_while_nobody_is_there_asks_nobody_and_the_next_driver_starts_later() {
     rig.device.write(0x120, &[1]);
     assert!(rig.first.calls().is_empty());
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000"]);
     assert_eq!(rig.handle.phase(), PhaseReport::Running);
     assert_eq!(rig.handle.stats().activations, 2);
@@ -169,7 +175,7 @@ fn backend_for_a_device_without_a_driver_is_not_started() {
     let rig = rig();
     rig.handle.peer_lost("it crashed");
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert!(second.calls().is_empty());
     assert_eq!(rig.handle.phase(), PhaseReport::Idle);
     rig.start_driver();
@@ -191,8 +197,8 @@ fn candidate_that_is_another_device_breaks_this_one_with_a_reason() {
         let rig = rig();
         rig.lose(0, 0);
         let (second, candidate) = candidate(model);
-        let error = rig.handle.take_over(candidate).unwrap_err();
-        assert!(matches!(error, TakeOverError::Unfit(_)));
+        let error = rig.handle.fill(candidate).unwrap_err();
+        assert!(matches!(error, FillError::Unfit(_)));
         assert_eq!(error.to_string(), reason);
         assert!(second.calls().is_empty());
         assert_eq!((rig.status(), rig.machine.page_u32(0x60)), (0x4f, 3));
@@ -200,7 +206,7 @@ fn candidate_that_is_another_device_breaks_this_one_with_a_reason() {
         let why = format!("another backend came that does not fit: {reason}");
         assert_eq!(rig.handle.phase(), PhaseReport::Broken(why));
         let (_, other) = self::candidate(disk(2));
-        assert!(matches!(rig.handle.take_over(other), Err(TakeOverError::NotWanted)));
+        assert!(matches!(rig.handle.fill(other), Err(FillError::NotWanted)));
     }
 }
 
@@ -210,13 +216,14 @@ fn more_queues_and_features_do_no_harm_and_reach_the_next_driver() {
     rig.lose(0, 0);
     let more = Model { features: DeviceFeatures::from_bits(1 << 32 | 1 << 9 | 1 << 28), ..disk(8) };
     let (_, candidate) = candidate(more);
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     rig.write(0x14, 0);
     assert_eq!(rig.machine.page_u32(0x10), 1 << 9, "not under the driver's feet");
     rig.write(0x70, 0);
     rig.write(0x14, 0);
     assert_eq!(rig.machine.page_u32(0x10), 1 << 9 | 1 << 28);
-    assert_eq!(rig.handle.with(|device| device.features_and_config().0.bits()), 1 << 32 | 1 << 9 | 1 << 28);
+    rig.write(0x14, 1);
+    assert_eq!(rig.machine.page_u32(0x10), 1);
 }
 
 #[test]
@@ -224,7 +231,7 @@ fn features_that_the_driver_did_not_take_may_be_missing() {
     let rig = rig();
     rig.handle.peer_lost("it crashed");
     let (_, candidate) = candidate(Model { features: DeviceFeatures::from_bits(1 << 32), ..disk(2) });
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     rig.write(0x14, 0);
     assert_eq!(rig.machine.page_u32(0x10), 0, "the next driver cannot take them");
 }
@@ -236,14 +243,14 @@ fn candidate_that_does_not_start_leaves_the_device_waiting_for_the_next() {
     rig.start_driver();
     let (second, bad) = candidate(disk(2));
     lock(&second.0).on_start = Outcome::Lost;
-    let error = rig.handle.take_over(bad).unwrap_err();
-    assert!(matches!(error, TakeOverError::Failed(_)), "{error:?}");
+    let error = rig.handle.fill(bad).unwrap_err();
+    assert!(matches!(error, FillError::Failed(_)), "{error:?}");
     assert_eq!(rig.handle.phase(), PhaseReport::Recovering("it crashed".into()));
     assert_eq!(rig.status(), 0xf);
     // It may have used buffers before it failed.
     rig.set_indexes(2, 1);
     let (third, good) = candidate(disk(2));
-    rig.handle.take_over(good).unwrap();
+    rig.handle.fill(good).unwrap();
     assert_eq!(third.calls(), ["resume 100000200 0:16@1000,2000,3000+1"]);
 }
 
@@ -253,7 +260,7 @@ fn candidate_that_cannot_be_told_of_the_rings_is_another_device() {
     rig.lose(0, 0);
     let (second, candidate) = candidate(disk(2));
     lock(&second.0).on_start = Outcome::Refused;
-    assert!(matches!(rig.handle.take_over(candidate), Err(TakeOverError::Refused(_))));
+    assert!(matches!(rig.handle.fill(candidate), Err(FillError::Refused(_))));
     let why = "another backend came that does not fit: scripted";
     assert_eq!(rig.handle.phase(), PhaseReport::Broken(why.into()));
 }
@@ -266,7 +273,7 @@ fn backend_that_is_lost_while_it_starts_is_waited_for_like_any_other() {
     assert_eq!(rig.handle.phase(), PhaseReport::Recovering("scripted".into()));
     assert!(rig.kicks());
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000"]);
 }
 
@@ -278,7 +285,7 @@ fn changed_configuration_of_the_successor_is_told_and_the_same_is_not() {
         let mut model = disk(2);
         model.config[0] += change;
         let (_, candidate) = candidate(model);
-        rig.handle.take_over(candidate).unwrap();
+        rig.handle.fill(candidate).unwrap();
         assert_eq!(rig.handle.stats().config_interrupts, expected);
         assert_eq!(rig.machine.page_bytes(0x100, 1), [1 + change]);
         assert_eq!(rig.machine.page_u32(0x60), if change == 0 { 1 } else { 3 });
@@ -292,7 +299,7 @@ fn ring_that_nobody_can_go_on_with_needs_a_reset_but_keeps_the_new_backend() {
         let rig = rig_of(model.clone());
         rig.lose(indexes.0, indexes.1);
         let (second, candidate) = candidate(model);
-        rig.handle.take_over(candidate).unwrap();
+        rig.handle.fill(candidate).unwrap();
         assert!(second.calls().is_empty());
         assert!(matches!(rig.handle.phase(), PhaseReport::NeedsReset(_)));
         assert_eq!((rig.status(), rig.machine.page_u32(0x60)), (0x4f, 3));
@@ -308,7 +315,7 @@ fn doubt_ends_when_the_driver_goes_on() {
     rig.lose_in_doubt();
     let (second, candidate) = candidate(disk(2));
     std::thread::scope(|scope| {
-        let taking_over = scope.spawn(|| rig.handle.take_over_within(Duration::from_secs(60), candidate));
+        let taking_over = scope.spawn(|| rig.handle.fill_within(Duration::from_secs(60), candidate));
         std::thread::sleep(Duration::from_millis(30));
         assert_eq!(rig.handle.phase(), PhaseReport::Recovering("it crashed".into()), "it is waited for");
         assert!(rig.kicks());
@@ -325,7 +332,7 @@ fn driver_whose_rings_stay_in_doubt_needs_a_reset_and_keeps_the_new_backend() {
     let rig = rig();
     rig.lose_in_doubt();
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over_within(Duration::from_millis(20), candidate).unwrap();
+    rig.handle.fill_within(Duration::from_millis(20), candidate).unwrap();
     assert!(second.calls().is_empty());
     let why = "the rings of queue 0 do not tell which 2 requests were in flight";
     assert_eq!(rig.handle.phase(), PhaseReport::NeedsReset(why.into()));
@@ -340,13 +347,13 @@ fn backend_that_goes_while_there_is_doubt_is_none_and_the_next_is_waited_for() {
     let (second, candidate) = candidate(disk(2));
     lock(&second.0).hung_up = true;
     let begin = Instant::now();
-    let error = rig.handle.take_over_within(Duration::from_secs(60), candidate).unwrap_err();
-    assert!(matches!(error, TakeOverError::Failed(_)), "{error:?}");
+    let error = rig.handle.fill_within(Duration::from_secs(60), candidate).unwrap_err();
+    assert!(matches!(error, FillError::Failed(_)), "{error:?}");
     assert!(begin.elapsed() < Duration::from_secs(30));
     assert_eq!(rig.handle.phase(), PhaseReport::Recovering("it crashed".into()));
     let (third, candidate) = self::candidate(disk(2));
     rig.end_the_doubt();
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert_eq!(third.calls(), ["resume 100000200 0:16@1000,2000,3000+fdfc"]);
 }
 
@@ -358,12 +365,12 @@ fn machine_or_driver_that_is_reset_while_there_is_doubt_is_not_held_up() {
         let (second, candidate) = candidate(disk(2));
         let begin = Instant::now();
         let outcome = std::thread::scope(|scope| {
-            let taking_over = scope.spawn(|| rig.handle.take_over_within(Duration::from_secs(60), candidate));
+            let taking_over = scope.spawn(|| rig.handle.fill_within(Duration::from_secs(60), candidate));
             std::thread::sleep(Duration::from_millis(30));
             if by_driver {
                 rig.write(0x70, 0);
             } else {
-                rig.handle.shutdown();
+                rig.handle.end();
             }
             taking_over.join().unwrap()
         });
@@ -391,7 +398,7 @@ fn mistake_of_the_driver_while_nobody_is_there_outlasts_the_recovery() {
     assert_eq!(rig.status(), 0x4f);
     assert!(matches!(rig.handle.phase(), PhaseReport::Recovering(_)));
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert!(matches!(rig.handle.phase(), PhaseReport::NeedsReset(_)));
     assert!(second.calls().is_empty());
     rig.start_driver();
@@ -413,13 +420,13 @@ fn during_the_start(
     outcome: Outcome,
     waits: Waits,
     meanwhile: impl FnOnce() + Send,
-) -> (Scripted, Result<(), TakeOverError>) {
+) -> (Scripted, Result<(), FillError>) {
     let (second, candidate) = candidate(disk(2));
     let (open, gate) = channel();
     lock(&second.0).hold_start = Some(gate);
     lock(&second.0).on_start = outcome;
     let result = std::thread::scope(|scope| {
-        let taking_over = scope.spawn(|| rig.handle.take_over(candidate));
+        let taking_over = scope.spawn(|| rig.handle.fill(candidate));
         let begin = Instant::now();
         while lock(&second.0).hold_start.is_some() {
             assert!(begin.elapsed() < Duration::from_secs(10), "the start never began");
@@ -452,7 +459,8 @@ fn nobody_waits_for_a_start_that_has_nothing_to_do_with_it() {
         rig.handle.peer_lost("told twice");
         assert!(rig.kicks());
         let (_, other) = candidate(disk(2));
-        assert!(matches!(rig.handle.take_over(other), Err(TakeOverError::NotWanted)), "one at a time");
+        let result = rig.handle.fill(other);
+        assert!(matches!(result, Err(FillError::NotWanted)), "one at a time: {result:?}");
         assert_eq!(rig.handle.stats().recoveries, 0);
     });
     result.unwrap();
@@ -479,64 +487,69 @@ fn reset_during_a_start_that_fails_leaves_the_device_waiting() {
     let rig = rig();
     rig.lose(3, 1);
     let (_, result) = during_the_start(&rig, Outcome::Lost, Waits::Yes, || rig.write(0x70, 0));
-    assert!(matches!(result, Err(TakeOverError::Failed(_))), "whoever looked goes on: {result:?}");
+    assert!(matches!(result, Err(FillError::Failed(_))), "whoever looked goes on: {result:?}");
     assert!(matches!(rig.handle.phase(), PhaseReport::Recovering(_)));
     assert_eq!(rig.status(), 0);
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     rig.start_driver();
     assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000"]);
 }
 
 #[test]
-fn machine_that_ends_or_takes_the_backend_away_during_a_start_is_not_disturbed_by_it() {
+fn machine_that_ends_or_restarts_during_a_start_is_not_disturbed_by_it() {
     let rig = rig();
     rig.lose(3, 1);
-    let (_, result) = during_the_start(&rig, Outcome::Works, Waits::No, || rig.handle.shutdown());
-    assert!(matches!(result, Err(TakeOverError::NotWanted)), "{result:?}");
-    assert!(matches!(rig.handle.phase(), PhaseReport::Broken(_)));
+    let (second, result) = during_the_start(&rig, Outcome::Works, Waits::Yes, || rig.handle.end());
+    result.unwrap();
+    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+1", "stop", "disconnect"]);
+    let (third, other) = candidate(disk(2));
+    rig.handle.peer_lost("it crashed");
+    assert!(matches!(rig.handle.fill(other), Err(FillError::NotWanted)));
+    assert!(third.calls().is_empty());
 
     let rig = self::rig();
     rig.lose(3, 1);
-    let (second, result) = during_the_start(&rig, Outcome::Works, Waits::Yes, || {
-        let mut taken = rig.handle.with(|device| device.take_backend());
-        taken.disconnect();
-    });
+    let unplugs = || rig.handle.unplug();
+    let (second, result) = during_the_start(&rig, Outcome::Works, Waits::Yes, unplugs);
     result.unwrap();
-    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+1", "stop", "disconnect"]);
+    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+1", "stop"]);
+    assert_eq!(rig.handle.phase(), PhaseReport::Idle);
     let (_, other) = candidate(disk(2));
-    assert!(matches!(rig.handle.take_over(other), Err(TakeOverError::NotWanted)));
+    assert!(matches!(rig.handle.fill(other), Err(FillError::NotWanted)));
 }
 
 #[test]
-fn device_taken_away_while_nobody_is_there_waits_on_its_next_board() {
+fn recovering_device_waits_on_between_two_boards_and_takes_a_backend_there() {
     let rig = rig();
     rig.lose(3, 1);
-    let backend = rig.handle.with(|device| device.take_backend());
+    rig.handle.with(Device::unplug);
     assert_eq!(rig.handle.phase(), PhaseReport::Recovering("it crashed".into()));
-    let (_, refused) = candidate(disk(2));
-    assert!(matches!(rig.handle.take_over(refused), Err(TakeOverError::NotWanted)), "not on this board");
+    assert!(rig.machine.doorbells().is_empty() && rig.machine.routes().is_empty());
+    let (second, candidate) = candidate(disk(2));
+    rig.handle.fill(candidate).unwrap();
+    assert_eq!(rig.handle.phase(), PhaseReport::Idle);
+    assert_eq!(second.calls(), [""; 0]);
 
     let machine = Recorder::default();
-    let parts = Parts { name: "d".into(), model: disk(2), backend, memory: memory() };
-    let device = MmioDevice::new(parts, Place { base: GuestAddr(BASE), gsi: 5 }, &machine.ports()).unwrap();
-    device.handle().on_loss(OnLoss::Recover);
-    device.handle().peer_lost("it crashed");
-    let (_, candidate) = candidate(disk(2));
-    device.handle().take_over(candidate).unwrap();
-    assert_eq!(device.handle().phase(), PhaseReport::Idle);
+    let place = Place { base: GuestAddr(BASE), gsi: 5 };
+    let device = MmioDevice::new(&rig.handle, place, &machine.ports()).unwrap();
+    let rig = Rig { device, machine, ..rig };
+    rig.start_driver();
+    assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000"]);
 }
 
 #[test]
 fn start_whose_thread_panics_keeps_nobody_waiting() {
-    let starting = Starting::new();
-    let completion = Completion(Some(Arc::clone(&starting)));
-    let _panicked = std::thread::spawn(move || {
-        let _completion = completion;
-        panic!("on purpose");
-    })
-    .join();
-    assert!(matches!(starting.claim(), Some(Err(BackendError::Lost(_)))));
+    let rig = rig();
+    rig.lose(3, 1);
+    let (second, candidate) = candidate(disk(2));
+    // A held start whose gate is gone panics.
+    lock(&second.0).hold_start = Some(channel().1);
+    let handle = rig.handle.clone();
+    assert!(std::thread::spawn(move || handle.fill(candidate)).join().is_err());
+    rig.write(0x70, 0);
+    assert_eq!((rig.status(), rig.handle.phase()), (0, PhaseReport::Recovering("it crashed".into())));
 }
 
 #[test]
@@ -545,7 +558,7 @@ fn successor_that_begins_its_used_index_anew_is_found_out_and_the_driver_told() 
     let rig = rig();
     rig.lose(9, 7);
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert_eq!(rig.handle.judge_successor(), Standing::Unproven, "it has not moved yet");
     second.calls();
     // It used the first of the two that were in flight, as number 0.
@@ -568,7 +581,7 @@ fn successor_that_goes_on_is_left_alone() {
     let rig = rig();
     rig.lose(9, 7);
     let (second, candidate) = candidate(disk(2));
-    rig.handle.take_over(candidate).unwrap();
+    rig.handle.fill(candidate).unwrap();
     second.calls();
     rig.set_indexes(10, 8);
     assert_eq!(rig.handle.judge_successor(), Standing::Settled);

@@ -1,5 +1,5 @@
 use super::*;
-use std::sync::Mutex;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use transport::vhost_user::Connection;
 use crate::bus::BusDevice;
 use crate::testing::{Recorder, Scripted, disk, memory};
 use crate::virtio::core::device::Parts;
+use crate::virtio::core::vacancy::Effort;
 use crate::virtio::transport::mmio::{MmioDevice, Place};
 use crate::virtio::{OnLoss, PhaseReport};
 
@@ -22,7 +23,6 @@ struct Rig {
     handle: DeviceHandle,
     machine: Recorder,
     asked: Arc<AtomicU32>,
-    wanted: Arc<Mutex<Option<Trial>>>,
 }
 
 fn rig() -> Rig {
@@ -34,18 +34,18 @@ fn rig() -> Rig {
         memory: memory(),
     };
     let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
-    let device = MmioDevice::new(parts, place, &machine.ports()).unwrap();
+    let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), place, &machine.ports()).unwrap();
     let handle = device.handle();
     handle.on_loss(OnLoss::Break);
     let asked = Arc::new(AtomicU32::new(0));
-    let wanted = Arc::new(Mutex::new(None));
-    let (counter, inbox) = (Arc::clone(&asked), Arc::clone(&wanted));
-    let ask = Box::new(move |trial| {
+    let counter = Arc::clone(&asked);
+    let ask = Box::new(move |effort| {
+        assert_eq!(effort, Effort::Once);
         counter.fetch_add(1, Ordering::Relaxed);
-        *inbox.lock().unwrap() = Some(trial);
+        true
     });
-    handle.seek_with(Seeker { limit: LIMIT, ask });
-    Rig { device, handle, machine, asked, wanted }
+    handle.search_with(LIMIT, ask);
+    Rig { device, handle, machine, asked }
 }
 
 fn candidate(queues: u16) -> (Scripted, Candidate) {
@@ -60,11 +60,6 @@ impl Rig {
 
     fn asked(&self) -> u32 {
         self.asked.load(Ordering::Relaxed)
-    }
-
-    /// The search that the device asked for.
-    fn wanted(&self) -> Option<Trial> {
-        self.wanted.lock().unwrap().take()
     }
 
     /// A driver up to FEATURES_OK, if the device agrees.
@@ -84,13 +79,17 @@ impl Rig {
 }
 
 /// An error of a peer that says nothing.
-fn silence() -> BackendError {
+fn silence_error() -> Box<dyn Error + Send + Sync> {
     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let limits = Limits::new(Duration::from_millis(1));
     let connection = Connection::from_stream(ours, "a test", &limits).unwrap();
     let error = connection.negotiate(&Default::default()).err().unwrap();
     assert!(error.is_silence());
-    BackendError::Lost(error.into())
+    error.into()
+}
+
+fn silence() -> BackendError {
+    BackendError::Lost(silence_error())
 }
 
 #[test]
@@ -101,7 +100,7 @@ fn device_that_broke_is_whole_again_after_a_reset_that_brings_a_backend() {
     rig.write(0x70, 0);
     assert_eq!(rig.asked(), 1);
     let (second, candidate) = candidate(2);
-    rig.handle.revive(rig.wanted().unwrap(), Ok(candidate)).unwrap();
+    rig.handle.fill(candidate).unwrap();
     assert_eq!(rig.handle.phase(), PhaseReport::Idle);
     assert!(rig.agree());
     for (offset, value) in [(0x30, 0), (0x38, 16), (0x80, 0x1000), (0x90, 0x2000), (0xa0, 0x3000), (0x44, 1)]
@@ -120,12 +119,11 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     let rig = rig();
     rig.handle.peer_lost("it crashed");
     rig.write(0x70, 0);
-    let trial = rig.wanted().unwrap();
     let handle = rig.handle.clone();
     let (second, candidate) = candidate(2);
     let searcher = std::thread::spawn(move || {
         std::thread::sleep(LIMIT / 30);
-        handle.revive(trial, Ok(candidate)).unwrap();
+        handle.fill(candidate).unwrap();
     });
     assert!(rig.agree(), "it waited");
     searcher.join().unwrap();
@@ -135,13 +133,12 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     rig.handle.peer_lost("it crashed again");
     assert_eq!(second.calls(), ["disconnect"]);
     rig.write(0x70, 0);
-    let trial = rig.wanted().unwrap();
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() >= LIMIT && begun.elapsed() < LIMIT * 2, "{:?}", begun.elapsed());
     rig.write(0x70, 0);
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() < LIMIT, "once is enough: {:?}", begun.elapsed());
-    drop(trial);
+    rig.handle.search_failed(BackendError::gone().cause());
     rig.write(0x70, 0);
     assert_eq!(rig.asked(), 3, "the second search was given up");
 }
@@ -151,11 +148,10 @@ fn peer_that_fell_silent_is_not_waited_for_but_may_come_back() {
     let rig = rig();
     rig.handle.with(|device| device.lose_by(&silence()));
     rig.write(0x70, 0);
-    let trial = rig.wanted().unwrap();
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
     // The backend answers at last: the next driver finds the device whole.
-    rig.handle.revive(trial, Ok(candidate(2).1)).unwrap();
+    rig.handle.fill(candidate(2).1).unwrap();
     assert!(!rig.is_broken());
     rig.write(0x70, 0);
     assert!(rig.agree());
@@ -169,28 +165,59 @@ fn search_that_fails_leaves_the_device_broken_and_the_next_reset_asks_again() {
         rig.write(0x70, 0);
         rig.write(0x70, 0);
         assert_eq!(rig.asked(), round, "one search at a time");
-        let trial = rig.wanted().unwrap();
-        let found = match round {
-            1 => Err(BackendError::gone()),
-            2 => Err(silence()),
-            _ => Ok(candidate(1).1),
+        let error = match round {
+            1 => "gone".into(),
+            2 => silence_error(),
+            _ => rig.handle.fill(candidate(1).1).unwrap_err().into(),
         };
-        let result = rig.handle.revive(trial, found);
-        assert!(matches!(result, Err(TakeOverError::Failed(_) | TakeOverError::Unfit(_))), "{result:?}");
-        assert!(rig.is_broken() && rig.wanted().is_none() && !rig.agree());
+        rig.handle.search_failed(error.as_ref());
+        assert!(rig.is_broken() && !rig.agree());
     }
 }
 
 #[test]
-fn machine_that_ends_or_restarts_wants_no_backend_any_more() {
+fn machine_that_ends_wants_no_backend_any_more() {
     let rig = rig();
     rig.handle.peer_lost("it crashed");
     rig.write(0x70, 0);
-    let trial = rig.wanted().unwrap();
-    rig.handle.shutdown();
+    rig.handle.end();
     let (second, candidate) = candidate(2);
-    let result = rig.handle.revive(trial, Ok(candidate));
-    assert!(matches!(result, Err(TakeOverError::NotWanted)), "{result:?}");
+    let result = rig.handle.fill(candidate);
+    assert!(matches!(result, Err(FillError::NotWanted)), "{result:?}");
     assert!(second.calls().is_empty());
-    assert!(rig.is_broken() && rig.handle.begin_revival().is_none());
+    rig.write(0x70, 0);
+    assert!(rig.is_broken() && rig.asked() == 1);
+}
+
+#[test]
+fn broken_device_has_its_backend_searched_for_on_each_new_board() {
+    let rig = rig();
+    rig.handle.with(|device| device.lose_by(&silence()));
+    rig.handle.unplug();
+    assert_eq!(rig.asked(), 0);
+    let machine = Recorder::default();
+    let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
+    let device = MmioDevice::new(&rig.handle, place, &machine.ports()).unwrap();
+    let rig = Rig { device, machine, ..rig };
+    assert_eq!(rig.asked(), 1);
+    let handle = rig.handle.clone();
+    let searcher = std::thread::spawn(move || {
+        std::thread::sleep(LIMIT / 100);
+        handle.fill(candidate(2).1).unwrap();
+    });
+    rig.write(0x70, 0);
+    assert!(rig.agree(), "it waited, though the last peer was silent");
+    searcher.join().unwrap();
+
+    // One that comes later is not waited for.
+    rig.handle.with(|device| device.lose_by(&silence()));
+    rig.handle.unplug();
+    let machine = Recorder::default();
+    let device = MmioDevice::new(&rig.handle, place, &machine.ports()).unwrap();
+    let rig = Rig { device, machine, ..rig };
+    for _ in 0..20 {
+        rig.write(0x70, 0);
+        let begun = Instant::now();
+        assert!(!rig.agree() && begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
+    }
 }

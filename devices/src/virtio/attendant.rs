@@ -1,0 +1,244 @@
+//! One thread a device for everything that waits for its backend and that no vCPU waits for: the search for a lost
+//! backend, configuration changes, lookups of shared objects, kicks of our own control queues. It starts with the first
+//! job and ends with the device.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::net::{Shutdown, shutdown};
+use transport::peer::deadline::Deadline;
+use transport::vhost_user::Refused;
+use transport::vhost_user::message::Uuid;
+
+use crate::virtio::core::handle::DeviceHandle;
+use crate::virtio::core::vacancy::Effort;
+use crate::virtio::recovery::search::{Attempted, Quest, Search};
+use crate::virtio::recovery::watch::Standing;
+
+/// What an attendant is asked to do. A lookup that is dropped is for its asker to refuse.
+pub enum Job {
+    /// Search for a backend.
+    Search(Effort),
+    /// A connection of the device is gone.
+    HungUp,
+    /// The backend says that its configuration changed.
+    Reload,
+    /// A queue was kicked whose kicks we serve or pass on.
+    Kick(u16),
+    /// Another device's backend wants the descriptor of an object of this one's backend.
+    Lookup(Uuid, Box<dyn FnOnce(Result<OwnedFd, Refused>) + Send>),
+}
+
+impl Job {
+    /// Whether doing `other` does this as well. A peer may repeat what it says as often as it likes.
+    fn is_done_by(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::HungUp, Self::HungUp) | (Self::Reload, Self::Reload) => true,
+            (Self::Kick(queue), Self::Kick(other)) => queue == other,
+            _ => false,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Mailbox {
+    jobs: VecDeque<Job>,
+    ended: bool,
+    /// The connection of the attempt under way.
+    tried: Option<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The attendant of a device.
+pub struct Attendant {
+    name: String,
+    device: DeviceHandle,
+    search: Option<Search>,
+    mailbox: Mutex<Mailbox>,
+    changed: Condvar,
+}
+
+impl fmt::Debug for Attendant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attendant").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+enum Next {
+    Job(Job),
+    /// The time is over.
+    Due,
+    End,
+}
+
+/// While this lives, the connection that is tried ends with [`Attendant::interrupt`].
+#[must_use]
+pub(crate) struct Exchange<'a>(&'a Attendant);
+
+impl Drop for Exchange<'_> {
+    fn drop(&mut self) {
+        self.0.lock().tried = None;
+    }
+}
+
+/// How long a backend that took over is watched, and how often it is looked at.
+const WATCH: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(20);
+
+impl Attendant {
+    /// The attendant of `device`, which from now on has its backend searched for by it, where it can be found.
+    #[must_use]
+    pub fn new(name: String, device: DeviceHandle, search: Option<Search>) -> Arc<Self> {
+        let limit = search.as_ref().map(|search| search.limits.deadline());
+        let (mailbox, changed) = (Mutex::default(), Condvar::new());
+        let attendant = Arc::new(Self { name, device, search, mailbox, changed });
+        if let Some(limit) = limit {
+            let weak = Arc::downgrade(&attendant);
+            let ask =
+                move |effort| weak.upgrade().is_some_and(|attendant| attendant.post(Job::Search(effort)));
+            attendant.device.search_with(limit, Box::new(ask));
+        }
+        attendant
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Mailbox> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a job done soon. Called on any thread, with or without the device's lock; never waits. False when no thread
+    /// is to be had, or the device has ended: the job is dropped then.
+    pub fn post(self: &Arc<Self>, job: Job) -> bool {
+        let mut mailbox = self.lock();
+        if mailbox.ended {
+            return false;
+        }
+        if mailbox.thread.is_none() {
+            let this = Arc::clone(self);
+            let thread = std::thread::Builder::new().name(format!("attend {}", self.name));
+            match thread.stack_size(256 << 10).spawn(move || this.run()) {
+                Ok(thread) => mailbox.thread = Some(thread),
+                Err(error) => {
+                    log::error!("device {}: no thread is to be had: {error}", self.name);
+                    return false;
+                }
+            }
+        }
+        if !mailbox.jobs.iter().any(|waiting| job.is_done_by(waiting)) {
+            mailbox.jobs.push_back(job);
+        }
+        drop(mailbox);
+        self.changed.notify_all();
+        true
+    }
+
+    /// Ends the attempt to reach a backend that is under way. Does not wait.
+    pub fn interrupt(&self) {
+        self.lock().tried.take().iter().for_each(hang_up);
+    }
+
+    /// Ends the thread. Waits for the job that is under way: a deadline of the backend at most.
+    pub fn end(&self) {
+        let mut mailbox = self.lock();
+        mailbox.ended = true;
+        mailbox.tried.take().iter().for_each(hang_up);
+        let (jobs, thread) = (std::mem::take(&mut mailbox.jobs), mailbox.thread.take());
+        drop(mailbox);
+        drop(jobs);
+        self.changed.notify_all();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the attendant of device {} panicked", self.name);
+        }
+    }
+
+    pub(crate) fn is_ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    /// Has `connection` end when the attendant is interrupted, until what this gives is dropped.
+    pub(crate) fn interruptible(&self, connection: BorrowedFd<'_>) -> Exchange<'_> {
+        let mut mailbox = self.lock();
+        match connection.try_clone_to_owned() {
+            Ok(socket) if mailbox.ended => hang_up(&socket),
+            Ok(socket) => mailbox.tried = Some(socket),
+            // Only the deadlines of the exchange end it then.
+            Err(error) => log::debug!("a search for a backend cannot be cut short: {error}"),
+        }
+        Exchange(self)
+    }
+
+    /// Waits for a job, until `due` at most.
+    fn next(&self, due: Option<Instant>) -> Next {
+        let mut mailbox = self.lock();
+        loop {
+            if mailbox.ended {
+                return Next::End;
+            }
+            if let Some(job) = mailbox.jobs.pop_front() {
+                return Next::Job(job);
+            }
+            mailbox = match due.map(|due| due.saturating_duration_since(Instant::now())) {
+                None => self.changed.wait(mailbox).unwrap_or_else(PoisonError::into_inner),
+                Some(Duration::ZERO) => return Next::Due,
+                Some(left) => {
+                    self.changed.wait_timeout(mailbox, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    fn run(&self) {
+        let mut quest: Option<Quest> = None;
+        // A backend that took over: until when, and when it is looked at again.
+        let mut watch: Option<(Deadline, Instant)> = None;
+        loop {
+            let due = [quest.as_ref().map(|quest| quest.due), watch.map(|(_, due)| due)];
+            match self.next(due.into_iter().flatten().min()) {
+                Next::End => return,
+                Next::Job(Job::Search(effort)) => {
+                    if effort == Effort::Long {
+                        log::warn!("device {} lost its backend and looks for it", self.name);
+                    }
+                    quest = self.search.as_ref().map(|search| search.begin(effort));
+                    watch = None;
+                    continue;
+                }
+                Next::Job(Job::HungUp) => self.device.connection_ended(),
+                Next::Job(Job::Reload) => self.device.config_changed(),
+                Next::Job(Job::Kick(queue)) => self.device.serve_kick(queue),
+                Next::Job(Job::Lookup(uuid, answer)) => {
+                    answer(self.device.with(|device| device.shared_object(uuid)));
+                }
+                Next::Due => {}
+            }
+            let now = Instant::now();
+            if let (Some(search), Some(waiting)) =
+                (&self.search, quest.as_mut().filter(|quest| quest.due <= now))
+            {
+                match search.attempt(waiting, &self.device, self) {
+                    Attempted::Again => {}
+                    Attempted::GivenUp => quest = None,
+                    Attempted::Found => {
+                        log::warn!("device {} has its backend again", self.name);
+                        quest = None;
+                        watch = Some((Deadline::after(WATCH), Instant::now()));
+                    }
+                }
+            }
+            if let Some((deadline, _)) = watch.filter(|(_, due)| *due <= now) {
+                let unproven = self.device.judge_successor() == Standing::Unproven;
+                let again = unproven && deadline.remaining().is_some();
+                watch = again.then(|| Instant::now().checked_add(LOOK)).flatten().map(|due| (deadline, due));
+            }
+        }
+    }
+}
+
+fn hang_up(socket: &OwnedFd) {
+    if let Err(error) = shutdown(socket.as_fd(), Shutdown::Both) {
+        log::debug!("the connection that was tried is gone already: {error}");
+    }
+}

@@ -1,0 +1,147 @@
+//! A device loses its backend, and asks for another one. The search and its success are in
+//! [`crate::virtio::recovery`]. Called with the device's lock held; waits for nobody.
+
+use std::time::Duration;
+
+use crate::virtio::backend::{BackendError, Begin};
+use crate::virtio::core::device::{Device, chain};
+use crate::virtio::core::start::space;
+use crate::virtio::core::state::{OnLoss, Phase, Vacancy, Waiting, Work};
+
+/// How long a search lasts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effort {
+    /// For a recovering device: as long as the user allows.
+    Long,
+    /// For a broken device: one attempt.
+    Once,
+}
+
+/// Has a search begun soon, on a thread that may wait. False when there is no such thread. Called with the device's lock
+/// held; must not wait.
+pub type Ask = Box<dyn Fn(Effort) -> bool + Send>;
+
+/// How a device asks for a backend to be searched for.
+pub(crate) struct Seeker {
+    /// How long a driver's FEATURES_OK may wait for the outcome of a search.
+    limit: Duration,
+    ask: Ask,
+}
+
+/// How long a driver waits once after a restart of the machine: far longer than a backend takes that answers.
+const GRACE: Duration = Duration::from_millis(200);
+
+impl Device {
+    pub(crate) fn search_with(&mut self, limit: Duration, ask: Ask) {
+        self.seeker = Some(Seeker { limit, ask });
+    }
+
+    /// The driver, or the machine, has reset the device: a broken one asks for another backend, unless it is searched
+    /// for already.
+    pub(crate) fn seek(&mut self) {
+        if let (Some(seeker), Phase::Vacant(vacancy)) = (&self.seeker, &mut self.phase)
+            && vacancy.told
+            && vacancy.work == Work::None
+            && !self.retired
+            && (seeker.ask)(Effort::Once)
+        {
+            vacancy.work = Work::Search;
+        }
+    }
+
+    /// The machine has restarted: the backend of a broken device is searched for, and its driver may wait a moment for
+    /// one that has come in the place of a silent one.
+    pub(crate) fn seek_anew(&mut self) {
+        let grace = GRACE.min(self.search_limit());
+        if let Phase::Vacant(vacancy) = &mut self.phase {
+            vacancy.patience = grace.max(vacancy.patience);
+        }
+        self.seek();
+    }
+
+    fn search_limit(&self) -> Duration {
+        self.seeker.as_ref().map_or(Duration::ZERO, |seeker| seeker.limit)
+    }
+
+    /// How long a driver may wait for the next backend, where the last one was `silent` or not: a peer that did not
+    /// answer is not waited for twice.
+    pub(crate) fn patience(&self, silent: bool) -> Duration {
+        if silent { Duration::ZERO } else { self.search_limit() }
+    }
+
+    /// For how long a driver that is to agree on features waits for the outcome of a search; `None` when there is none.
+    pub(crate) fn awaits_search(&self) -> Option<Duration> {
+        match &self.phase {
+            Phase::Vacant(Vacancy { work: Work::Search, patience, .. }) => Some(*patience),
+            _ => None,
+        }
+    }
+
+    /// A driver has waited for a search as long as it may.
+    pub(crate) fn stop_waiting(&mut self) {
+        if let Phase::Vacant(vacancy) = &mut self.phase {
+            vacancy.patience = Duration::ZERO;
+        }
+    }
+
+    /// Whether a backend starts the queues without the device's lock.
+    pub(crate) fn is_starting(&self) -> bool {
+        matches!(&self.phase, Phase::Vacant(Vacancy { work: Work::Start, .. }))
+    }
+
+    /// The peer failed in an exchange.
+    pub(crate) fn lose_by(&mut self, error: &BackendError) {
+        self.lose(chain(error.cause()), error.is_silence());
+    }
+
+    /// The backend is lost. The control loop and a vCPU may both report the same loss: the second report is ignored.
+    pub(crate) fn lose(&mut self, why: String, silent: bool) {
+        if !self.phase.has_backend() {
+            return;
+        }
+        let queues = match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Running(guards) => Some(Waiting { guards, begin: Begin::Resumed }),
+            _ => None,
+        };
+        let recovers = self.on_loss == OnLoss::Recover && !self.retired;
+        let cut_off = queues.is_some() && recovers;
+        let patience = self.patience(silent);
+        let vacancy = Vacancy { why: why.clone(), told: false, queues, work: Work::None, patience };
+        self.phase = Phase::Vacant(vacancy);
+        if !recovers {
+            return self.break_down(why);
+        }
+        log::warn!("device {} waits for another backend: {why}", self.name);
+        self.backend.disconnect();
+        if cut_off {
+            self.cut_off();
+        }
+        if self.seeker.as_ref().is_some_and(|seeker| !(seeker.ask)(Effort::Long)) {
+            self.break_down("no thread can be had to look for the backend".to_owned());
+        }
+    }
+
+    /// No backend serves the queues any more: remembers where they are, and tells the driver of all that was used.
+    pub(crate) fn cut_off(&mut self) {
+        let Self { wiring, registers, memory, backend, .. } = self;
+        wiring.cut(registers, space(registers, memory, backend.as_ref()));
+        self.call_all();
+    }
+
+    /// The device cannot go on: the driver is told.
+    pub(crate) fn break_down(&mut self, why: String) {
+        if self.phase.is_broken() {
+            return;
+        }
+        log::error!("device {} is broken: {why}", self.name);
+        let patience = match &self.phase {
+            Phase::Vacant(vacancy) => vacancy.patience,
+            _ => self.patience(false),
+        };
+        // The connections of the queues go with the phase.
+        self.phase = Phase::Vacant(Vacancy { why, told: true, queues: None, work: Work::None, patience });
+        self.backend.disconnect();
+        self.registers.mark_broken();
+        self.interrupt_config();
+    }
+}

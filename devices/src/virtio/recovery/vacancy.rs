@@ -1,0 +1,312 @@
+//! A backend fills the vacancy that a lost one left, while the guest runs. Its queues start without the device's lock, so
+//! that neither vCPUs nor the control loop wait for a backend that may be no better than the last one. Must never leave
+//! two backends, or a reset driver and a backend, on the same rings.
+//!
+//! ```text
+//!   attendant                             device lock    vCPU
+//!   connect, negotiate, read the configuration           FEATURES_OK of a broken device waits for the search
+//!   begin: does it fit? which rings?      held
+//!   start the rings                                      a reset waits for the start to end: one deadline at most
+//!   finish: it is the backend now         held
+//! ```
+
+use std::error::Error;
+use std::thread::sleep;
+use std::time::Duration;
+
+use transport::memory::MemoryMap;
+use transport::peer::deadline::Deadline;
+use transport::vhost_user::features::DriverFeatures;
+use transport::vhost_user::vring::Ring;
+
+use crate::virtio::backend::{Backend, BackendError, Begin, Start, is_silence};
+use crate::virtio::core::device::{Device, chain};
+use crate::virtio::core::handle::DeviceHandle;
+use crate::virtio::core::queues::{OwnedRing, RingsError};
+use crate::virtio::core::start::space;
+use crate::virtio::core::state::{Phase, Vacancy, Work};
+use crate::virtio::ring::resume::{Notes, ResumeError};
+use crate::virtio::types::table::{ConfigSource, Model};
+
+/// A backend that was asked what it is.
+pub struct Candidate {
+    /// The device that could be made of it.
+    pub model: Model,
+    /// Nothing has started it yet.
+    pub backend: Box<dyn Backend>,
+}
+
+/// How a backend differs from the one whose place it is to take.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    /// The driver uses features that the backend does not have.
+    #[error("it lacks the features {0:#x}, which the driver uses")]
+    Features(u64),
+    /// The driver knows of more queues.
+    #[error("it serves {has} queues, the device has {needs}")]
+    Queues {
+        /// What it serves.
+        has: u16,
+        /// What the device has.
+        needs: u16,
+    },
+    /// The thread that passes kicks on knows of the other way.
+    #[error("it takes notifications in another way, by messages or by eventfds")]
+    Notifications,
+    /// The driver knows of other regions.
+    #[error("its shared memory regions are not those that there were")]
+    SharedMemory,
+    /// The driver knows of more configuration.
+    #[error("it has {has} bytes of configuration, there were {needs}")]
+    Config {
+        /// What it has.
+        has: usize,
+        /// What the lost one had.
+        needs: usize,
+    },
+}
+
+/// Why a backend does not fill a vacancy.
+#[derive(Debug, thiserror::Error)]
+pub enum FillError {
+    /// It is another kind of backend; the device is broken now.
+    #[error(transparent)]
+    Unfit(#[from] Misfit),
+    /// It cannot be told of these rings or of this memory; the device is broken now.
+    #[error("the backend cannot serve what the driver set up")]
+    Refused(#[source] Box<dyn Error + Send + Sync>),
+    /// It failed while it started; another one may do better.
+    #[error("the backend did not start")]
+    Failed(#[source] Box<dyn Error + Send + Sync>),
+    /// The device waits for none, or for another one that is being started.
+    #[error("the device waits for no backend")]
+    NotWanted,
+}
+
+/// What there is to start, with nothing borrowed from the device.
+struct Job {
+    candidate: Candidate,
+    features: DriverFeatures,
+    memory: MemoryMap,
+    rings: Vec<OwnedRing>,
+    begin: Begin,
+}
+
+impl Job {
+    fn run(self) -> Result<Candidate, BackendError> {
+        let Self { mut candidate, features, memory, rings, begin } = self;
+        let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
+        let start = Start { features, memory: &memory, rings: &rings, begin };
+        candidate.backend.start(&start).map(|()| candidate)
+    }
+}
+
+/// What comes of a candidate that fits.
+enum Begun {
+    /// It serves the device; there is nothing to start.
+    Installed,
+    /// It is to be started.
+    Starts(Job),
+    /// The rings do not tell yet what was in flight.
+    InDoubt(Candidate),
+}
+
+/// For how long a driver is waited for whose rings leave a doubt, and how often they are looked at. Its interrupt has told
+/// it of all that was used when the backend was lost. What it makes available after that is in flight for certain, and
+/// when all its requests are, no doubt is left: most drivers need no more than to be scheduled once.
+const DOUBT: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(2);
+
+/// Work on a vacancy ends with this, even when its thread panics: others wait for it.
+#[must_use]
+pub(crate) struct UnderWay<'d>(pub(crate) &'d DeviceHandle);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.with(Device::end_work);
+        }
+        self.0.wake();
+    }
+}
+
+impl DeviceHandle {
+    /// Makes `candidate` the backend of a device that waits for one, and starts the queues there if the driver is ready.
+    /// Called on a thread that may wait: up to the peer's deadline, and some seconds when only the driver can tell what
+    /// was in flight. The device's lock is not held meanwhile.
+    ///
+    /// # Errors
+    /// When the device waits for none, or the candidate does not fit (a recovering device is broken then), or fails (the
+    /// device goes on waiting).
+    pub fn fill(&self, candidate: Candidate) -> Result<(), FillError> {
+        self.fill_within(DOUBT, candidate)
+    }
+
+    fn fill_within(&self, doubt: Duration, mut candidate: Candidate) -> Result<(), FillError> {
+        let deadline = Deadline::after(doubt);
+        let mut waited = false;
+        let job = loop {
+            match self.with(|device| device.begin_fill(candidate, deadline.remaining()))? {
+                Begun::Installed => {
+                    self.wake();
+                    return Ok(());
+                }
+                Begun::Starts(job) => break job,
+                Begun::InDoubt(again) if again.backend.has_hung_up() => {
+                    return Err(FillError::Failed("it hung up before it was started".into()));
+                }
+                Begun::InDoubt(again) => candidate = again,
+            }
+            if !std::mem::replace(&mut waited, true) {
+                self.with(|device| {
+                    log::debug!("device {}: only its driver can end the doubt about its rings", device.name);
+                });
+            }
+            sleep(LOOK);
+        };
+        let _start = UnderWay(self);
+        let started = job.run();
+        self.with(|device| device.finish_fill(started))
+    }
+
+    /// A search on behalf of a broken device has found nothing.
+    pub(crate) fn search_failed(&self, error: &(dyn Error + 'static)) {
+        self.with(|device| device.search_failed(error));
+        self.wake();
+    }
+}
+
+impl Device {
+    /// Rings that leave a doubt need a reset when there is no more `patience` with their driver.
+    fn begin_fill(&mut self, candidate: Candidate, patience: Option<Duration>) -> Result<Begun, FillError> {
+        match &self.phase {
+            _ if self.retired => return Err(FillError::NotWanted),
+            Phase::Vacant(Vacancy { told: false, work: Work::None, .. }) => {}
+            // A broken device takes only a backend that it asked for.
+            Phase::Vacant(Vacancy { told: true, work: Work::Search, .. }) => {}
+            _ => return Err(FillError::NotWanted),
+        }
+        if let Err(misfit) = self.fits(&candidate.model) {
+            // A device that is broken already stays as it is.
+            self.break_down(format!("another backend came that does not fit: {misfit}"));
+            return Err(misfit.into());
+        }
+        let Phase::Vacant(vacancy) = &mut self.phase else { return Err(FillError::NotWanted) };
+        let begin = vacancy.queues.as_ref().map(|queues| queues.begin);
+        let Some((begin, features)) = begin.zip(self.registers.accepted()) else {
+            self.install(candidate);
+            return Ok(Begun::Installed);
+        };
+        let notes = if candidate.backend.has_notes() { Notes::Backend } else { Notes::Rings };
+        let space = space(&self.registers, &self.memory, candidate.backend.as_ref());
+        match self.wiring.rings(&self.registers, begin, space, notes) {
+            Ok(rings) => {
+                vacancy.work = Work::Start;
+                Ok(Begun::Starts(Job { candidate, features, memory: self.memory.clone(), rings, begin }))
+            }
+            Err(RingsError::Fd(error)) => Err(FillError::Failed(error.into())),
+            Err(RingsError::Resume(ResumeError::Doubt { .. })) if patience.is_some() => {
+                Ok(Begun::InDoubt(candidate))
+            }
+            Err(RingsError::Resume(error)) => {
+                // The backend is fine, only these rings are beyond help.
+                vacancy.queues = None;
+                self.install(candidate);
+                self.need_reset(chain(&error));
+                Ok(Begun::Installed)
+            }
+        }
+    }
+
+    fn finish_fill(&mut self, started: Result<Candidate, BackendError>) -> Result<(), FillError> {
+        if !self.is_starting() || self.retired {
+            return Err(FillError::NotWanted);
+        }
+        match started {
+            Ok(candidate) => {
+                self.install(candidate);
+                Ok(())
+            }
+            Err(BackendError::Refused(cause)) => {
+                self.break_down(format!("another backend came that does not fit: {}", chain(cause.as_ref())));
+                Err(FillError::Refused(cause))
+            }
+            Err(BackendError::Lost(cause)) => {
+                self.end_work();
+                Err(FillError::Failed(cause))
+            }
+        }
+    }
+
+    /// A search or a start is over. A start that came to nothing may have done something before it failed.
+    fn end_work(&mut self) {
+        let Phase::Vacant(vacancy) = &mut self.phase else { return };
+        if std::mem::replace(&mut vacancy.work, Work::None) == Work::Start {
+            vacancy.queues.iter_mut().for_each(|queues| queues.begin = Begin::Resumed);
+            self.cut_off();
+        }
+    }
+
+    fn search_failed(&mut self, error: &(dyn Error + 'static)) {
+        let patience = self.patience(is_silence(error));
+        if let Phase::Vacant(vacancy) = &mut self.phase
+            && vacancy.told
+        {
+            (vacancy.patience, vacancy.work) = (patience, Work::None);
+            log::warn!("device {} stays broken: {}", self.name, chain(error));
+        }
+    }
+
+    /// Whether a driver of the present device can go on with another one.
+    fn fits(&self, model: &Model) -> Result<(), Misfit> {
+        let used = self.registers.accepted().map_or(0, |features| features.bits());
+        let missing = used & !model.features.bits();
+        let needs = self.registers.queue_count();
+        let config = |source| if source == ConfigSource::Backend { self.registers.config().len() } else { 0 };
+        if missing != 0 {
+            return Err(Misfit::Features(missing));
+        }
+        if model.queues < needs {
+            return Err(Misfit::Queues { has: model.queues, needs });
+        }
+        if config(model.config_source) < config(self.config_source) {
+            return Err(Misfit::Config { has: 0, needs: config(self.config_source) });
+        }
+        Ok(())
+    }
+
+    /// The wait is over: `candidate` is the backend, and runs the queues if there are any.
+    fn install(&mut self, candidate: Candidate) {
+        let Phase::Vacant(vacancy) = std::mem::replace(&mut self.phase, Phase::Idle) else { return };
+        let Candidate { model, backend } = candidate;
+        self.backend = backend;
+        self.recoveries += 1;
+        log::info!("device {} has a backend again", self.name);
+        self.registers.mend();
+        self.registers.offer_next(model.features);
+        if let Some(queues) = vacancy.queues {
+            self.phase = Phase::Running(queues.guards);
+            self.activations += u64::from(queues.begin == Begin::Fresh);
+            self.begin_control();
+            if queues.begin == Begin::Resumed {
+                self.announce();
+            }
+            // The lost one may have died between using a buffer and saying so.
+            self.call_all();
+        } else if self.registers.needs_reset() {
+            self.phase = Phase::NeedsReset(vacancy.why);
+        }
+        if model.config_source == ConfigSource::Backend && self.show_config(model.config) {
+            self.interrupt_config();
+        }
+        self.forget_sessions();
+        self.show_registers();
+    }
+}
+
+#[cfg(test)]
+#[path = "broken_tests.rs"]
+mod broken;
+#[cfg(test)]
+#[path = "vacancy_tests.rs"]
+mod tests;
