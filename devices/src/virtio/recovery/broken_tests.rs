@@ -138,7 +138,7 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     rig.write(0x70, 0);
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() < LIMIT, "once is enough: {:?}", begun.elapsed());
-    rig.handle.search_failed(BackendError::gone().cause());
+    rig.handle.search_failed(BackendError::gone().cause(), false);
     rig.write(0x70, 0);
     assert_eq!(rig.asked(), 3, "the second search was given up");
 }
@@ -170,7 +170,7 @@ fn search_that_fails_leaves_the_device_broken_and_the_next_reset_asks_again() {
             2 => silence_error(),
             _ => rig.handle.fill(candidate(1).1).unwrap_err().into(),
         };
-        rig.handle.search_failed(error.as_ref());
+        rig.handle.search_failed(error.as_ref(), round == 2);
         assert!(rig.is_broken() && !rig.agree());
     }
 }

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 use transport::vhost_user::Connection;
 
 use crate::hang_up::HangUp;
+use crate::virtio::backend::is_silence;
 use crate::virtio::backend::requests::{Answers, Calls, NotifierPlace, OwnChannel};
 use crate::virtio::backend::shared_memory::SharedRegions;
 use crate::virtio::backend::spec::Order;
@@ -41,6 +42,16 @@ pub enum ReconnectError {
 }
 
 impl ReconnectError {
+    /// Whether the peer did not answer in time.
+    #[must_use]
+    pub fn is_silence(&self) -> bool {
+        match self {
+            Self::Open(OpenError::Peer(error)) => error.is_silence(),
+            Self::Fill { source: FillError::Failed(cause), .. } => is_silence(cause.as_ref()),
+            Self::Open(_) | Self::Fill { .. } => false,
+        }
+    }
+
     /// Whether there is no point in another try: the device is broken, or waits for no backend.
     #[must_use]
     pub fn is_final(&self) -> bool {

@@ -113,7 +113,7 @@ impl Search {
             Err(error) => error,
         };
         if quest.effort == Effort::Once {
-            device.search_failed(&error);
+            device.search_failed(&error, error.is_silence());
             return Attempted::GivenUp;
         }
         if error.is_final() {

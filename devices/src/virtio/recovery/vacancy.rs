@@ -19,7 +19,7 @@ use transport::peer::deadline::Deadline;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
 
-use crate::virtio::backend::{Backend, BackendError, Begin, Start, is_silence};
+use crate::virtio::backend::{Backend, BackendError, Begin, Start};
 use crate::virtio::core::device::{Device, chain};
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::queues::{OwnedRing, RingsError};
@@ -169,9 +169,9 @@ impl DeviceHandle {
         self.with(|device| device.finish_fill(started))
     }
 
-    /// A search on behalf of a broken device has found nothing.
-    pub(crate) fn search_failed(&self, error: &(dyn Error + 'static)) {
-        self.with(|device| device.search_failed(error));
+    /// A search on behalf of a broken device has found nothing, or a peer that was `silent`.
+    pub(crate) fn search_failed(&self, error: &(dyn Error + 'static), silent: bool) {
+        self.with(|device| device.search_failed(error, silent));
         self.wake();
     }
 }
@@ -247,8 +247,8 @@ impl Device {
         }
     }
 
-    fn search_failed(&mut self, error: &(dyn Error + 'static)) {
-        let patience = self.patience(is_silence(error));
+    fn search_failed(&mut self, error: &(dyn Error + 'static), silent: bool) {
+        let patience = self.patience(silent);
         if let Phase::Vacant(vacancy) = &mut self.phase
             && vacancy.told
         {
