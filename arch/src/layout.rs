@@ -109,6 +109,8 @@ pub const PCI_IO_SIZE: u16 = 0xf000;
 pub const PCI_HOTPLUG_PORTS: u16 = 0x610;
 /// How many there are.
 pub const PCI_HOTPLUG_PORTS_SIZE: u16 = 12;
+/// The port of the pvpanic device, where other machines have it.
+pub const PVPANIC_PORT: u16 = 0x505;
 /// ACPI sleep control register, one byte. See [`SLEEP_POWER_OFF`].
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register, one byte; the guest writes 0x80 to it, reads may give 0.

@@ -8,6 +8,7 @@ pub mod event_line;
 pub mod hang_up;
 pub mod pci;
 pub mod ports;
+pub mod pvpanic;
 pub mod reset;
 pub mod serial;
 pub mod virtio;

@@ -170,6 +170,13 @@ fn a_crash_is_an_outcome_and_not_an_error() {
 }
 
 #[test]
+fn a_panic_that_the_guest_reports_is_told_from_a_clean_end() {
+    need!(place::kvm());
+    let ended = TestMachine::boot(CommandLine::hello().end(Ending::Panic)).run();
+    assert_eq!((&ended.outcome.end, ended.outcome.stats.end), (&End::Panicked, "panicked"), "{ended}");
+}
+
+#[test]
 fn a_reset_ends_a_machine_of_the_library_unless_told_otherwise() {
     need!(place::kvm());
     let ended = TestMachine::boot(CommandLine::hello().end(Ending::Reset)).run();

@@ -63,6 +63,13 @@ fn a_machine_that_reboots_does_not_gather_descriptors_or_threads() {
 }
 
 #[test]
+fn a_panic_that_the_guest_reports_ends_the_machine_with_code_5() {
+    need!(place::kvm());
+    let ended = Launch::payload(&CommandLine::new("hello").arg("end", "panic")).run().with_code(5);
+    assert!(ended.log.contains("outboard: the guest's kernel panicked\n  hint: "), "{ended}");
+}
+
+#[test]
 fn a_triple_fault_is_reported_with_registers_and_code_5() {
     need!(place::kvm());
     let ended = Launch::payload(&CommandLine::new("hello").arg("end", "triple")).run().with_code(5);

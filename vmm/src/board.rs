@@ -20,6 +20,7 @@ use devices::event_line::EventLine;
 use devices::pci::host_bridge::{CONFIG_PORTS, CONFIG_PORTS_LENGTH};
 use devices::pci::{HostBridge, Hotplug, Intx, IntxLines, Window, Windows};
 use devices::ports::{Guard, Ports, Route};
+use devices::pvpanic::PvPanic;
 use devices::reset::{I8042, ResetKind, ResetPort};
 use devices::serial::Serial;
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -293,7 +294,12 @@ fn legacy_devices(
             });
         }
     };
-    let ports: [(u16, u64, &str, Arc<dyn devices::bus::BusDevice>); 3] = [
+    let panicked = {
+        let lifecycle = Arc::clone(lifecycle);
+        move || lifecycle.request(Request::Panicked)
+    };
+    let ports: [(u16, u64, &str, Arc<dyn devices::bus::BusDevice>); 4] = [
+        (layout::PVPANIC_PORT, PvPanic::LENGTH, "pvpanic", Arc::new(PvPanic::new(panicked))),
         (layout::COM1, Serial::LENGTH, "serial", serial.clone()),
         (
             layout::SLEEP_CONTROL_PORT,

@@ -252,6 +252,12 @@ fn run(options: Run) -> Result<ExitCode, Error> {
             complain(&crashed, &format!("{registers}\n"));
             Ok(ExitCode::from(Fault::Guest.exit_code()))
         }
+        End::Panicked => {
+            let panicked =
+                Error::new(Fault::Guest, "the guest's kernel panicked").hint("its console says why");
+            complain(&panicked, "");
+            Ok(ExitCode::from(Fault::Guest.exit_code()))
+        }
     }
 }
 

@@ -31,6 +31,7 @@ use crate::error::Error;
 use crate::host::kvm;
 use crate::host::memory::Mapping;
 use crate::life::gate::Request;
+use crate::life::reboots::Reboots;
 use crate::life::signals::Signals;
 use crate::life::vcpu::VcpuCounters;
 use crate::stats::{Startup, Stats};
@@ -48,6 +49,8 @@ pub enum End {
     Signal(i32),
     /// The guest crashed; the first line says how, the others show the registers.
     Crash(String),
+    /// The guest's kernel panicked, and said so by the pvpanic device.
+    Panicked,
 }
 
 impl End {
@@ -58,6 +61,7 @@ impl End {
             End::Quit => "quit",
             End::Signal(_) => "signal",
             End::Crash(_) => "crash",
+            End::Panicked => "panicked",
         }
     }
 }
@@ -95,6 +99,7 @@ pub struct Machine {
     ram: Ram,
     ram_mappings: Vec<Mapping>,
     on_reset: OnReset,
+    reboots: Reboots,
     console: Console,
     devices: DeviceList,
     /// Serves servers' requests as long as the machine lives.
@@ -214,6 +219,7 @@ impl Machine {
             ram,
             ram_mappings,
             on_reset: config.on_reset,
+            reboots: Reboots::new(config.cmdline.is_none()),
             console,
             devices,
             _peers: peers,
@@ -245,6 +251,7 @@ impl Machine {
         interruptible_vcpus()?;
         loop {
             self.stats.boots += 1;
+            let begun = Instant::now();
             self.board.lifecycle().open();
             let request =
                 Control::run(&self.board, &mut self.console, &self.devices, &self.signals, &self.asked)?;
@@ -254,14 +261,20 @@ impl Machine {
             }
             let end = match request {
                 Request::Reset if self.on_reset == OnReset::Reboot => {
-                    self = self.reboot()?;
-                    continue;
+                    match self.reboots.again(begun.elapsed()) {
+                        Ok(()) => {
+                            self = self.reboot()?;
+                            continue;
+                        }
+                        Err(report) => End::Crash(report),
+                    }
                 }
                 Request::Reset => End::Reset,
                 Request::PowerOff => End::PowerOff,
                 Request::Quit => End::Quit,
                 Request::Signal(signal) => End::Signal(signal),
                 Request::Crash(report) => End::Crash(report),
+                Request::Panicked => End::Panicked,
             };
             return Ok(self.finish(end));
         }

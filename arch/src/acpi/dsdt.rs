@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 
 use super::{Error, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::layout::{S5_SLEEP_TYPE, SERIAL_PORTS};
+use crate::layout::{PVPANIC_PORT, S5_SLEEP_TYPE, SERIAL_PORTS};
 use crate::platform::{Platform, SerialPort, VirtioMmio};
 
 /// From revision 2 on integers have 64 bits.
@@ -19,6 +19,7 @@ pub(super) fn table(platform: &Platform) -> Result<Sdt, Error> {
     if let Some(serial) = &platform.serial {
         serial_port(serial, &mut devices);
     }
+    pvpanic(&mut devices);
     for (n, device) in platform.virtio_mmio.iter().enumerate() {
         let others = platform.virtio_mmio.iter().filter(|other| other.gsi == device.gsi).count();
         virtio_mmio(n, device, others > 1, &mut devices)?;
@@ -52,6 +53,22 @@ fn serial_port(serial: &SerialPort, aml: &mut Vec<u8>) {
                     &Interrupt::new(true, true, false, false, serial.gsi.0),
                 ]),
             ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// Linux's driver is `pvpanic-mmio`, which takes a port, too.
+fn pvpanic(aml: &mut Vec<u8>) {
+    Device::new(
+        Path::new("PEVT"),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMU0001"),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&IO::new(PVPANIC_PORT, PVPANIC_PORT, 1, 1)]),
+            ),
+            &Name::new(Path::new("_STA"), &0xf_u8),
         ],
     )
     .to_aml_bytes(aml);
@@ -136,7 +153,7 @@ mod tests {
         let source = std::fs::read_to_string(folder.join("dsdt.dsl")).unwrap_or_default();
         std::fs::remove_dir_all(&folder).unwrap();
         assert!(apart.0 && together.0, "{}\n{}\n{source}", apart.1, together.1);
-        for part in ["Notify (S1F, 0x03)", "Device (GED)", "Local0 = GONE", "EJCT = 0x80000000"] {
+        for part in ["Notify (S1F, 0x03)", "Device (GED)", "Local0 = GONE", "EJCT = 0x80000000", "QEMU0001"] {
             assert!(source.contains(part), "{part} is not in\n{source}");
         }
     }

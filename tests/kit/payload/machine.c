@@ -258,6 +258,10 @@ void finish(void)
 		reset_machine();
 	if (arg_is("end", "triple"))
 		triple_fault();
+	if (arg_is("end", "panic")) {
+		out8(0x505, 1);
+		hang();
+	}
 	if (arg_is("end", "hang"))
 		hang();
 	if (power_off.space == NOWHERE) {

@@ -96,6 +96,8 @@ pub enum Ending {
     Reset,
     /// It crashes by a triple fault.
     TripleFault,
+    /// It reports a panic to the pvpanic device.
+    Panic,
     /// It halts for ever, and the machine runs on.
     Hang,
 }
@@ -163,6 +165,7 @@ impl CommandLine {
             Ending::PowerOff => "off",
             Ending::Reset => "reset",
             Ending::TripleFault => "triple",
+            Ending::Panic => "panic",
             Ending::Hang => "hang",
         };
         self.arg("end", word)

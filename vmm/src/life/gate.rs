@@ -19,6 +19,8 @@ pub enum Request {
     Reset,
     /// The guest or its KVM cannot go on; the text says why, with the registers.
     Crash(String),
+    /// The guest's kernel says that it has panicked.
+    Panicked,
     /// The user asked for the end (Ctrl-A x, or the library's caller).
     Quit,
     /// A signal asked for the end.

@@ -2,5 +2,6 @@
 
 mod crash;
 pub mod gate;
+pub(crate) mod reboots;
 pub mod signals;
 pub mod vcpu;
