@@ -249,7 +249,7 @@ fn run(options: Run) -> Result<ExitCode, Error> {
         End::Crash(report) => {
             let (what, registers) = report.split_once('\n').unwrap_or((&report, ""));
             let crashed = Error::new(Fault::Guest, "the guest crashed").because(what.to_owned());
-            complain(&crashed, &format!("{registers}\n"));
+            complain(&crashed, registers);
             Ok(ExitCode::from(Fault::Guest.exit_code()))
         }
         End::Panicked => {

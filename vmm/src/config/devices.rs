@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use devices::pci::vfio_user::Wishes as FunctionWishes;
-use devices::pci::vfio_user::link::Writes;
 use devices::virtio::backend::spec::{Display, Order};
 use devices::virtio::ring::address::Iommu;
 use devices::virtio::types::table::{DeviceType, Wishes};
@@ -89,32 +88,93 @@ pub enum Role {
     Server,
 }
 
-/// One virtio device whose queues a vhost-user backend serves.
-#[derive(Debug)]
-#[expect(missing_docs, reason = "each field has a builder method of the same name, which says what it is")]
-pub struct VhostUser {
-    pub kind: String,
-    pub socket: Socket,
-    pub id: Option<String>,
-    pub transport: Transport,
-    pub role: Role,
-    pub deadline: Duration,
-    pub reconnect: Option<Duration>,
-    pub queues: Option<u16>,
-    pub queue_size: Option<u16>,
-    pub config_size: Option<u16>,
-    pub tag: Option<String>,
-    pub mtu: Option<u16>,
-    pub mac: Option<[u8; 6]>,
-    pub features: String,
-    pub iommu: Option<Iommu>,
-    pub display: Option<Display>,
+/// A device as data, and its builder: each line is a field, what its method takes, the default, and what is stored.
+macro_rules! device {
+    ($(#[$about:meta])* $device:ident { $($(#[$doc:meta])* $field:ident($arg:ty): $type:ty = $default:expr => $stored:expr;)* }) => {
+        $(#[$about])*
+        #[derive(Debug)]
+        pub struct $device {
+            /// Where its peer is.
+            pub socket: Socket,
+            $($(#[$doc])* pub $field: $type,)*
+        }
+
+        impl $device {
+            fn at(socket: Socket) -> Self {
+                Self { socket, $($field: $default),* }
+            }
+
+            $(
+                $(#[$doc])*
+                #[must_use]
+                pub fn $field(mut self, $field: $arg) -> Self {
+                    self.$field = $stored;
+                    self
+                }
+            )*
+        }
+    };
+}
+
+device! {
+    /// One virtio device whose queues a vhost-user backend serves.
+    VhostUser {
+        /// The name of its type: `blk`, `net`, … or `generic:ID`. An unknown one is refused when the machine is built.
+        kind(impl Into<String>): String = String::new() => kind.into();
+        /// Its name in messages and statistics; the type and a number when absent.
+        id(impl Into<String>): Option<String> = None => Some(id.into());
+        /// How the guest sees it.
+        transport(Transport): Transport = Transport::Mmio => transport;
+        /// Who connects to whom.
+        role(Role): Role = Role::Client => role;
+        /// How long the backend may take over one request.
+        deadline(Duration): Duration = DEFAULT_DEADLINE => deadline;
+        /// How long a backend that is not there, or is lost, is waited for; zero: for ever. Absent: not at all.
+        reconnect(Duration): Option<Duration> = None => Some(reconnect);
+        /// How many queues, or pairs of queues of a network card.
+        queues(u16): Option<u16> = None => Some(queues);
+        /// The largest size of each queue, a power of two.
+        queue_size(u16): Option<u16> = None => Some(queue_size);
+        /// The size of the configuration space in bytes, where it is not the type's.
+        config_size(u16): Option<u16> = None => Some(config_size);
+        /// What a file system is mounted by.
+        tag(impl Into<String>): Option<String> = None => Some(tag.into());
+        /// The MTU that a network card shows.
+        mtu(u16): Option<u16> = None => Some(mtu);
+        /// The address that a network card shows.
+        mac([u8; 6]): Option<[u8; 6]> = None => Some(mac);
+        /// Features to negotiate or not, as names with a sign: `-event_idx+mq`.
+        features(impl Into<String>): String = String::new() => features.into();
+        /// What the driver's addresses are, when they are not simply guest addresses.
+        iommu(Iommu): Option<Iommu> = None => Some(iommu);
+        /// Where a GPU's backend draws.
+        display(Display): Option<Display> = None => Some(display);
+    }
+}
+
+device! {
+    /// One PCI device that a vfio-user server serves.
+    VfioUser {
+        /// Its name in messages and statistics; `vfio-user` and a number when absent.
+        id(impl Into<String>): Option<String> = None => Some(id.into());
+        /// How long the server may take over one request.
+        deadline(Duration): Duration = DEFAULT_DEADLINE => deadline;
+        /// How its BARs are written, and the like.
+        wishes(FunctionWishes): FunctionWishes = FunctionWishes::default() => wishes;
+    }
+}
+
+impl VfioUser {
+    /// The device at `socket`, everything else by default.
+    pub fn new(socket: impl Into<Socket>) -> Self {
+        Self::at(socket.into())
+    }
 }
 
 macro_rules! device_types {
     ($($name:ident)*) => {
         $(
-            #[doc = concat!("A device of the type `", stringify!($name), "`; see [`VhostUser::new`].")]
+            #[doc = concat!("A `", stringify!($name), "` device, everything else by default.")]
             pub fn $name(socket: impl Into<Socket>) -> Self {
                 Self::new(stringify!($name), socket)
             }
@@ -125,113 +185,23 @@ macro_rules! device_types {
 }
 
 impl VhostUser {
-    /// A device of the type called `kind` (`blk`, `net`, … `generic:ID`), with its backend at `socket` and everything
-    /// else by default. A type that is not known is an error when the machine is built.
-    pub fn new(kind: impl Into<String>, socket: impl Into<Socket>) -> Self {
-        VhostUser {
-            kind: kind.into(),
-            socket: socket.into(),
-            id: None,
-            transport: Transport::default(),
-            role: Role::default(),
-            deadline: DEFAULT_DEADLINE,
-            reconnect: None,
-            queues: None,
-            queue_size: None,
-            config_size: None,
-            tag: None,
-            mtu: None,
-            mac: None,
-            features: String::new(),
-            iommu: None,
-            display: None,
-        }
-    }
-
     device_types! { net blk console rng scsi gpu rtc input vsock crypto sound fs scmi i2c can gpio spi media }
 
-    /// Its name in messages and statistics; the type and a number when absent.
-    #[must_use]
-    pub fn id(self, id: impl Into<String>) -> Self {
-        VhostUser { id: Some(id.into()), ..self }
+    /// A device of the type called `kind`, everything else by default.
+    pub fn new(kind: impl Into<String>, socket: impl Into<Socket>) -> Self {
+        Self::at(socket.into()).kind(kind)
     }
 
     /// The guest sees a PCI function in place of a virtio-mmio device.
     #[must_use]
     pub fn pci(self) -> Self {
-        VhostUser { transport: Transport::Pci, ..self }
+        self.transport(Transport::Pci)
     }
 
     /// We listen on the path, and the backend connects.
     #[must_use]
     pub fn server(self) -> Self {
-        VhostUser { role: Role::Server, ..self }
-    }
-
-    /// How long the backend may take over one request.
-    #[must_use]
-    pub fn deadline(self, deadline: Duration) -> Self {
-        VhostUser { deadline, ..self }
-    }
-
-    /// How long a backend that is not there, or is lost, is waited for; zero: for ever. By default not at all.
-    #[must_use]
-    pub fn reconnect(self, patience: Duration) -> Self {
-        VhostUser { reconnect: Some(patience), ..self }
-    }
-
-    /// How many queues, or pairs of queues of a network card.
-    #[must_use]
-    pub fn queues(self, queues: u16) -> Self {
-        VhostUser { queues: Some(queues), ..self }
-    }
-
-    /// The largest size of each queue, a power of two.
-    #[must_use]
-    pub fn queue_size(self, size: u16) -> Self {
-        VhostUser { queue_size: Some(size), ..self }
-    }
-
-    /// The size of the configuration space in bytes, where it is not the type's.
-    #[must_use]
-    pub fn config_size(self, size: u16) -> Self {
-        VhostUser { config_size: Some(size), ..self }
-    }
-
-    /// What a file system is mounted by.
-    #[must_use]
-    pub fn tag(self, tag: impl Into<String>) -> Self {
-        VhostUser { tag: Some(tag.into()), ..self }
-    }
-
-    /// The MTU that a network card shows.
-    #[must_use]
-    pub fn mtu(self, mtu: u16) -> Self {
-        VhostUser { mtu: Some(mtu), ..self }
-    }
-
-    /// The address that a network card shows.
-    #[must_use]
-    pub fn mac(self, mac: [u8; 6]) -> Self {
-        VhostUser { mac: Some(mac), ..self }
-    }
-
-    /// Features to negotiate or not, as names with a sign: `-event_idx+mq`.
-    #[must_use]
-    pub fn features(self, changes: impl Into<String>) -> Self {
-        VhostUser { features: changes.into(), ..self }
-    }
-
-    /// What the driver's addresses are, when they are not simply guest addresses.
-    #[must_use]
-    pub fn iommu(self, iommu: Iommu) -> Self {
-        VhostUser { iommu: Some(iommu), ..self }
-    }
-
-    /// Where a GPU's backend draws.
-    #[must_use]
-    pub fn display(self, display: Display) -> Self {
-        VhostUser { display: Some(display), ..self }
+        self.role(Role::Server)
     }
 
     /// What is asked of the backend.
@@ -241,24 +211,22 @@ impl VhostUser {
     pub fn order(&self) -> Result<Order, Error> {
         let kind = &self.kind;
         let cannot = |what: String| Error::usage(format!("a {kind} device cannot use {what}"));
+        let refused =
+            |key: &str, value: &dyn fmt::Display, why| cannot(format!("{key}={value}")).because(why);
         let mut device_type = parse_device_type(kind)?;
         if let Some(size) = self.config_size {
-            device_type = device_type
-                .with_config_size(size)
-                .map_err(|error| cannot(format!("config-size={size}")).because(error))?;
+            device_type =
+                device_type.with_config_size(size).map_err(|why| refused("config-size", &size, why))?;
         }
         if let Some(tag) = &self.tag {
-            device_type =
-                device_type.with_tag(tag).map_err(|error| cannot(format!("tag={tag}")).because(error))?;
+            device_type = device_type.with_tag(tag).map_err(|why| refused("tag", tag, why))?;
         }
         if let Some(mtu) = self.mtu {
-            device_type =
-                device_type.with_mtu(mtu).map_err(|error| cannot(format!("mtu={mtu}")).because(error))?;
+            device_type = device_type.with_mtu(mtu).map_err(|why| refused("mtu", &mtu, why))?;
         }
         if let Some(mac) = self.mac {
             let text = mac.map(|byte| format!("{byte:02x}")).join(":");
-            device_type =
-                device_type.with_mac(mac).map_err(|error| cannot(format!("mac={text}")).because(error))?;
+            device_type = device_type.with_mac(mac).map_err(|why| refused("mac", &text, why))?;
         }
         let wishes = Wishes { queues: self.queues, queue_size: self.queue_size };
         wishes
@@ -295,46 +263,4 @@ pub(crate) fn parse_device_type(name: &str) -> Result<DeviceType, Error> {
         Error::usage(format!("there is no virtio device type `{name}`"))
             .hint(format!("the types are {} and generic:DEVICE_ID", DeviceType::names().join(" ")))
     })
-}
-
-/// One PCI device that a vfio-user server serves.
-#[derive(Debug)]
-#[expect(missing_docs, reason = "each field has a builder method of the same name, which says what it is")]
-pub struct VfioUser {
-    pub socket: Socket,
-    pub id: Option<String>,
-    pub deadline: Duration,
-    pub wishes: FunctionWishes,
-}
-
-impl VfioUser {
-    /// The device at `socket`, everything else by default.
-    pub fn new(socket: impl Into<Socket>) -> Self {
-        VfioUser {
-            socket: socket.into(),
-            id: None,
-            deadline: DEFAULT_DEADLINE,
-            wishes: FunctionWishes::default(),
-        }
-    }
-
-    /// Its name in messages and statistics; `vfio-user` and a number when absent.
-    #[must_use]
-    pub fn id(self, id: impl Into<String>) -> Self {
-        VfioUser { id: Some(id.into()), ..self }
-    }
-
-    /// How long the server may take over one request.
-    #[must_use]
-    pub fn deadline(self, deadline: Duration) -> Self {
-        VfioUser { deadline, ..self }
-    }
-
-    /// Whether a write to a BAR waits for the server; by default it does where memory of the BAR is mapped into the
-    /// guest, and with old libvfio-user.
-    #[must_use]
-    pub fn writes(mut self, writes: Writes) -> Self {
-        self.wishes.writes = Some(writes);
-        self
-    }
 }

@@ -9,7 +9,7 @@ mod toml_file;
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use crate::error::Error;
@@ -100,46 +100,42 @@ impl Config {
         if self.cpus == 0 {
             return Err(Error::usage("a machine needs at least one vCPU").hint("give cpus from 1 to 255"));
         }
-        let mut ids: Vec<&str> = Vec::new();
-        let mut listening: Vec<&Path> = Vec::new();
         for (index, device) in self.vhost_user.iter_mut().enumerate() {
             device.order()?;
-            device.id.get_or_insert_with(|| {
-                format!("{}{index}", device.kind.split(':').next().unwrap_or_default())
-            });
+            let kind = device.kind.split(':').next().unwrap_or_default();
+            device.id.get_or_insert_with(|| format!("{kind}{index}"));
         }
         for (index, device) in self.vfio_user.iter_mut().enumerate() {
             device.id.get_or_insert_with(|| format!("vfio-user{index}"));
         }
         let virtio = self.vhost_user.iter().map(|device| (&device.id, &device.socket, device.role));
         let functions = self.vfio_user.iter().map(|device| (&device.id, &device.socket, Role::Client));
+        let (mut ids, mut listening) = (Vec::new(), Vec::new());
         for (id, socket, role) in virtio.chain(functions) {
-            let id = id.as_deref().unwrap_or_default();
             if ids.contains(&id) {
-                return Err(
-                    Error::usage(format!("two devices are called {id}")).hint("give one of them another id=")
-                );
+                return Err(Error::usage(format!(
+                    "two devices are called {}",
+                    id.as_deref().unwrap_or_default()
+                ))
+                .hint("give one of them another id="));
             }
             ids.push(id);
             if let Socket::Path(path) = socket {
                 devices::check_socket_path(path)?;
-                if role == Role::Server {
-                    listening.push(path);
-                }
+                listening.extend((role == Role::Server).then_some(path));
             }
         }
         if let Serial::Socket(path) = &self.serial {
             devices::check_socket_path(path)?;
             listening.push(path);
         }
-        for (index, path) in listening.iter().enumerate() {
-            if listening.iter().skip(index + 1).any(|other| other == path) {
-                return Err(Error::usage(format!(
-                    "two sockets of this machine would listen on {}",
-                    path.display()
-                ))
-                .hint("give each device with server=on, and the console, a path of its own"));
-            }
+        listening.sort_unstable();
+        if let Some([path, _]) = listening.array_windows().find(|[one, other]| one == other) {
+            return Err(Error::usage(format!(
+                "two sockets of this machine would listen on {}",
+                path.display()
+            ))
+            .hint("give each device with server=on, and the console, a path of its own"));
         }
         Ok(())
     }

@@ -31,40 +31,48 @@ const PATIENCE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(
 struct KeyValues {
     option: &'static str,
     pairs: Vec<(String, OsString)>,
+    /// The keys that were asked for: there are no others.
+    known: Vec<&'static str>,
 }
 
 impl KeyValues {
     /// Splits `text` into its first value and its pairs. `option` is named in errors.
     ///
     /// # Errors
-    /// When an item after the first has no `=`, or a key is given twice or is unknown.
-    fn split(option: &'static str, text: &OsStr, known: &[&str]) -> Result<(Option<OsString>, Self), Error> {
-        let keys = || format!("its keys are {}", known.join(", "));
+    /// When an item after the first has no `=`.
+    fn split(option: &'static str, text: &OsStr) -> Result<(Option<OsString>, Self), Error> {
         let mut first = None;
-        let mut pairs: Vec<(String, OsString)> = Vec::new();
+        let mut pairs = Vec::new();
         for (index, item) in items(text.as_bytes()).into_iter().enumerate() {
-            let Some(equals) = item.iter().position(|byte| *byte == b'=') else {
-                if index == 0 {
-                    first = Some(OsString::from_vec(item));
-                    continue;
+            match item.iter().position(|byte| *byte == b'=') {
+                Some(equals) => {
+                    let (key, value) = item.split_at(equals);
+                    let value = value.get(1..).unwrap_or_default().to_vec();
+                    pairs.push((String::from_utf8_lossy(key).into_owned(), OsString::from_vec(value)));
                 }
-                let item = String::from_utf8_lossy(&item);
-                return Err(Error::usage(format!(
-                    "{option} cannot use `{item}`: only its first item stands without a key"
-                ))
-                .hint(format!("write KEY=VALUE, and a comma inside a value twice; {}", keys())));
-            };
-            let (key, value) = item.split_at(equals);
-            let key = String::from_utf8_lossy(key).into_owned();
-            if !known.contains(&key.as_str()) {
-                return Err(Error::usage(format!("{option} has no key `{key}`")).hint(keys()));
+                None if index == 0 => first = Some(OsString::from_vec(item)),
+                None => {
+                    let item = String::from_utf8_lossy(&item);
+                    let what =
+                        format!("{option} cannot use `{item}`: only its first item stands without a key");
+                    return Err(Error::usage(what).hint("write KEY=VALUE, and a comma inside a value twice"));
+                }
             }
-            if pairs.iter().any(|(seen, _)| *seen == key) {
-                return Err(Error::usage(format!("{option} got `{key}` twice")));
-            }
-            pairs.push((key, OsString::from_vec(value.get(1..).unwrap_or_default().to_vec())));
         }
-        Ok((first, KeyValues { option, pairs }))
+        Ok((first, KeyValues { option, pairs, known: Vec::new() }))
+    }
+
+    /// Refuses a key that nobody has taken, or that is there a second time.
+    fn end(self) -> Result<(), Error> {
+        let Self { option, pairs, known } = self;
+        match pairs.first() {
+            None => Ok(()),
+            Some((key, _)) if known.contains(&key.as_str()) => {
+                Err(Error::usage(format!("{option} got `{key}` twice")))
+            }
+            Some((key, _)) => Err(Error::usage(format!("{option} has no key `{key}`"))
+                .hint(format!("its keys are {}", known.join(", ")))),
+        }
     }
 
     fn cannot(&self, key: &str, value: &OsStr) -> Error {
@@ -72,13 +80,14 @@ impl KeyValues {
     }
 
     /// Takes the value of `key`.
-    fn bytes(&mut self, key: &str) -> Option<OsString> {
+    fn bytes(&mut self, key: &'static str) -> Option<OsString> {
+        self.known.push(key);
         let index = self.pairs.iter().position(|(seen, _)| *seen == key)?;
-        Some(self.pairs.swap_remove(index).1)
+        Some(self.pairs.remove(index).1)
     }
 
     /// Takes the value of `key`, which is no path.
-    fn text(&mut self, key: &str) -> Result<Option<String>, Error> {
+    fn text(&mut self, key: &'static str) -> Result<Option<String>, Error> {
         let text = self.bytes(key).map(OsString::into_string).transpose();
         text.map_err(|value| self.cannot(key, &value).because("it is not valid UTF-8"))
     }
@@ -86,7 +95,7 @@ impl KeyValues {
     /// Takes the value of `key` as whatever `parse` makes of it; `hint` says what that takes.
     fn parsed<T>(
         &mut self,
-        key: &str,
+        key: &'static str,
         hint: impl Into<String>,
         parse: impl FnOnce(&str) -> Option<T>,
     ) -> Result<Option<T>, Error> {
@@ -99,14 +108,14 @@ impl KeyValues {
 
     fn number<T: FromStr + PartialOrd + std::fmt::Display>(
         &mut self,
-        key: &str,
+        key: &'static str,
         range: RangeInclusive<T>,
     ) -> Result<Option<T>, Error> {
         let hint = format!("{key} is a whole number from {} to {}", range.start(), range.end());
         self.parsed(key, hint, |text| whole(text).filter(|number| range.contains(number)))
     }
 
-    fn switch(&mut self, key: &str) -> Result<Option<bool>, Error> {
+    fn switch(&mut self, key: &'static str) -> Result<Option<bool>, Error> {
         let hint = format!("write {key}=on or {key}=off");
         self.parsed(key, hint, |text| match text {
             "on" => Some(true),
@@ -118,7 +127,7 @@ impl KeyValues {
     /// Takes a time: a whole number of `unit`, or one with `ms` or `s` behind it.
     fn time(
         &mut self,
-        key: &str,
+        key: &'static str,
         unit: &str,
         range: RangeInclusive<Duration>,
     ) -> Result<Option<Duration>, Error> {
@@ -205,7 +214,7 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 /// # Errors
 /// When the size is no size, too small, or no multiple of 2 MiB (of the huge page size, with one).
 pub fn parse_memory(text: &str) -> Result<Memory, Error> {
-    let (size, mut keys) = KeyValues::split("--memory", OsStr::new(text), &["hugepages"])?;
+    let (size, mut keys) = KeyValues::split("--memory", OsStr::new(text))?;
     let bad = |what: String| Error::usage(what).hint("write a size such as 512M or 2G");
     let Some(size) = size.and_then(|size| size.into_string().ok()) else {
         return Err(bad("--memory needs a size first".to_owned()));
@@ -216,6 +225,7 @@ pub fn parse_memory(text: &str) -> Result<Memory, Error> {
         "1G" => Some(Hugepages::Size1G),
         _ => None,
     })?;
+    keys.end()?;
     let (step, name) = match hugepages {
         Some(Hugepages::Size1G) => (1 << 30, "1 GiB"),
         _ => (MEMORY_STEP, "2 MiB"),
@@ -268,24 +278,7 @@ pub fn parse_serial(text: impl AsRef<OsStr>) -> Result<Serial, Error> {
 /// When the type or a key is unknown, a value out of range, or the socket is missing.
 pub fn parse_vhost_user(text: impl AsRef<OsStr>) -> Result<VhostUser, Error> {
     let option = "--vhost-user";
-    let known = [
-        "socket",
-        "id",
-        "transport",
-        "queues",
-        "queue-size",
-        "config-size",
-        "tag",
-        "reconnect",
-        "deadline",
-        "features",
-        "server",
-        "iommu",
-        "mtu",
-        "mac",
-        "gpu-socket",
-    ];
-    let (kind, mut keys) = KeyValues::split(option, text.as_ref(), &known)?;
+    let (kind, mut keys) = KeyValues::split(option, text.as_ref())?;
     let Some(kind) = kind.filter(|kind| !kind.is_empty()) else {
         return Err(Error::usage(format!("{option} needs a device type first"))
             .hint("for example --vhost-user blk,socket=/run/blk.sock"));
@@ -323,6 +316,7 @@ pub fn parse_vhost_user(text: impl AsRef<OsStr>) -> Result<VhostUser, Error> {
             Socket::Inherited(stream, _) | Socket::Stream(stream) => Display::Open(Arc::new(stream.into())),
         });
     }
+    keys.end()?;
     device.order()?;
     Ok(device)
 }
@@ -333,8 +327,7 @@ pub fn parse_vhost_user(text: impl AsRef<OsStr>) -> Result<VhostUser, Error> {
 /// When a key is unknown, a value out of range, or the socket is missing.
 pub fn parse_vfio_user(text: impl AsRef<OsStr>) -> Result<VfioUser, Error> {
     let option = "--vfio-user";
-    let (first, mut keys) =
-        KeyValues::split(option, text.as_ref(), &["socket", "id", "deadline", "posted-writes"])?;
+    let (first, mut keys) = KeyValues::split(option, text.as_ref())?;
     let example = "socket=/run/nvme.sock";
     if let Some(word) = first.filter(|word| !word.is_empty()) {
         return Err(Error::usage(format!("{option} cannot use `{}`: everything has a key", word.display()))
@@ -345,6 +338,7 @@ pub fn parse_vfio_user(text: impl AsRef<OsStr>) -> Result<VfioUser, Error> {
     device.deadline = keys.time("deadline", "ms", DEADLINES)?.unwrap_or(device.deadline);
     let posted = keys.switch("posted-writes")?;
     device.wishes.writes = posted.map(|posted| if posted { Writes::Posted } else { Writes::Answered });
+    keys.end()?;
     Ok(device)
 }
 

@@ -7,7 +7,6 @@
 //! vhost-user = ["blk,socket=/run/blk.sock,id=disk0", { type = "net", socket = "/run/a,b.sock", queues = 2 }]
 //! ```
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer};
@@ -53,26 +52,21 @@ fn devices<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<String>, D::Error
     #[serde(untagged)]
     enum Device {
         Text(String),
-        Keys(BTreeMap<String, Value>),
+        Keys(toml::Table),
     }
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Value {
-        Text(String),
-        Number(i64),
-        Switch(bool),
-    }
+    let value = |value| match value {
+        toml::Value::String(text) => text.replace(',', ",,"),
+        toml::Value::Boolean(on) => if on { "on" } else { "off" }.to_owned(),
+        toml::Value::Integer(number) => number.to_string(),
+        // No key takes anything else: the message shows what it is.
+        other => format!("{other:?}"),
+    };
     let text = |device| match device {
         Device::Text(text) => text,
         Device::Keys(mut keys) => {
-            let kind = keys.remove("type");
-            let value = |value| match value {
-                Value::Text(text) => text.replace(',', ",,"),
-                Value::Number(number) => number.to_string(),
-                Value::Switch(on) => if on { "on" } else { "off" }.to_owned(),
-            };
+            let kind = keys.remove("type").map(value);
             let pairs = keys.into_iter().map(|(key, it)| format!("{key}={}", value(it)));
-            kind.map(value).into_iter().chain(pairs).collect::<Vec<_>>().join(",")
+            kind.into_iter().chain(pairs).collect::<Vec<_>>().join(",")
         }
     };
     Ok(Vec::<Device>::deserialize(source)?.into_iter().map(text).collect())
