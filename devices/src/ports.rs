@@ -134,7 +134,6 @@ pub trait Doorbells: Send + Sync {
 
 /// Where an interrupt goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum Route {
     /// An edge on the line with this GSI.
     Pin(u32),

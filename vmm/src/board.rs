@@ -19,7 +19,7 @@ use devices::bus::{Bus, BusCounters};
 use devices::event_line::EventLine;
 use devices::pci::host_bridge::{CONFIG_PORTS, CONFIG_PORTS_LENGTH};
 use devices::pci::{HostBridge, Hotplug, Intx, IntxLines, Window, Windows};
-use devices::ports::{Guard, Ports, Route};
+use devices::ports::{Access, Guard, Ports, Route};
 use devices::pvpanic::PvPanic;
 use devices::reset::{I8042, ResetKind, ResetPort};
 use devices::serial::Serial;
@@ -30,9 +30,11 @@ use crate::config::Transport;
 use crate::console::Console;
 use crate::devices::{DeviceList, Site};
 use crate::error::Error;
-use crate::host::kvm::{self, KvmPorts};
-use crate::host::memory::{Access, Mapping, Slot, Slots};
+use crate::host::kvm;
+use crate::host::mapping::Mapping;
 use crate::host::peer_memory::PeerMemory;
+use crate::host::ports::KvmPorts;
+use crate::host::slots::{Slot, Slots};
 use crate::life::gate::{Lifecycle, Request};
 use crate::life::vcpu::{Vcpu, VcpuCounters};
 
@@ -81,7 +83,8 @@ impl Board {
             let slot = slots.add(region.guest.0, mapping.clone(), Access::ReadWrite);
             ram.push(slot.map_err(|error| Error::host("cannot give the guest its memory").because(error))?);
         }
-        let (ports, peer_memory) = KvmPorts::ports(Arc::clone(&vm), slots, routes);
+        let (ports, peer_memory) = KvmPorts::ports(Arc::clone(&vm), slots, routes)
+            .map_err(|error| Error::internal("cannot watch peers' memory").because(error))?;
 
         // 3. The legacy devices.
         let lifecycle = Arc::new(
@@ -166,6 +169,11 @@ impl Board {
 
     pub(crate) fn serial(&self) -> &Serial {
         &self.serial
+    }
+
+    /// Pieces of peers' files that the guest sees.
+    pub(crate) fn peer_memory(&self) -> &PeerMemory {
+        &self.peer_memory
     }
 
     /// What tells the guest that a removable device is gone.

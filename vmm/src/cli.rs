@@ -238,7 +238,7 @@ fn run(options: Run) -> Result<ExitCode, Error> {
     let signals = Signals::watch()?;
     let mut machine = signals.during(|| Machine::build(config))?;
     machine.serve_signals(signals);
-    crate::host::memory::release_text();
+    crate::host::mapping::release_text();
     let Outcome { end, stats } = machine.run()?;
     if let Some(sink) = sink.as_mut() {
         sink.write(&stats)?;

@@ -23,13 +23,13 @@ use crate::config::{Config, Image, OnReset, Transport};
 use crate::console::Console;
 use crate::control::Control;
 use crate::control::peers::{Heard, Peers};
-use crate::devices::vfio::VfioDevice;
+use crate::devices::vfio::{self, Candidate};
 use crate::devices::virtio::{Surroundings, VirtioDevice};
 use crate::devices::windows::Windows;
-use crate::devices::{DeviceId, DeviceList};
+use crate::devices::{DeviceId, DeviceList, MachineDevice as _};
 use crate::error::Error;
 use crate::host::kvm;
-use crate::host::memory::Mapping;
+use crate::host::mapping::Mapping;
 use crate::life::gate::Request;
 use crate::life::reboots::Reboots;
 use crate::life::signals::Signals;
@@ -170,6 +170,7 @@ impl Machine {
             let device = VirtioDevice::connect(index, device, &devices, &mut machine)?;
             devices.push(device);
         }
+        let mut candidates = Vec::new();
         for ((index, device), number) in config.vfio_user.into_iter().enumerate().zip(numbers) {
             let id = DeviceId::from(device.id.clone().unwrap_or_else(|| format!("vfio-user{index}")));
             devices.check_free(&id)?;
@@ -178,12 +179,20 @@ impl Machine {
                 Some(trace) => limits.traced(Arc::clone(trace)),
                 None => limits,
             };
-            let (function, receiver) = VfioDevice::connect(device, id, number, &memory, limits)?;
-            peers.listen(Heard::Server(receiver, Arc::clone(function.remote()))).map_err(no_thread)?;
-            if function.remote().contents.pin.is_some() {
-                peers.listen(Heard::Pin(Arc::clone(function.remote()))).map_err(no_thread)?;
+            candidates.push(Candidate::connect(device, id, number, &memory, limits)?);
+        }
+        let wanted: Vec<_> = candidates.iter().map(Candidate::vectors).collect();
+        let virtio = devices.iter().filter(|device| device.transport() == Transport::Pci).count();
+        let shares = vfio::shares(&wanted, kvm::message_routes(&kvm).saturating_sub(virtio * VIRTIO_VECTORS));
+        for (candidate, vectors) in candidates.into_iter().zip(shares) {
+            let (device, receiver) = candidate.admit(vectors)?;
+            devices.check_free(device.id())?;
+            let function = device.function();
+            peers.listen(Heard::Server(receiver, Arc::clone(function))).map_err(no_thread)?;
+            if function.shape.pin.is_some() {
+                peers.listen(Heard::Pin(Arc::clone(function))).map_err(no_thread)?;
             }
-            devices.push(function);
+            devices.push(device);
         }
         startup.peers = elapsed(begun);
 
@@ -308,6 +317,7 @@ impl Machine {
         stats.vcpus = self.counters.iter().map(|counters| counters.stats()).collect();
         stats.exits = stats.vcpus.iter().map(|vcpu| vcpu.exits).sum();
         stats.startup_us.first_entry = self.counters.first().map_or(0, |first| first.first_entry_us());
+        self.devices.iter().for_each(|device| device.ending());
         self.board.dismantle();
         stats.devices = self.devices.end();
         // Whoever sent a signal does not wait for the console's reader.
@@ -381,6 +391,9 @@ fn in_memory(bytes: &[u8]) -> std::io::Result<File> {
     file.write_all(bytes)?;
     Ok(file)
 }
+
+/// Message vectors that are kept for a virtio function: one a queue, and one for its configuration.
+const VIRTIO_VECTORS: usize = 65;
 
 fn no_thread(error: std::io::Error) -> Error {
     Error::internal("cannot start the thread `peers`").because(error)

@@ -138,7 +138,7 @@ pub enum BarError {
         size: u64,
     },
     /// A register that is taken already, or a wide one without a second register.
-    #[error("{0} overlaps another register")]
+    #[error("{0} needs a register that is not there, or is taken")]
     Overlap(BarIndex),
     /// The ROM register is for the ROM, and the others are not.
     #[error("{0} cannot be of that kind")]

@@ -1,6 +1,8 @@
 //! A type-0 configuration space (PCI 3.0 §6.1, §6.2, §6.7): header, base address registers, a list of capabilities.
 //! Pure; must never call anyone. What a write means beyond the header is for its function.
 
+use std::fmt;
+
 use super::bar::{BarIndex, Bars, Command, Decoded};
 
 /// Who the function is.
@@ -20,6 +22,12 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{:04x} class {:06x}", self.vendor, self.device, self.class)
+    }
+}
+
 /// What a configuration write touched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -36,12 +44,16 @@ pub struct NoRoom(pub usize);
 
 /// Offsets in the header.
 pub mod offset {
+    /// Vendor and device.
+    pub const ID: u16 = 0x00;
     /// The command register.
     pub const COMMAND: u16 = 0x04;
     /// The status register.
     pub const STATUS: u16 = 0x06;
     /// Revision and class code.
     pub const REVISION: u16 = 0x08;
+    /// The type of header.
+    pub const HEADER_TYPE: u16 = 0x0e;
     /// The first base address register.
     pub const BARS: u16 = 0x10;
     /// Subsystem vendor and subsystem.
@@ -62,7 +74,8 @@ pub mod offset {
 const LENGTH: usize = 256;
 /// What of the command register can be written: I/O, memory, master, parity, SERR, INTx disable.
 const COMMAND_WRITABLE: u16 = 0x0547;
-const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// Of the status register: there is a list of capabilities.
+pub(super) const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// The base address register at `offset`, a multiple of 4.
 #[must_use]

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::bar::{BarIndex, Bars, Decoded, Room, Space, Window, Windows};
 use super::config_space::{ConfigSpace, Identity};
-use super::intx::IntxLines;
+use super::lines::IntxLines;
 use super::{DeviceNumber, Function};
 use crate::bus::BusDevice;
 use crate::lock;

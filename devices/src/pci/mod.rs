@@ -8,7 +8,7 @@
 //! | [`fixtures`] | what a function registers with the machine inside its BARs, moved along with them |
 //! | [`msix`] | MSI-X: table, pending bits, routes |
 //! | [`msi`] | MSI: registers, routes |
-//! | [`intx`] | level-triggered lines, shared |
+//! | [`lines`] | level-triggered lines, shared |
 //! | [`hotplug`] | which functions are there, and how a guest lets go of one |
 //! | [`vfio_user`] | what a vfio-user server's function is |
 //!
@@ -30,7 +30,7 @@ pub mod config_space;
 pub mod fixtures;
 pub mod host_bridge;
 pub mod hotplug;
-pub mod intx;
+pub mod lines;
 pub mod msi;
 pub mod msix;
 mod vectors;
@@ -41,7 +41,7 @@ pub use config_space::{Change, ConfigSpace, Identity};
 pub use fixtures::{Fixture, FixtureId, Fixtures};
 pub use host_bridge::{HostBridge, Intx};
 pub use hotplug::Hotplug;
-pub use intx::IntxLines;
+pub use lines::IntxLines;
 pub use msi::{Msi, MsiSpec};
 pub use msix::Msix;
 pub use vectors::ConnectionId;

@@ -4,22 +4,23 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use devices::bus::BusDevice;
 use devices::event_line::EventLine;
-use devices::pci::vfio_user::areas::mappable;
-use devices::pci::vfio_user::contents::{Contents, Said};
-use devices::pci::vfio_user::link::Writes;
+use devices::pci::vfio_user::VfioUserDevice;
+use devices::pci::vfio_user::bars::mappable;
+use devices::pci::vfio_user::function::{FunctionShape, Said};
 use devices::pci::vfio_user::pin::Look;
-use devices::pci::vfio_user::remote::{Doorbell, Piece, Region, Reset};
-use devices::pci::vfio_user::server::{Irq, Server, ServerError, ServerStats};
-use devices::pci::vfio_user::{Device, Remote};
+use devices::pci::vfio_user::server::{Irq, Server, ServerError, ServerStats, Writes};
+use devices::pci::vfio_user::survey::{Doorbell, Piece, Region, Reset};
 use devices::pci::{BarIndex, DeviceNumber, Function, HostBridge, Hotplug, Space, Window, Windows};
 use devices::ports::WriteWidth;
 use fuzz::descriptors::memory_file;
 use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use libfuzzer_sys::fuzz_target;
+use transport::peer::deadline::Deadline;
 
 const WINDOWS: Windows = Windows {
     memory32: Window { base: 0xc000_0000, size: 0x1000_0000 },
@@ -38,13 +39,22 @@ impl Whim {
         match self.input.lock().expect("no panic").byte() {
             254 => Err(ServerError::Refused("no".into())),
             255 => Err(ServerError::Lost("gone".into())),
+            253 => Err(ServerError::Closed("closed".into())),
             _ => Ok(()),
         }
     }
 }
 
 impl Server for Whim {
-    fn read(&self, region: u8, offset: u64, data: &mut [u8]) -> Result<(), ServerError> {
+    fn limit(&self) -> Duration {
+        Duration::from_secs(2)
+    }
+
+    fn is_alive(&self) -> bool {
+        self.input.lock().expect("no panic").rarely(2)
+    }
+
+    fn read(&self, region: u8, offset: u64, data: &mut [u8], _: &Deadline) -> Result<(), ServerError> {
         self.outcome()?;
         let mut input = self.input.lock().expect("no panic");
         let from = usize::try_from(offset).expect("an offset in a region");
@@ -56,7 +66,7 @@ impl Server for Whim {
         Ok(())
     }
 
-    fn write(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
+    fn write(&self, region: u8, offset: u64, data: &[u8], _: &Deadline) -> Result<(), ServerError> {
         assert!(
             region != 7 || offset.is_multiple_of(data.len() as u64),
             "{} bytes at {offset:#x}",
@@ -65,16 +75,16 @@ impl Server for Whim {
         self.outcome()
     }
 
-    fn post(&self, _: u8, _: u64, _: &[u8]) -> Result<(), ServerError> {
+    fn post(&self, _: u8, _: u64, _: &[u8], _: &Deadline) -> Result<(), ServerError> {
         self.outcome()
     }
 
-    fn arm(&self, _: Irq, calls: &[BorrowedFd<'_>]) -> Result<(), ServerError> {
+    fn arm(&self, _: Irq, calls: &[BorrowedFd<'_>], _: &Deadline) -> Result<(), ServerError> {
         assert!((1..=2048).contains(&calls.len()));
         self.outcome()
     }
 
-    fn disarm(&self, _: Irq) -> Result<(), ServerError> {
+    fn disarm(&self, _: Irq, _: &Deadline) -> Result<(), ServerError> {
         self.outcome()
     }
 
@@ -86,7 +96,7 @@ impl Server for Whim {
         Ok(())
     }
 
-    fn reset(&self) -> Result<(), ServerError> {
+    fn reset(&self, _: &Deadline) -> Result<(), ServerError> {
         self.outcome()
     }
 
@@ -117,10 +127,10 @@ fn config(input: &mut Input) -> Vec<u8> {
     config
 }
 
-fn region(input: &mut Input, contents: &Contents, index: usize) -> Region {
-    let bar = contents.bars[index];
+fn region(input: &mut Input, shape: &FunctionShape, index: usize) -> Region {
+    let bar = shape.bars[index];
     let areas: Vec<_> = (0..input.byte() % 4).map(|_| (input.number(), input.number())).collect();
-    let areas = bar.map(|bar| mappable(&bar, &areas, contents.msix.as_ref())).unwrap_or_default();
+    let areas = bar.map(|bar| mappable(&bar, &areas, shape.msix.as_ref())).unwrap_or_default();
     let pieces: Vec<_> = areas
         .into_iter()
         .map(|area| Piece { offset: area.start, size: area.end - area.start, file_offset: area.start })
@@ -145,14 +155,14 @@ fn region(input: &mut Input, contents: &Contents, index: usize) -> Region {
     }
 }
 
-fn dword(device: &Device, at: u16) -> u32 {
+fn dword(device: &VfioUserDevice, at: u16) -> u32 {
     let mut data = [0; 4];
     device.config_read(at, &mut data);
     u32::from_le_bytes(data)
 }
 
 /// A guest that looks for the capabilities.
-fn walk(device: &Device) {
+fn walk(device: &VfioUserDevice) {
     let mut at = dword(device, 0x34) & 0xff;
     for step in 0.. {
         if at == 0 || at == 0xff {
@@ -174,19 +184,22 @@ fuzz_target!(|data: &[u8]| {
     }
     let interrupts = [1, 2, 4].map(|count| if input.rarely(4) { input.u32() % 2049 } else { count });
     let said = Said { config: &config, bars: &bars, interrupts: &interrupts };
-    let contents = match Contents::judge(&said) {
-        Ok(contents) => contents,
+    let mut shape = match FunctionShape::judge(&said) {
+        Ok(shape) => shape,
         Err(unfit) => return drop(unfit.to_string()),
     };
-    contents.oddities.iter().for_each(|oddity| drop(oddity.to_string()));
-    let regions = std::array::from_fn(|index| region(&mut input, &contents, index));
+    shape.limit_vectors(input.u16());
+    shape.oddities.iter().for_each(|oddity| drop(oddity.to_string()));
+    let regions = std::array::from_fn(|index| region(&mut input, &shape, index));
     let machine = Recorder::refusing(usize::from(input.byte() % 64));
     let input = Arc::new(Mutex::new(input));
     let server = Arc::new(Whim { input: Arc::clone(&input), config });
-    let remote = Remote::new("fuzzed".into(), server, contents, regions, Reset::Offered).expect("eventfds");
-    let remote = Arc::new(remote);
+    let keeps_decoding = shape.virtio_status.is_some();
+    let device = VfioUserDevice::new("fuzzed".into(), server, shape, regions, Reset::Used).expect("eventfds");
     let bridge = HostBridge::new(WINDOWS);
-    let Ok(device) = Device::new(Arc::clone(&remote), &machine.ports(), &bridge, Some(20)) else { return };
+    if device.plug(&machine.ports(), &bridge, Some(20)).is_err() {
+        return;
+    }
     let number = bridge.insert(None, device.clone()).expect("an empty bus");
     let line = EventLine::new(&Recorder::default(), 9).expect("nothing is refused");
     let hotplug = Hotplug::new(Arc::clone(&bridge), Arc::new(line));
@@ -220,7 +233,7 @@ fuzz_target!(|data: &[u8]| {
                 ejected |=
                     bridge.remove(number).is_none() || bridge.insert(Some(number), device.clone()).is_err();
             }
-            _ => remote.pin_served(),
+            _ => device.pin_served(),
         }
         assert!([ids, u32::MAX].contains(&dword(&device, 0)));
         for bar in device.decoded() {
@@ -232,10 +245,11 @@ fuzz_target!(|data: &[u8]| {
             };
             assert!(window.base <= bar.base && last - window.base < window.size, "{bar:x?}");
         }
-        if remote.link.is_broken() {
-            assert_eq!((dword(&device, 0x40), device.decoded().len()), (u32::MAX, 0));
+        if device.link.is_gone() {
+            assert_eq!(dword(&device, 0x40), u32::MAX);
+            assert!(keeps_decoding || device.decoded().is_empty());
         }
-        if remote.link.is_broken() || ejected {
+        if device.link.is_gone() || ejected {
             assert_eq!(
                 (machine.counts(), machine.shown().len()),
                 ((0, 0), 0),
@@ -243,6 +257,6 @@ fuzz_target!(|data: &[u8]| {
             );
         }
     }
-    device.retire();
+    device.unplug();
     assert_eq!((machine.counts(), machine.shown().len()), ((0, 0), 0), "something was left behind");
 });

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::error::Error;
 
-pub use ::devices::pci::vfio_user::link::Writes;
+pub use ::devices::pci::vfio_user::server::Writes;
 pub use ::devices::virtio::backend::spec::Display;
 pub use ::devices::virtio::ring::address::Iommu;
 pub use arch::platform::Discovery;

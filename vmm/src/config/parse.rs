@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arch::ram::Hugepages;
-use devices::pci::vfio_user::link::Writes;
+use devices::pci::vfio_user::server::Writes;
+use devices::pci::vfio_user::survey::Reset;
 use devices::virtio::backend::spec::Display;
 use devices::virtio::ring::address::Iommu;
 
@@ -337,6 +338,7 @@ pub fn parse_vfio_user(text: impl AsRef<OsStr>) -> Result<VfioUser, Error> {
     device.id = keys.id()?;
     device.deadline = keys.time("deadline", "ms", DEADLINES)?.unwrap_or(device.deadline);
     let posted = keys.switch("posted-writes")?;
+    device.wishes.reset = keys.switch("reset")?.filter(|reset| !reset).map(|_| Reset::Unused);
     device.wishes.writes = posted.map(|posted| if posted { Writes::Posted } else { Writes::Answered });
     keys.end()?;
     Ok(device)

@@ -1,4 +1,5 @@
 use super::*;
+use devices::pci::vfio_user::Wishes as FunctionWishes;
 
 #[test]
 fn sizes_take_binary_suffixes_and_nothing_else() {
@@ -66,12 +67,14 @@ fn vhost_user_refuses_what_it_cannot_do() {
 
 #[test]
 fn vfio_user_takes_every_key() {
-    let device = parse_vfio_user("socket=/s,id=nvme0,deadline=500,posted-writes=off").unwrap();
+    let device = parse_vfio_user("socket=/s,id=nvme0,deadline=500,posted-writes=off,reset=off").unwrap();
     assert!(matches!(&device.socket, Socket::Path(path) if path == std::path::Path::new("/s")));
     assert_eq!(device.id.as_deref(), Some("nvme0"));
     assert_eq!(device.deadline, Duration::from_millis(500));
     assert_eq!(device.wishes.writes, Some(Writes::Answered));
-    assert_eq!(parse_vfio_user("socket=/s").unwrap().wishes.writes, None);
+    assert_eq!(device.wishes.reset, Some(Reset::Unused));
+    assert_eq!(parse_vfio_user("socket=/s").unwrap().wishes, FunctionWishes::default());
+    assert_eq!(parse_vfio_user("socket=/s,reset=on").unwrap().wishes, FunctionWishes::default());
 }
 
 #[test]
@@ -82,6 +85,7 @@ fn vfio_user_refuses_what_it_cannot_do() {
         ("nvme,socket=/s", "cannot use `nvme`"),
         ("socket=/s,colour=red", "has no key `colour`"),
         ("socket=/s,posted-writes=maybe", "posted-writes=maybe"),
+        ("socket=/s,reset=maybe", "reset=maybe"),
         ("socket=/s,deadline=0", "deadline=0"),
         ("socket=/s,id=a b", "id=a b"),
         ("socket=fd=x", "no inherited descriptor"),

@@ -34,6 +34,7 @@ mod token {
     pub(crate) const OUTPUT: u32 = 6;
     pub(crate) const QUIT: u32 = 7;
     pub(crate) const LOOK: u32 = 8;
+    pub(crate) const PEER_MEMORY: u32 = 9;
     pub(crate) const SIGNAL: u32 = 0x100;
     /// The descriptors of all devices.
     pub(crate) const DEVICE: u32 = 0x1000;
@@ -239,6 +240,8 @@ impl MutEventSubscriber for Control<'_> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         watch(ops, Events::with_data(self.board.lifecycle().wake(), token::REQUEST, EventSet::IN));
         watch(ops, Events::with_data(&self.board.serial().input_space(), token::INPUT_SPACE, EventSet::IN));
+        let memory = self.board.peer_memory();
+        watch(ops, Events::with_data(&memory.timer(), token::PEER_MEMORY, EventSet::IN));
         if let Some(hotplug) = self.board.hotplug() {
             watch(ops, Events::with_data(&hotplug.line().lowered(), token::EVENT_LINE, EventSet::IN));
         }
@@ -296,6 +299,7 @@ impl MutEventSubscriber for Control<'_> {
                     hotplug.line_lowered();
                 }
             }
+            token::PEER_MEMORY => self.board.peer_memory().look(),
             signal if (token::SIGNAL..token::DEVICE).contains(&signal) => {
                 self.signal(signal - token::SIGNAL, ops);
             }

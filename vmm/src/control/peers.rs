@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use devices::pci::vfio_user::Remote;
+use devices::pci::vfio_user::VfioUserDevice;
 use devices::virtio::attendant::Job;
 use devices::virtio::backend::requests::{Answers, OwnChannel};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -39,9 +39,9 @@ pub(crate) enum Heard {
     /// A backend's own channel.
     Backend(Line),
     /// A vfio-user server, while nobody waits for its reply.
-    Server(Receiver, Arc<Remote>),
+    Server(Receiver, Arc<VfioUserDevice>),
     /// The guest's end of the interrupts of a server's pin.
-    Pin(Arc<Remote>),
+    Pin(Arc<VfioUserDevice>),
 }
 
 impl Heard {
@@ -49,7 +49,7 @@ impl Heard {
         match self {
             Heard::Backend(line) => line.own.channel.as_fd(),
             Heard::Server(receiver, _) => receiver.as_fd(),
-            Heard::Pin(remote) => remote.calls.served().as_fd(),
+            Heard::Pin(device) => device.calls.served().as_fd(),
         }
     }
 }
@@ -219,18 +219,18 @@ impl Shared {
     fn hear(self: &Arc<Self>, heard: Heard, objects: &RefCell<SharedObjects>) -> Option<Heard> {
         match heard {
             Heard::Backend(line) => self.serve_line(line, objects).map(Heard::Backend),
-            Heard::Server(mut receiver, remote) => match receiver.serve() {
-                Ok(vfio_user::Served::Messages(_)) => Some(Heard::Server(receiver, remote)),
+            Heard::Server(mut receiver, device) => match receiver.serve() {
+                Ok(vfio_user::Served::Messages(_)) => Some(Heard::Server(receiver, device)),
                 Ok(vfio_user::Served::HungUp) => None,
                 // The control loop sees the connection hung up, and tidies up.
                 Err(error) => {
-                    remote.link.give_up(&error.to_string());
+                    device.link.give_up(&error.to_string());
                     None
                 }
             },
-            Heard::Pin(remote) => {
-                remote.pin_served();
-                (!remote.link.is_broken()).then_some(Heard::Pin(remote))
+            Heard::Pin(device) => {
+                device.pin_served();
+                (!device.link.is_gone()).then_some(Heard::Pin(device))
             }
         }
     }

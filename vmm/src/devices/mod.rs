@@ -80,6 +80,9 @@ pub(crate) trait MachineDevice: Send + Sync {
     /// What was counted over the device's whole life.
     fn stats(&self) -> DeviceStats;
 
+    /// The machine ends: the device is about to be unplugged for the last time. Never waits.
+    fn ending(&self) {}
+
     /// The machine ends: the peer sees us go. Called once the device is unplugged.
     fn end(&self);
 }

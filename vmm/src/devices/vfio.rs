@@ -1,16 +1,17 @@
 //! A PCI device whose function a vfio-user server provides.
 //!
-//! The connection lives as long as the machine. A server that is lost leaves a broken device, which the guest is asked to
-//! let go of; it is on no board that is built afterwards, while a device that the guest itself has switched off is on the
-//! next one again.
+//! The connection lives as long as the machine. A server that is gone leaves a function that the guest is asked to let go of,
+//! and that is on no board that is built afterwards. A function that the guest itself has switched off is on the next board
+//! again.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::layout;
 use devices::hang_up::HangUp;
 use devices::pci::hotplug::{Hotplug, Occupant};
-use devices::pci::vfio_user::{self, Device, Opened, Remote};
+use devices::pci::vfio_user::server::Gone;
+use devices::pci::vfio_user::{self, Surveyed, VfioUserDevice};
 use devices::pci::{DeviceNumber, Function};
 use devices::ports::Ports;
 use transport::memory::MemoryMap;
@@ -22,65 +23,80 @@ use crate::devices::{DeviceId, MachineDevice, Notice, Site};
 use crate::error::{Error, Fault};
 use crate::stats::{DeviceStats, PciStats, PeerStats};
 
-/// A device of a vfio-user server, for the machine's whole life.
-pub(crate) struct VfioDevice {
+/// A server that was asked what its function is.
+pub(crate) struct Candidate {
     id: DeviceId,
     number: DeviceNumber,
-    remote: Arc<Remote>,
-    hang_up: HangUp,
-    /// What [`VfioDevice::hang_up`] watches.
-    _connection: OwnedFd,
-    plugged: Mutex<Plugged>,
+    surveyed: Surveyed,
 }
 
-/// What the device has on a board.
-#[derive(Default)]
-struct Plugged {
-    device: Option<Arc<Device>>,
-    hotplug: Option<Arc<Hotplug>>,
-}
-
-impl VfioDevice {
-    /// Connects to the server within these limits, asks what its function is, and gives it guest memory. The receiver wants to be served
-    /// from now on. `number` is the device's on every board.
+impl Candidate {
+    /// Connects to the server within these limits, asks what its function is, and gives it guest memory. `number` is the
+    /// device's on every board.
     pub(crate) fn connect(
         config: VfioUser,
         id: DeviceId,
         number: DeviceNumber,
         memory: &MemoryMap,
         limits: Limits,
-    ) -> Result<(Self, Receiver), Error> {
-        let cannot = || format!("cannot start device {id}");
+    ) -> Result<Self, Error> {
         let client = match config.socket {
             Socket::Path(path) => Client::connect(&path, &limits),
             Socket::Inherited(stream, fd) => Client::from_stream(stream, &format!("fd {fd}"), &limits),
             Socket::Stream(stream) => Client::from_stream(stream, "on a connected socket", &limits),
         };
-        let opened = client
+        let surveyed = client
             .map_err(vfio_user::OpenError::from)
-            .and_then(|client| vfio_user::open(client, id.to_string(), config.wishes, memory));
-        let Opened { remote, receiver, hang_up } = opened.map_err(|error| {
+            .and_then(|client| vfio_user::survey(client, config.wishes, memory));
+        let surveyed = surveyed.map_err(|error| {
             let hint = error.hint();
-            let failed = Error::new(Fault::Peer, cannot()).because(error);
+            let failed = Error::new(Fault::Peer, format!("cannot start device {id}")).because(error);
             match hint {
                 Some(hint) => failed.hint(hint),
                 None => failed,
             }
         })?;
-        log::info!("device {id}: {}", remote.contents.identity);
-        let (connection, plugged) = (hang_up, Mutex::default());
-        let hang_up = HangUp::new().map_err(|error| Error::host(cannot()).because(error))?;
-        hang_up.watch(&connection).map_err(|error| Error::host(cannot()).because(error))?;
-        Ok((VfioDevice { id, number, remote, hang_up, _connection: connection, plugged }, receiver))
+        log::info!("device {id}: {}", surveyed.shape.identity);
+        Ok(Candidate { id, number, surveyed })
     }
 
-    /// What outlives its boards.
-    pub(crate) fn remote(&self) -> &Arc<Remote> {
-        &self.remote
+    /// Message vectors that its guest may use at once.
+    pub(crate) fn vectors(&self) -> u16 {
+        self.surveyed.shape.vectors()
     }
 
-    fn plugged(&self) -> MutexGuard<'_, Plugged> {
-        self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The device, with no more message vectors than `vectors`. The receiver wants to be served from now on.
+    pub(crate) fn admit(self, vectors: u16) -> Result<(VfioDevice, Receiver), Error> {
+        let Candidate { id, number, surveyed } = self;
+        let Surveyed { server, mut shape, regions, reset, receiver, hang_up: connection } = surveyed;
+        shape.limit_vectors(vectors);
+        shape.report(&id.to_string());
+        let cannot = || Error::host(format!("cannot start device {id}"));
+        let device = VfioUserDevice::new(id.to_string(), server, shape, regions, reset)
+            .map_err(|error| cannot().because(error))?;
+        let hang_up = HangUp::new().map_err(|error| cannot().because(error))?;
+        hang_up.watch(&connection).map_err(|error| cannot().because(error))?;
+        let hotplug = Mutex::default();
+        Ok((VfioDevice { id, number, device, hang_up, _connection: connection, hotplug }, receiver))
+    }
+}
+
+/// A device of a vfio-user server, for the machine's whole life.
+pub(crate) struct VfioDevice {
+    id: DeviceId,
+    number: DeviceNumber,
+    device: Arc<VfioUserDevice>,
+    hang_up: HangUp,
+    /// What [`VfioDevice::hang_up`] watches.
+    _connection: OwnedFd,
+    /// Of the present board.
+    hotplug: Mutex<Option<Arc<Hotplug>>>,
+}
+
+impl VfioDevice {
+    /// What the thread `peers` listens for.
+    pub(crate) fn function(&self) -> &Arc<VfioUserDevice> {
+        &self.device
     }
 }
 
@@ -93,17 +109,18 @@ impl MachineDevice for VfioDevice {
         Transport::Pci
     }
 
-    /// A broken device is on no board: what reads nothing but ones is not there.
+    /// A function whose server is gone is on no board: what reads nothing but ones is not there.
     fn plug(&self, ports: &Ports, site: Site<'_>) -> Result<(), Error> {
-        let cannot = || format!("cannot wire device {}", self.id);
+        let (device, number, id) = (&self.device, self.number, &self.id);
+        let cannot = || format!("cannot wire device {id}");
         let Site::Pci(bridge, hotplug) = site else { return Err(Error::internal(cannot())) };
-        if let Some(why) = self.remote.link.broken() {
-            log::info!("device {} is not there any more: {why}", self.id);
+        if device.link.is_gone() {
+            log::info!("device {id} is not there any more");
             return Ok(());
         }
-        let number = self.number;
-        let pin = self.remote.contents.pin.and_then(|pin| layout::intx_gsi(number.get(), pin));
-        let device = Device::new(Arc::clone(&self.remote), ports, bridge, pin.map(|gsi| gsi.0))
+        let pin = device.shape.pin.and_then(|pin| layout::intx_gsi(number.get(), pin));
+        device
+            .plug(ports, bridge, pin.map(|gsi| gsi.0))
             .map_err(|error| Error::host(cannot()).because(error))?;
         let function: Arc<dyn Function> = device.clone();
         bridge.insert(Some(number), function).map_err(|error| Error::internal(cannot()).because(error))?;
@@ -111,14 +128,14 @@ impl MachineDevice for VfioDevice {
             let occupant: Arc<dyn Occupant> = device.clone();
             hotplug.occupy(number, occupant);
         }
-        log::info!("device {} is PCI device {number}", self.id);
-        *self.plugged() = Plugged { device: Some(device), hotplug: hotplug.cloned() };
+        log::info!("device {id} is PCI device {number}");
+        *self.hotplug.lock().unwrap_or_else(PoisonError::into_inner) = hotplug.cloned();
         Ok(())
     }
 
     fn unplug(&self) {
-        let plugged = std::mem::take(&mut *self.plugged());
-        plugged.device.iter().for_each(|device| device.retire());
+        self.hotplug.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.device.unplug();
     }
 
     fn watched(&self) -> Vec<(BorrowedFd<'_>, Notice)> {
@@ -129,47 +146,78 @@ impl MachineDevice for VfioDevice {
     /// go of it.
     fn notice(&self, _: Notice) {
         self.hang_up.take();
-        let plugged = self.plugged();
-        if let Some(device) = &plugged.device {
-            device.give_up("the server closed the connection");
-        }
-        if let Some(hotplug) = &plugged.hotplug {
+        self.device.link.hung_up();
+        self.device.tidy();
+        if let Some(hotplug) = &*self.hotplug.lock().unwrap_or_else(PoisonError::into_inner) {
             hotplug.lost(self.number);
         }
     }
 
     fn stats(&self) -> DeviceStats {
-        let report = self.remote.report();
-        let bars: Vec<_> = report.accesses.iter().take(6).copied().collect();
-        let (config_reads, config_writes) = report.accesses.last().copied().unwrap_or_default();
+        let (link, counts, server) = (&self.device.link, self.device.counts(), self.device.link.stats());
+        let [bars @ .., (config_reads, config_writes)] = counts.regions;
+        let (state, broken) = match link.gone() {
+            Some(Gone::Broken(why)) => ("broken", Some(why.clone())),
+            Some(Gone::Removed) => ("removed", None),
+            _ if self.device.is_ejected() => ("ejected", None),
+            _ => ("idle", None),
+        };
         DeviceStats {
-            id: self.id.to_string(),
+            id: link.name().to_owned(),
             kind: "vfio-user".to_owned(),
-            state: match (&report.broken, report.ejected) {
-                (Some(_), _) => "broken",
-                (None, true) => "ejected",
-                (None, false) => "idle",
-            },
-            broken: report.broken,
-            requests_through_vmm: bars.iter().map(|(reads, writes)| reads + writes).sum(),
+            state,
+            broken,
+            requests_through_vmm: counts.requests,
             recoveries: 0,
             register_writes: config_writes,
             peer: PeerStats {
-                messages: report.server.messages,
-                waits: report.server.waits,
-                worst_wait_us: u64::try_from(report.server.worst_wait.as_micros()).unwrap_or(u64::MAX),
+                messages: server.messages,
+                waits: server.waits,
+                worst_wait_us: u64::try_from(server.worst_wait.as_micros()).unwrap_or(u64::MAX),
             },
             pci: Some(PciStats {
-                identity: report.identity,
+                identity: self.device.shape.identity.to_string(),
                 bar_reads: bars.iter().map(|(reads, _)| *reads).collect(),
                 bar_writes: bars.iter().map(|(_, writes)| *writes).collect(),
                 config_reads,
                 config_writes,
-                refused: report.refused,
+                refused: link.refused(),
             }),
         }
     }
 
+    fn ending(&self) {
+        self.device.link.ending();
+    }
+
     /// The connection closes when the device is dropped.
     fn end(&self) {}
+}
+
+/// How many of `routes` message interrupts each function has, when they want so many. A function that wants few leaves more
+/// for the others.
+pub(crate) fn shares(wanted: &[u16], routes: usize) -> Vec<u16> {
+    let mut shares = wanted.to_vec();
+    let mut smallest_first: Vec<_> = shares.iter_mut().collect();
+    smallest_first.sort();
+    let (mut routes, mut unserved) = (routes, wanted.len());
+    for share in smallest_first {
+        *share = (*share).min(u16::try_from(routes / unserved).unwrap_or(u16::MAX));
+        (routes, unserved) = (routes - usize::from(*share), unserved - 1);
+    }
+    shares
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shares;
+
+    #[test]
+    fn functions_share_what_there_is_and_those_that_want_few_have_it_all() {
+        assert!(shares(&[], 100).is_empty());
+        assert_eq!(shares(&[2048, 3, 2048], 4056), [2026, 3, 2027]);
+        assert_eq!(shares(&[2048, 4], 4056), [2048, 4]);
+        assert_eq!(shares(&[2048; 31], 4056).iter().map(|share| usize::from(*share)).sum::<usize>(), 4056);
+        assert_eq!(shares(&[0, 1, 5], 0), [0, 0, 0]);
+    }
 }

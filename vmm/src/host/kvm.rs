@@ -1,32 +1,19 @@
-//! The host: `/dev/kvm`, and `devices::ports` implemented on one of its VMs.
-//!
-//! A doorbell is an ioeventfd, an interrupt route an irqfd, device memory a memory slot. Each returns a
-//! guard; dropping it undoes the registration, so a device that leaves its running phase leaves nothing
-//! behind in KVM.
+//! `/dev/kvm`: opening it, its limits, and what `kvm-ioctls` does not tell of a vCPU's exit.
+
+#![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::slice::ChunksExactMut;
 
-use arch::irq::{Gsi, MsiMessage, RoutingTable, Table};
-use devices::ports::{
-    DeviceMemory, Doorbells, FileRange, Guard, Interrupts, OnVanished, PortError, Ports, RegisterPage, Route,
-    WriteMatch,
-};
-use kvm_ioctls::{Cap, Kvm, VmFd};
-use transport::memory::GuestAddr;
-use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
+use kvm_bindings::KVM_EXIT_IO;
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use crate::error::Error;
-use crate::host::descriptors::{Ioeventfd, eventfd, ioeventfd};
-use crate::host::memory::{Access, Mapping, Slots};
-use crate::host::peer_memory::PeerMemory;
 
 /// Where KVM is.
 const DEV_KVM: &str = "/dev/kvm";
 
-/// What no machine of ours can do without.
+/// What every machine needs of KVM.
 const NEEDED: [(Cap, &str); 7] = [
     (Cap::Irqchip, "an in-kernel interrupt controller"),
     (Cap::Ioeventfd, "ioeventfd"),
@@ -76,161 +63,28 @@ pub fn slot_limit(kvm: &Kvm) -> u32 {
     u32::try_from(kvm.check_extension_int(Cap::NrMemslots)).ok().filter(|limit| *limit > 0).unwrap_or(32)
 }
 
-/// The ports of one VM.
-#[derive(Debug)]
-pub struct KvmPorts {
-    vm: Arc<VmFd>,
-    slots: Arc<Slots>,
-    /// What KVM was told of last. Its lock is held across that, so that KVM always has the newest.
-    routes: Arc<Mutex<RoutingTable>>,
-    peer_memory: Arc<PeerMemory>,
+/// How many message interrupts a VM of this host can route at once.
+pub fn message_routes(kvm: &Kvm) -> usize {
+    let routes = usize::try_from(kvm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+    // The others are pins: of the IOAPIC and, where the guest is told of them, of the 8259s.
+    routes.saturating_sub(24 + 16)
 }
 
-impl KvmPorts {
-    /// The ports of `vm`, with its `slots` and the `routes` that were applied to it; and the peers' memory, for
-    /// vCPUs that fault on it.
-    pub fn ports(vm: Arc<VmFd>, slots: Arc<Slots>, routes: RoutingTable) -> (Ports, Arc<PeerMemory>) {
-        let peer_memory = PeerMemory::new(Arc::clone(&slots));
-        let routes = Arc::new(Mutex::new(routes));
-        let kvm = Arc::new(KvmPorts { vm, slots, routes, peer_memory: Arc::clone(&peer_memory) });
-        (Ports { doorbells: kvm.clone(), interrupts: kvm.clone(), memory: kvm }, peer_memory)
+/// The data of the port accesses at which a vCPU has stopped, one after the other: a string instruction (`rep insw`) makes
+/// many of the same port, and KVM tells of them in one exit. Empty when it has stopped for another reason.
+pub(crate) fn port_accesses(vcpu: &mut VcpuFd) -> ChunksExactMut<'_, u8> {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_IO {
+        return <&mut [u8]>::default().chunks_exact_mut(1);
     }
-
-    /// A GSI that leads to this message, given back when the guard is dropped.
-    fn message_gsi(&self, message: MsiMessage) -> Result<(Gsi, Guard), PortError> {
-        let cannot = |error| PortError::new("route a message interrupt", io::Error::other(error));
-        let mut table = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        let (gsi, change) = table.allocate(message).map_err(cannot)?;
-        if change == Table::Changed
-            && let Err(error) = table.apply(&self.vm)
-        {
-            // Nothing was applied: a bad message must not spoil the next change.
-            table.forget(gsi);
-            return Err(cannot(error));
-        }
-        let routes = Arc::clone(&self.routes);
-        let free = move || {
-            routes.lock().unwrap_or_else(PoisonError::into_inner).free(gsi);
-        };
-        Ok((gsi, Guard::on_drop(free)))
-    }
-
-    fn detach(&self, fd: vmm_sys_util::eventfd::EventFd, gsi: u32) -> Guard {
-        let vm = Arc::clone(&self.vm);
-        Guard::on_drop(move || {
-            if let Err(error) = vm.unregister_irqfd(&fd, gsi) {
-                log::warn!("cannot remove the irqfd of GSI {gsi}: {error}");
-            }
-        })
-    }
-}
-
-impl Doorbells for KvmPorts {
-    fn bind(&self, fd: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError> {
-        let fd = duplicate(fd)?;
-        ioeventfd(&self.vm, &fd, when, Ioeventfd::Assign)
-            .map_err(|error| PortError::new(format!("bind a doorbell at {}", when.address), error))?;
-        let vm = Arc::clone(&self.vm);
-        Ok(Guard::on_drop(move || {
-            if let Err(error) = ioeventfd(&vm, &fd, when, Ioeventfd::Deassign) {
-                log::warn!("cannot remove the ioeventfd at {}: {error}", when.address);
-            }
-        }))
-    }
-}
-
-impl Interrupts for KvmPorts {
-    fn attach(&self, call: BorrowedFd<'_>, route: Route) -> Result<Guard, PortError> {
-        let (gsi, held) = match route {
-            Route::Pin(gsi) => (gsi, None),
-            Route::Message { address, data } => {
-                let (gsi, held) = self.message_gsi(MsiMessage { address, data })?;
-                (gsi.0, Some(held))
-            }
-            _ => {
-                return Err(PortError::new(
-                    "route this kind of interrupt",
-                    io::ErrorKind::Unsupported.into(),
-                ));
-            }
-        };
-        let fd = duplicate(call)?;
-        self.vm.register_irqfd(&fd, gsi).map_err(|error| cannot_route(gsi, error))?;
-        // Dropped in this order: detached, then the GSI may lead elsewhere.
-        Ok(Guard::new((self.detach(fd, gsi), held)))
-    }
-
-    fn attach_level(
-        &self,
-        call: BorrowedFd<'_>,
-        gsi: u32,
-        resample: BorrowedFd<'_>,
-    ) -> Result<Guard, PortError> {
-        let (fd, resample) = (duplicate(call)?, duplicate(resample)?);
-        self.vm
-            .register_irqfd_with_resample(&fd, &resample, gsi)
-            .map_err(|error| cannot_route(gsi, error))?;
-        Ok(self.detach(fd, gsi))
-    }
-}
-
-fn duplicate(fd: BorrowedFd<'_>) -> Result<vmm_sys_util::eventfd::EventFd, PortError> {
-    eventfd(fd).map_err(|error| PortError::new("duplicate an eventfd", error))
-}
-
-fn cannot_route(gsi: u32, error: kvm_ioctls::Error) -> PortError {
-    PortError::new(format!("route an interrupt to GSI {gsi}"), error.into())
-}
-
-impl DeviceMemory for KvmPorts {
-    fn register_page(&self, at: GuestAddr) -> Result<Arc<dyn RegisterPage>, PortError> {
-        let mapping = Mapping::anonymous(PAGE)
-            .map_err(|error| PortError::new("make a register page", io::Error::other(error)))?;
-        let slot = self
-            .slots
-            .add(at.0, mapping.clone(), Access::ReadOnly)
-            .map_err(|error| PortError::new("show the guest a register page", io::Error::other(error)))?;
-        Ok(Arc::new(Page { mapping, _slot: slot }))
-    }
-
-    fn map(
-        &self,
-        piece: &FileRange,
-        at: GuestAddr,
-        access: Access,
-        vanished: OnVanished,
-    ) -> Result<Guard, PortError> {
-        self.peer_memory
-            .show(piece, at, access, vanished)
-            .map_err(|error| PortError::new("show the guest a peer's memory", io::Error::other(error)))
-    }
-}
-
-pub(crate) const PAGE: u64 = 4096;
-
-/// One page that the guest reads without an exit.
-struct Page {
-    mapping: Mapping,
-    _slot: crate::host::memory::Slot,
-}
-
-impl Page {
-    fn slice(&self) -> VolatileSlice<'_> {
-        self.mapping.region().as_volatile_slice()
-    }
-}
-
-impl RegisterPage for Page {
-    fn store(&self, offset: u16, value: u32) {
-        // A whole register changes at once: the guest may be reading it on another vCPU.
-        if let Err(error) = self.slice().store(value.to_le(), usize::from(offset), Ordering::Release) {
-            log::error!("register page: no register at offset {offset:#x}: {error}");
-        }
-    }
-
-    fn store_bytes(&self, offset: u16, bytes: &[u8]) {
-        if let Err(error) = self.slice().write_slice(bytes, usize::from(offset)) {
-            log::error!("register page: no {} bytes at offset {offset:#x}: {error}", bytes.len());
-        }
-    }
+    // SAFETY: KVM says that it is this member, and it is of numbers, which may have any value.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let width = usize::from(io.size).max(1);
+    let count = usize::try_from(io.count).unwrap_or(0);
+    let start = std::ptr::from_mut(run).cast::<u8>();
+    let offset = usize::try_from(io.data_offset).unwrap_or(0);
+    // SAFETY: for as long as the vCPU does not run, KVM has that many bytes there, in what the vCPU has mapped, behind the
+    // structure itself. The wrapper makes its own slice in the same way, of which the width is all that is missing.
+    let data = unsafe { std::slice::from_raw_parts_mut(start.wrapping_add(offset), width * count) };
+    data.chunks_exact_mut(width)
 }

@@ -1,7 +1,9 @@
 //! The host: KVM, mappings and memory slots, descriptors.
 
 pub(crate) mod descriptors;
-#[doc(hidden)]
+mod guest_memory;
 pub mod kvm;
-pub mod memory;
+pub mod mapping;
 pub mod peer_memory;
+pub mod ports;
+pub mod slots;

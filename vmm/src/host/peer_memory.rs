@@ -1,83 +1,101 @@
-//! Pieces of peers' files that the guest sees as memory, and what happens when such a file gets shorter.
+//! Pieces of peers' files that the guest sees as memory, and what happens when a page of one cannot be had: the peer made
+//! the file shorter, punched a hole, or there is no memory left for the page.
 //!
-//! A guest's access beyond the end of a file makes `KVM_RUN` fail (EFAULT), or, where KVM emulates the instruction,
-//! comes out as MMIO. Then the pieces whose files no longer hold them are taken out of the guest, their owners are
-//! told, and the vCPU goes on: its access finds no slot and comes to the bus. Nothing here, or elsewhere in the
-//! VMM, touches a piece.
+//! The guest's access to such a page shows itself in one of three ways:
+//! 1. `KVM_RUN` fails with EFAULT: [`PeerMemory::remove`].
+//! 2. KVM emulates the instruction, and the access comes out as MMIO: [`PeerMemory::missed`].
+//! 3. KVM says nothing. With hardware paging and guest interrupts on, KVM asks for the page asynchronously, ignores the
+//!    failure and enters the guest again, for ever. So [`PeerMemory::look`] examines the pieces several times a second.
+//!
+//! In each case the piece is taken out of the guest and its owner is told. The vCPU goes on: its access finds no slot and
+//! comes to the bus. Nothing in the VMM touches a piece.
 
+use std::io;
+use std::os::fd::AsFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::ports::{Access, FileRange, Guard, OnVanished};
-use rustix::fs::{FileType, fstat, fstatfs};
+use devices::ports::{Access, FileRange, Guard, OnVanished, PortError};
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 use transport::memory::GuestAddr;
 
-use crate::host::kvm::PAGE;
-use crate::host::memory::{MemoryError, PeerMapping, Slot, Slots};
+use crate::host::mapping::PeerMapping;
+use crate::host::ports::PAGE;
+use crate::host::slots::{Slot, Slots};
 
-/// Why a piece of a file cannot be shown.
-#[derive(Debug, thiserror::Error)]
-pub enum ShowError {
-    /// Not in whole pages, empty, or beyond the end of the numbers.
-    #[error(
-        "{size:#x} bytes from {offset:#x} of a file at guest address {at:#x} are not whole pages, or none, or wrap"
-    )]
-    Pages {
-        /// Guest address.
-        at: u64,
-        /// Offset in the file.
-        offset: u64,
-        /// Bytes.
-        size: u64,
-    },
-    /// The file ends before the piece does.
-    #[error("the file has {length:#x} bytes, fewer than {end:#x}")]
-    Shorter {
-        /// Bytes in the file.
-        length: u64,
-        /// Where the piece ends.
-        end: u64,
-    },
-    /// Neither a file nor a device, or a file whose every page its owner hands out as slowly as it likes.
-    #[error("the descriptor is of a kind that is not mapped into guests")]
-    Kind,
-    /// The kernel would not say what the descriptor is.
-    #[error("cannot look at the descriptor")]
-    Stat(#[source] std::io::Error),
-    /// The mapping or the slot failed.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
+/// How a file gets its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Store {
+    /// A memfd: as long as the host has memory.
+    Memory,
+    /// A tmpfs that has room for so many.
+    Limited,
+    /// Huge pages, of which the host has a fixed number.
+    Huge,
 }
 
-struct Piece {
+/// One piece that the guest sees.
+struct ShownPiece {
     id: u64,
     file: FileRange,
+    store: Store,
+    /// The file cannot get shorter.
+    is_sealed: bool,
+    mapping: Arc<PeerMapping>,
     at: GuestAddr,
     vanished: OnVanished,
-    _slot: Slot,
+    slot: Option<Slot>,
+}
+
+impl ShownPiece {
+    /// Whether the file can lose the piece without a word from the kernel.
+    fn needs_looks(&self) -> bool {
+        !self.is_sealed || self.store != Store::Memory
+    }
+
+    /// Why a page of the piece cannot be had, as far as that can be said without fetching pages of a file that has room.
+    fn fault(&self) -> Option<io::Error> {
+        let whole = || self.mapping.populate(0, self.mapping.place().1);
+        let found = match self.store {
+            _ if !self.is_sealed && is_short(&self.file) => Err(io::Error::other(SHORT)),
+            // All pages are there, unless somebody takes them away.
+            Store::Huge => whole(),
+            // There is no room for another page, so that nothing is fetched that is not there.
+            Store::Limited if fstatfs(&self.file.fd).is_ok_and(|system| system.f_bavail == 0) => whole(),
+            Store::Limited | Store::Memory => Ok(()),
+        };
+        found.err()
+    }
 }
 
 #[derive(Default)]
-struct Shown {
+struct AllShown {
     next: u64,
-    pieces: Vec<Piece>,
+    pieces: Vec<ShownPiece>,
 }
 
 /// Which pieces are to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Suspects {
-    /// Those whose files no longer hold them.
-    Shorter,
-    /// All: one of them cannot be read, and nobody can say which.
-    All,
+    /// Those that [`PeerMemory::look`] would take.
+    Lost,
+    /// Those of which a page cannot be fetched. When no such piece is found, those that are too large to be asked; when
+    /// there are none of these either, all.
+    Unreadable,
 }
 
-/// All pieces of one VM. Its lock is never held while KVM, the owner of a piece or anybody else is called.
+/// All pieces of one VM. Its lock is never held while the owner of a piece is called or a slot is removed.
 pub struct PeerMemory {
     slots: Arc<Slots>,
-    shown: Mutex<Shown>,
+    shown: Mutex<AllShown>,
     /// How many there are, for those who only want to know that there are none.
     count: AtomicUsize,
+    /// Ticks while there are pieces that need looks.
+    timer: OwnedFd,
 }
 
 impl std::fmt::Debug for PeerMemory {
@@ -88,45 +106,80 @@ impl std::fmt::Debug for PeerMemory {
 
 impl PeerMemory {
     /// No pieces yet.
-    pub fn new(slots: Arc<Slots>) -> Arc<Self> {
-        Arc::new(PeerMemory { slots, shown: Mutex::default(), count: AtomicUsize::new(0) })
+    ///
+    /// # Errors
+    /// When no timer can be had.
+    pub fn new(slots: Arc<Slots>) -> Result<Arc<Self>, PortError> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)
+            .map_err(|error| PortError::new("make a timer", error.into()))?;
+        Ok(Arc::new(PeerMemory { slots, shown: Mutex::default(), count: AtomicUsize::new(0), timer }))
     }
 
     /// See [`devices::ports::DeviceMemory::map`].
     ///
     /// # Errors
-    /// See there.
+    /// See there; also when the file is neither a memfd nor on tmpfs or hugetlbfs. The owner of another file may answer a
+    /// page fault as late as it likes (FUSE), or never (`memfd_secret`), and no deadline reaches a vCPU that waits for it.
     pub fn show(
         self: &Arc<Self>,
         piece: &FileRange,
         at: GuestAddr,
         access: Access,
         vanished: OnVanished,
-    ) -> Result<Guard, ShowError> {
+    ) -> Result<Guard, PortError> {
         let FileRange { offset, size, .. } = *piece;
+        let cannot = |error| {
+            PortError::new(
+                format!("show {size:#x} bytes of a peer's file at guest address {:#x}", at.0),
+                error,
+            )
+        };
         let whole = [at.0, offset, size].iter().all(|value| value.is_multiple_of(PAGE)) && size != 0;
         if !whole || at.0.checked_add(size).is_none() || offset.checked_add(size).is_none() {
-            return Err(ShowError::Pages { at: at.0, offset, size });
+            return Err(cannot(io::Error::other("they are not whole pages, or none, or wrap")));
         }
-        check_kind(piece)?;
-        if let Some(error) = shortage(piece)? {
-            return Err(error);
+        let (store, is_sealed) = kind(piece).map_err(cannot)?;
+        if is_short(piece) {
+            return Err(cannot(io::Error::other(SHORT)));
         }
-        let slot = self.slots.add(at.0, PeerMapping::new(piece, access)?, access)?;
+        let mapping = Arc::new(PeerMapping::new(piece, access)?);
+        let (file, slot) = (piece.clone(), None);
+        let mut piece = ShownPiece { id: 0, file, store, is_sealed, mapping, at, vanished, slot };
+        if let Some(error) = piece.fault() {
+            return Err(cannot(error));
+        }
+        piece.slot = Some(self.slots.add(at.0, Arc::clone(&piece.mapping), access)?);
         let mut shown = self.lock();
         let id = shown.next;
         shown.next += 1;
-        shown.pieces.push(Piece { id, file: piece.clone(), at, vanished, _slot: slot });
-        self.count.store(shown.pieces.len(), Ordering::Release);
+        piece.id = id;
+        shown.pieces.push(piece);
+        self.changed(&shown);
         drop(shown);
         let owner = Arc::clone(self);
         Ok(Guard::on_drop(move || drop(owner.take(|piece| piece.id == id))))
     }
 
+    /// Readable when [`PeerMemory::look`] is to be called.
+    pub fn timer(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+
+    /// Takes away the pieces that their files no longer hold. Called by the control loop; does not wait for a peer.
+    pub fn look(&self) {
+        let ticked = rustix::io::read(&self.timer, &mut [0; 8]);
+        log::trace!("looking at peers' memory ({ticked:?})");
+        self.remove(Suspects::Lost);
+    }
+
     /// KVM could not reach memory of the guest: removes the suspects and tells their owners. Says how many there
     /// were. Called on vCPU threads, without any lock held.
     pub fn remove(&self, suspects: Suspects) -> usize {
-        let gone = self.take(|piece| suspects == Suspects::All || is_short(piece));
+        let gone = match suspects {
+            Suspects::Lost => self.take(|piece| piece.fault().is_some()),
+            Suspects::Unreadable => self.take_unreadable(),
+        };
         tell(&gone);
         gone.len()
     }
@@ -136,64 +189,101 @@ impl PeerMemory {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
         }
-        let holds = |piece: &Piece| address.wrapping_sub(piece.at.0) < piece.file.size;
+        let holds = |piece: &ShownPiece| address.wrapping_sub(piece.at.0) < piece.file.size;
         // Nearly all that comes out of the guest is a register.
         if !self.lock().pieces.iter().any(holds) {
             return;
         }
-        let gone = self.take(|piece| holds(piece) && is_short(piece));
+        let gone = self.take(|piece| holds(piece) && piece.fault().is_some());
         tell(&gone);
     }
 
-    fn take(&self, which: impl Fn(&Piece) -> bool) -> Vec<Piece> {
+    /// The smallest pieces are asked first: fetching pages of a file with holes makes new pages.
+    fn take_unreadable(&self) -> Vec<ShownPiece> {
+        self.lock().pieces.sort_by_key(|piece| piece.file.size);
+        let asked = || {
+            let mut left = MOST_FETCHED;
+            move |piece: &ShownPiece| {
+                let rest = left.checked_sub(piece.file.size);
+                left = rest.unwrap_or(0);
+                rest.is_some()
+            }
+        };
+        let mut is_asked = asked();
+        let found =
+            self.take(|piece| is_asked(piece) && piece.mapping.populate(0, piece.mapping.place().1).is_err());
+        if !found.is_empty() {
+            return found;
+        }
+        let mut is_asked = asked();
+        let found = self.take(|piece| !is_asked(piece));
+        // KVM fails all the same: no piece is above suspicion.
+        if found.is_empty() { self.take(|_| true) } else { found }
+    }
+
+    fn take(&self, which: impl FnMut(&ShownPiece) -> bool) -> Vec<ShownPiece> {
         let mut shown = self.lock();
         let (gone, stay) = std::mem::take(&mut shown.pieces).into_iter().partition(which);
         shown.pieces = stay;
-        self.count.store(shown.pieces.len(), Ordering::Release);
+        self.changed(&shown);
         gone
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Shown> {
+    /// Counts the pieces, and lets the timer tick while one needs looks.
+    fn changed(&self, shown: &AllShown) {
+        let before = self.count.swap(shown.pieces.len(), Ordering::AcqRel);
+        if before == shown.pieces.len() {
+            return;
+        }
+        let tick = if shown.pieces.iter().any(ShownPiece::needs_looks) { TICK } else { Timespec::default() };
+        let spec = Itimerspec { it_interval: tick, it_value: tick };
+        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
+            log::error!("peers' memory cannot be looked at: {error}");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AllShown> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn is_short(piece: &Piece) -> bool {
-    !matches!(shortage(&piece.file), Ok(None))
+/// Whether the file ends before the piece does. A page of which the file has one byte is there.
+fn is_short(piece: &FileRange) -> bool {
+    let length = fstat(&piece.fd).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+    length.div_ceil(PAGE).saturating_mul(PAGE) < piece.offset.saturating_add(piece.size)
 }
 
-fn tell(gone: &[Piece]) {
-    for Piece { at, file, vanished, .. } in gone {
+const SHORT: &str = "the file ends before the piece does";
+/// Between two looks.
+const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+/// Bytes of peers' files that are fetched to find out which file lacks a page.
+const MOST_FETCHED: u64 = 1 << 30;
+
+fn tell(gone: &[ShownPiece]) {
+    for ShownPiece { at, file, vanished, .. } in gone {
         log::error!("the peer took {:#x} bytes at guest address {:#x} away", file.size, at.0);
         vanished();
     }
 }
 
-/// A file in user space (FUSE) may answer a page fault whenever its owner likes, and the vCPU would wait in the
-/// kernel where no deadline reaches it.
-fn check_kind(piece: &FileRange) -> Result<(), ShowError> {
-    let stat = fstat(&piece.fd).map_err(|error| ShowError::Stat(error.into()))?;
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => {}
-        FileType::CharacterDevice => return Ok(()),
-        _ => return Err(ShowError::Kind),
-    }
-    let system = fstatfs(&piece.fd).map_err(|error| ShowError::Stat(error.into()))?;
-    if system.f_type == FUSE_SUPER_MAGIC { Err(ShowError::Kind) } else { Ok(()) }
+/// How the file gets its pages, and whether it cannot get shorter. Seals are asked for first: only memfds and files on
+/// tmpfs and hugetlbfs have them, and the answer never comes from a file system in user space.
+fn kind(piece: &FileRange) -> io::Result<(Store, bool)> {
+    let seals = fcntl_get_seals(&piece.fd).map_err(|_| {
+        io::Error::other(
+            "the file is neither a memfd nor on tmpfs or hugetlbfs; others are not mapped into guests",
+        )
+    })?;
+    let system = fstatfs(&piece.fd)?;
+    let store = match (system.f_type == HUGETLBFS_MAGIC, system.f_blocks) {
+        (true, _) => Store::Huge,
+        (false, 0) => Store::Memory,
+        (false, _) => Store::Limited,
+    };
+    Ok((store, seals.contains(SealFlags::SHRINK)))
 }
 
-/// What a file lacks of a piece: a page that it holds a byte of is there. A device has no length.
-fn shortage(piece: &FileRange) -> Result<Option<ShowError>, ShowError> {
-    let stat = fstat(&piece.fd).map_err(|error| ShowError::Stat(error.into()))?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Ok(None);
-    }
-    let length = u64::try_from(stat.st_size).unwrap_or(0);
-    let end = piece.offset.saturating_add(piece.size);
-    Ok((length.div_ceil(PAGE).saturating_mul(PAGE) < end).then_some(ShowError::Shorter { length, end }))
-}
-
-const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
+const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
 
 #[cfg(test)]
 #[path = "peer_memory_tests.rs"]

@@ -15,7 +15,7 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Bytes, VolatileMemory};
 
-use crate::host::memory::Mapping;
+use crate::host::mapping::Mapping;
 use crate::life::gate::Lifecycle;
 use crate::life::vcpu::{Vcpu, VcpuCounters};
 
@@ -84,7 +84,7 @@ impl Guest {
         let mut mmio = Bus::new();
         mmio.insert(PIECE, PAGE, "piece", Arc::new(Port(channel().0))).unwrap();
         Some(Self {
-            memory: PeerMemory::new(slots),
+            memory: PeerMemory::new(slots).unwrap(),
             mmio: Arc::new(mmio),
             vm,
             lifecycle: Arc::new(Lifecycle::new().unwrap()),
@@ -142,6 +142,10 @@ impl Drop for Guest {
     }
 }
 
+fn cause(error: &PortError) -> String {
+    std::error::Error::source(error).unwrap().to_string()
+}
+
 fn counter() -> (Arc<AtomicU32>, OnVanished) {
     let count = Arc::new(AtomicU32::new(0));
     let seen = Arc::clone(&count);
@@ -185,7 +189,7 @@ fn file_that_ends_within_a_page_is_shown_with_that_page() {
     let guard = guest.memory.show(&second_page(&fd), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
     guest.run(READING);
     guest.expect(0x42);
-    assert_eq!(guest.memory.remove(Suspects::Shorter), 0);
+    assert_eq!(guest.memory.remove(Suspects::Lost), 0);
     assert_eq!(vanished.load(Ordering::Relaxed), 0);
     drop(guard);
 }
@@ -220,7 +224,7 @@ fn writes_to_a_read_only_piece_come_to_the_bus() {
     let piece = FileRange { fd: Arc::new(read_only.into()), ..second_page(&fd) };
     let refused =
         guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, Arc::clone(&tell)).unwrap_err();
-    assert!(matches!(refused, ShowError::Memory(MemoryError::MapFile { .. })), "{refused}");
+    assert!(refused.to_string().contains("cannot map 0x1000 bytes"), "{refused}");
     let guard = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadOnly, tell).unwrap();
     guest.run(WRITING);
     guest.expect(9);
@@ -251,7 +255,7 @@ fn our_own_memory_sent_back_is_shown_like_any_other() {
     let byte: u8 = mapping.region().as_volatile_slice().read_obj(0x1000).unwrap();
     assert_ne!(byte, 0, "both places are the same memory");
     assert!(ftruncate(&returned, 0).is_err(), "it is sealed");
-    assert_eq!(guest.memory.remove(Suspects::Shorter), 0);
+    assert_eq!(guest.memory.remove(Suspects::Lost), 0);
     drop(guard);
     guest.expect(0xff);
     drop(slot);
@@ -271,22 +275,124 @@ fn pieces_that_cannot_be_are_refused_and_leave_nothing_behind() {
         [(1, PAGE, PIECE), (0, 1, PIECE), (0, 0, PIECE), (0, PAGE, 1), (0, 2 * PAGE, u64::MAX - PAGE + 1)]
     {
         let refused = show(offset, size, at).unwrap_err();
-        assert!(matches!(refused, ShowError::Pages { .. }), "{offset:#x} {size:#x} {at:#x}: {refused}");
+        assert!(cause(&refused).contains("not whole pages"), "{offset:#x} {size:#x} {at:#x}: {refused}");
     }
     for (offset, size) in [(PAGE, 2 * PAGE), (2 * PAGE, PAGE), (1 << 52, PAGE), (0, 1 << 62)] {
         let refused = show(offset, size, PIECE).unwrap_err();
-        assert!(matches!(refused, ShowError::Shorter { .. }), "{offset:#x} {size:#x}: {refused}");
+        assert!(cause(&refused).contains("the file ends before"), "{offset:#x} {size:#x}: {refused}");
     }
     let wraps = show(u64::MAX - PAGE + 1, PAGE, PIECE).unwrap_err();
-    assert!(matches!(wraps, ShowError::Pages { .. }), "{wraps}");
+    assert!(cause(&wraps).contains("not whole pages"), "{wraps}");
     // RAM is there.
-    assert!(matches!(show(0, PAGE, 0x1000), Err(ShowError::Memory(MemoryError::Slot { .. }))));
+    assert!(show(0, PAGE, 0x1000).unwrap_err().to_string().contains("at guest address 0x1000"));
     let (pipe, _) = rustix::pipe::pipe().unwrap();
     let piece = FileRange { fd: Arc::new(pipe), offset: 0, size: PAGE };
-    let refused = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, counter().1);
-    assert!(matches!(refused, Err(ShowError::Kind)));
+    let refused = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, counter().1).unwrap_err();
+    assert!(cause(&refused).contains("not mapped into guests"), "{refused}");
     // None of the refused has kept the place, nor a slot number.
     let guards: Vec<_> = (0..2).map(|n| show(0, PAGE, PIECE + n * PAGE).unwrap()).collect();
     drop(guards);
     assert!(Arc::strong_count(&fd) == 1, "the file is let go");
+}
+
+/// Whether the timer ticks within half a second.
+fn ticks(memory: &PeerMemory) -> bool {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let mut fds = [PollFd::from_borrowed_fd(memory.timer(), PollFlags::IN)];
+    let half = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+    poll(&mut fds, Some(&half)).unwrap() > 0
+}
+
+#[test]
+fn pieces_of_files_that_can_get_shorter_are_looked_at_and_no_others() {
+    use rustix::fs::fcntl_add_seals;
+    let Some(guest) = Guest::new() else { return };
+    assert!(!ticks(&guest.memory), "there is nothing to look at");
+    let sealed = memfd_create("sealed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&sealed, PAGE).unwrap();
+    fcntl_add_seals(&sealed, SealFlags::SHRINK).unwrap();
+    let piece = FileRange { fd: Arc::new(sealed), offset: 0, size: PAGE };
+    let _sealed = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, counter().1).unwrap();
+    assert!(!ticks(&guest.memory), "the file cannot get shorter");
+    let (short, other) = (file(1), file(1));
+    let (vanished, tell) = counter();
+    let (innocent, tell_other) = counter();
+    let shown =
+        guest.memory.show(&second_page(&short), GuestAddr(PIECE + PAGE), Access::ReadWrite, tell).unwrap();
+    let _other = guest
+        .memory
+        .show(&second_page(&other), GuestAddr(PIECE + 2 * PAGE), Access::ReadWrite, tell_other)
+        .unwrap();
+    assert!(ticks(&guest.memory));
+    guest.memory.look();
+    assert_eq!(vanished.load(Ordering::Relaxed), 0);
+    ftruncate(&short, PAGE).unwrap();
+    assert!(ticks(&guest.memory));
+    guest.memory.look();
+    assert_eq!((vanished.load(Ordering::Relaxed), innocent.load(Ordering::Relaxed)), (1, 0));
+    drop((shown, _other));
+    guest.memory.look();
+    assert!(!ticks(&guest.memory), "only the sealed one is left");
+}
+
+#[test]
+fn memory_without_pages_is_refused_at_the_door() {
+    let Some(guest) = Guest::new() else { return };
+    let piece = |fd| FileRange { fd: Arc::new(fd), offset: 0, size: PAGE };
+    let refused = |fd| {
+        let shown = guest.memory.show(&piece(fd), GuestAddr(PIECE), Access::ReadWrite, counter().1);
+        cause(&shown.unwrap_err())
+    };
+    // A file of a file system that is neither tmpfs nor hugetlbfs, as `memfd_secret` and FUSE are.
+    let plain = File::open("/proc/self/exe").unwrap();
+    assert!(refused(plain.into()).contains("not mapped into guests"));
+}
+
+#[test]
+fn only_the_piece_that_cannot_be_read_is_blamed() {
+    let Some(guest) = Guest::new() else { return };
+    let (bad, good) = (file(1), file(1));
+    let (blamed, tell) = counter();
+    let (innocent, tell_other) = counter();
+    let show =
+        |fd, at, tell| guest.memory.show(&second_page(fd), GuestAddr(at), Access::ReadWrite, tell).unwrap();
+    let _guards = (show(&bad, PIECE, tell), show(&good, PIECE + PAGE, tell_other));
+    ftruncate(&bad, PAGE).unwrap();
+    assert_eq!(guest.memory.remove(Suspects::Unreadable), 1);
+    assert_eq!((blamed.load(Ordering::Relaxed), innocent.load(Ordering::Relaxed)), (1, 0));
+    // Nobody is found guilty, and something must be the reason.
+    assert_eq!(guest.memory.remove(Suspects::Unreadable), 1);
+    assert_eq!(innocent.load(Ordering::Relaxed), 1);
+}
+
+/// A tmpfs of one page, where it can be mounted.
+#[test]
+fn a_hole_that_a_full_file_system_cannot_fill_is_found() {
+    use std::process::Command;
+    let Some(guest) = Guest::new() else { return };
+    let mount = std::env::temp_dir().join(format!("outboard-tmpfs-{}", std::process::id()));
+    std::fs::create_dir_all(&mount).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=16k", "tmpfs"]).arg(&mount).output();
+    if !mounted.as_ref().is_ok_and(|done| done.status.success()) {
+        println!("skipped: no file system can be mounted here: {mounted:?}");
+        return;
+    }
+    let file =
+        File::options().read(true).write(true).create(true).truncate(true).open(mount.join("bar")).unwrap();
+    file.set_len(2 * PAGE).unwrap();
+    let fd: Arc<OwnedFd> = Arc::new(file.into());
+    let (vanished, tell) = counter();
+    let shown = guest.memory.show(&second_page(&fd), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
+    guest.memory.look();
+    assert_eq!(vanished.load(Ordering::Relaxed), 0, "there is room for its page");
+    let mut filler = File::create(mount.join("filler")).unwrap();
+    let mut written = 0;
+    while filler.write(&[1; 4096]).is_ok_and(|count| count > 0) {
+        written += 1;
+    }
+    guest.memory.look();
+    assert_eq!(vanished.load(Ordering::Relaxed), 1, "{written} pages filled the rest");
+    drop((shown, fd));
+    assert!(Command::new("umount").arg("-l").arg(&mount).status().unwrap().success());
+    std::fs::remove_dir(&mount).unwrap();
 }

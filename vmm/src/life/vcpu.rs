@@ -12,7 +12,7 @@ use devices::bus::Bus;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use serde::Serialize;
 
-use crate::host::memory::port_accesses;
+use crate::host::kvm::port_accesses;
 use crate::host::peer_memory::{PeerMemory, Suspects};
 use crate::life::crash::describe_registers;
 use crate::life::gate::{Lifecycle, Passage, Request};
@@ -205,20 +205,21 @@ impl Vcpu {
     }
 }
 
-/// KVM could not reach guest memory: takes away what a peer made unreachable. Says whether the vCPU may go on.
+/// KVM could not reach guest memory: takes away the piece of a peer's file that cannot be reached. Says whether the vCPU
+/// may go on.
 ///
-/// Our own memory is sealed, so that only a peer's can fail. A file that is long again by now is found by its
-/// failing once more; one that fails for another reason (no huge page left) goes with all the others.
+/// Our own memory is sealed, so only a peer's can fail. A file that is long again by now is found when it fails once more;
+/// a file that fails for another reason is found by asking each piece for its pages.
 fn out_of_reach(faults: &mut u8, peer_memory: &PeerMemory) -> bool {
     *faults = faults.saturating_add(1);
-    if peer_memory.remove(Suspects::Shorter) > 0 || *faults <= FAULTS {
+    if peer_memory.remove(Suspects::Lost) > 0 || *faults <= FAULTS {
         return true;
     }
     *faults = 0;
-    peer_memory.remove(Suspects::All) > 0
+    peer_memory.remove(Suspects::Unreadable) > 0
 }
 
-/// How often in a row KVM may fail to reach memory before all peers' memory is suspect.
+/// How often in a row KVM may fail to reach memory before each piece is asked for its pages.
 const FAULTS: u8 = 8;
 const INTERRUPTED: i32 = 4;
 const TRY_AGAIN: i32 = 11;

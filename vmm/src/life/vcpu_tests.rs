@@ -1,11 +1,13 @@
 use std::sync::Mutex;
 
 use devices::bus::BusDevice;
+use devices::ports::Access;
 use vm_memory::{Bytes, VolatileMemory};
 
 use super::*;
 use crate::host::kvm;
-use crate::host::memory::{Access, Mapping, Slots};
+use crate::host::mapping::Mapping;
+use crate::host::slots::Slots;
 
 /// Each read gives the next number.
 #[derive(Default)]
@@ -61,7 +63,7 @@ fn a_string_instruction_is_as_many_accesses_of_the_one_port() {
         pio: Arc::new(pio),
         mmio: Arc::default(),
         lifecycle,
-        peer_memory: PeerMemory::new(slots),
+        peer_memory: PeerMemory::new(slots).unwrap(),
         counters: Arc::default(),
         faults: 0,
         begun: Instant::now(),

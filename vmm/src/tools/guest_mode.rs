@@ -12,7 +12,9 @@ use vm_memory::Bytes;
 
 use crate::error::Error;
 use crate::host::kvm;
-use crate::host::memory::{Access, Mapping, Slot, Slots};
+use crate::host::mapping::Mapping;
+use crate::host::slots::{Slot, Slots};
+use devices::ports::Access;
 
 /// One instruction, or a few, that stock kernels execute.
 #[derive(Clone, Copy, Debug)]

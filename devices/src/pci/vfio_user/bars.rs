@@ -1,21 +1,25 @@
-//! The BARs of a server's function: kind by the low bits of its BAR registers, size by its regions. Region
-//! size, not what BAR probing would give, is the truth. Pure.
+//! The BARs of a server's function, and which pieces of them guests may be shown as memory. The kind is told by the low bits
+//! of a BAR register, the size by the region: region size, not what BAR probing would give, is the truth. Pure; the server
+//! may have said anything.
 
-use super::chain::u32_at;
-use crate::pci::{BarIndex, BarKind, BarSpec, Space};
+use std::ops::Range;
+
+use super::capabilities::u32_at;
+use super::function::{InBar, MsixShape};
+use crate::pci::bar::BarError;
+use crate::pci::{BarIndex, BarKind, BarSpec, Bars, Space, Windows};
 
 /// The largest BAR that a guest is offered: a TiB.
 pub const LARGEST: u64 = 1 << 40;
 
-/// The largest in the first 4 GiB.
-const LARGEST_32: u64 = 1 << 31;
+/// What mappings are made of, in bytes.
+pub const PAGE: u64 = 4096;
 
-/// The largest of I/O ports. PCI has none above 256; libvfio-user takes every region for one that is not said to be
-/// memory, and its samples are larger.
-const LARGEST_IO: u64 = 1 << 14;
+/// More pieces of one BAR than this are not mapped: memory slots are few.
+pub const MOST: usize = 64;
 
-/// The smallest of memory: a page, so that no two BARs share one.
-const LEAST: u64 = 1 << 12;
+/// A BAR is not made larger than this for the sake of what a capability says to be in it.
+const MOST_GROWN: u64 = 1 << 20;
 
 /// One BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,24 +42,6 @@ impl BarShape {
     }
 }
 
-/// Why a function's BARs cannot be shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum BarError {
-    /// Its upper half has no register.
-    #[error("BAR 5 is a 64-bit one, which takes two registers")]
-    NoUpperHalf,
-    /// It is larger than it may be.
-    #[error("{index} has {size:#x} bytes, more than the {most:#x} that it may have")]
-    TooLarge {
-        /// Which one.
-        index: BarIndex,
-        /// Its region's size.
-        size: u64,
-        /// The limit for its kind.
-        most: u64,
-    },
-}
-
 /// Looks at the BARs of a function with these configuration bytes and region sizes.
 ///
 /// # Errors
@@ -72,19 +58,129 @@ pub fn judge(config: &[u8], regions: &[u64; 6]) -> Result<[Option<BarShape>; 6],
         // Of the reserved types, the one below 1 MiB was for memory that 32 bits reach.
         let kind = BarKind::from_register(register).unwrap_or(BarKind::Memory32);
         upper_half = kind.is_wide();
-        if upper_half && index.get() == 5 {
-            return Err(BarError::NoUpperHalf);
-        }
-        let (least, most) = match kind.space() {
-            Space::Io => (4, LARGEST_IO),
-            Space::Memory if kind.is_wide() => (LEAST, LARGEST),
-            Space::Memory => (LEAST, LARGEST_32),
-        };
-        if *region > most {
-            return Err(BarError::TooLarge { index, size: *region, most });
-        }
-        let size = region.next_power_of_two().max(least);
+        let spec = BarSpec { index, kind, size: *region };
+        let size = Bars::new(&[spec], Windows::default())?.size(index);
+        let size = size.filter(|size| *size <= LARGEST).ok_or(BarError::Size { index, size: *region })?;
         *bar = Some(BarShape { index, kind, size, region: *region });
     }
     Ok(bars)
+}
+
+/// Sees that `place` is in memory, as PCI has it of MSI-X. A BAR that is said to be of ports, is too small or is not there
+/// becomes memory that holds `place`. False when that is not possible.
+pub(super) fn make_memory(bars: &mut [Option<BarShape>; 6], place: &InBar) -> bool {
+    let index = usize::from(place.bar.get());
+    let before = index.checked_sub(1).and_then(|before| bars.get(before).copied().flatten());
+    let is_upper_half = before.is_some_and(|bar| bar.kind.is_wide());
+    let Some(bar) = bars.get_mut(index).filter(|_| !is_upper_half) else { return false };
+    let none = BarShape { index: place.bar, kind: BarKind::Memory32, size: PAGE, region: 0 };
+    let mut new = bar.unwrap_or(none);
+    if new.kind.space() == Space::Io {
+        new = BarShape { kind: BarKind::Memory32, size: new.size.max(PAGE), ..new };
+    }
+    if place.end() > new.size {
+        if place.end() > MOST_GROWN {
+            return false;
+        }
+        new.size = place.end().next_power_of_two();
+    }
+    *bar = Some(new);
+    true
+}
+
+/// Whole pages of `bar` inside `areas` (offset and size in the region), in order, without overlaps, and without
+/// pages of the MSI-X table and its pending bits.
+#[must_use]
+pub fn mappable(bar: &BarShape, areas: &[(u64, u64)], msix: Option<&MsixShape>) -> Vec<Range<u64>> {
+    if bar.kind.space() == Space::Io {
+        return Vec::new();
+    }
+    let mut pieces: Vec<Range<u64>> = Vec::new();
+    for (offset, size) in areas {
+        let end = offset.saturating_add(*size).min(bar.region);
+        let Some(start) = offset.checked_next_multiple_of(PAGE) else { continue };
+        let end = end - end % PAGE;
+        if start < end {
+            pieces.push(start..end);
+        }
+    }
+    pieces.sort_unstable_by_key(|piece| piece.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for piece in pieces {
+        match merged.last_mut() {
+            Some(last) if piece.start <= last.end => last.end = last.end.max(piece.end),
+            _ => merged.push(piece),
+        }
+    }
+    let ours = msix.into_iter().flat_map(|msix| [msix.table, msix.pba]);
+    for InBar { bar: _, offset, size } in ours.filter(|place| place.bar == bar.index) {
+        let start = offset - offset % PAGE;
+        let end = offset.saturating_add(size).checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+        let cut = |piece: Range<u64>| {
+            let before = piece.start..piece.end.min(start);
+            let after = piece.start.max(end)..piece.end;
+            [before, after].into_iter().filter(|piece| !piece.is_empty())
+        };
+        merged = merged.into_iter().flat_map(cut).collect();
+    }
+    merged.truncate(MOST);
+    merged
+}
+
+#[cfg(test)]
+// A range is meant, and not its numbers.
+#[allow(clippy::single_range_in_vec_init, clippy::type_complexity)]
+mod tests {
+    use super::*;
+    use crate::pci::{BarIndex, BarKind};
+
+    fn bar(kind: BarKind, region: u64) -> BarShape {
+        let size = region.next_power_of_two();
+        BarShape { index: BarIndex::ALL[2], kind, size, region }
+    }
+
+    #[test]
+    fn areas_are_clipped_to_pages_and_to_the_region() {
+        let memory = bar(BarKind::Memory64, 0x5800);
+        let table: [(&[(u64, u64)], &[Range<u64>]); 9] = [
+            (&[(0, 0x5800)], &[0..0x5000]),
+            (&[(0x1000, 0x1000)], &[0x1000..0x2000]),
+            (&[(0x1001, 0x1fff)], &[0x2000..0x3000]),
+            (&[(0x1001, 0x1000), (0x3000, 0)], &[]),
+            (&[(0x4000, u64::MAX)], &[0x4000..0x5000]),
+            (&[(u64::MAX, 1), (u64::MAX - 4095, 4096), (1 << 63, 1 << 63)], &[]),
+            (&[(0x3000, 0x1000), (0x1000, 0x1000)], &[0x1000..0x2000, 0x3000..0x4000]),
+            (&[(0x1000, 0x3000), (0x2000, 0x1000), (0x3000, 0x2000)], &[0x1000..0x5000]),
+            (&[(0x800, 0x800)], &[]),
+        ];
+        for (areas, expected) in table {
+            assert_eq!(mappable(&memory, areas, None), expected, "{areas:x?}");
+        }
+    }
+
+    #[test]
+    fn ports_and_pieces_of_pages_are_never_mapped() {
+        assert!(mappable(&bar(BarKind::Io, 0x100), &[(0, 0x1000)], None).is_empty());
+        assert!(mappable(&bar(BarKind::Memory32, 8), &[(0, 0x1000)], None).is_empty());
+        assert_eq!(mappable(&bar(BarKind::Memory32, 0x3000), &[(0, 0x3000)], None), [0..0x3000]);
+    }
+
+    #[test]
+    fn the_msix_pages_are_left_out_and_ten_thousand_areas_bounded() {
+        let memory = bar(BarKind::Memory32, 0x10_0000);
+        let table = InBar { bar: BarIndex::ALL[2], offset: 0x2ff0, size: 32 };
+        let pba = InBar { bar: BarIndex::ALL[2], offset: 0x8000, size: 8 };
+        let msix = MsixShape { at: 0x40, vectors: 2, table, pba };
+        let all = [(0, 0x10_0000)];
+        let expected = [0..0x2000, 0x4000..0x8000, 0x9000..0x10_0000];
+        assert_eq!(mappable(&memory, &all, Some(&msix)), expected);
+        let elsewhere = MsixShape {
+            table: InBar { bar: BarIndex::ALL[0], ..table },
+            pba: InBar { bar: BarIndex::ALL[4], ..pba },
+            ..msix
+        };
+        assert_eq!(mappable(&memory, &all, Some(&elsewhere)), [0..0x10_0000]);
+        let many: Vec<_> = (0..10_000).map(|n| (n * 0x2000, 0x1000)).collect();
+        assert_eq!(mappable(&memory, &many, None).len(), MOST);
+    }
 }

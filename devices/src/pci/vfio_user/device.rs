@@ -1,26 +1,33 @@
-//! The function on one board: its configuration space half ours and half the server's, its BARs partly memory of
-//! the guest and partly answered by the server.
+//! A vfio-user server's function, for the machine's whole life: its configuration space half ours and half the server's,
+//! its BARs partly memory of the guest and partly answered by the server.
 //!
-//! Locks: `state` is held for registers and for what is registered with the machine, never while the server is
-//! asked; accesses of BARs do not take it. So vCPUs that read different registers wait for the server side by side.
+//! [`VfioUserDevice::plug`] puts the function on a board, and [`VfioUserDevice::unplug`] takes it off again: nothing of the
+//! function is registered with the machine afterwards, and the server's device is as after power-on. The connection stays.
+//!
+//! Locks: `plugged` is held for registers and for what is registered with the machine, never while the server is asked;
+//! accesses of BARs do not take it. So vCPUs that read different registers wait for the server side by side.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use super::contents::{COMMAND_OURS, register};
-use super::delivery::{self, Delivery, Place};
-use super::link::{Done, Link, Writes};
-use super::remote::{Region, Remote};
-use super::server::{CONFIG_REGION, Irq};
+use transport::vhost_user::vring::Call;
+
+use super::function::{COMMAND_OURS, FunctionShape};
+use super::interrupts::{self, Calls, Delivery, Place};
+use super::server::{CONFIG_REGION, Done, Irq, Server, ServerAccess, ServerLink, Writes};
+use super::survey::{Region, Reset};
 use crate::lock;
 use crate::pci::bar::{BarError, Command};
+use crate::pci::config_space::offset;
 use crate::pci::hotplug::Occupant;
 use crate::pci::{BarIndex, Bars, Decoded, Fixture, Fixtures, Function, HostBridge};
 use crate::ports::{Access, FileRange, PortError, Ports};
 
 /// Why a function cannot be put on a board.
 #[derive(Debug, thiserror::Error)]
-pub enum AttachError {
+pub enum PlugError {
     /// Its BARs fit no bus.
     #[error(transparent)]
     Bars(#[from] BarError),
@@ -29,10 +36,11 @@ pub enum AttachError {
     Port(#[from] PortError),
     /// A descriptor cannot be had.
     #[error("a doorbell's descriptor cannot be duplicated")]
-    Duplicate(#[source] std::io::Error),
+    Duplicate(#[source] io::Error),
 }
 
-struct State {
+/// What of the function is on the board.
+struct PluggedFunction {
     /// As the guest wrote it, the server's bits included; only some are read from here.
     command: u16,
     line: u8,
@@ -41,219 +49,370 @@ struct State {
     delivery: Delivery,
 }
 
-/// A server's function on a board.
-pub struct Device {
-    remote: Arc<Remote>,
-    state: Mutex<State>,
-    /// What was registered with the machine is gone, for good.
-    dismantled: AtomicBool,
-    /// The log knows that the machine refused something of a BAR.
-    place_refused: AtomicBool,
-    /// It knows that the machine refused a route.
-    route_refused: AtomicBool,
+/// Accesses of the guest that came to userspace.
+#[derive(Debug, Default)]
+struct AccessCounter {
+    reads: AtomicU64,
+    writes: AtomicU64,
 }
 
-impl Device {
-    /// Puts what `remote` serves on a board; the bridge gives its BARs their places. `pin` is the GSI that its pin
-    /// leads to.
+/// What was counted over the device's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AccessCounts {
+    /// Reads and writes of BARs 0 to 5, and of the configuration space, that came to userspace.
+    pub regions: [(u64, u64); 7],
+    /// Reads and writes of BARs that the server was asked for.
+    pub requests: u64,
+}
+
+/// A server's function.
+pub struct VfioUserDevice {
+    /// The server, until it fails.
+    pub link: ServerLink,
+    /// What the function is.
+    pub shape: FunctionShape,
+    /// What the server signals.
+    pub calls: Arc<Calls>,
+    regions: [Region; 6],
+    reset: Reset,
+    /// The kind of interrupts that the server was given eventfds for.
+    armed: Mutex<Option<Irq>>,
+    /// The server refused the pin's eventfd, and is not asked again.
+    pinless: AtomicBool,
+    plugged: Mutex<Option<PluggedFunction>>,
+    /// The guest of the present board has let go of it.
+    ejected: AtomicBool,
+    /// The driver of a virtio function has reset it after the server was lost.
+    reset_when_lost: AtomicBool,
+    /// The log knows that the machine refused something.
+    refusal_logged: AtomicBool,
+    counters: [AccessCounter; 7],
+    requests: AtomicU64,
+}
+
+impl VfioUserDevice {
+    /// What `server` serves, under this name.
+    ///
+    /// # Errors
+    /// When no eventfd can be had.
+    pub fn new(
+        name: String,
+        server: Arc<dyn Server>,
+        shape: FunctionShape,
+        regions: [Region; 6],
+        reset: Reset,
+    ) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            link: ServerLink::new(name, server),
+            shape,
+            calls: Arc::new(Calls::new()?),
+            regions,
+            reset,
+            armed: Mutex::default(),
+            pinless: AtomicBool::default(),
+            plugged: Mutex::default(),
+            ejected: AtomicBool::default(),
+            reset_when_lost: AtomicBool::default(),
+            refusal_logged: AtomicBool::default(),
+            counters: Default::default(),
+            requests: AtomicU64::default(),
+        }))
+    }
+
+    /// Puts the function on a board; the bridge gives its BARs their places. `pin` is the GSI that its pin leads to. Waits
+    /// for the server.
     ///
     /// # Errors
     /// When the machine refuses something of it.
-    pub fn new(
-        remote: Arc<Remote>,
+    pub fn plug(
+        self: &Arc<Self>,
         ports: &Ports,
         bridge: &HostBridge,
         pin: Option<u32>,
-    ) -> Result<Arc<Self>, AttachError> {
-        let specs: Vec<_> = remote.contents.bars.iter().flatten().map(|bar| bar.spec()).collect();
+    ) -> Result<(), PlugError> {
+        let specs: Vec<_> = self.shape.bars.iter().flatten().map(|bar| bar.spec()).collect();
         let mut bars = Bars::new(&specs, bridge.windows())?;
         bridge.assign(&mut bars);
-        let calls = Arc::clone(&remote.calls);
-        let delivery = Delivery::new(&remote.contents, calls, Arc::clone(&ports.interrupts), pin);
-        let state = State { command: 0, line: 0, bars, fixtures: Vec::new(), delivery };
-        let device = Arc::new(Self {
-            remote: Arc::clone(&remote),
-            state: Mutex::new(state),
-            dismantled: AtomicBool::new(false),
-            place_refused: AtomicBool::new(false),
-            route_refused: AtomicBool::new(false),
-        });
-        let mut fixtures = Vec::new();
-        for (bar, region) in remote.contents.bars.iter().zip(&remote.regions) {
-            if let Some(bar) = bar {
-                fixtures.push(fix(&device, bar.index, region, ports)?);
+        let calls = Arc::clone(&self.calls);
+        let delivery = Delivery::new(&self.shape, calls, Arc::clone(&ports.interrupts), pin);
+        let behind = self.shape.bars.iter().zip(&self.regions);
+        let fixtures = behind.filter_map(|(bar, region)| Some(self.fix((*bar)?.index, region, ports)));
+        let fixtures = fixtures.collect::<Result<_, _>>()?;
+        let places = bars.clone();
+        *lock(&self.plugged) = Some(PluggedFunction { command: 0, line: 0, bars, fixtures, delivery });
+        self.ejected.store(false, Ordering::Relaxed);
+        self.tell_places(&places);
+        Ok(())
+    }
+
+    fn fix(self: &Arc<Self>, bar: BarIndex, region: &Region, ports: &Ports) -> Result<Fixtures, PlugError> {
+        let mut fixtures = Fixtures::new(bar, ports.clone());
+        let weak: Weak<Self> = Arc::downgrade(self);
+        let vanished = Arc::new(move || {
+            if let Some(device) = weak.upgrade() {
+                device.link.give_up("the server made the file behind its memory shorter, or took pages away");
+                device.tidy();
             }
+        });
+        for piece in &region.pieces {
+            let Some(file) = &region.file else { break };
+            let access = if region.writable { Access::ReadWrite } else { Access::ReadOnly };
+            let file = FileRange { fd: Arc::clone(file), offset: piece.file_offset, size: piece.size };
+            fixtures
+                .add(piece.offset, Fixture::Memory { piece: file, access, vanished: vanished.clone() })?;
         }
-        lock(&device.state).fixtures = fixtures;
-        device.tell_places();
-        remote.placed();
-        Ok(device)
+        for bell in &region.doorbells {
+            let fd = bell.fd.try_clone().map_err(PlugError::Duplicate)?;
+            fixtures.add(bell.offset, Fixture::Doorbell { fd, width: bell.width, value: bell.value })?;
+        }
+        Ok(fixtures)
     }
 
     /// The server's BARs are where the guest finds them: a guest that takes them as they are never writes them, and
     /// QEMU's server answers for a BAR only where its own register says that it is. Waits for the server.
-    fn tell_places(&self) {
-        for bar in self.remote.contents.bars.iter().flatten() {
+    fn tell_places(&self, bars: &Bars) {
+        let access = self.link.access();
+        for bar in self.shape.bars.iter().flatten().filter(|bar| bar.region > 0) {
             let first = bar.index.get();
             for number in first..=first.saturating_add(u8::from(bar.kind.is_wide())) {
-                let register = lock(&self.state).bars.read(number);
-                self.forward(register::BARS + 4 * u16::from(number), &register.to_le_bytes());
+                let at = offset::BARS + 4 * u16::from(number);
+                self.forward(&access, at, &bars.read(number).to_le_bytes());
             }
         }
     }
 
-    fn link(&self) -> &Link {
-        &self.remote.link
-    }
-
-    /// The machine refused a route: the vector's signals stay pending. A guest can bring that about as often as it likes.
-    fn route_refused(&self, error: &PortError) {
-        if !self.route_refused.swap(true, Ordering::Relaxed) {
-            log::warn!("device {}: {error} (logged once)", self.link().name());
+    /// Takes the function off its board. Waits for the server.
+    pub fn unplug(&self) {
+        drop(lock(&self.plugged).take());
+        if self.link.is_gone() {
+            return;
+        }
+        let access = self.link.access();
+        self.switch_off(&access);
+        if self.reset == Reset::Used && access.reset() == Done::No {
+            log::warn!("device {} was not reset (reset=off never asks for it)", self.link.name());
         }
     }
 
-    /// The server is gone, or is to be. Called on any thread without the device's lock; does not wait.
-    pub fn give_up(&self, why: &str) {
-        self.link().give_up(why);
-        self.tidy();
+    /// Whether the guest of the present board has let go of the function.
+    #[must_use]
+    pub fn is_ejected(&self) -> bool {
+        self.ejected.load(Ordering::Relaxed)
     }
 
-    /// A broken device has nothing registered with the machine.
-    fn tidy(&self) {
-        if self.link().is_broken() && !self.dismantled.swap(true, Ordering::AcqRel) {
-            self.dismantle();
+    /// What was counted so far.
+    #[must_use]
+    pub fn counts(&self) -> AccessCounts {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let regions = self.counters.each_ref().map(|both| (count(&both.reads), count(&both.writes)));
+        AccessCounts { regions, requests: count(&self.requests) }
+    }
+
+    /// Of a device without a server nothing stays registered with the machine. Called on any thread without the device's
+    /// lock; does not wait.
+    pub fn tidy(&self) {
+        if self.link.is_gone()
+            && let Some(plugged) = lock(&self.plugged).as_mut()
+        {
+            plugged.fixtures.clear();
+            plugged.delivery.cut();
         }
     }
 
-    fn dismantle(&self) {
-        let mut state = lock(&self.state);
-        state.fixtures.clear();
-        state.delivery.cut();
+    /// The machine refused `error`; the access goes on without. A guest can bring that about as often as it likes.
+    fn refused(&self, error: &PortError) {
+        if !self.refusal_logged.swap(true, Ordering::Relaxed) {
+            log::warn!("device {}: {error} (logged once)", self.link.name());
+        }
     }
 
-    /// Takes the function off its board: nothing of it is registered with the machine afterwards, and the device is
-    /// as after power-on. Waits for the server.
-    pub fn retire(&self) {
-        self.dismantled.store(true, Ordering::Release);
-        self.dismantle();
-        self.remote.power_on();
+    /// Has the server signal so many interrupts of this kind, and none of another. What was armed goes first: some
+    /// servers have one list for all kinds. Waits for the server; the eventfds that it was given just now.
+    fn arm(&self, access: &ServerAccess<'_>, wanted: Option<(Irq, u16)>) -> Vec<Arc<Call>> {
+        // Only configuration accesses come here, and those come one by one.
+        let armed = *lock(&self.armed);
+        if armed == wanted.map(|(kind, _)| kind) {
+            return Vec::new();
+        }
+        if let Some(kind) = armed {
+            *lock(&self.armed) = None;
+            if access.disarm(kind) == Done::No {
+                log::debug!("device {}: {kind:?} was not taken back", self.link.name());
+            }
+            self.calls.drain(kind);
+        }
+        let pinless = self.pinless.load(Ordering::Relaxed);
+        let wanted = wanted.filter(|(kind, _)| *kind != Irq::Intx || !pinless);
+        let Some((kind, count)) = wanted else { return Vec::new() };
+        let calls = match self.calls.of(kind, count) {
+            Ok(calls) => calls,
+            Err(error) => {
+                self.link.give_up(&format!("no eventfds can be had for its {count} interrupts: {error}"));
+                return Vec::new();
+            }
+        };
+        let fds: Vec<_> = calls.iter().map(|call| call.as_fd()).collect();
+        if access.arm(kind, &fds) == Done::Yes {
+            *lock(&self.armed) = Some(kind);
+            return calls;
+        }
+        if kind == Irq::Intx {
+            self.pinless.store(true, Ordering::Relaxed);
+        } else {
+            self.link.give_up("the server refused the eventfds of its interrupts");
+        }
+        Vec::new()
+    }
+
+    /// The guest has served the pin's interrupt: the server may raise it again. Called when [`Calls::served`] is
+    /// readable, on any thread; does not wait.
+    pub fn pin_served(&self) {
+        if self.calls.served().take() && *lock(&self.armed) == Some(Irq::Intx) {
+            self.unmask_pin();
+        }
+    }
+
+    /// The server may raise the pin's interrupt, and does if there is a reason. Does not wait.
+    fn unmask_pin(&self) {
+        let call = self.calls.of(Irq::Intx, 1).ok().and_then(|calls| calls.into_iter().next());
+        let look = call.and_then(|call| self.calls.served().look(call));
+        if look.is_some_and(|look| self.link.unmask_pin(look) == Done::No) {
+            log::debug!("device {}: the pin was not unmasked", self.link.name());
+        }
+    }
+
+    /// The server's device accesses no memory and interrupts nobody. Said by its registers, too: a server that keeps its
+    /// configuration over a reset must not think otherwise of what the guest finds off.
+    fn switch_off(&self, access: &ServerAccess<'_>) {
+        let clear = |at: u16, what: &str| {
+            if access.write(CONFIG_REGION, at.into(), &[0, 0], Writes::Answered) == Done::No {
+                log::debug!("device {}: {what} could not be cleared", self.link.name());
+            }
+        };
+        clear(offset::COMMAND, "the command register");
+        let armed = *lock(&self.armed);
+        self.arm(access, None);
+        let capability = match armed {
+            Some(Irq::MsiX) => self.shape.msix.map(|msix| msix.at),
+            Some(Irq::Msi) => self.shape.msi.map(|msi| msi.at),
+            Some(Irq::Intx) | None => None,
+        };
+        if let Some(at) = capability {
+            clear(u16::from(at) + 2, "the enable bit of message interrupts");
+        }
     }
 
     /// What the guest reads of one dword.
     fn config_dword(&self, at: u16) -> [u8; 4] {
-        let overlay = &self.remote.contents.overlay;
+        let overlay = &self.shape.overlay;
         let mut dword = [0; 4];
         // Not all functions have an extended space.
-        if at >= overlay.size() {
+        if at >= overlay.size() || self.link.is_gone() {
             return [0xff; 4];
         }
         if overlay.needs_server(at, 4) {
-            self.link().read(CONFIG_REGION, at.into(), &mut dword);
-        }
-        if self.link().is_broken() {
-            return [0xff; 4];
+            self.link.access().read(CONFIG_REGION, at.into(), &mut dword);
         }
         overlay.cover(at, &mut dword);
-        let state = lock(&self.state);
+        let plugged = lock(&self.plugged);
+        let Some(plugged) = plugged.as_ref().filter(|_| !self.link.is_gone()) else { return [0xff; 4] };
         match at {
-            register::COMMAND => {
+            offset::COMMAND => {
                 let [low, high, ..] = &mut dword;
                 let servers = u16::from_le_bytes([*low, *high]) & !COMMAND_OURS;
-                [*low, *high] = (servers | state.command & COMMAND_OURS).to_le_bytes();
+                [*low, *high] = (servers | plugged.command & COMMAND_OURS).to_le_bytes();
             }
-            register::LINE => {
+            offset::INTERRUPT_LINE => {
                 let [line, ..] = &mut dword;
-                *line = state.line;
+                *line = plugged.line;
             }
             _ => {
                 if let Some(number) = bar_number(at) {
-                    dword = state.bars.read(number).to_le_bytes();
+                    dword = plugged.bars.read(number).to_le_bytes();
                 }
-                state.delivery.cover(at, &mut dword);
+                plugged.delivery.cover(at, &mut dword);
             }
         }
         dword
     }
 
     /// Notes what the guest writes of one dword; what the server is to be told, if anything.
-    fn note(&self, state: &mut State, offset: u16, data: &[u8]) -> Option<(u16, Vec<u8>)> {
-        let at = offset & !3;
+    fn note(&self, plugged: &mut PluggedFunction, at_byte: u16, data: &[u8]) -> Option<(u16, Vec<u8>)> {
+        let at = at_byte & !3;
         let merged = |mut dword: [u8; 4]| {
-            dword.iter_mut().skip(usize::from(offset & 3)).zip(data).for_each(|(to, from)| *to = *from);
+            dword.iter_mut().skip(usize::from(at_byte & 3)).zip(data).for_each(|(to, from)| *to = *from);
             dword
         };
         if let Some(number) = bar_number(at) {
-            let dword = merged(state.bars.read(number).to_le_bytes());
-            state.bars.write(number, u32::from_le_bytes(dword));
-            return Some((at, state.bars.read(number).to_le_bytes().to_vec()));
+            let dword = merged(plugged.bars.read(number).to_le_bytes());
+            plugged.bars.write(number, u32::from_le_bytes(dword));
+            return Some((at, plugged.bars.read(number).to_le_bytes().to_vec()));
         }
-        let whole = (offset, data.to_vec());
-        if state.delivery.has(at) {
+        let whole = (at_byte, data.to_vec());
+        if plugged.delivery.has(at) {
             let mut dword = [0; 4];
-            state.delivery.cover(at, &mut dword);
-            if let Err(error) = state.delivery.write(at, u32::from_le_bytes(merged(dword))) {
-                self.route_refused(&error);
+            plugged.delivery.cover(at, &mut dword);
+            if let Err(error) = plugged.delivery.write(at, u32::from_le_bytes(merged(dword))) {
+                self.refused(&error);
             }
             return Some(whole);
         }
         match at {
-            register::COMMAND => {
-                let [low, high] = state.command.to_le_bytes();
+            offset::COMMAND => {
+                let [low, high] = plugged.command.to_le_bytes();
                 let [low, high, ..] = merged([low, high, 0, 0]);
-                state.command = u16::from_le_bytes([low, high]);
+                plugged.command = u16::from_le_bytes([low, high]);
                 // One of its bytes alone is refused by libvfio-user.
-                if data.len() == 1 && offset < register::STATUS {
-                    return Some((register::COMMAND, vec![low, high]));
+                if data.len() == 1 && at_byte < offset::STATUS {
+                    return Some((offset::COMMAND, vec![low, high]));
                 }
             }
-            register::LINE => [state.line, ..] = merged([state.line, 0, 0, 0]),
+            offset::INTERRUPT_LINE => [plugged.line, ..] = merged([plugged.line, 0, 0, 0]),
             _ => {}
         }
-        self.remote.contents.overlay.needs_server(offset, data.len()).then_some(whole)
+        self.shape.overlay.needs_server(at_byte, data.len()).then_some(whole)
     }
 
-    /// The server signals what the guest has switched on; what it was given eventfds for just now. Waits for the server.
-    fn rearm(&self, wanted: Option<(Irq, u16)>) -> Option<Irq> {
-        let calls = self.remote.arm(wanted);
-        let mut state = lock(&self.state);
+    /// The server signals what the guest has switched on; the kind that it was given eventfds for just now.
+    fn rearm(&self, access: &ServerAccess<'_>, wanted: Option<(Irq, u16)>) -> Option<Irq> {
+        let calls = self.arm(access, wanted);
+        let mut plugged = lock(&self.plugged);
+        let delivery = &mut plugged.as_mut()?.delivery;
         if wanted.is_none_or(|(kind, _)| kind != Irq::Intx) {
-            state.delivery.disconnect(Irq::Intx);
+            delivery.disconnect(Irq::Intx);
         }
-        if let Some((kind, _)) = wanted
-            && let Err(error) = state.delivery.connect(kind, &calls)
-        {
-            self.route_refused(&error);
+        let (kind, _) = wanted?;
+        if let Err(error) = delivery.connect(kind, &calls) {
+            self.refused(&error);
         }
-        wanted.map(|(kind, _)| kind).filter(|_| !calls.is_empty())
+        (!calls.is_empty()).then_some(kind)
     }
 
     /// Whether a write resets the function (PCI Express 4.0 §6.6.2).
     fn is_reset(&self, offset: u16, data: &[u8]) -> bool {
-        self.remote.contents.resets.iter().any(|(at, bits)| {
+        self.shape.resets.iter().any(|(at, bits)| {
             let index = at.checked_sub(offset).map(usize::from);
             index.and_then(|index| data.get(index)).is_some_and(|byte| byte & bits != 0)
         })
     }
 
-    /// What is ours is as after power-on; the server does its part when it hears of it. Waits for the server.
-    fn function_reset(&self) {
-        let mut state = lock(&self.state);
-        self.place(&mut state, &[]);
-        (state.command, state.line) = (0, 0);
-        for number in 0..6 {
-            state.bars.write(number, 0);
+    /// What is ours is as after power-on; the server does its part when it hears of it.
+    fn function_reset(&self, access: &ServerAccess<'_>) {
+        if let Some(plugged) = lock(&self.plugged).as_mut() {
+            self.place(plugged, &[]);
+            (plugged.command, plugged.line) = (0, 0);
+            for number in 0..6 {
+                plugged.bars.write(number, 0);
+            }
+            plugged.delivery.reset(&self.shape);
         }
-        state.delivery.reset(&self.remote.contents);
-        drop(state);
-        self.remote.switch_off();
+        self.switch_off(access);
     }
 
     /// Of a dword, the half that is the server's, where the other one is ours alone: libvfio-user refuses writes that
     /// reach the header of a capability, and loses the enable bit of MSI-X with it.
     fn servers_half<'a>(&self, offset: u16, data: &'a [u8]) -> (u16, &'a [u8]) {
-        let overlay = &self.remote.contents.overlay;
-        let half = |at: u16| overlay.needs_server(at, 2);
+        let half = |at: u16| self.shape.overlay.needs_server(at, 2);
         match data.split_at_checked(2) {
             Some((low, high)) if high.len() == 2 && bar_number(offset & !3).is_none() => {
                 match (half(offset), half(offset.saturating_add(2))) {
@@ -267,91 +426,71 @@ impl Device {
     }
 
     /// Forwards a configuration write in naturally aligned pieces.
-    fn forward(&self, offset: u16, data: &[u8]) {
+    fn forward(&self, access: &ServerAccess<'_>, offset: u16, data: &[u8]) {
         let (offset, data) = self.servers_half(offset, data);
         let natural = matches!(data.len(), 1 | 2 | 4) && usize::from(offset).is_multiple_of(data.len());
         let size = if natural { data.len() } else { 1 };
         for (piece, at) in data.chunks(size.max(1)).zip((u64::from(offset)..).step_by(size.max(1))) {
-            if self.link().write(CONFIG_REGION, at, piece, Writes::Answered) == Done::No {
+            if access.write(CONFIG_REGION, at, piece, Writes::Answered) == Done::No {
                 return;
             }
         }
     }
 
-    fn place(&self, state: &mut State, decoded: &[Decoded]) {
-        for fixtures in &mut state.fixtures {
-            if let Err(error) = fixtures.place(decoded)
-                && !self.place_refused.swap(true, Ordering::Relaxed)
-            {
-                log::warn!(
-                    "device {}: {error}; the server is asked for each access there (logged once)",
-                    self.link().name()
-                );
+    /// The server is asked for each access of what the machine does not take.
+    fn place(&self, plugged: &mut PluggedFunction, decoded: &[Decoded]) {
+        for fixtures in &mut plugged.fixtures {
+            if let Err(error) = fixtures.place(decoded) {
+                self.refused(&error);
             }
-        }
-    }
-
-    fn read_msix(&self, place: Place, data: &mut [u8]) {
-        data.fill(0xff);
-        let mut state = lock(&self.state);
-        match (place, state.delivery.msix()) {
-            (Place::Table(at), Some(msix)) => msix.read_table(at, data),
-            (Place::Pending(at), Some(msix)) => msix.read_pba(at, data),
-            _ => {}
-        }
-    }
-
-    fn write_msix(&self, at: u64, data: &[u8]) {
-        let mut state = lock(&self.state);
-        if let Some(Err(error)) = state.delivery.msix().map(|msix| msix.write_table(at, data)) {
-            self.route_refused(&error);
         }
     }
 
     /// The part of a BAR that the server answers for: its region, if all of the access is inside.
     fn region(&self, bar: BarIndex, offset: u64, length: usize) -> Option<&Region> {
         let index = usize::from(bar.get());
-        let shape = self.remote.contents.bars.get(index)?.as_ref()?;
+        let shape = self.shape.bars.get(index)?.as_ref()?;
         let end = offset.checked_add(u64::try_from(length).ok()?)?;
-        if end > shape.region {
-            return None;
+        self.regions.get(index).filter(|_| end <= shape.region)
+    }
+
+    fn count(&self, region: u8, which: impl Fn(&AccessCounter) -> &AtomicU64) {
+        let counter = self.counters.get(usize::from(if region == CONFIG_REGION { 6 } else { region }));
+        if let Some(counter) = counter {
+            which(counter).fetch_add(1, Ordering::Relaxed);
         }
-        self.remote.regions.get(index)
+    }
+
+    /// Whether an access touches the device status of a virtio function.
+    fn is_virtio_status(&self, bar: BarIndex, offset: u64, length: usize) -> bool {
+        self.shape.virtio_status.is_some_and(|status| status.is_touched(bar, offset, length))
+    }
+
+    /// A function without a server reads all ones, and drivers take that for a device that was pulled out. Linux's virtio
+    /// driver resets the device all the same, and waits without an end for a device status of 0.
+    fn read_lost(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        let is_reset = self.reset_when_lost.load(Ordering::Relaxed);
+        data.fill(if is_reset && self.is_virtio_status(bar, offset, data.len()) { 0 } else { 0xff });
+    }
+
+    fn write_lost(&self, bar: BarIndex, offset: u64, data: &[u8]) {
+        let status = self.shape.virtio_status.and_then(|status| status.offset.checked_sub(offset));
+        let status = status.and_then(|index| data.get(usize::try_from(index).ok()?));
+        if status == Some(&0) && self.is_virtio_status(bar, offset, data.len()) {
+            self.reset_when_lost.store(true, Ordering::Relaxed);
+        }
     }
 }
 
 /// The number of the BAR register at a dword.
 fn bar_number(at: u16) -> Option<u8> {
-    let number = u8::try_from(at.checked_sub(register::BARS)? / 4).ok()?;
+    let number = u8::try_from(at.checked_sub(offset::BARS)? / 4).ok()?;
     (number < 6).then_some(number)
 }
 
-fn fix(device: &Arc<Device>, bar: BarIndex, region: &Region, ports: &Ports) -> Result<Fixtures, AttachError> {
-    let mut fixtures = Fixtures::new(bar, ports.clone());
-    let weak: Weak<Device> = Arc::downgrade(device);
-    let vanished = Arc::new(move || {
-        if let Some(device) = weak.upgrade() {
-            device.give_up("the server made the file behind its memory shorter");
-        }
-    });
-    for piece in &region.pieces {
-        let Some(file) = &region.file else { break };
-        let access = if region.writable { Access::ReadWrite } else { Access::ReadOnly };
-        let file = FileRange { fd: Arc::clone(file), offset: piece.file_offset, size: piece.size };
-        fixtures.add(piece.offset, Fixture::Memory { piece: file, access, vanished: vanished.clone() })?;
-    }
-    for bell in &region.doorbells {
-        let fd = bell.fd.try_clone().map_err(AttachError::Duplicate)?;
-        fixtures.add(bell.offset, Fixture::Doorbell { fd, width: bell.width, value: bell.value })?;
-    }
-    Ok(fixtures)
-}
-
-impl Function for Device {
+impl Function for VfioUserDevice {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
-        if let Some(counter) = self.link().counter(CONFIG_REGION) {
-            counter.reads.fetch_add(1, Ordering::Relaxed);
-        }
+        self.count(CONFIG_REGION, |counter| &counter.reads);
         let dword = self.config_dword(offset & !3);
         let bytes = dword.iter().skip(usize::from(offset & 3)).chain(std::iter::repeat(&0xff));
         data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
@@ -359,84 +498,102 @@ impl Function for Device {
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
-        if let Some(counter) = self.link().counter(CONFIG_REGION) {
-            counter.writes.fetch_add(1, Ordering::Relaxed);
-        }
-        if self.link().is_broken() || offset >= self.remote.contents.overlay.size() {
+        self.count(CONFIG_REGION, |counter| &counter.writes);
+        if self.link.is_gone() || offset >= self.shape.overlay.size() {
             return;
         }
+        let access = self.link.access();
         if self.is_reset(offset, data) {
-            self.function_reset();
+            self.function_reset(&access);
         }
-        let mut state = lock(&self.state);
-        let before = state.bars.decoded(Command(state.command));
-        let told = self.note(&mut state, offset, data);
-        let after = state.bars.decoded(Command(state.command));
+        let mut locked = lock(&self.plugged);
+        let Some(plugged) = locked.as_mut() else { return };
+        let before = plugged.bars.decoded(Command(plugged.command));
+        let told = self.note(plugged, offset, data);
+        let after = plugged.bars.decoded(Command(plugged.command));
         // What goes is gone before the server hears of it, what comes is there afterwards.
         let stays: Vec<_> = before.iter().filter(|decoded| after.contains(decoded)).copied().collect();
-        self.place(&mut state, &stays);
-        let wanted = state.delivery.on(state.command);
-        drop(state);
+        self.place(plugged, &stays);
+        let wanted = plugged.delivery.on(plugged.command);
+        drop(locked);
         // The old kind goes first, then the new one comes, then the server hears that it is on.
-        let armed = self.rearm(wanted);
+        let armed = self.rearm(&access, wanted);
         if let Some((offset, data)) = told {
-            self.forward(offset, &data);
+            self.forward(&access, offset, &data);
         }
         // A pin that was asserted while it was off is heard now.
         if armed == Some(Irq::Intx) {
-            self.remote.unmask_pin();
+            self.unmask_pin();
         }
-        if after != stays {
-            self.place(&mut lock(&self.state), &after);
+        if after != stays
+            && let Some(plugged) = lock(&self.plugged).as_mut()
+        {
+            self.place(plugged, &after);
         }
         self.tidy();
     }
 
+    /// A lost virtio function goes on decoding, for the sake of its device status.
     fn decoded(&self) -> Vec<Decoded> {
-        if self.link().is_broken() {
-            return Vec::new();
-        }
-        let state = lock(&self.state);
-        state.bars.decoded(Command(state.command))
+        let is_there = !self.link.is_gone() || self.shape.virtio_status.is_some();
+        let plugged = lock(&self.plugged);
+        let plugged = plugged.as_ref().filter(|_| is_there);
+        plugged.map_or_else(Vec::new, |plugged| plugged.bars.decoded(Command(plugged.command)))
     }
 
     fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
-        if let Some(counter) = self.link().counter(bar.get()) {
-            counter.reads.fetch_add(1, Ordering::Relaxed);
-        }
-        match delivery::place(&self.remote.contents, bar, offset, data.len()) {
-            Place::Server => match self.region(bar, offset, data.len()) {
-                Some(region) if region.readable => self.link().read(bar.get(), offset, data),
-                _ => data.fill(0xff),
-            },
-            _ if self.link().is_broken() => data.fill(0xff),
-            place => self.read_msix(place, data),
+        self.count(bar.get(), |counter| &counter.reads);
+        data.fill(0xff);
+        match interrupts::place(&self.shape, bar, offset, data.len()) {
+            _ if self.link.is_gone() => self.read_lost(bar, offset, data),
+            Place::Server => {
+                if self.region(bar, offset, data.len()).is_some_and(|region| region.readable) {
+                    self.requests.fetch_add(1, Ordering::Relaxed);
+                    self.link.access().read(bar.get(), offset, data);
+                }
+            }
+            place => {
+                let mut plugged = lock(&self.plugged);
+                let msix = plugged.as_mut().and_then(|plugged| plugged.delivery.msix());
+                match (place, msix) {
+                    (Place::Table(at), Some(msix)) => msix.read_table(at, data),
+                    (Place::Pending(at), Some(msix)) => msix.read_pba(at, data),
+                    _ => {}
+                }
+            }
         }
         self.tidy();
     }
 
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
-        if let Some(counter) = self.link().counter(bar.get()) {
-            counter.writes.fetch_add(1, Ordering::Relaxed);
-        }
-        let place = delivery::place(&self.remote.contents, bar, offset, data.len());
-        if let Place::Table(at) = place {
-            self.write_msix(at, data);
-        } else if place == Place::Server
-            && let Some(region) = self.region(bar, offset, data.len())
-            && region.writable
-            && self.link().write(bar.get(), offset, data, region.writes) == Done::No
-        {
-            log::debug!("device {}: a write to {bar}+{offset:#x} was dropped", self.link().name());
+        self.count(bar.get(), |counter| &counter.writes);
+        match interrupts::place(&self.shape, bar, offset, data.len()) {
+            _ if self.link.is_gone() => self.write_lost(bar, offset, data),
+            Place::Server => {
+                if let Some(region) = self.region(bar, offset, data.len()).filter(|region| region.writable) {
+                    self.requests.fetch_add(1, Ordering::Relaxed);
+                    if self.link.access().write(bar.get(), offset, data, region.writes) == Done::No {
+                        log::debug!("device {}: a write to {bar}+{offset:#x} was dropped", self.link.name());
+                    }
+                }
+            }
+            Place::Table(at) => {
+                let mut plugged = lock(&self.plugged);
+                let msix = plugged.as_mut().and_then(|plugged| plugged.delivery.msix());
+                if let Some(Err(error)) = msix.map(|msix| msix.write_table(at, data)) {
+                    self.refused(&error);
+                }
+            }
+            Place::Pending(_) | Place::Across => {}
         }
         self.tidy();
     }
 }
 
-impl Occupant for Device {
+impl Occupant for VfioUserDevice {
     fn unplug(&self) {
-        self.remote.ejected();
-        self.retire();
+        self.ejected.store(true, Ordering::Relaxed);
+        VfioUserDevice::unplug(self);
     }
 }
 

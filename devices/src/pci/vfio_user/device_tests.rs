@@ -1,10 +1,12 @@
 //! A guest at work on a server's function.
 
-use super::super::testing::{Mood, Scripted, remote};
+use super::super::server::Gone;
+use super::super::testing::{self, Mood, Scripted};
 use super::*;
 use crate::pci::{Space, Window, Windows};
 use crate::ports::Route;
 use crate::testing::{Recorder, Shown};
+use std::time::{Duration, Instant};
 use transport::memory::GuestAddr;
 
 const WINDOWS: Windows = Windows {
@@ -20,16 +22,34 @@ const PLACE: u64 = 0x90_0000_0000;
 struct Guest {
     server: Scripted,
     machine: Recorder,
-    device: Arc<Device>,
+    device: Arc<VfioUserDevice>,
 }
 
 impl Guest {
     fn new() -> Self {
+        Self::with(|_| ())
+    }
+
+    /// With another configuration space.
+    fn with(change: impl FnOnce(&mut [u8])) -> Self {
         let (server, machine) = (Scripted::default(), Recorder::default());
-        let bridge = HostBridge::new(WINDOWS);
-        let device = Device::new(remote(&server), &machine.ports(), &bridge, Some(PIN)).unwrap();
-        server.calls();
-        Guest { server, machine, device }
+        let device = testing::device_with(&server, change);
+        let guest = Guest { server, machine, device };
+        guest.plug();
+        guest.server.calls();
+        guest
+    }
+
+    /// On another board.
+    fn plug(&self) {
+        self.device.plug(&self.machine.ports(), &HostBridge::new(WINDOWS), Some(PIN)).unwrap();
+    }
+
+    fn broken(&self) -> Option<String> {
+        match self.device.link.gone() {
+            Some(Gone::Broken(why)) => Some(why.clone()),
+            _ => None,
+        }
     }
 
     fn config(&self, at: u16) -> u32 {
@@ -43,7 +63,7 @@ impl Guest {
     }
 
     fn command(&self, value: u16) {
-        self.device.config_write(register::COMMAND, &value.to_le_bytes());
+        self.device.config_write(offset::COMMAND, &value.to_le_bytes());
     }
 
     fn bar(&self, bar: usize, offset: u64) -> u32 {
@@ -99,15 +119,11 @@ fn what_is_ours_is_answered_without_the_server_and_the_rest_is_asked() {
 #[test]
 fn the_server_is_told_where_its_bars_are_at_once() {
     let guest = Guest::new();
-    let server = guest.server.clone();
-    let bridge = HostBridge::new(WINDOWS);
-    let remote = Arc::clone(&guest.device.remote);
-    let device = Device::new(remote, &guest.machine.ports(), &bridge, Some(PIN)).unwrap();
-    let guest = Guest { device, ..guest };
+    guest.plug();
     let told = |at: u16| format!("write 7+{at:x} {:02x?}", guest.config(at).to_le_bytes());
     // BAR 2 has 64 bits.
     let expected = [0x10, 0x18, 0x1c, 0x20].map(told);
-    assert_eq!(server.calls(), expected, "a guest that keeps them never writes them");
+    assert_eq!(guest.server.calls()[..4], expected, "a guest that keeps them never writes them");
     assert!(guest.config(0x10) & !15 != 0);
 }
 
@@ -133,13 +149,13 @@ fn the_command_register_is_kept_and_forwarded() {
     assert_eq!(guest.server.calls(), ["write 7+4 [47, 05]"]);
     // The server has the rest; our scripted one forgets it.
     assert_eq!(guest.config(4), 0x0010_0407);
-    guest.device.config_write(register::COMMAND + 1, &[0x01]);
-    guest.device.config_write(register::COMMAND, &[0x06]);
+    guest.device.config_write(offset::COMMAND + 1, &[0x01]);
+    guest.device.config_write(offset::COMMAND, &[0x06]);
     let calls = guest.server.calls();
     let written: Vec<_> = calls.iter().filter(|call| call.starts_with("write")).collect();
     assert_eq!(written, ["write 7+4 [47, 01]", "write 7+4 [06, 01]"], "never half of it");
     guest.command(0x0407);
-    guest.device.config_write(register::LINE, &[11]);
+    guest.device.config_write(offset::INTERRUPT_LINE, &[11]);
     assert_eq!(guest.config(0x3c) & 0xffff, 0x010b);
 }
 
@@ -177,8 +193,9 @@ fn accesses_of_bars_are_the_servers() {
         guest.set_bar(bar, offset, 0);
     }
     assert!(guest.server.calls().is_empty());
-    let report = guest.device.remote.report();
-    assert_eq!((report.accesses[0], report.accesses[2]), ((3, 4), (1, 1)));
+    let counts = guest.device.counts();
+    assert_eq!((counts.regions[0], counts.regions[2]), ((3, 4), (1, 1)));
+    assert_eq!(counts.requests, 3, "the server was asked for no others");
 }
 
 #[test]
@@ -191,7 +208,7 @@ fn a_refusal_reads_all_ones_and_breaks_nothing() {
     assert_eq!(guest.config(0), 0x5678_1234);
     assert_eq!(guest.config(0x60), u32::MAX);
     guest.command(Command::MEMORY);
-    assert_eq!(guest.device.remote.report().refused, 4);
+    assert_eq!(guest.device.link.refused(), 4);
     guest.server.mood(Mood::Works);
     assert_eq!(guest.bar(2, 0), 0xa2a2_a2a2);
 }
@@ -208,7 +225,7 @@ fn a_lost_server_leaves_nothing_but_all_ones() {
     guest.set_bar(0, 0, 1);
     guest.command(7);
     assert!(guest.server.calls().is_empty(), "nobody waits for it again");
-    assert_eq!(guest.device.remote.report().broken.as_deref(), Some("it is silent"));
+    assert_eq!(guest.broken().as_deref(), Some("it is silent"));
 }
 
 #[test]
@@ -222,7 +239,7 @@ fn memory_that_cannot_be_mapped_is_the_servers_access_by_access() {
     assert_eq!(guest.bar(2, 0x1000), 0xa2a2_a2a2);
     guest.set_bar(2, 0x1000, 7);
     assert_eq!(guest.server.calls(), ["read 2+1000 4", "write 2+1000 [07, 00, 00, 00]"]);
-    assert!(guest.device.remote.report().broken.is_none());
+    assert!(guest.broken().is_none());
 }
 
 #[test]
@@ -232,36 +249,28 @@ fn a_file_made_shorter_breaks_the_device() {
     guest.machine.vanish_all();
     assert_eq!(guest.config(0), u32::MAX);
     assert_eq!(guest.server.calls(), ["shut down"]);
-    assert!(guest.device.remote.report().broken.is_some_and(|why| why.contains("shorter")));
+    assert!(guest.broken().is_some_and(|why| why.contains("shorter")));
 }
 
 #[test]
 fn off_its_board_the_device_is_as_after_power_on() {
     let guest = Guest::new();
     guest.enable();
-    guest.device.retire();
+    guest.device.unplug();
     assert!(guest.shown().is_empty());
     assert_eq!(guest.server.calls(), ["write 7+4 [00, 00]", "disarm Intx", "reset"]);
-    let again = Device::new(
-        Arc::clone(&guest.device.remote),
-        &guest.machine.ports(),
-        &HostBridge::new(WINDOWS),
-        None,
-    );
-    assert!(again.unwrap().decoded().is_empty(), "until the guest enables it");
+    guest.plug();
+    assert!(guest.device.decoded().is_empty(), "until the guest enables it");
 }
 
 #[test]
 fn a_device_that_the_guest_ejected_is_so_until_the_next_board() {
     let guest = Guest::new();
-    let ejected = || guest.device.remote.report().ejected;
-    assert!(!ejected());
-    guest.device.unplug();
-    assert!(ejected());
-    let remote = Arc::clone(&guest.device.remote);
-    let again = Device::new(remote, &guest.machine.ports(), &HostBridge::new(WINDOWS), None);
-    again.unwrap();
-    assert!(!ejected());
+    assert!(!guest.device.is_ejected());
+    Occupant::unplug(&*guest.device);
+    assert!(guest.device.is_ejected());
+    guest.plug();
+    assert!(!guest.device.is_ejected());
 }
 
 /// Offsets of the capabilities, and the bits that switch them on.
@@ -335,8 +344,8 @@ fn the_pin_is_a_level_that_the_server_raises_again() {
     guest.server.signal(0);
     assert_eq!(guest.machine.take_raised(), [(PIN, 1)]);
     guest.machine.end_of_interrupt(PIN);
-    guest.device.remote.pin_served();
-    guest.device.remote.pin_served();
+    guest.device.pin_served();
+    guest.device.pin_served();
     assert_eq!(guest.server.calls(), ["unmask"]);
     guest.command(Command::MEMORY | Command::INTX_DISABLE);
     assert_eq!(guest.server.calls(), ["disarm Intx", "write 7+4 [02, 04]"]);
@@ -361,14 +370,8 @@ fn what_is_signalled_while_it_is_off_is_forgotten() {
     guest.entry(0, 0);
     guest.set(MSIX, MSIX_ON | MSIX_MASKED);
     guest.server.signal(0);
-    guest.device.retire();
-    let device = Device::new(
-        Arc::clone(&guest.device.remote),
-        &guest.machine.ports(),
-        &HostBridge::new(WINDOWS),
-        Some(PIN),
-    );
-    let guest = Guest { device: device.unwrap(), ..guest };
+    guest.device.unplug();
+    guest.plug();
     let calls = guest.server.calls();
     assert_eq!(&calls[calls.len() - 7..calls.len() - 4], ["disarm MsiX", "write 7+42 [00, 00]", "reset"]);
     guest.entry(0, 0);
@@ -437,4 +440,79 @@ fn a_vector_whose_route_was_refused_has_it_at_its_next_change() {
         }
         assert_eq!(guest.machine.routes().len(), 1, "{capability:#x}");
     }
+}
+
+/// A virtio function whose common configuration is at 0x100 of BAR 2.
+fn virtio(config: &mut [u8]) {
+    config[0..2].copy_from_slice(&[0xf4, 0x1a]);
+    config[0x71] = 0xb0;
+    config[0xb0..0xbc].copy_from_slice(&[9, 0, 16, 1, 2, 0, 0, 0, 0, 1, 0, 0]);
+}
+
+#[test]
+fn the_status_of_a_lost_virtio_function_reads_0_once_it_was_reset() {
+    const STATUS: u64 = 0x114;
+    let guest = Guest::with(virtio);
+    guest.enable();
+    guest.server.mood(Mood::Lost);
+    assert_eq!(guest.bar(2, 0), u32::MAX);
+    assert!(guest.device.decoded().iter().any(|bar| bar.base == PLACE), "or no access reaches it");
+    assert_eq!((guest.bar(2, STATUS), guest.config(0)), (u32::MAX, u32::MAX));
+    guest.set_bar(2, STATUS + 4, 0);
+    guest.set_bar(2, STATUS, 1);
+    assert_eq!(guest.bar(2, STATUS), u32::MAX, "nobody has reset it");
+    guest.device.bar_write(BarIndex::ALL[2], STATUS, &[0]);
+    let mut byte = [0xff];
+    guest.device.bar_read(BarIndex::ALL[2], STATUS, &mut byte);
+    assert_eq!((byte, guest.bar(2, STATUS), guest.bar(2, STATUS - 2)), ([0], 0, 0));
+    assert_eq!(
+        (guest.bar(2, STATUS - 4), guest.bar(2, STATUS + 4), guest.bar(0, STATUS)),
+        (u32::MAX, u32::MAX, u32::MAX)
+    );
+    guest.set_bar(2, STATUS, 3);
+    assert_eq!(guest.bar(2, STATUS), 0, "a driver that goes on finds no device");
+    guest.command(7);
+    assert!(guest.shown().is_empty() && guest.device.decoded().len() == 3, "and nothing moves");
+}
+
+#[test]
+fn a_server_that_dies_of_its_reset_at_the_end_has_done_nothing_wrong() {
+    for (ending, mood, is_broken) in
+        [(true, Mood::Closes, false), (true, Mood::Lost, true), (false, Mood::Closes, true)]
+    {
+        let guest = Guest::new();
+        guest.enable();
+        if ending {
+            guest.device.link.ending();
+        }
+        guest.server.mood(mood);
+        guest.device.unplug();
+        assert_eq!(guest.broken().is_some(), is_broken, "{ending} {mood:?}");
+        assert!(guest.device.link.is_gone());
+    }
+}
+
+#[test]
+fn a_server_that_lives_and_closes_its_connection_has_removed_the_device() {
+    for (is_dead, is_broken) in [(false, false), (true, true)] {
+        let guest = Guest::new();
+        guest.enable();
+        lock(&guest.server.0).is_dead = is_dead;
+        guest.device.link.hung_up();
+        guest.device.tidy();
+        assert_eq!(guest.broken().is_some(), is_broken);
+        assert_eq!((guest.config(0), guest.shown().len()), (u32::MAX, 0));
+    }
+}
+
+#[test]
+fn all_that_one_access_takes_shares_one_deadline() {
+    let guest = Guest::new();
+    guest.enable();
+    // Each request is answered in time; a reset of the function takes three of them.
+    guest.server.mood(Mood::Slow(Duration::from_millis(300)));
+    let begun = Instant::now();
+    guest.device.config_write(0x78, &[0, 0x80]);
+    assert!(begun.elapsed() < Duration::from_millis(890), "{:?}", begun.elapsed());
+    assert!(guest.broken().is_some_and(|why| why.contains("within 500 ms what one access takes")));
 }

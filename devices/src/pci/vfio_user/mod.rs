@@ -2,17 +2,16 @@
 //!
 //! | module | what it holds |
 //! |--|--|
-//! | [`contents`] | what a server's function is, judged from what the server says |
-//! | [`chain`] | capability lists that may loop and lie |
-//! | [`bars`] | kinds and sizes of BARs |
-//! | [`areas`] | which pieces of BARs guests may be shown as memory |
+//! | [`function`] | what a server's function is, judged from what the server says |
+//! | [`capabilities`] | capability lists that may loop and lie |
+//! | [`bars`] | kinds and sizes of BARs, and which pieces of them guests may be shown as memory |
 //! | [`overlay`] | the bits of the configuration space that the client answers itself |
-//! | [`server`] | what the device asks of whoever serves the function |
-//! | [`link`] | the server, until it fails |
-//! | [`client`] | that, over vfio-user |
-//! | [`remote`] | the function between boards |
-//! | [`delivery`] | how interrupts reach the guest |
-//! | [`device`] | the function on a board |
+//! | [`server`] | what the device asks of whoever serves the function, until that fails |
+//! | `session` | the same over vfio-user |
+//! | [`survey`] | a server is asked what its function is |
+//! | [`interrupts`] | how interrupts reach the guest |
+//! | [`pin`] | the guest's ends of the pin's interrupt |
+//! | [`device`] | the function, for the machine's whole life |
 //!
 //! # What a guest's access costs
 //! | access | cost |
@@ -25,26 +24,26 @@
 //! | another write of a BAR | an exit and one message; a round trip with `posted-writes=off`, or where memory of the BAR is mapped |
 //! | switching MSI-X, MSI or the pin on and off | an exit and two round trips and more: eventfds in batches as the server takes them |
 //!
-//! A server that is lost leaves a function that reads all ones; [`crate::pci::hotplug`] has the guest let go of it.
+//! One access of the guest waits for one deadline at most, however many messages it takes.
+//!
+//! A server that is lost leaves a function that reads all ones; [`crate::pci::hotplug`] has the guest let go of it. The device
+//! status of a virtio function reads 0 once the driver has reset it: Linux waits for that.
 //!
 //! Not there: the expansion ROM; virtual functions, resizable BARs and alternative routing ids, whose capabilities are
 //! hidden; a server that takes over from a lost one.
 
-pub mod areas;
 pub mod bars;
-pub mod chain;
-pub mod client;
-pub mod contents;
-pub mod delivery;
+pub mod capabilities;
 pub mod device;
-pub mod link;
+pub mod function;
+pub mod interrupts;
 pub mod overlay;
 pub mod pin;
-pub mod remote;
 pub mod server;
+mod session;
+pub mod survey;
 #[cfg(test)]
 mod testing;
 
-pub use client::{OpenError, Opened, Wishes, open};
-pub use device::Device;
-pub use remote::Remote;
+pub use device::VfioUserDevice;
+pub use survey::{OpenError, Surveyed, Wishes, survey};

@@ -2,12 +2,15 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use super::contents::{Contents, Said};
-use super::link::Writes;
+use transport::peer::deadline::Deadline;
+
+use super::VfioUserDevice;
+use super::function::{FunctionShape, Said};
 use super::pin::Look;
-use super::remote::{Piece, Region, Remote, Reset};
-use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
+use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats, Writes};
+use super::survey::{Piece, Region, Reset};
 use crate::lock;
 
 /// How everything that is asked ends.
@@ -17,6 +20,10 @@ pub(crate) enum Mood {
     Works,
     Refuses,
     Lost,
+    /// It closes the connection.
+    Closes,
+    /// It takes so long over each request.
+    Slow(Duration),
 }
 
 #[derive(Default)]
@@ -26,6 +33,8 @@ pub(crate) struct Script {
     pub(crate) config: Vec<u8>,
     /// The eventfds of the kind that is armed.
     pub(crate) armed: Option<(Irq, Vec<OwnedFd>)>,
+    /// Its process has ended.
+    pub(crate) is_dead: bool,
 }
 
 #[derive(Clone, Default)]
@@ -54,12 +63,26 @@ impl Scripted {
             Mood::Works => Ok(()),
             Mood::Refuses => Err(ServerError::Refused("it says no".into())),
             Mood::Lost => Err(ServerError::Lost("it is silent".into())),
+            Mood::Closes => Err(ServerError::Closed("it closed the connection".into())),
+            Mood::Slow(time) => {
+                drop(script);
+                std::thread::sleep(time);
+                Ok(())
+            }
         }
     }
 }
 
 impl Server for Scripted {
-    fn read(&self, region: u8, offset: u64, data: &mut [u8]) -> Result<(), ServerError> {
+    fn limit(&self) -> Duration {
+        Duration::from_millis(500)
+    }
+
+    fn is_alive(&self) -> bool {
+        !lock(&self.0).is_dead
+    }
+
+    fn read(&self, region: u8, offset: u64, data: &mut [u8], _: &Deadline) -> Result<(), ServerError> {
         self.note(format!("read {region}+{offset:x} {}", data.len()))?;
         if region == CONFIG_REGION {
             let at = usize::try_from(offset).unwrap();
@@ -70,22 +93,22 @@ impl Server for Scripted {
         Ok(())
     }
 
-    fn write(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
+    fn write(&self, region: u8, offset: u64, data: &[u8], _: &Deadline) -> Result<(), ServerError> {
         self.note(format!("write {region}+{offset:x} {data:02x?}"))
     }
 
-    fn post(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
+    fn post(&self, region: u8, offset: u64, data: &[u8], _: &Deadline) -> Result<(), ServerError> {
         self.note(format!("post {region}+{offset:x} {data:02x?}"))
     }
 
-    fn arm(&self, kind: Irq, calls: &[BorrowedFd<'_>]) -> Result<(), ServerError> {
+    fn arm(&self, kind: Irq, calls: &[BorrowedFd<'_>], _: &Deadline) -> Result<(), ServerError> {
         self.note(format!("arm {kind:?} {}", calls.len()))?;
         let calls = calls.iter().map(|call| call.try_clone_to_owned().unwrap()).collect();
         lock(&self.0).armed = Some((kind, calls));
         Ok(())
     }
 
-    fn disarm(&self, kind: Irq) -> Result<(), ServerError> {
+    fn disarm(&self, kind: Irq, _: &Deadline) -> Result<(), ServerError> {
         self.note(format!("disarm {kind:?}"))?;
         lock(&self.0).armed = None;
         Ok(())
@@ -95,7 +118,7 @@ impl Server for Scripted {
         self.note("unmask".into())
     }
 
-    fn reset(&self) -> Result<(), ServerError> {
+    fn reset(&self, _: &Deadline) -> Result<(), ServerError> {
         self.note("reset".into())
     }
 
@@ -109,8 +132,8 @@ impl Server for Scripted {
 }
 
 /// A function with a trapped BAR 0 of 0x20 bytes, a BAR 2 of 0x4000 that is memory from 0x1000 to 0x3000, four MSI-X
-/// vectors in BAR 4, MSI with two, a pin, and a reset of its own.
-pub(crate) fn remote(server: &Scripted) -> Arc<Remote> {
+/// vectors in BAR 4, MSI with two, a pin, and a reset of its own; changed by `change`.
+pub(crate) fn device_with(server: &Scripted, change: impl FnOnce(&mut [u8])) -> Arc<VfioUserDevice> {
     let mut config = vec![0; 0x100];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, &[0x34, 0x12, 0x78, 0x56]);
@@ -122,7 +145,8 @@ pub(crate) fn remote(server: &Scripted) -> Arc<Remote> {
     put(0x50, &[0x05, 0x70, 0x82, 0x00]);
     put(0x70, &[0x10, 0x00, 0x02, 0x00, 0, 0, 0, 0x10]);
     let bars = [0x20, 0, 0x4000, 0, 0x1000, 0];
-    let contents = Contents::judge(&Said { config: &config, bars: &bars, interrupts: &[1, 2, 4] }).unwrap();
+    change(&mut config);
+    let shape = FunctionShape::judge(&Said { config: &config, bars: &bars, interrupts: &[1, 2, 4] }).unwrap();
     lock(&server.0).config = config;
     let file = rustix::fs::memfd_create("bar", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let file = Arc::new(file);
@@ -139,5 +163,5 @@ pub(crate) fn remote(server: &Scripted) -> Arc<Remote> {
         }
     });
     let server = Arc::new(server.clone());
-    Arc::new(Remote::new("engine".into(), server, contents, regions, Reset::Offered).unwrap())
+    VfioUserDevice::new("engine".into(), server, shape, regions, Reset::Used).unwrap()
 }

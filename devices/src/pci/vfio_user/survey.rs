@@ -1,25 +1,19 @@
-//! A server over vfio-user: asked what its function is, then for whatever the device wants of it.
+//! A vfio-user server is asked what its function is, and is given guest memory.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
 
 use transport::memory::MemoryMap;
 use transport::peer::Error;
-use transport::vfio_user::{
-    Client, ClientStats, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing,
-};
+use transport::vfio_user::{Client, IoFd, IoFdKind, IrqIndex, Receiver, RegionIndex, RegionInfo, Sharing};
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Instant;
-
-use super::areas;
-use super::bars::BarShape;
-use super::chain;
-use super::contents::{COMMAND_OURS, Contents, MsixShape, Said, Unfit, register};
-use super::link::Writes;
-use super::pin::Look;
-use super::remote::{Doorbell, Piece, Region, Remote, Reset};
-use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats};
-use crate::lock;
+use super::bars::{self, BarShape};
+use super::capabilities::{u16_at, u32_at};
+use super::function::{COMMAND_OURS, FunctionShape, MsixShape, Said, Unfit};
+use super::server::{CONFIG_REGION, Server, Writes};
+use super::session::Session;
+use crate::pci::config_space::offset;
 use crate::ports::WriteWidth;
 
 /// What the user may ask for.
@@ -28,6 +22,65 @@ pub struct Wishes {
     /// How BARs are written; by default posted where nothing of the BAR is memory of the guest, and the server can be
     /// told something while it asks us.
     pub writes: Option<Writes>,
+    /// Whether the server is asked to reset the device; by default if it says that it can.
+    pub reset: Option<Reset>,
+}
+
+/// Whether DEVICE_RESET is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reset {
+    /// At each boot, and at the end.
+    Used,
+    /// Never.
+    Unused,
+}
+
+/// A piece of a region that guests may be shown as memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// Where it begins in the region.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where it begins in the region's file.
+    pub file_offset: u64,
+}
+
+/// A write of the guest that the server hears of by an eventfd.
+#[derive(Debug)]
+pub struct Doorbell {
+    /// Where in the region.
+    pub offset: u64,
+    /// How wide it is.
+    pub width: WriteWidth,
+    /// What is written; `None` matches every value.
+    pub value: Option<u64>,
+    /// What is signalled.
+    pub fd: OwnedFd,
+}
+
+/// What there is behind a BAR. Nothing, by default.
+#[derive(Debug)]
+pub struct Region {
+    /// Reads are answered.
+    pub readable: bool,
+    /// Writes are taken.
+    pub writable: bool,
+    /// The file behind its pieces.
+    pub file: Option<Arc<OwnedFd>>,
+    /// What of it may be memory of the guest.
+    pub pieces: Vec<Piece>,
+    /// Its doorbells.
+    pub doorbells: Vec<Doorbell>,
+    /// How it is written.
+    pub writes: Writes,
+}
+
+impl Default for Region {
+    fn default() -> Self {
+        let (pieces, doorbells) = (Vec::new(), Vec::new());
+        Self { readable: false, writable: false, file: None, pieces, doorbells, writes: Writes::Answered }
+    }
 }
 
 /// Why there is no device.
@@ -62,9 +115,15 @@ impl OpenError {
 }
 
 /// A server that was asked all, with guest memory shared.
-pub struct Opened {
-    /// Its function.
-    pub remote: Arc<Remote>,
+pub struct Surveyed {
+    /// Who it is.
+    pub server: Arc<dyn Server>,
+    /// What its function is.
+    pub shape: FunctionShape,
+    /// What is behind its BARs.
+    pub regions: [Region; 6],
+    /// Whether it is asked to reset the device.
+    pub reset: Reset,
     /// What reads while nobody waits; to be served from now on.
     pub receiver: Receiver,
     /// Hangs up when the connection is gone.
@@ -75,15 +134,15 @@ pub struct Opened {
 ///
 /// # Errors
 /// When it fails, refuses, or serves what guests cannot be shown. Nothing stays mapped then: the connection ends.
-pub fn open(client: Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Result<Opened, OpenError> {
-    let opened = ask(&client, name, wishes, memory);
-    if opened.is_err() {
+pub fn survey(client: Client, wishes: Wishes, memory: &MemoryMap) -> Result<Surveyed, OpenError> {
+    let surveyed = ask(&client, wishes, memory);
+    if surveyed.is_err() {
         client.shut_down();
     }
-    opened
+    surveyed
 }
 
-fn ask(client: &Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Result<Opened, OpenError> {
+fn ask(client: &Client, wishes: Wishes, memory: &MemoryMap) -> Result<Surveyed, OpenError> {
     let peer = || client.peer().to_owned();
     let info = client.device_info()?;
     if !info.is_pci() || info.regions <= u32::from(CONFIG_REGION) {
@@ -104,40 +163,40 @@ fn ask(client: &Client, name: String, wishes: Wishes, memory: &MemoryMap) -> Res
     let mut bars = [0; 6];
     bars.iter_mut().zip(&infos).for_each(|(size, info)| *size = info.size);
     let said = Said { config: &bytes, bars: &bars, interrupts: &interrupts };
-    let contents = Contents::judge(&said).map_err(|unfit| OpenError::Unfit(peer(), unfit))?;
-    for oddity in &contents.oddities {
-        log::warn!("device {name}: {oddity}");
-    }
-    quieten(client, &bytes, &contents)?;
+    let shape = FunctionShape::judge(&said).map_err(|unfit| OpenError::Unfit(peer(), unfit))?;
+    quieten(client, &bytes, &shape)?;
     let sharing = if client.version().agreed.fds() == 0 { Sharing::Messages } else { Sharing::Descriptor };
     client.dma_map_all(memory, sharing)?;
-    let mut regions = Vec::new();
-    for (info, bar) in infos.into_iter().zip(&contents.bars) {
-        regions.push(region(client, info, bar.as_ref(), contents.msix.as_ref(), wishes)?);
+    let mut regions: [Region; 6] = Default::default();
+    for ((region, info), bar) in regions.iter_mut().zip(infos).zip(&shape.bars) {
+        if let Some(bar) = bar {
+            *region = behind(client, info, bar, shape.msix.as_ref(), wishes)?;
+        }
     }
-    let regions = <[Region; 6]>::try_from(regions).unwrap_or_else(|_| std::array::from_fn(|_| absent()));
-    let reset = if info.can_reset() { Reset::Offered } else { Reset::NotOffered };
-    let receiver = client.receiver()?;
-    let hang_up = client.hang_up()?;
-    let turn = client.version().must_not_cross().then(Mutex::default);
-    let session = Arc::new(Session { client: client.clone(), turn });
-    let remote = Remote::new(name, session, contents, regions, reset)
-        .map_err(|error| OpenError::Duplicate(peer(), error))?;
-    Ok(Opened { remote: Arc::new(remote), receiver, hang_up })
+    let offered = if info.can_reset() { Reset::Used } else { Reset::Unused };
+    let session = Session::new(client).map_err(|error| OpenError::Duplicate(peer(), error))?;
+    Ok(Surveyed {
+        server: Arc::new(session),
+        shape,
+        regions,
+        reset: wishes.reset.unwrap_or(offered),
+        receiver: client.receiver()?,
+        hang_up: client.hang_up()?,
+    })
 }
 
 /// Who was served before may have left the function at work, as some servers keep its configuration: it must not go on in
 /// the memory that it is given now, nor hold on to a kind of interrupts that the guest, who sees all of them off, does not
 /// want.
-fn quieten(client: &Client, config: &[u8], contents: &Contents) -> Result<(), OpenError> {
+fn quieten(client: &Client, config: &[u8], shape: &FunctionShape) -> Result<(), OpenError> {
     const MSI_ENABLE: u16 = 1;
     const MSIX_ENABLE: u16 = 1 << 15;
     let capabilities = [
-        contents.msi.map(|msi| (u16::from(msi.at) + 2, MSI_ENABLE)),
-        contents.msix.map(|msix| (u16::from(msix.at) + 2, MSIX_ENABLE)),
+        shape.msi.map(|msi| (u16::from(msi.at) + 2, MSI_ENABLE)),
+        shape.msix.map(|msix| (u16::from(msix.at) + 2, MSIX_ENABLE)),
     ];
-    let switches = [(register::COMMAND, COMMAND_OURS)].into_iter().chain(capabilities.into_iter().flatten());
-    for (at, _) in switches.filter(|(at, bits)| chain::u16_at(config, *at).unwrap_or(0) & bits != 0) {
+    let switches = [(offset::COMMAND, COMMAND_OURS)].into_iter().chain(capabilities.into_iter().flatten());
+    for (at, _) in switches.filter(|(at, bits)| u16_at(config, *at).unwrap_or(0) & bits != 0) {
         match client.write(RegionIndex::CONFIG, at.into(), &[0, 0]) {
             Ok(()) => {}
             Err(error) if error.is_fatal() => return Err(error.into()),
@@ -186,34 +245,22 @@ fn config_bytes(client: &Client, size: u64) -> Result<Vec<u8>, OpenError> {
                 break;
             }
         }
-        let header = chain::u32_at(&bytes, next).filter(|header| *header != u32::MAX).unwrap_or(0);
+        let header = u32_at(&bytes, next).filter(|header| *header != u32::MAX).unwrap_or(0);
         next = u16::try_from(header >> 20).unwrap_or(0);
         seen += 1;
     }
     Ok(bytes)
 }
 
-fn absent() -> Region {
-    Region {
-        readable: false,
-        writable: false,
-        file: None,
-        pieces: Vec::new(),
-        doorbells: Vec::new(),
-        writes: Writes::Answered,
-    }
-}
-
-fn region(
+fn behind(
     client: &Client,
     info: RegionInfo,
-    bar: Option<&BarShape>,
+    bar: &BarShape,
     msix: Option<&MsixShape>,
     wishes: Wishes,
 ) -> Result<Region, OpenError> {
-    let Some(bar) = bar else { return Ok(absent()) };
     let listed: Vec<_> = info.areas.iter().map(|area| (area.offset, area.size)).collect();
-    let pieces: Vec<_> = areas::mappable(bar, &listed, msix)
+    let pieces: Vec<_> = bars::mappable(bar, &listed, msix)
         .into_iter()
         .map(|piece| Piece {
             offset: piece.start,
@@ -264,100 +311,6 @@ fn doorbell(fd: &IoFd) -> Option<std::io::Result<Doorbell>> {
     Some(fd.fd.try_clone().map(bell))
 }
 
-/// Of the status register: the device asserts its pin.
-const INTERRUPT_STATUS: u8 = 1 << 3;
-
-/// One connection.
-struct Session {
-    client: Client,
-    /// Who asks, where nothing may be asked while an answer is due: the server may have something to ask meanwhile, and
-    /// takes what comes for our reply. Held for one exchange.
-    turn: Option<Mutex<()>>,
-}
-
-impl Session {
-    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
-        self.turn.as_ref().map(lock)
-    }
-}
-
-fn sort(error: Error) -> ServerError {
-    if error.is_fatal() { ServerError::Lost(error.into()) } else { ServerError::Refused(error.into()) }
-}
-
-fn index(kind: Irq) -> IrqIndex {
-    match kind {
-        Irq::Intx => IrqIndex::INTX,
-        Irq::Msi => IrqIndex::MSI,
-        Irq::MsiX => IrqIndex::MSIX,
-    }
-}
-
-impl Server for Session {
-    fn read(&self, region: u8, offset: u64, data: &mut [u8]) -> Result<(), ServerError> {
-        let _turn = self.turn();
-        self.client.read(RegionIndex(region.into()), offset, data).map_err(sort)
-    }
-
-    fn write(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
-        let _turn = self.turn();
-        self.client.write(RegionIndex(region.into()), offset, data).map_err(sort)
-    }
-
-    fn post(&self, region: u8, offset: u64, data: &[u8]) -> Result<(), ServerError> {
-        let _turn = self.turn();
-        self.client.post_write(RegionIndex(region.into()), offset, data).map_err(sort)
-    }
-
-    fn arm(&self, kind: Irq, calls: &[BorrowedFd<'_>]) -> Result<(), ServerError> {
-        let _turn = self.turn();
-        self.client.arm_irqs(index(kind), calls).map_err(sort)
-    }
-
-    fn disarm(&self, kind: Irq) -> Result<(), ServerError> {
-        let _turn = self.turn();
-        self.client.disable_irqs(index(kind)).map_err(sort)
-    }
-
-    fn unmask_pin(&self, look: Look) -> Result<(), ServerError> {
-        // Nobody may wait for a turn here. Every server is told, whether or not it said that it masks its pin (no library
-        // says it): one that does would never raise it again.
-        let pin = IrqIndex::INTX;
-        // Those of version 0.0 are not on libvfio-user, and raise it again by themselves: the guest would be interrupted
-        // twice.
-        if !self.client.version().is_extended() {
-            return self.client.unmask_irqs_then(pin, 0, 1, move || drop(look)).map_err(sort);
-        }
-        self.client.unmask_irqs_then(pin, 0, 1, || ()).map_err(sort)?;
-        // libvfio-user does nothing then, and signals a level that stays as it is once. Where the device keeps it, the
-        // status register tells. Some servers abort on anything but aligned dwords.
-        let told = move |dword: &[u8]| {
-            if dword.get(2).is_some_and(|status| status & INTERRUPT_STATUS != 0) {
-                look.asserted();
-            }
-        };
-        self.client.read_then(RegionIndex::CONFIG, register::COMMAND.into(), 4, told).map_err(sort)
-    }
-
-    fn reset(&self) -> Result<(), ServerError> {
-        let _turn = self.turn();
-        self.client.reset().map_err(sort)
-    }
-
-    fn shut_down(&self) {
-        self.client.shut_down();
-    }
-
-    fn stats(&self) -> ServerStats {
-        let ClientStats { exchanges, posted, .. } = self.client.stats();
-        ServerStats {
-            messages: exchanges.sent.saturating_add(posted),
-            waits: exchanges.answers.saturating_add(exchanges.failures),
-            worst_wait: exchanges.worst_wait,
-        }
-    }
-}
-
 #[cfg(test)]
-#[path = "client_tests.rs"]
+#[path = "survey_tests.rs"]
 mod tests;

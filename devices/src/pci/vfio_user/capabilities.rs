@@ -1,6 +1,8 @@
 //! PCI 3.0 §6.7 and PCI Express 4.0 §7.6: the capability lists of a configuration space that nobody can be
 //! trusted to have filled correctly. Pure; ends after each position was seen once.
 
+use crate::pci::config_space::{STATUS_CAPABILITIES, offset};
+
 /// PCI capability ids.
 pub mod id {
     /// Message signalled interrupts.
@@ -11,6 +13,8 @@ pub mod id {
     pub const EXPRESS: u8 = 0x10;
     /// MSI-X.
     pub const MSI_X: u8 = 0x11;
+    /// Of the vendor's own kind; virtio has its structures described by such capabilities.
+    pub const VENDOR: u8 = 0x09;
 }
 
 /// PCI Express extended capability ids.
@@ -106,15 +110,12 @@ impl Taken {
 /// The capability list of the first 256 bytes.
 #[must_use]
 pub fn capabilities(config: &[u8]) -> Chain<Capability> {
-    const STATUS: u16 = 0x06;
-    const HAS_CAPABILITIES: u16 = 1 << 4;
-    const POINTER: u16 = 0x34;
     let mut chain = Chain { members: Vec::new(), cut: None };
-    if u16_at(config, STATUS).unwrap_or(0) & HAS_CAPABILITIES == 0 {
+    if u16_at(config, offset::STATUS).unwrap_or(0) & STATUS_CAPABILITIES == 0 {
         return chain;
     }
     let mut taken = Taken(vec![false; 64]);
-    let mut next = u8_at(config, POINTER).unwrap_or(0);
+    let mut next = u8_at(config, offset::CAPABILITIES).unwrap_or(0);
     while next != 0 {
         let at = u16::from(next);
         let member = u8_at(config, at).map(|id| Capability { at: next, id });

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::vring::Call;
 
-use super::contents::{COMMAND_OURS, Contents, InBar};
+use super::function::{COMMAND_OURS, FunctionShape, InBar};
 use super::pin::Ends;
 use super::server::Irq;
 use crate::lock;
@@ -101,19 +101,17 @@ impl Delivery {
     /// Everything off. `pin` is the GSI that the function's pin leads to.
     #[must_use]
     pub fn new(
-        contents: &Contents,
+        shape: &FunctionShape,
         calls: Arc<Calls>,
         interrupts: Arc<dyn Interrupts>,
         pin: Option<u32>,
     ) -> Self {
-        let msix = contents
-            .msix
-            .map(|shape| (u16::from(shape.at), Msix::new(shape.vectors, Arc::clone(&interrupts))));
-        let msi = contents.msi.map(|shape| {
-            let spec = MsiSpec { vectors: shape.vectors, wide: shape.wide, maskable: shape.maskable };
-            (u16::from(shape.at), spec, Msi::new(spec, Arc::clone(&interrupts)))
-        });
-        let pin = pin.filter(|_| contents.pin.is_some());
+        let msix =
+            shape.msix.map(|shape| (u16::from(shape.at), Msix::new(shape.vectors, Arc::clone(&interrupts))));
+        let msi = shape
+            .msi
+            .map(|shape| (u16::from(shape.at), shape.spec, Msi::new(shape.spec, Arc::clone(&interrupts))));
+        let pin = pin.filter(|_| shape.pin.is_some());
         Self { interrupts, calls, msix, msi, pin, line: None, connected_msix: false, connected_msi: false }
     }
 
@@ -216,8 +214,8 @@ impl Delivery {
     }
 
     /// Everything is off again, as at first.
-    pub fn reset(&mut self, contents: &Contents) {
-        *self = Self::new(contents, Arc::clone(&self.calls), Arc::clone(&self.interrupts), self.pin);
+    pub fn reset(&mut self, shape: &FunctionShape) {
+        *self = Self::new(shape, Arc::clone(&self.calls), Arc::clone(&self.interrupts), self.pin);
     }
 
     /// Nothing leads to the guest any more, for good.
@@ -233,8 +231,8 @@ impl Delivery {
 
 /// Where an access of `length` bytes at `offset` of `bar` goes.
 #[must_use]
-pub fn place(contents: &Contents, bar: BarIndex, offset: u64, length: usize) -> Place {
-    let Some(shape) = &contents.msix else { return Place::Server };
+pub fn place(shape: &FunctionShape, bar: BarIndex, offset: u64, length: usize) -> Place {
+    let Some(msix) = &shape.msix else { return Place::Server };
     let end = offset.saturating_add(u64::try_from(length).unwrap_or(u64::MAX));
     let place = |inside: &InBar, what: fn(u64) -> Place| {
         if inside.bar != bar || end <= inside.offset || inside.end() <= offset {
@@ -243,6 +241,6 @@ pub fn place(contents: &Contents, bar: BarIndex, offset: u64, length: usize) -> 
         let whole = inside.offset <= offset && end <= inside.end();
         Some(if whole { what(offset - inside.offset) } else { Place::Across })
     };
-    let found = place(&shape.table, Place::Table).or_else(|| place(&shape.pba, Place::Pending));
+    let found = place(&msix.table, Place::Table).or_else(|| place(&msix.pba, Place::Pending));
     found.unwrap_or(Place::Server)
 }

@@ -1,39 +1,12 @@
 //! What a server's function is, judged from its configuration space, region sizes and interrupt counts, and
 //! which bits of that space guests are shown otherwise. Pure; the server may have said anything.
 
-use std::fmt;
-
-use super::bars::{self, BarError, BarShape};
-use super::chain::{self, Capability, extended_id, id, u8_at, u16_at, u32_at};
+use super::bars::{self, BarShape};
+use super::capabilities::{self, Capability, extended_id, id, u8_at, u16_at, u32_at};
 use super::overlay::Overlay;
-use crate::pci::bar::Command;
-use crate::pci::{BarIndex, Msi, MsiSpec, Space};
-
-/// Offsets in the header that concern us.
-pub mod register {
-    /// Vendor and device.
-    pub const ID: u16 = 0x00;
-    /// Command.
-    pub const COMMAND: u16 = 0x04;
-    /// Status.
-    pub const STATUS: u16 = 0x06;
-    /// Revision and class.
-    pub const CLASS: u16 = 0x08;
-    /// Header type.
-    pub const HEADER_TYPE: u16 = 0x0e;
-    /// The first BAR.
-    pub const BARS: u16 = 0x10;
-    /// Subsystem vendor and device.
-    pub const SUBSYSTEM: u16 = 0x2c;
-    /// The expansion ROM's BAR.
-    pub const ROM: u16 = 0x30;
-    /// The first capability.
-    pub const CAPABILITIES: u16 = 0x34;
-    /// The interrupt line.
-    pub const LINE: u16 = 0x3c;
-    /// The interrupt pin.
-    pub const PIN: u16 = 0x3d;
-}
+use crate::pci::bar::{BarError, Command};
+use crate::pci::config_space::{STATUS_CAPABILITIES, offset};
+use crate::pci::{BarIndex, Identity, Msi, MsiSpec};
 
 /// The bits of the command register that the client answers itself: I/O and memory decode, bus master, INTx disable.
 pub const COMMAND_OURS: u16 = Command::IO | Command::MEMORY | Command::MASTER | Command::INTX_DISABLE;
@@ -49,25 +22,6 @@ pub struct Said<'a> {
     pub interrupts: &'a [u32; 3],
 }
 
-/// Who a function says it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Identity {
-    /// Vendor.
-    pub vendor: u16,
-    /// Device.
-    pub device: u16,
-    /// Base class, subclass, programming interface.
-    pub class: u32,
-    /// Revision.
-    pub revision: u8,
-}
-
-impl fmt::Display for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:04x}:{:04x} class {:06x}", self.vendor, self.device, self.class)
-    }
-}
-
 /// A structure in a BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InBar {
@@ -80,6 +34,15 @@ pub struct InBar {
 }
 
 impl InBar {
+    const NOWHERE: Self = Self { bar: BarIndex::FIRST, offset: 0, size: 0 };
+
+    /// Whether an access touches it.
+    #[must_use]
+    pub fn is_touched(&self, bar: BarIndex, offset: u64, length: usize) -> bool {
+        let size = u64::try_from(length).unwrap_or(u64::MAX);
+        self.overlaps(&InBar { bar, offset, size })
+    }
+
     /// The first byte behind it.
     #[must_use]
     pub fn end(&self) -> u64 {
@@ -104,17 +67,22 @@ pub struct MsixShape {
     pub pba: InBar,
 }
 
+impl MsixShape {
+    /// The first `vectors` of the table's entries.
+    fn limited(self, vectors: u16) -> Self {
+        let table = InBar { size: u64::from(vectors) * 16, ..self.table };
+        let pba = InBar { size: u64::from(vectors).div_ceil(64) * 8, ..self.pba };
+        Self { vectors, table, pba, ..self }
+    }
+}
+
 /// MSI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsiShape {
     /// The capability.
     pub at: u8,
-    /// Vectors: a power of two, 32 at most.
-    pub vectors: u8,
-    /// Whether addresses have 64 bits.
-    pub wide: bool,
-    /// Whether vectors can be masked.
-    pub maskable: bool,
+    /// What it has.
+    pub spec: MsiSpec,
 }
 
 /// Something that guests are not shown, though the server has it.
@@ -127,12 +95,16 @@ pub enum Oddity {
     #[error("MSI-X is hidden: {0}")]
     MsixHidden(&'static str),
     /// There are fewer vectors than entries.
-    #[error("MSI-X has {entries} entries, of which only {vectors} are shown as there are no more interrupts")]
+    #[error("{kind} has {entries} vectors, of which only {vectors} are shown: {why}")]
     FewerVectors {
+        /// MSI-X or MSI.
+        kind: &'static str,
         /// What the capability says.
         entries: u16,
         /// What guests see.
         vectors: u16,
+        /// Who has no more.
+        why: &'static str,
     },
     /// MSI cannot work.
     #[error("MSI is hidden: the server has no interrupts for it")]
@@ -161,7 +133,7 @@ pub enum Unfit {
 
 /// A function that can be shown to guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Contents {
+pub struct FunctionShape {
     /// Who it is.
     pub identity: Identity,
     /// Its BARs.
@@ -172,6 +144,8 @@ pub struct Contents {
     pub msi: Option<MsiShape>,
     /// The interrupt pin, 1 to 4, if it works.
     pub pin: Option<u8>,
+    /// The device status of a virtio function.
+    pub virtio_status: Option<InBar>,
     /// Bytes whose bits reset the function when they are written as 1.
     pub resets: Vec<(u16, u8)>,
     /// What is ours and never changes. Command, BARs, interrupt line and what MSI and MSI-X keep come on top.
@@ -180,7 +154,7 @@ pub struct Contents {
     pub oddities: Vec<Oddity>,
 }
 
-impl Contents {
+impl FunctionShape {
     /// Judges what a server says.
     ///
     /// # Errors
@@ -193,63 +167,66 @@ impl Contents {
             0x1000 => 0x1000,
             _ => return Err(Unfit::ConfigSize(size)),
         };
-        let ids = u32_at(config, register::ID).unwrap_or(u32::MAX);
+        let ids = u32_at(config, offset::ID).unwrap_or(u32::MAX);
         if matches!(ids, 0 | 0xffff_0000) || ids & 0xffff == 0xffff {
             return Err(Unfit::Absent(ids));
         }
-        let header_type = u8_at(config, register::HEADER_TYPE).unwrap_or(u8::MAX);
+        let header_type = u8_at(config, offset::HEADER_TYPE).unwrap_or(u8::MAX);
         if header_type & 0x7f != 0 {
             return Err(Unfit::HeaderType(header_type));
         }
         let bars = bars::judge(config, said.bars)?;
         let [vendor_low, vendor_high, device_low, device_high] = ids.to_le_bytes();
-        let class = u32_at(config, register::CLASS).unwrap_or(0);
+        let class = u32_at(config, offset::REVISION).unwrap_or(0);
         let identity = Identity {
             vendor: u16::from_le_bytes([vendor_low, vendor_high]),
             device: u16::from_le_bytes([device_low, device_high]),
             class: class >> 8,
-            revision: u8_at(config, register::CLASS).unwrap_or(0),
+            revision: u8_at(config, offset::REVISION).unwrap_or(0),
+            subsystem_vendor: u16_at(config, offset::SUBSYSTEM).unwrap_or(0),
+            subsystem: u16_at(config, offset::SUBSYSTEM + 2).unwrap_or(0),
         };
-        let mut contents = Contents {
+        let mut shape = FunctionShape {
             identity,
             bars,
             msix: None,
             msi: None,
             pin: None,
+            virtio_status: None,
             resets: Vec::new(),
             overlay: Overlay::new(space),
             oddities: Vec::new(),
         };
         // Who it is does not change, whatever the server says later.
-        for constant in [register::ID, register::CLASS, register::SUBSYSTEM] {
-            contents.overlay.claim(constant, u32::MAX, u32_at(config, constant).unwrap_or(0));
+        for constant in [offset::ID, offset::REVISION, offset::SUBSYSTEM] {
+            shape.overlay.claim(constant, u32::MAX, u32_at(config, constant).unwrap_or(0));
         }
-        contents.overlay.claim(register::HEADER_TYPE, 0xff, 0);
+        shape.overlay.claim(offset::HEADER_TYPE, 0xff, 0);
         for index in 0..6 {
-            contents.overlay.claim(register::BARS + 4 * index, u32::MAX, 0);
+            shape.overlay.claim(offset::BARS + 4 * index, u32::MAX, 0);
         }
-        contents.overlay.claim(register::LINE, 0xff, 0);
-        contents.overlay.claim(register::ROM, u32::MAX, 0);
-        contents.show_pin(said);
-        contents.show_capabilities(said);
-        contents.show_extended(config);
-        Ok(contents)
+        shape.overlay.claim(offset::INTERRUPT_LINE, 0xff, 0);
+        shape.overlay.claim(offset::ROM, u32::MAX, 0);
+        shape.show_pin(said);
+        shape.show_capabilities(said);
+        shape.show_extended(config);
+        Ok(shape)
     }
 
     fn show_pin(&mut self, said: &Said<'_>) {
         let [intx, ..] = *said.interrupts;
-        let pin = u8_at(said.config, register::PIN).unwrap_or(0);
+        let pin = u8_at(said.config, offset::INTERRUPT_PIN).unwrap_or(0);
         match (pin, intx) {
             (0, _) => {}
             (1..=4, 0) => self.oddities.push(Oddity::PinHidden("the server has no interrupt for it")),
             (1..=4, _) => self.pin = Some(pin),
             _ => self.oddities.push(Oddity::PinHidden("there are four pins only")),
         }
-        self.overlay.claim(register::PIN, 0xff, self.pin.unwrap_or(0).into());
+        self.overlay.claim(offset::INTERRUPT_PIN, 0xff, self.pin.unwrap_or(0).into());
     }
 
     fn show_capabilities(&mut self, said: &Said<'_>) {
-        let chain = chain::capabilities(said.config);
+        let chain = capabilities::capabilities(said.config);
         self.oddities.extend(chain.cut.map(Oddity::ChainCut));
         let mut shown: Vec<Capability> = Vec::new();
         let (mut seen_msi, mut seen_msix) = (false, false);
@@ -259,6 +236,10 @@ impl Contents {
                 id::MSI => !std::mem::replace(&mut seen_msi, true) && self.show_msi(said, member.at),
                 id::EXPRESS => {
                     self.show_express(said.config, member.at);
+                    true
+                }
+                id::VENDOR => {
+                    self.find_virtio(said.config, member.at);
                     true
                 }
                 id::ADVANCED_FEATURES => {
@@ -274,10 +255,9 @@ impl Contents {
                 shown.push(member);
             }
         }
-        const HAS_CAPABILITIES: u32 = 1 << 4;
-        let flag = if shown.is_empty() { 0 } else { HAS_CAPABILITIES };
-        self.overlay.claim(register::STATUS, HAS_CAPABILITIES, flag);
-        let mut pointer = register::CAPABILITIES;
+        let flag = if shown.is_empty() { 0 } else { STATUS_CAPABILITIES };
+        self.overlay.claim(offset::STATUS, STATUS_CAPABILITIES.into(), flag.into());
+        let mut pointer = offset::CAPABILITIES;
         for member in shown {
             self.overlay.claim(pointer, 0xff, member.at.into());
             self.overlay.claim(member.at.into(), 0xff, member.id.into());
@@ -293,36 +273,34 @@ impl Contents {
         let control = u16_at(said.config, from + 2).unwrap_or(0);
         let entries = (control & 0x7ff) + 1;
         let vectors = entries.min(u16::try_from(count).unwrap_or(u16::MAX));
+        let oddities = &mut self.oddities;
         let mut hide = |why| {
-            self.oddities.push(Oddity::MsixHidden(why));
+            oddities.push(Oddity::MsixHidden(why));
             false
         };
         if vectors == 0 {
             return hide("the server has no interrupts for it");
         }
-        let place = |register: u16, size: u64| {
+        // Who serves the function does not serve these, so it need not have memory behind them.
+        let bars = &mut self.bars;
+        let mut place = |register: u16, size: u64| {
             let value = u32_at(said.config, from + register).unwrap_or(u32::MAX);
             let bar = u8::try_from(value & 7).ok().and_then(BarIndex::new)?;
             let place = InBar { bar, offset: u64::from(value & !7), size };
-            let shape = self.bars.get(usize::from(bar.get())).copied().flatten();
-            shape
-                .is_some_and(|bar| bar.kind.space() == Space::Memory && place.end() <= bar.size)
-                .then_some(place)
+            (bars::make_memory(bars, &place)).then_some(place)
         };
-        let bits = u64::from(vectors).div_ceil(64) * 8;
-        let Some(table) = place(4, u64::from(vectors) * 16) else {
-            return hide("its table is in no memory BAR");
-        };
-        let Some(pba) = place(8, bits) else {
-            return hide("its pending bits are in no memory BAR");
+        let whole = MsixShape { at, vectors, table: InBar::NOWHERE, pba: InBar::NOWHERE }.limited(vectors);
+        let (Some(table), Some(pba)) = (place(4, whole.table.size), place(8, whole.pba.size)) else {
+            return hide("its table or its pending bits are where no memory BAR can be");
         };
         if table.overlaps(&pba) {
             return hide("its table and its pending bits overlap");
         }
         if vectors < entries {
-            self.oddities.push(Oddity::FewerVectors { entries, vectors });
+            let why = "the server has no more interrupts";
+            self.oddities.push(Oddity::FewerVectors { kind: "MSI-X", entries, vectors, why });
         }
-        self.msix = Some(MsixShape { at, vectors, table, pba });
+        self.msix = Some(MsixShape { table, pba, ..whole });
         // Table size, and where both are; enable and function mask come on top.
         self.overlay.claim(from + 2, 0x3fff, u32::from(vectors - 1));
         for (register, place) in [(4, table), (8, pba)] {
@@ -343,16 +321,72 @@ impl Contents {
             self.oddities.push(Oddity::MsiHidden);
             return false;
         };
-        let shape = MsiShape { at, vectors, wide: control & 0x80 != 0, maskable: control & 0x100 != 0 };
-        self.msi = Some(shape);
+        let spec = MsiSpec { vectors, wide: control & 0x80 != 0, maskable: control & 0x100 != 0 };
+        self.msi = Some(MsiShape { at, spec });
         // Everything but the enable bits is constant; those, address, data and masks come on top.
         let constant = vectors.ilog2() << 1 | u32::from(control & 0x180);
         self.overlay.claim(from + 2, 0xff8e, constant);
-        let spec = MsiSpec { vectors, wide: shape.wide, maskable: shape.maskable };
         for offset in (4..u16::from(Msi::length(spec))).step_by(4) {
             self.overlay.claim(from + offset, u32::MAX, 0);
         }
         true
+    }
+
+    /// Virtio 1.2 §4.1.4: where the common configuration is, and in it the device status.
+    fn find_virtio(&mut self, config: &[u8], at: u8) {
+        const VENDOR: u16 = 0x1af4;
+        const COMMON_CONFIGURATION: u8 = 1;
+        const DEVICE_STATUS: u64 = 0x14;
+        let from = u16::from(at);
+        let bar = u8_at(config, from + 4).and_then(BarIndex::new);
+        if let (VENDOR, Some(COMMON_CONFIGURATION), None, Some(bar), Some(begin)) =
+            (self.identity.vendor, u8_at(config, from + 3), self.virtio_status, bar, u32_at(config, from + 8))
+        {
+            self.virtio_status = Some(InBar { bar, offset: u64::from(begin) + DEVICE_STATUS, size: 1 });
+        }
+    }
+
+    /// Message vectors that the guest may use at once.
+    #[must_use]
+    pub fn vectors(&self) -> u16 {
+        let msi = self.msi.map_or(0, |msi| msi.spec.vectors.into());
+        self.msix.map_or(msi, |msix| msix.vectors.max(msi))
+    }
+
+    /// Shows no more message vectors than `most`, which is 1 at least: the machine has no more.
+    pub fn limit_vectors(&mut self, most: u16) {
+        let most = most.max(1);
+        let mut fewer = |kind, entries, vectors| {
+            let why = "the host has no more interrupt routes";
+            self.oddities.push(Oddity::FewerVectors { kind, entries, vectors, why });
+        };
+        if let Some(msix) = self.msix.as_mut().filter(|msix| msix.vectors > most) {
+            fewer("MSI-X", msix.vectors, most);
+            *msix = msix.limited(most);
+            self.overlay.claim(u16::from(msix.at) + 2, 0x3fff, u32::from(most - 1));
+        }
+        if let Some(msi) = self.msi.as_mut().filter(|msi| u16::from(msi.spec.vectors) > most) {
+            let vectors = 1_u8.checked_shl(most.ilog2()).unwrap_or(1);
+            fewer("MSI", msi.spec.vectors.into(), vectors.into());
+            msi.spec.vectors = vectors;
+            self.overlay.claim(u16::from(msi.at) + 2, 0xe, vectors.ilog2() << 1);
+        }
+    }
+
+    /// Says in the log what guests are not shown of the device called `name`, and what that costs them.
+    pub fn report(&self, name: &str) {
+        let cost = match (&self.msix, &self.msi, self.pin) {
+            (Some(_), ..) => "",
+            (None, Some(_), _) => "; the guest uses MSI instead",
+            (None, None, Some(_)) => {
+                "; the guest uses the pin instead: each interrupt costs exits and a round trip to the server"
+            }
+            (None, None, None) => "; the guest hears no interrupt of it",
+        };
+        for oddity in &self.oddities {
+            let cost = if matches!(oddity, Oddity::ChainCut(_)) { "" } else { cost };
+            log::warn!("device {name}: {oddity}{cost}");
+        }
     }
 
     /// The function is part of the root complex: it has no link.
@@ -382,7 +416,7 @@ impl Contents {
         if config.len() <= 0x100 {
             return;
         }
-        let chain = chain::extended(config);
+        let chain = capabilities::extended(config);
         self.oddities.extend(chain.cut.map(Oddity::ChainCut));
         // The first one's place cannot be left out: a hidden one there is of no kind.
         let shown = chain.members.iter().filter(|member| member.at == 0x100 || !HIDDEN.contains(&member.id));
@@ -403,5 +437,5 @@ impl Contents {
 }
 
 #[cfg(test)]
-#[path = "contents_tests.rs"]
+#[path = "function_tests.rs"]
 mod tests;

@@ -198,5 +198,5 @@ fn wait<'a>(fds: impl Iterator<Item = BorrowedFd<'a>>, changed: &'a Kick) -> io:
 }
 
 #[cfg(test)]
-#[path = "intx_tests.rs"]
+#[path = "lines_tests.rs"]
 mod tests;

@@ -1,6 +1,5 @@
 //! Servers that are asked what their function is.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -33,11 +32,11 @@ fn open_with(
     offer: Offer,
     script: Script,
     limits: &Limits,
-) -> (ScriptedServer, Result<Arc<Remote>, OpenError>) {
+) -> (ScriptedServer, Result<FunctionShape, OpenError>) {
     let (server, stream) = ScriptedServer::pair(offer, script).unwrap();
     let client = Client::from_stream(stream, "scripted", limits).unwrap();
-    let opened = open(client, "it".to_owned(), Wishes::default(), &testing::memory());
-    (server, opened.map(|opened| opened.remote))
+    let surveyed = survey(client, Wishes::default(), &testing::memory());
+    (server, surveyed.map(|surveyed| surveyed.shape))
 }
 
 #[test]
@@ -46,21 +45,21 @@ fn what_the_last_client_left_on_is_off_before_memory_is_given() {
         config[4..6].copy_from_slice(&[0x47, 0x05]);
         config[0x43] = 0x80;
     });
-    let (server, remote) = open_with(left, Script::normal(), &Limits::default());
-    let remote = remote.unwrap();
+    let (server, shape) = open_with(left, Script::normal(), &Limits::default());
+    let shape = shape.unwrap();
     let config = server.region(CONFIG);
     assert_eq!((&config[4..6], config[0x43] & 0x80), ([0, 0].as_slice(), 0));
     let seen: Vec<_> = server.seen().iter().map(|seen| seen.command).collect();
     let last_write = seen.iter().rposition(|command| *command == Command::REGION_WRITE).unwrap();
     let first_map = seen.iter().position(|command| *command == Command::DMA_MAP).unwrap();
     assert!(last_write < first_map, "{seen:?}");
-    assert_eq!(remote.contents.msix.map(|msix| msix.vectors), Some(6));
+    assert_eq!(shape.msix.map(|msix| msix.vectors), Some(6));
 }
 
 #[test]
 fn a_function_that_is_quiet_is_not_written_to() {
-    let (server, remote) = open_with(offer(0x100, |_| ()), Script::normal(), &Limits::default());
-    remote.unwrap();
+    let (server, shape) = open_with(offer(0x100, |_| ()), Script::normal(), &Limits::default());
+    shape.unwrap();
     assert_eq!(server.count(Command::REGION_WRITE), 0);
 }
 
@@ -79,8 +78,8 @@ fn a_list_of_extended_capabilities_that_the_server_makes_last_is_cut() {
         (64..1024).fold(Script::normal(), |script, n| script.on_nth(Command::REGION_READ, n, slow.clone()));
     let begun = Instant::now();
     let limit = Duration::from_secs(2);
-    let (_server, remote) = open_with(endless, script, &Limits::new(limit));
-    let cut = remote.unwrap().contents.oddities.clone();
+    let (_server, shape) = open_with(endless, script, &Limits::new(limit));
+    let cut = shape.unwrap().oddities;
     assert!(begun.elapsed() < limit * 5, "{:?}", begun.elapsed());
     assert!(cut.iter().any(|oddity| oddity.to_string().contains("cut at")), "{cut:?}");
 }

@@ -1,4 +1,4 @@
-//! The lines "PCI contents", "Region info" and "Interrupts" of a faulty server.
+//! The lines "PCI shape", "Region info" and "Interrupts" of a faulty server.
 
 // Bytes of a header, taken apart.
 #![allow(clippy::cast_possible_truncation)]
@@ -65,16 +65,16 @@ impl Space {
         self.put8(at.into(), id).put8(usize::from(at) + 1, next)
     }
 
-    fn judge(&self) -> Result<Contents, Unfit> {
-        Contents::judge(&Said { config: &self.config, bars: &self.bars, interrupts: &self.interrupts })
+    fn judge(&self) -> Result<FunctionShape, Unfit> {
+        FunctionShape::judge(&Said { config: &self.config, bars: &self.bars, interrupts: &self.interrupts })
     }
 
     /// What the guest reads there.
     fn shown(&self, at: u16) -> u32 {
-        let contents = self.judge().unwrap();
+        let shape = self.judge().unwrap();
         let from = usize::from(at);
         let mut data = self.config[from..from + 4].to_vec();
-        contents.overlay.cover(at, &mut data);
+        shape.overlay.cover(at, &mut data);
         u32_at(&data, 0).unwrap()
     }
 
@@ -110,27 +110,27 @@ impl Space {
     }
 
     fn msix_oddity(&self) -> Vec<Oddity> {
-        let contents = self.judge().unwrap();
-        assert_eq!(contents.msix, None);
+        let shape = self.judge().unwrap();
+        assert_eq!(shape.msix, None);
         assert!(!self.walked().iter().any(|(_, id)| *id == id::MSI_X));
-        contents.oddities
+        shape.oddities
     }
 }
 
 #[test]
 fn a_plain_endpoint_is_shown_as_it_is() {
     let space = Space::new();
-    let contents = space.judge().unwrap();
-    assert_eq!(contents.oddities, []);
-    assert_eq!(contents.identity.to_string(), "1234:5678 class 010802");
+    let shape = space.judge().unwrap();
+    assert_eq!(shape.oddities, []);
+    assert_eq!(shape.identity.to_string(), "1234:5678 class 010802");
     assert_eq!((space.shown(0), space.shown(8), space.shown(0x2c)), (0x5678_1234, 0x0108_0201, 0xbeef_cafe));
     let sizes: Vec<_> =
-        contents.bars.iter().flatten().map(|bar| (bar.index.get(), bar.kind, bar.size)).collect();
+        shape.bars.iter().flatten().map(|bar| (bar.index.get(), bar.kind, bar.size)).collect();
     assert_eq!(
         sizes,
         [(0, BarKind::Io, 0x20), (1, BarKind::Memory32, 0x4000), (2, BarKind::Prefetchable64, 0x4000)]
     );
-    let msix = contents.msix.unwrap();
+    let msix = shape.msix.unwrap();
     assert_eq!((msix.at, msix.vectors), (0x40, 16));
     assert_eq!(msix.table, InBar { bar: BarIndex::ALL[2], offset: 0x2000, size: 256 });
     assert_eq!(msix.pba, InBar { bar: BarIndex::ALL[2], offset: 0x3000, size: 8 });
@@ -164,8 +164,8 @@ fn functions_that_are_absent_or_bridges_are_refused() {
 #[test]
 fn bars_are_as_large_as_their_regions_rounded_up() {
     for (region, size) in [(1, 0x1000), (8, 0x1000), (0x3000, 0x4000), (0x1000, 0x1000), (LARGEST, LARGEST)] {
-        let contents = Space::new().bar(4, 0x4, region).judge().unwrap();
-        let bar = contents.bars[4].unwrap();
+        let shape = Space::new().bar(4, 0x4, region).judge().unwrap();
+        let bar = shape.bars[4].unwrap();
         assert_eq!((bar.size, bar.region), (size, region));
     }
     assert_eq!(Space::new().bar(4, 0x4, 0).judge().unwrap().bars[4], None);
@@ -176,18 +176,21 @@ fn bars_are_as_large_as_their_regions_rounded_up() {
         "as the sample server of libvfio-user has them"
     );
     for region in [LARGEST + 1, 1 << 52, 1 << 63, u64::MAX] {
-        let refused = Unfit::Bar(BarError::TooLarge { index: BarIndex::ALL[4], size: region, most: LARGEST });
+        let refused = Unfit::Bar(BarError::Size { index: BarIndex::ALL[4], size: region });
         assert_eq!(Space::new().bar(4, 0x4, region).judge(), Err(refused));
     }
     for (register, region) in [(0, (1 << 31) + 1), (1, 0x4001)] {
         let judged = Space::new().bar(4, register, region).judge();
-        assert!(matches!(judged, Err(Unfit::Bar(BarError::TooLarge { .. }))), "{judged:?}");
+        assert!(matches!(judged, Err(Unfit::Bar(BarError::Size { .. }))), "{judged:?}");
     }
 }
 
 #[test]
 fn a_64_bit_bar_needs_two_registers_and_hides_what_is_said_of_the_second() {
-    assert_eq!(Space::new().bar(5, 0x4, 0x1000).judge(), Err(Unfit::Bar(BarError::NoUpperHalf)));
+    assert_eq!(
+        Space::new().bar(5, 0x4, 0x1000).judge(),
+        Err(Unfit::Bar(BarError::Overlap(BarIndex::ALL[5])))
+    );
     assert!(Space::new().bar(5, 0x4, 0).judge().is_ok());
     assert_eq!(Space::new().bar(3, 0x4, 1 << 63).judge().unwrap().bars[3], None);
 }
@@ -254,23 +257,45 @@ fn extended_capabilities_that_nobody_could_serve_are_hidden() {
 }
 
 #[test]
+fn msix_is_ours_wherever_the_capability_says_it_is() {
+    let in_bar = |table: u32, pba: u32| Space::new().put32(0x44, table).put32(0x48, pba);
+    let memory = |kind, size, region| (kind, size, region);
+    for (space, bar, expected) in [
+        // As SPDK has its virtio functions: the register of the pending bits' BAR reads as ports.
+        (in_bar(0x2002, 0), 0, memory(BarKind::Memory32, 0x1000, 0x20)),
+        (in_bar(0, 0x3002), 0, memory(BarKind::Memory32, 0x1000, 0x20)),
+        // A BAR that is not there, and BARs that are too small.
+        (in_bar(4, 0x3002), 4, memory(BarKind::Memory32, 0x1000, 0)),
+        (in_bar(0x2_0000 | 4, 0x3002), 4, memory(BarKind::Memory32, 0x4_0000, 0)),
+        (in_bar(0x3f08 | 2, 0x2002), 2, memory(BarKind::Prefetchable64, 0x8000, 0x4000)),
+        (in_bar(0x2002, 0x4000 | 2), 2, memory(BarKind::Prefetchable64, 0x8000, 0x4000)),
+    ] {
+        let shape = space.judge().unwrap();
+        assert_eq!(shape.oddities, []);
+        let shown = shape.bars[bar].unwrap();
+        assert_eq!((shown.kind, shown.size, shown.region), expected, "{shape:x?}");
+        assert_eq!(space.walked(), [(0x40, id::MSI_X)]);
+        let msix = shape.msix.unwrap();
+        for place in [msix.table, msix.pba] {
+            assert!(place.end() <= shape.bars[usize::from(place.bar.get())].unwrap().size);
+        }
+    }
+}
+
+#[test]
 fn msix_that_cannot_work_is_hidden() {
     let in_bar = |table: u32, pba: u32| Space::new().put32(0x44, table).put32(0x48, pba);
-    let table = "its table is in no memory BAR";
-    let pba = "its pending bits are in no memory BAR";
+    let nowhere = "its table or its pending bits are where no memory BAR can be";
     let overlap = "its table and its pending bits overlap";
     let cases = [
-        // Absent: BAR 4, the upper half of BAR 2, numbers that no BAR has. I/O: BAR 0.
-        (in_bar(4, 0x3002), table),
-        (in_bar(3, 0x3002), table),
-        (in_bar(6, 0x3002), table),
-        (in_bar(7, 0x3002), table),
-        (in_bar(0, 0x3002), table),
-        (in_bar(0x2002, 0), pba),
-        // Too small.
-        (in_bar(0x3f08 | 2, 0x2002), table),
-        (in_bar(0xffff_fff8 | 2, 0x2002), table),
-        (in_bar(0x2002, 0x4000 | 2), pba),
+        // The upper half of BAR 2, numbers that no BAR has.
+        (in_bar(3, 0x3002), nowhere),
+        (in_bar(6, 0x3002), nowhere),
+        (in_bar(7, 0x3002), nowhere),
+        (in_bar(0x2002, 3), nowhere),
+        // No BAR is made as large as that.
+        (in_bar(0xffff_fff8 | 2, 0x2002), nowhere),
+        (in_bar(0x2002, 0x10_0000 | 2), nowhere),
         (in_bar(0x2002, 0x2002), overlap),
         (in_bar(0x2002, 0x20f8 | 2), overlap),
     ];
@@ -310,7 +335,7 @@ fn msi_has_as_many_vectors_as_the_server_serves() {
         (2 << 1, 100, 4),
     ] {
         let shape = msi(control | 0x180, count).judge().unwrap().msi.unwrap();
-        assert_eq!((shape.at, shape.vectors, shape.wide, shape.maskable), (0x50, vectors, true, true));
+        assert_eq!((shape.at, shape.spec), (0x50, MsiSpec { vectors, wide: true, maskable: true }));
         assert_eq!(msi(control, count).shown(0x50) >> 17 & 7, vectors.ilog2());
     }
     assert_eq!(msi(0, 0).judge().unwrap().oddities, [Oddity::MsiHidden]);
@@ -357,4 +382,31 @@ fn noise_is_judged_without_panic_and_shown_without_loops() {
             space.walked_extended();
         }
     }
+}
+
+#[test]
+fn no_more_vectors_are_shown_than_the_machine_has_routes() {
+    let space = Space { interrupts: [1, 32, 2048], ..Space::new() }.put16(0x42, 0x7ff).bar(2, 4, 0x1_0000);
+    let space =
+        space.put32(0x48, 0xa002).link(0x40, id::MSI_X, 0x50).link(0x50, id::MSI, 0).put16(0x52, 5 << 1);
+    let mut shape = space.judge().unwrap();
+    assert_eq!(shape.vectors(), 2048);
+    shape.limit_vectors(4096);
+    assert_eq!((shape.vectors(), shape.oddities.len()), (2048, 0));
+    shape.limit_vectors(131);
+    assert_eq!(
+        (shape.vectors(), shape.msix.unwrap().table.size, shape.msix.unwrap().pba.size),
+        (131, 131 * 16, 24)
+    );
+    let read = |shape: &FunctionShape, at| {
+        let mut data = [0; 4];
+        shape.overlay.cover(at, &mut data);
+        u32_at(&data, 0).unwrap()
+    };
+    assert_eq!((read(&shape, 0x40) >> 16 & 0x7ff, read(&shape, 0x50) >> 17 & 7), (130, 5));
+    shape.limit_vectors(20);
+    assert_eq!((read(&shape, 0x40) >> 16 & 0x7ff, read(&shape, 0x50) >> 17 & 7), (19, 4));
+    assert_eq!(shape.oddities.len(), 3);
+    shape.limit_vectors(0);
+    assert_eq!(shape.vectors(), 1, "as nothing else can be said");
 }

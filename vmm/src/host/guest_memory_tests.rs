@@ -1,5 +1,7 @@
 use super::*;
 
+use std::os::fd::OwnedFd;
+
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 #[test]
