@@ -31,6 +31,7 @@ pub struct Client {
     _open: Arc<Open>,
     version: Version,
     deadline: Duration,
+    until: Option<Deadline>,
 }
 
 /// Ends the connection, which a receiver and pending replies keep as well.
@@ -83,13 +84,13 @@ impl Client {
         let _first = shared.version.set(version);
         let shared = Arc::new(shared);
         let open = Arc::new(Open(Arc::clone(&shared)));
-        Ok(Self { shared, _open: open, version, deadline: limits.deadline() })
+        Ok(Self { shared, _open: open, version, deadline: limits.deadline(), until: None })
     }
 
-    /// The same connection with another deadline: for what is known to take long.
+    /// The same connection, with one deadline for all that is asked of it: for operations that belong together.
     #[must_use]
-    pub fn with_deadline(&self, deadline: Duration) -> Self {
-        Self { deadline, ..self.clone() }
+    pub fn until(&self, deadline: &Deadline) -> Self {
+        Self { until: Some(*deadline), ..self.clone() }
     }
 
     /// For how long each method blocks at most.
@@ -163,7 +164,7 @@ impl Client {
     }
 
     pub(super) fn deadline(&self) -> Deadline {
-        Deadline::after(self.deadline)
+        self.until.unwrap_or_else(|| Deadline::after(self.deadline))
     }
 
     pub(super) fn error(&self, command: Command, cause: Cause) -> Error {

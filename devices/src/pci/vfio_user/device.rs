@@ -82,8 +82,8 @@ pub struct VfioUserDevice {
     plugged: Mutex<Option<PluggedFunction>>,
     /// The guest of the present board has let go of it.
     ejected: AtomicBool,
-    /// The driver of a virtio function has reset it after the server was lost.
-    reset_when_lost: AtomicBool,
+    /// The last device status that the driver wrote to a virtio function is 0.
+    virtio_reset: AtomicBool,
     /// The log knows that the machine refused something.
     refusal_logged: AtomicBool,
     counters: [AccessCounter; 7],
@@ -112,7 +112,7 @@ impl VfioUserDevice {
             pinless: AtomicBool::default(),
             plugged: Mutex::default(),
             ejected: AtomicBool::default(),
-            reset_when_lost: AtomicBool::default(),
+            virtio_reset: AtomicBool::default(),
             refusal_logged: AtomicBool::default(),
             counters: Default::default(),
             requests: AtomicU64::default(),
@@ -461,23 +461,23 @@ impl VfioUserDevice {
         }
     }
 
-    /// Whether an access touches the device status of a virtio function.
-    fn is_virtio_status(&self, bar: BarIndex, offset: u64, length: usize) -> bool {
-        self.shape.virtio_status.is_some_and(|status| status.is_touched(bar, offset, length))
-    }
-
     /// A function without a server reads all ones, and drivers take that for a device that was pulled out. Linux's virtio
     /// driver resets the device all the same, and waits without an end for a device status of 0.
     fn read_lost(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
-        let is_reset = self.reset_when_lost.load(Ordering::Relaxed);
-        data.fill(if is_reset && self.is_virtio_status(bar, offset, data.len()) { 0 } else { 0xff });
+        let status = self.shape.virtio_status.filter(|status| status.is_touched(bar, offset, data.len()));
+        let is_reset = status.is_some() && self.virtio_reset.load(Ordering::Relaxed);
+        data.fill(if is_reset { 0 } else { 0xff });
     }
 
-    fn write_lost(&self, bar: BarIndex, offset: u64, data: &[u8]) {
-        let status = self.shape.virtio_status.and_then(|status| status.offset.checked_sub(offset));
-        let status = status.and_then(|index| data.get(usize::try_from(index).ok()?));
-        if status == Some(&0) && self.is_virtio_status(bar, offset, data.len()) {
-            self.reset_when_lost.store(true, Ordering::Relaxed);
+    /// Notes a reset of a virtio function by its driver: the server may be lost before it hears of the reset. A driver that
+    /// goes on with a lost function finds that its status stays 0.
+    fn note_virtio_status(&self, bar: BarIndex, offset: u64, data: &[u8]) {
+        let Some(status) = self.shape.virtio_status.filter(|status| status.bar == bar) else { return };
+        let index = status.offset.checked_sub(offset).and_then(|index| usize::try_from(index).ok());
+        match index.and_then(|index| data.get(index)) {
+            Some(0) => self.virtio_reset.store(true, Ordering::Relaxed),
+            Some(_) if !self.link.is_gone() => self.virtio_reset.store(false, Ordering::Relaxed),
+            _ => {}
         }
     }
 }
@@ -567,8 +567,9 @@ impl Function for VfioUserDevice {
 
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
         self.count(bar.get(), |counter| &counter.writes);
+        self.note_virtio_status(bar, offset, data);
         match interrupts::place(&self.shape, bar, offset, data.len()) {
-            _ if self.link.is_gone() => self.write_lost(bar, offset, data),
+            _ if self.link.is_gone() => {}
             Place::Server => {
                 if let Some(region) = self.region(bar, offset, data.len()).filter(|region| region.writable) {
                     self.requests.fetch_add(1, Ordering::Relaxed);

@@ -38,11 +38,6 @@ impl Session {
         let turn = client.version().must_not_cross().then(Mutex::default);
         Ok(Self { client: client.clone(), turn, process })
     }
-
-    /// The client, with what is left of an access's time.
-    fn within(&self, until: &Deadline) -> Client {
-        self.client.with_deadline(until.remaining().unwrap_or(Duration::ZERO))
-    }
 }
 
 fn sort(error: Error) -> ServerError {
@@ -80,23 +75,23 @@ impl Server for Session {
     }
 
     fn read(&self, region: u8, offset: u64, data: &mut [u8], until: &Deadline) -> Result<(), ServerError> {
-        self.within(until).read(RegionIndex(region.into()), offset, data).map_err(sort)
+        self.client.until(until).read(RegionIndex(region.into()), offset, data).map_err(sort)
     }
 
     fn write(&self, region: u8, offset: u64, data: &[u8], until: &Deadline) -> Result<(), ServerError> {
-        self.within(until).write(RegionIndex(region.into()), offset, data).map_err(sort)
+        self.client.until(until).write(RegionIndex(region.into()), offset, data).map_err(sort)
     }
 
     fn post(&self, region: u8, offset: u64, data: &[u8], until: &Deadline) -> Result<(), ServerError> {
-        self.within(until).post_write(RegionIndex(region.into()), offset, data).map_err(sort)
+        self.client.until(until).post_write(RegionIndex(region.into()), offset, data).map_err(sort)
     }
 
     fn arm(&self, kind: Irq, calls: &[BorrowedFd<'_>], until: &Deadline) -> Result<(), ServerError> {
-        self.within(until).arm_irqs(index(kind), calls).map_err(sort)
+        self.client.until(until).arm_irqs(index(kind), calls).map_err(sort)
     }
 
     fn disarm(&self, kind: Irq, until: &Deadline) -> Result<(), ServerError> {
-        self.within(until).disable_irqs(index(kind)).map_err(sort)
+        self.client.until(until).disable_irqs(index(kind)).map_err(sort)
     }
 
     fn unmask_pin(&self, look: Look) -> Result<(), ServerError> {
@@ -120,7 +115,7 @@ impl Server for Session {
     }
 
     fn reset(&self, until: &Deadline) -> Result<(), ServerError> {
-        self.within(until).reset().map_err(sort)
+        self.client.until(until).reset().map_err(sort)
     }
 
     fn shut_down(&self) {
