@@ -166,7 +166,7 @@ fn a_late_reply_is_discarded_and_never_taken_for_the_next_one() {
     let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
     client.write(RegionIndex(0), 0, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
     let mut data = [0; 4];
-    let error = client.with_deadline(BRIEF).read(RegionIndex(0), 0, &mut data).unwrap_err();
+    let error = client.until(&Deadline::after(BRIEF)).read(RegionIndex(0), 0, &mut data).unwrap_err();
     assert!(error.is_silence() && matches!(error.cause(), Cause::Silent(_)), "{error}");
     client.read(RegionIndex(0), 4, &mut data).unwrap();
     assert_eq!(data, [5, 6, 7, 8]);

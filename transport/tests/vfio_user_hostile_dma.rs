@@ -13,6 +13,7 @@ use support::vfio_user::{ALONE, BRIEF, PATIENT, row};
 use support::{GuestMemory, open_fds};
 use transport::memory::{GuestAddr, SharedRegion};
 use transport::peer::Limits;
+use transport::peer::deadline::Deadline;
 use transport::testing::vfio_user::{Act, Ask, Offer, Script, ScriptedServer};
 use transport::vfio_user::message::{Command, Header};
 use transport::vfio_user::{Client, DmaRights, RegionIndex, Served, Sharing};
@@ -135,7 +136,7 @@ fn a_server_that_floods_us_and_takes_no_answers_is_found_at_the_deadline() {
         let memory = GuestMemory::new(2 << 20);
         client.dma_map_all(&memory.map, Sharing::Messages).unwrap();
         let begin = Instant::now();
-        let error = client.with_deadline(BRIEF * 4).device_info().unwrap_err();
+        let error = client.until(&Deadline::after(BRIEF * 4)).device_info().unwrap_err();
         assert!(error.to_string().contains("did not answer DEVICE_GET_INFO within"), "{error}");
         assert!(begin.elapsed() < PATIENT && error.is_fatal());
         assert!(client.stats().dma_bytes < 32 << 20, "no more than it may leave with us");
@@ -152,12 +153,12 @@ fn a_server_that_stops_reading_is_found_at_the_deadline_and_posted_writes_stay_b
         let (server, stream) = ScriptedServer::pair(Offer::default(), script).unwrap();
         // A short deadline for what is not answered only.
         let client = Client::from_stream(stream, "scripted", &Limits::new(PATIENT)).unwrap();
-        let client = client.with_deadline(BRIEF);
+        let brief = || client.until(&Deadline::after(BRIEF));
         let receiver = with_receiver.then(|| client.receiver().unwrap());
-        assert!(client.reset().unwrap_err().is_silence());
+        assert!(brief().reset().unwrap_err().is_silence());
         let mut posted = 0u64;
         let error = loop {
-            match client.post_write(RegionIndex(0), 0, &[0; 8]) {
+            match brief().post_write(RegionIndex(0), 0, &[0; 8]) {
                 Ok(()) => posted += 1,
                 Err(error) => break error,
             }
@@ -165,7 +166,7 @@ fn a_server_that_stops_reading_is_found_at_the_deadline_and_posted_writes_stay_b
         };
         assert!(error.is_silence(), "{error}");
         assert!(error.to_string().contains("did not take REGION_WRITE within"), "{error}");
-        let error = client.read(RegionIndex(0), 0, &mut [0; 4]).unwrap_err();
+        let error = brief().read(RegionIndex(0), 0, &mut [0; 4]).unwrap_err();
         assert!(error.is_silence(), "{error}");
         drop(receiver);
         drop((client, server));
