@@ -8,13 +8,15 @@ use std::sync::{Arc, Mutex};
 
 use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
 use transport::vhost_user::features::DeviceFeatures;
+use transport::vhost_user::vring::RingBase;
+use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Session};
 
 use crate::lock;
 use crate::ports::{
     Access, DeviceMemory, Doorbells, FileRange, Guard, Interrupts, OnVanished, PortError, Ports,
     RegisterPage, Route, WriteMatch,
 };
-use crate::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
+use crate::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop};
 use crate::virtio::types::table::{ConfigSource, DeviceType, Model};
 
 /// Guest RAM of the tests: one region from 0.
@@ -283,6 +285,8 @@ pub(crate) struct Script {
     pub(crate) on_read: Outcome,
     pub(crate) on_write: Outcome,
     pub(crate) config: Vec<u8>,
+    /// Where its queues are when they stop.
+    pub(crate) bases: Vec<RingBase>,
     /// It has gone without a word.
     pub(crate) hung_up: bool,
     /// A start waits until something comes here.
@@ -313,7 +317,7 @@ impl Scripted {
 }
 
 impl Backend for Scripted {
-    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError> {
+    fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError> {
         let rings: Vec<String> = start
             .rings
             .iter()
@@ -327,26 +331,54 @@ impl Backend for Scripted {
         if let Some(gate) = gate {
             gate.recv().unwrap();
         }
-        let word = if start.begin == Begin::Resumed { "resume" } else { "start" };
-        self.note(format!("{word} {:x} {}", start.features.bits(), rings.join(" ")), |s| s.on_start)
+        self.note(format!("start {:x} {}", start.features.bits(), rings.join(" ")), |s| s.on_start)?;
+        Ok(None)
     }
 
     fn has_hung_up(&self) -> bool {
         lock(&self.0).hung_up
     }
 
-    fn stop(&mut self) -> Result<(), BackendError> {
-        self.note("stop".into(), |s| s.on_stop)
+    fn stop(&mut self, how: Stop) -> Result<Vec<RingBase>, BackendError> {
+        let word = match how {
+            Stop::Reset => "stop",
+            Stop::Drain => "drain",
+            Stop::Suspend => "suspend",
+        };
+        self.note(word.into(), |s| s.on_stop)?;
+        Ok(lock(&self.0).bases.clone())
     }
 
-    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
+    fn config(&mut self, written: Option<(u32, &[u8])>) -> Result<Vec<u8>, BackendError> {
+        if let Some((offset, bytes)) = written {
+            self.note(format!("write {offset} {bytes:?}"), |s| s.on_write)?;
+        }
         self.note("read".into(), |s| s.on_read)?;
         Ok(lock(&self.0).config.clone())
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
-        self.note(format!("write {offset} {bytes:?}"), |s| s.on_write)?;
-        self.read_config()
+    fn change_memory(&mut self, _: &MemoryMap) -> Result<MemoryChange, BackendError> {
+        Ok(MemoryChange::NeedsRestart)
+    }
+
+    fn live(&mut self) -> Result<&mut LiveSession, BackendError> {
+        Err(BackendError::Refused("scripted".into()))
+    }
+
+    fn standing(&mut self) -> Result<&mut Session, BackendError> {
+        Err(BackendError::Refused("scripted".into()))
+    }
+
+    fn translations(&self) -> Option<&IovaMap> {
+        None
+    }
+
+    fn notifies_in_band(&self) -> bool {
+        false
+    }
+
+    fn takes_inflight(&self) -> bool {
+        false
     }
 
     fn disconnect(&mut self) {

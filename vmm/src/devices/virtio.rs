@@ -254,7 +254,10 @@ impl MachineDevice for VirtioDevice {
         let stats = self.handle.stats();
         let Trapped { queue_notify, interrupt_ack, config_ack, config, other } = stats.trapped;
         let (state, broken) = match stats.phase {
-            PhaseReport::Idle | PhaseReport::Running | PhaseReport::NeedsReset(_) => ("idle", None),
+            PhaseReport::Idle
+            | PhaseReport::Running
+            | PhaseReport::Suspended
+            | PhaseReport::NeedsReset(_) => ("idle", None),
             PhaseReport::Recovering(_) => ("recovering", None),
             PhaseReport::Broken(why) => ("broken", Some(why)),
         };

@@ -7,25 +7,13 @@ pub mod survey;
 pub mod vhost_user;
 
 use std::error::Error;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use transport::memory::MemoryMap;
-use transport::vhost_user::extras::{SessionId, SymmetricSession};
 use transport::vhost_user::features::DriverFeatures;
-use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::{Ring, RingBase};
-use transport::vhost_user::{IovaMap, RingSwitch};
-
-/// Whether a backend is the first to have the queues.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Begin {
-    /// The driver has just set them up.
-    Fresh,
-    /// Another one had them and was cut off: what it had in flight is to be done.
-    Resumed,
-}
+use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Session};
 
 /// What a backend needs to start the queues.
 #[derive(Debug)]
@@ -34,10 +22,31 @@ pub struct Start<'a> {
     pub features: DriverFeatures,
     /// Guest memory.
     pub memory: &'a MemoryMap,
-    /// The queues that the driver enabled, checked.
+    /// The queues that the driver enabled, checked, and where each begins.
     pub rings: &'a [Ring<'a>],
-    /// Whether they ran before.
-    pub begin: Begin,
+    /// Where an earlier backend noted what it had in flight; none when nothing was, or nobody noted it.
+    pub inflight: Option<Arc<InflightArea>>,
+}
+
+/// How the queues stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Every request is finished first; the queues go on later.
+    Drain,
+    /// Nothing is waited for, where the backend can: the inflight area has what is in flight. Elsewhere as
+    /// [`Stop::Drain`].
+    Suspend,
+    /// Every request is finished first, and the device is reset.
+    Reset,
+}
+
+/// Whether running queues have a changed memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryChange {
+    /// They have.
+    Done,
+    /// They have to stop and start again for that.
+    NeedsRestart,
 }
 
 /// Why a backend did not do what it was asked.
@@ -96,148 +105,67 @@ pub struct BackendStats {
     pub worst_wait: Duration,
 }
 
-/// Whoever serves a device's queues. Called with the device's lock held, on vCPU threads and on the
-/// control thread, and while a device recovers on a thread of its own; every call ends within the
-/// peer's deadline.
+/// The backend that serves a device's queues. Called with the device's lock held, on vCPU threads and on the attendant's;
+/// a start in the place of a lost backend is called without the lock. Every call ends within the peer's deadline.
 pub trait Backend: Send {
-    /// Starts the queues.
+    /// Starts the queues. Gives the inflight area that the backend notes in, if it notes anything.
     ///
     /// # Errors
     /// When they do not run.
-    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError>;
+    fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError>;
 
-    /// Whether it was handed notes of what the lost backend had in flight, and a resumed start goes by
-    /// them.
-    fn has_notes(&self) -> bool {
-        false
-    }
-
-    /// Whether it has ended the connection, so that there is no point in starting it.
-    fn has_hung_up(&self) -> bool {
-        false
-    }
-
-    /// What stands between the driver's addresses and guest memory, for a driver that takes
-    /// ACCESS_PLATFORM. It may be asked for as long as the backend lives, connected or not.
-    fn translations(&self) -> Option<&IovaMap> {
-        None
-    }
-
-    /// Whether kicks and calls are messages: somebody has to pass them on then, see [`Backend::kick`].
-    fn notifies_in_band(&self) -> bool {
-        false
-    }
-
-    /// Tells the backend of a kick, where it takes no eventfd.
-    ///
-    /// # Errors
-    /// When it fails.
-    fn kick(&mut self, _queue: u16) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    /// Stops the queues and resets the device; afterwards the backend touches neither memory nor eventfds. A
-    /// backend that has not started has nothing to do.
+    /// Stops the queues; afterwards the backend touches neither memory nor eventfds. Gives where the queues are, in the
+    /// order in which they were started: nothing when they stood already, or were reset.
     ///
     /// # Errors
     /// When it cannot be said that they stopped. The backend is lost then.
-    fn stop(&mut self) -> Result<(), BackendError>;
+    fn stop(&mut self, how: Stop) -> Result<Vec<RingBase>, BackendError>;
 
-    /// The configuration space as it is now.
+    /// Passes on what the driver wrote to the configuration space, if anything; gives the configuration as it is then.
     ///
     /// # Errors
-    /// When it cannot be had.
-    fn read_config(&mut self) -> Result<Vec<u8>, BackendError>;
+    /// When the backend did not take it, or does not say what the configuration is.
+    fn config(&mut self, written: Option<(u32, &[u8])>) -> Result<Vec<u8>, BackendError>;
 
-    /// Passes on what the driver wrote to the configuration space, which is what this gives from then on.
-    ///
-    /// # Errors
-    /// When the backend did not take it, or does not say what came of it.
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError>;
-
-    /// The fd of an object that the backend offered to other devices.
-    ///
-    /// # Errors
-    /// When there is none.
-    fn shared_object(&mut self, _uuid: Uuid) -> Result<OwnedFd, BackendError> {
-        Err(BackendError::Refused("the backend shares no objects".into()))
-    }
-
-    /// Switches queues that were started on or off: those of a network card that its driver does not use.
-    ///
-    /// # Errors
-    /// When the backend does not.
-    fn switch_rings(&mut self, _queues: &[u16], _switch: RingSwitch) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    /// Opens a session of a crypto device.
-    ///
-    /// # Errors
-    /// When the backend does not.
-    fn create_crypto_session(&mut self, _session: &SymmetricSession) -> Result<SessionId, BackendError> {
-        Err(BackendError::Refused("the backend knows no sessions".into()))
-    }
-
-    /// Closes one.
-    ///
-    /// # Errors
-    /// When the backend does not.
-    fn close_crypto_session(&mut self, _session: SessionId) -> Result<(), BackendError> {
-        Err(BackendError::Refused("the backend knows no sessions".into()))
-    }
-
-    /// Brings the queues to a stand without waiting for what is in flight, where the backend can: that stays
-    /// in its notes for the next, resumed start. Elsewhere as [`Backend::stop`]. Where the queues are, in the
-    /// order in which they were started; nothing when they stood.
-    ///
-    /// # Errors
-    /// As for [`Backend::stop`].
-    fn suspend(&mut self) -> Result<Vec<RingBase>, BackendError> {
-        self.stop().map(|()| Vec::new())
-    }
-
-    /// Guest memory is `memory` from now on. Queues that run go on: `rings` are those that were started, in
-    /// that order and with any base. When they had to stop for a moment, where they went on.
+    /// Guest memory is `memory` from now on, for queues that run.
     ///
     /// # Errors
     /// When the backend cannot hold that memory, and keeps what it had; or is lost.
-    fn change_memory(
-        &mut self,
-        _memory: &MemoryMap,
-        _rings: &[Ring<'_>],
-    ) -> Result<Vec<RingBase>, BackendError> {
-        Err(BackendError::Refused("the backend's memory cannot change".into()))
-    }
+    fn change_memory(&mut self, memory: &MemoryMap) -> Result<MemoryChange, BackendError>;
 
-    /// Copies the backend's internal state, `most` bytes at most, to `sink`: how many there were. The queues
-    /// stand. Waits as long as the state keeps coming.
+    /// The session, for the messages that few device types use, while the queues run.
     ///
     /// # Errors
-    /// When there is none to be had.
-    fn save_state(&mut self, _sink: &mut dyn Write, _most: u64) -> Result<u64, BackendError> {
-        Err(BackendError::Refused("the backend has no state to give".into()))
-    }
+    /// When they do not run.
+    fn live(&mut self) -> Result<&mut LiveSession, BackendError>;
 
-    /// Gives the backend the state that `source` holds.
+    /// The same while the queues stand.
     ///
     /// # Errors
-    /// When it does not take it.
-    fn load_state(&mut self, _source: &mut dyn Read) -> Result<u64, BackendError> {
-        Err(BackendError::Refused("the backend takes no state".into()))
-    }
+    /// When they run.
+    fn standing(&mut self) -> Result<&mut Session, BackendError>;
 
-    /// Has the network learn that `mac` is to be found here, when the backend can.
-    ///
-    /// # Errors
-    /// When the backend fails.
-    fn announce(&mut self, _mac: [u8; 6]) -> Result<(), BackendError> {
-        Ok(())
-    }
+    /// What stands between the driver's addresses and guest memory, for a driver that takes ACCESS_PLATFORM. It may be
+    /// asked for as long as the backend lives, connected or not.
+    fn translations(&self) -> Option<&IovaMap>;
+
+    /// Whether kicks and calls are messages.
+    fn notifies_in_band(&self) -> bool;
+
+    /// Whether the backend can go on with an inflight area of an earlier one.
+    fn takes_inflight(&self) -> bool;
+
+    /// Whether the backend has ended the connection.
+    fn has_hung_up(&self) -> bool;
 
     /// Gives the backend up: nothing is asked of it any more.
     fn disconnect(&mut self);
 
     /// Traffic so far.
     fn stats(&self) -> BackendStats;
+}
+
+/// What the failure of a message means.
+pub(crate) fn failed(error: transport::peer::Error) -> BackendError {
+    if error.is_fatal() { BackendError::Lost(error.into()) } else { BackendError::Refused(error.into()) }
 }

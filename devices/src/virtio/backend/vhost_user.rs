@@ -1,40 +1,28 @@
 //! The backend of a device over vhost-user: a `Session` while the queues stand, a `LiveSession` while
 //! they run. Must never send a message of its own making: that is the transport's.
 
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use transport::memory::{MemoryMap, SharedRegion};
 use transport::peer::{Error, Stats};
-use transport::vhost_user::extras::{SessionId, SymmetricSession};
 use transport::vhost_user::features::ProtocolFeatures;
-use transport::vhost_user::message::Uuid;
-use transport::vhost_user::vring::{Ring, RingBase};
-use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Lost, RingSwitch, Session};
+use transport::vhost_user::vring::RingBase;
+use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Lost, Session};
 
 use crate::lock;
 use crate::virtio::backend::shared_memory::Tenancy;
 pub use crate::virtio::backend::spec::Order;
 pub use crate::virtio::backend::survey::{OpenError, Opened, open};
-use crate::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
+use crate::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop, failed};
 
 /// The connection, by what it can do.
 enum Link {
     Standing(Session),
     Live(LiveSession),
     Gone,
-}
-
-/// What outlives a connection.
-#[derive(Debug, Default)]
-pub(crate) struct Kept {
-    /// Where the backend that runs, or was cut off, notes what it has in flight.
-    inflight: Option<Arc<InflightArea>>,
-    /// Counters of the connections that ended.
-    past: Stats,
 }
 
 /// A vhost-user backend.
@@ -47,7 +35,8 @@ pub struct VhostUser {
     in_band: bool,
     /// What running queues were told of.
     memory: Option<MemoryMap>,
-    kept: Arc<Mutex<Kept>>,
+    /// Counters of the connections that ended.
+    past: Arc<Mutex<Stats>>,
 }
 
 /// Tells the backend what came and what went, and of its translations. A refusal leaves it with what it had.
@@ -104,10 +93,6 @@ fn forget(live: &mut LiveSession, memory: &MemoryMap, map: Option<&IovaMap>) -> 
     Ok(())
 }
 
-fn failed(error: Error) -> BackendError {
-    if error.is_fatal() { BackendError::Lost(error.into()) } else { BackendError::Refused(error.into()) }
-}
-
 /// Two connections' counters in one.
 fn sum(a: Stats, b: Stats) -> Stats {
     Stats {
@@ -133,13 +118,13 @@ impl VhostUser {
     pub(crate) fn new(
         session: Session,
         order: &Order,
-        kept: Arc<Mutex<Kept>>,
+        past: Arc<Mutex<Stats>>,
         shared: Option<Tenancy>,
     ) -> Self {
         let config_size = usize::from(order.device_type.config_size());
         let translations = order.translations.clone();
         let in_band = session.protocol().contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
-        Self { link: Link::Standing(session), config_size, translations, shared, in_band, memory: None, kept }
+        Self { link: Link::Standing(session), config_size, translations, shared, in_band, memory: None, past }
     }
 
     /// Takes the link out.
@@ -147,36 +132,18 @@ impl VhostUser {
         std::mem::replace(&mut self.link, Link::Gone)
     }
 
-    /// The session of queues that run.
-    fn live(&mut self) -> Result<&mut LiveSession, BackendError> {
-        match &mut self.link {
-            Link::Live(live) => Ok(live),
-            Link::Standing(_) => Err(BackendError::Refused("the queues do not run".into())),
-            Link::Gone => Err(BackendError::gone()),
-        }
-    }
-
-    /// The session of queues that stand.
-    fn standing(&mut self) -> Result<&mut Session, BackendError> {
-        match &mut self.link {
-            Link::Standing(session) => Ok(session),
-            Link::Live(_) => Err(BackendError::Refused("the queues run".into())),
-            Link::Gone => Err(BackendError::gone()),
-        }
-    }
-
     /// Brings the queues to a stand, if they run: where they are then, in the order in which they were started.
     fn halt(
         &mut self,
         how: impl FnOnce(LiveSession) -> Result<(Session, Vec<RingBase>), Lost>,
-    ) -> Result<Option<Vec<RingBase>>, BackendError> {
+    ) -> Result<Vec<RingBase>, BackendError> {
         match self.take() {
             Link::Live(live) => {
                 let (begun, before) = (Instant::now(), live.stats());
                 match how(live) {
                     Ok((session, bases)) => {
                         self.link = Link::Standing(session);
-                        Ok(Some(bases))
+                        Ok(bases)
                     }
                     Err(lost) => {
                         self.failed_since(begun, before);
@@ -186,47 +153,16 @@ impl VhostUser {
             }
             standing @ Link::Standing(_) => {
                 self.link = standing;
-                Ok(None)
+                Ok(Vec::new())
             }
             Link::Gone => Err(BackendError::gone()),
         }
     }
 
-    /// Running queues get another memory: piece by piece where the backend has slots, else they stop for it.
-    fn exchange_memory(
-        &mut self,
-        memory: &MemoryMap,
-        rings: &[Ring<'_>],
-    ) -> Result<Vec<RingBase>, BackendError> {
-        let Link::Live(live) = &mut self.link else {
-            // It is told at the next start.
-            return Ok(Vec::new());
-        };
-        live.session().holds(memory).map_err(failed)?;
-        if live.has_mem_slots() {
-            // It runs, so it was told of some memory.
-            let old = self.memory.as_ref().ok_or_else(BackendError::gone)?;
-            return slots(live, old, memory, self.translations.as_deref())
-                .inspect(|()| self.memory = Some(memory.clone()))
-                .map(|()| Vec::new());
-        }
-        let (features, begin) = (live.features(), Begin::Resumed);
-        let bases = self.halt(LiveSession::stop)?.unwrap_or_default();
-        // What had been in flight is done, or in the area that the session keeps.
-        lock(&self.kept).inflight = None;
-        let restarted = rings.iter().zip(&bases).map(|(ring, base)| Ring { base: *base, ..*ring });
-        let rings: Vec<Ring<'_>> = restarted.collect();
-        match self.start(&Start { features, memory, rings: &rings, begin }) {
-            Ok(()) => Ok(bases),
-            // It did run, and now it does not.
-            Err(BackendError::Refused(cause) | BackendError::Lost(cause)) => Err(BackendError::Lost(cause)),
-        }
-    }
-
     /// A connection is over: its counters stay.
     fn ended(&self, stats: Stats) {
-        let mut kept = lock(&self.kept);
-        kept.past = sum(kept.past, stats);
+        let mut past = lock(&self.past);
+        *past = sum(*past, stats);
     }
 
     /// The same after an operation that began at `begun` and ended it.
@@ -244,7 +180,7 @@ impl Drop for VhostUser {
 }
 
 impl Backend for VhostUser {
-    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError> {
+    fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError> {
         let mut session = match self.take() {
             Link::Standing(session) => session,
             // The device starts what stands and nothing else.
@@ -256,24 +192,20 @@ impl Backend for VhostUser {
         if let Some(Err(fault)) = self.translations.as_ref().map(|map| map.follow(start.memory)) {
             log::warn!("a device behind an IOMMU does not reach all memory: {fault}");
         }
-        // A driver that starts anew has nothing in flight.
-        let inflight = lock(&self.kept).inflight.take().filter(|_| start.begin == Begin::Resumed);
-        if let Some(area) = inflight.clone() {
-            session = session.with_inflight(area);
+        if let Some(area) = &start.inflight {
+            session = session.with_inflight(Arc::clone(area));
         }
         let (begun, before) = (Instant::now(), session.stats());
         self.shared.iter().for_each(Tenancy::begin);
         let features = session.offered().known(start.features);
         match session.go_live(features, start.memory, start.rings) {
             Ok(live) => {
-                lock(&self.kept).inflight = live.inflight().cloned();
+                let inflight = live.inflight().cloned();
                 self.memory = Some(start.memory.clone());
                 self.link = Link::Live(live);
-                Ok(())
+                Ok(inflight)
             }
             Err(lost) => {
-                // For the next one: what was in flight still is.
-                lock(&self.kept).inflight = inflight;
                 // Only what was never sent leaves the session as it was; a backend that refuses in the
                 // middle is half started.
                 let (error, session) = lost.into_parts();
@@ -291,12 +223,72 @@ impl Backend for VhostUser {
         }
     }
 
+    fn stop(&mut self, how: Stop) -> Result<Vec<RingBase>, BackendError> {
+        let bases = self.halt(|live| match how {
+            Stop::Drain => live.stop(),
+            Stop::Suspend => live.suspend(),
+            Stop::Reset => live.reset().map(|session| (session, Vec::new())),
+        });
+        self.shared.iter().for_each(Tenancy::end);
+        bases
+    }
+
+    fn config(&mut self, written: Option<(u32, &[u8])>) -> Result<Vec<u8>, BackendError> {
+        let size = self.config_size;
+        let config = match (&mut self.link, written) {
+            (Link::Standing(session), None) => session.read_config(size),
+            (Link::Standing(session), Some((at, bytes))) => session.change_config(at, bytes, size),
+            (Link::Live(live), None) => live.read_config(size),
+            (Link::Live(live), Some((at, bytes))) => live.change_config(at, bytes, size),
+            (Link::Gone, _) => return Err(BackendError::gone()),
+        };
+        config.map_err(failed)
+    }
+
+    /// Piece by piece where the backend has memory slots.
+    fn change_memory(&mut self, memory: &MemoryMap) -> Result<MemoryChange, BackendError> {
+        let Link::Live(live) = &mut self.link else {
+            // It is told at the next start.
+            return Ok(MemoryChange::Done);
+        };
+        live.session().holds(memory).map_err(failed)?;
+        if !live.has_mem_slots() {
+            return Ok(MemoryChange::NeedsRestart);
+        }
+        // It runs, so it was told of some memory.
+        let old = self.memory.as_ref().ok_or_else(BackendError::gone)?;
+        slots(live, old, memory, self.translations.as_deref())?;
+        self.memory = Some(memory.clone());
+        Ok(MemoryChange::Done)
+    }
+
+    fn live(&mut self) -> Result<&mut LiveSession, BackendError> {
+        match &mut self.link {
+            Link::Live(live) => Ok(live),
+            Link::Standing(_) => Err(BackendError::Refused("the queues do not run".into())),
+            Link::Gone => Err(BackendError::gone()),
+        }
+    }
+
+    fn standing(&mut self) -> Result<&mut Session, BackendError> {
+        match &mut self.link {
+            Link::Standing(session) => Ok(session),
+            Link::Live(_) => Err(BackendError::Refused("the queues run".into())),
+            Link::Gone => Err(BackendError::gone()),
+        }
+    }
+
+    fn translations(&self) -> Option<&IovaMap> {
+        self.translations.as_deref()
+    }
+
     fn notifies_in_band(&self) -> bool {
         self.in_band
     }
 
-    fn kick(&mut self, queue: u16) -> Result<(), BackendError> {
-        self.live()?.kick_in_band(queue).map_err(failed)
+    fn takes_inflight(&self) -> bool {
+        let Link::Standing(session) = &self.link else { return false };
+        session.protocol().contains(ProtocolFeatures::INFLIGHT_SHMFD)
     }
 
     fn has_hung_up(&self) -> bool {
@@ -310,89 +302,6 @@ impl Backend for VhostUser {
         poll(&mut ended, Some(&Timespec::default())).is_ok_and(|count| count > 0)
     }
 
-    fn has_notes(&self) -> bool {
-        let Link::Standing(session) = &self.link else { return false };
-        // Notes that their writer has cut short are none: the rings tell then.
-        let whole = lock(&self.kept).inflight.as_ref().is_some_and(|area| area.is_whole());
-        whole && session.protocol().contains(ProtocolFeatures::INFLIGHT_SHMFD)
-    }
-
-    fn translations(&self) -> Option<&IovaMap> {
-        self.translations.as_deref()
-    }
-
-    fn stop(&mut self) -> Result<(), BackendError> {
-        let halted = self.halt(|live| live.reset().map(|session| (session, Vec::new())));
-        self.shared.iter().for_each(Tenancy::end);
-        if halted?.is_some() {
-            // It finished what it had in flight.
-            lock(&self.kept).inflight = None;
-        }
-        Ok(())
-    }
-
-    fn suspend(&mut self) -> Result<Vec<RingBase>, BackendError> {
-        let halted = self.halt(LiveSession::suspend);
-        self.shared.iter().for_each(Tenancy::end);
-        Ok(halted?.unwrap_or_default())
-    }
-
-    fn change_memory(
-        &mut self,
-        memory: &MemoryMap,
-        rings: &[Ring<'_>],
-    ) -> Result<Vec<RingBase>, BackendError> {
-        self.exchange_memory(memory, rings)
-    }
-
-    fn save_state(&mut self, sink: &mut dyn Write, most: u64) -> Result<u64, BackendError> {
-        self.standing()?.save_state(sink, most).map_err(failed)
-    }
-
-    fn load_state(&mut self, source: &mut dyn Read) -> Result<u64, BackendError> {
-        self.standing()?.load_state(source).map_err(failed)
-    }
-
-    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
-        let size = self.config_size;
-        match &mut self.link {
-            Link::Standing(session) => session.read_config(size).map_err(failed),
-            Link::Live(live) => live.read_config(size).map_err(failed),
-            Link::Gone => Err(BackendError::gone()),
-        }
-    }
-
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
-        let size = self.config_size;
-        match &mut self.link {
-            Link::Standing(session) => session.change_config(offset, bytes, size).map_err(failed),
-            Link::Live(live) => live.change_config(offset, bytes, size).map_err(failed),
-            Link::Gone => Err(BackendError::gone()),
-        }
-    }
-
-    fn shared_object(&mut self, uuid: Uuid) -> Result<OwnedFd, BackendError> {
-        self.live()?.shared_object(uuid).map_err(failed)
-    }
-
-    fn announce(&mut self, mac: [u8; 6]) -> Result<(), BackendError> {
-        let live = self.live()?;
-        let can = live.session().protocol().contains(ProtocolFeatures::RARP);
-        if can { live.send_rarp(mac).map_err(failed) } else { Ok(()) }
-    }
-
-    fn switch_rings(&mut self, queues: &[u16], switch: RingSwitch) -> Result<(), BackendError> {
-        self.live()?.switch_rings(queues, switch).map_err(failed)
-    }
-
-    fn create_crypto_session(&mut self, session: &SymmetricSession) -> Result<SessionId, BackendError> {
-        self.live()?.create_crypto_session(session).map_err(failed)
-    }
-
-    fn close_crypto_session(&mut self, session: SessionId) -> Result<(), BackendError> {
-        self.live()?.close_crypto_session(session).map_err(failed)
-    }
-
     fn disconnect(&mut self) {
         self.shared.iter().for_each(Tenancy::end);
         let link = self.take();
@@ -400,7 +309,7 @@ impl Backend for VhostUser {
     }
 
     fn stats(&self) -> BackendStats {
-        let Stats { sent, answers, failures, worst_wait, .. } = sum(lock(&self.kept).past, self.link.stats());
+        let Stats { sent, answers, failures, worst_wait, .. } = sum(*lock(&self.past), self.link.stats());
         BackendStats { messages: sent, waits: answers, failures, worst_wait }
     }
 }

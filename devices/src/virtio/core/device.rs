@@ -7,14 +7,16 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use transport::memory::MemoryMap;
-use transport::vhost_user::Refused;
+use transport::vhost_user::features::ProtocolFeatures;
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::Call;
+use transport::vhost_user::{InflightArea, Refused};
 
 use crate::ports::{Guard, PortError};
-use crate::virtio::backend::{Backend, BackendError};
+use crate::virtio::backend::{Backend, BackendError, failed};
 use crate::virtio::core::queues::Wiring;
 use crate::virtio::core::registers::{Effect, Identity, Refusal, Reg, Registers};
 use crate::virtio::core::state::{OnLoss, Phase};
@@ -59,6 +61,8 @@ pub struct Device {
     pub(crate) config_source: ConfigSource,
     pub(crate) registers: Registers,
     pub(crate) backend: Box<dyn Backend>,
+    /// Where the backend that runs, or was cut off, notes what it has in flight.
+    pub(crate) inflight: Option<Arc<InflightArea>>,
     pub(crate) plugged: Option<Plugged>,
     pub(crate) memory: MemoryMap,
     pub(crate) wiring: Wiring,
@@ -128,6 +132,7 @@ impl Device {
             config_source,
             registers,
             backend,
+            inflight: None,
             plugged: None,
             memory,
             wiring,
@@ -252,7 +257,7 @@ impl Device {
     /// Tells the backend of a write, and shows what it makes of it: there are devices whose configuration is a window
     /// that such a write moves.
     fn tell_config(&mut self, offset: u32, bytes: &[u8]) {
-        match self.backend.write_config(offset, bytes) {
+        match self.backend.config(Some((offset, bytes))) {
             Ok(config) => {
                 self.show_config(config);
             }
@@ -285,7 +290,11 @@ impl Device {
         let accepted = self.registers.accepted().filter(|features| !features.has(NET_F_GUEST_ANNOUNCE));
         let mac = accepted.and_then(|features| self.device_type.mac(features, self.registers.config()));
         let Some(mac) = mac.filter(|_| matches!(self.phase, Phase::Running(_))) else { return };
-        match self.backend.announce(mac) {
+        let announced = self.backend.live().and_then(|live| {
+            let can = live.session().protocol().contains(ProtocolFeatures::RARP);
+            if can { live.send_rarp(mac).map_err(failed) } else { Ok(()) }
+        });
+        match announced {
             Ok(()) => {}
             Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
             Err(BackendError::Refused(_)) => self.note("the backend refused to announce the guest's address"),
@@ -301,7 +310,8 @@ impl Device {
         if !self.phase.has_backend() {
             return Err(Refused);
         }
-        self.backend.shared_object(uuid).map_err(|error| {
+        let found = self.backend.live().and_then(|live| live.shared_object(uuid).map_err(failed));
+        found.map_err(|error| {
             if let BackendError::Lost(_) = error {
                 self.lose_by(&error);
             }
@@ -405,7 +415,7 @@ impl Device {
 
     /// Reads the configuration from the backend and shows it. Says whether it is another.
     fn reload_config(&mut self) -> bool {
-        match self.backend.read_config() {
+        match self.backend.config(None) {
             Ok(config) => return self.show_config(config),
             Err(BackendError::Refused(_)) => {
                 self.note("the backend refused to show its configuration");

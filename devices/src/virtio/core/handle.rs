@@ -4,6 +4,9 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use transport::memory::MemoryMap;
+use transport::vhost_user::Refused;
+
 use crate::lock;
 use crate::virtio::core::device::{Device, Parts};
 use crate::virtio::core::registers::Reg;
@@ -118,6 +121,25 @@ impl DeviceHandle {
     /// See [`Device::end`]. Waits for a start that is under way.
     pub fn end(&self) {
         self.after_start(lock(&self.0.device)).end();
+    }
+
+    /// See [`Device::change_memory`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn change_memory(&self, memory: &MemoryMap) -> Result<(), Refused> {
+        self.with(|device| device.change_memory(memory))
+    }
+
+    /// The machine pauses: running queues stand, with what is in flight kept for later where the backend can. A device
+    /// without a backend is as it was. Waits for a start that is under way, and for the backend within its deadline.
+    pub fn suspend(&self) {
+        self.after_start(lock(&self.0.device)).suspend();
+    }
+
+    /// The machine goes on: suspended queues start where they stood. Waits for the backend within its deadline.
+    pub fn resume(&self) {
+        self.with(Device::resume);
     }
 
     /// See [`Device::phase`].

@@ -211,6 +211,53 @@ fn disk_of_qemu_storage_daemon_reads_into_memory_that_came_later() {
 }
 
 #[test]
+fn suspended_device_goes_on_where_it_stood_and_nothing_is_missed() {
+    let own = ProtocolFeatures::INFLIGHT_SHMFD;
+    let offer = Offer { protocol: Offer::default().protocol.with(own), ..Offer::default() };
+    let (backend, guest) = rig("+inflight_shmfd", offer, Script::normal());
+    let handle = guest.device.handle();
+    let area = |handle: &crate::virtio::DeviceHandle| handle.with(|device| device.inflight.clone());
+    let noted = area(&handle).unwrap();
+    let before = backend.conversation().len();
+    handle.suspend();
+    assert_eq!(handle.phase(), PhaseReport::Suspended);
+    handle.suspend();
+    assert_eq!(since(&backend, before), ["GET_VRING_BASE"]);
+    guest.machine.take_interrupts();
+    let before = backend.seen().len();
+    handle.resume();
+    assert_eq!(handle.phase(), PhaseReport::Running);
+    let said = backend.seen().split_off(before);
+    let sent = |wanted| said.iter().filter(|seen| seen.request == wanted).count();
+    assert_eq!((sent(Request::SET_INFLIGHT_FD), sent(Request::GET_INFLIGHT_FD)), (1, 0), "the same area");
+    assert!(Arc::ptr_eq(&noted, &area(&handle).unwrap()));
+    assert_eq!(sent(Request::SET_VRING_BASE), 1);
+    assert_eq!(guest.machine.take_interrupts(), 1, "a call may have been suppressed");
+    handle.resume();
+    assert_eq!((backend.breaches(), handle.phase()), (vec![], PhaseReport::Running));
+    // A reset while it is suspended leaves nothing of that.
+    handle.suspend();
+    guest.write(0x70, 0);
+    assert_eq!((handle.phase(), area(&handle).is_none()), (PhaseReport::Idle, true));
+    guest.start_driver();
+    assert_eq!(handle.phase(), PhaseReport::Running);
+}
+
+#[test]
+fn device_without_a_backend_is_as_broken_after_a_pause_and_one_lost_in_it_is_told_afterwards() {
+    let (backend, guest) = rig("", Offer::default(), Script::normal());
+    let handle = guest.device.handle();
+    handle.suspend();
+    backend.hang_up();
+    handle.connection_ended();
+    assert!(matches!(handle.phase(), PhaseReport::Broken(_)));
+    handle.suspend();
+    handle.resume();
+    assert!(matches!(handle.phase(), PhaseReport::Broken(_)));
+    assert_eq!(guest.machine.page_u32(0x70), 0x4f);
+}
+
+#[test]
 fn queues_are_suspended_with_what_is_in_flight_and_the_state_moves_while_they_stand() {
     type P = ProtocolFeatures;
     let own = P::INFLIGHT_SHMFD.with(P::GET_VRING_BASE_INFLIGHT).with(P::GET_VRING_BASE_SKIP_DRAIN);
@@ -220,13 +267,10 @@ fn queues_are_suspended_with_what_is_in_flight_and_the_state_moves_while_they_st
     let (backend, guest) = rig(features, offer, Script::normal());
     guest.device.handle().with(|device| {
         let mut state = Vec::new();
-        assert!(
-            matches!(device.backend.save_state(&mut state, 100), Err(BackendError::Refused(_))),
-            "they run"
-        );
-        assert_eq!(device.backend.suspend().unwrap().len(), 1);
-        assert_eq!(device.backend.save_state(&mut state, 100).unwrap(), 5);
-        assert_eq!(device.backend.load_state(&mut state.as_slice()).unwrap(), 5);
+        assert!(matches!(device.backend.standing(), Err(BackendError::Refused(_))), "they run");
+        assert_eq!(device.backend.stop(Stop::Suspend).unwrap().len(), 1);
+        assert_eq!(device.backend.standing().unwrap().save_state(&mut state, 100).unwrap(), 5);
+        assert_eq!(device.backend.standing().unwrap().load_state(&mut state.as_slice()).unwrap(), 5);
         assert_eq!(state, b"state");
     });
     assert_eq!(backend.take_loaded_state(), b"state");

@@ -2,7 +2,6 @@
 
 pub mod device;
 pub mod handle;
-mod memory;
 pub mod queue;
 pub mod queues;
 pub mod registers;

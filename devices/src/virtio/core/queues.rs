@@ -7,9 +7,9 @@ use transport::memory::GuestAddr;
 use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
 use crate::ports::{Guard, PortError};
-use crate::virtio::backend::Begin;
 use crate::virtio::core::queue::{QueueError, QueueState};
 use crate::virtio::core::registers::Registers;
+use crate::virtio::core::state::Begin;
 use crate::virtio::recovery::watch::{Verdict, judge};
 use crate::virtio::ring::address::Space;
 use crate::virtio::ring::resume::{Notes, Orphan, Past, ResumeError};
@@ -69,11 +69,6 @@ pub(crate) struct OwnedRing {
 }
 
 impl OwnedRing {
-    /// The ring's number.
-    pub(crate) fn index(&self) -> u16 {
-        self.index
-    }
-
     /// As it is told to a backend.
     pub(crate) fn as_ring(&self) -> Ring<'_> {
         let Self { index, size, desc, driver, device, base, kick, call } = self;
@@ -126,7 +121,7 @@ impl Wiring {
     pub(crate) fn rings(
         &mut self,
         registers: &Registers,
-        begin: Begin,
+        begin: &Begin,
         space: Space<'_>,
         notes: Notes,
     ) -> Result<Vec<OwnedRing>, RingsError> {
@@ -134,39 +129,24 @@ impl Wiring {
         let queues = (0_u16..).zip(registers.queues()).zip(&mut self.pairs);
         let ours = self.ours;
         let queues = queues.filter(|((index, queue), _)| queue.ready && ours != Some(*index));
+        let mut stood = match begin {
+            Begin::Stood(bases) => bases.iter(),
+            Begin::Fresh | Begin::CutOff => [].iter(),
+        };
         let ring = |((index, queue), pair): ((u16, &QueueState), &mut Pair)| {
-            let base = match begin {
-                Begin::Fresh => layout.first_base(),
-                Begin::Resumed => Orphan::new(index, queue, layout, space)?.resume(notes, &pair.past)?,
+            let base = match (begin, stood.next()) {
+                (Begin::Fresh, _) => layout.first_base(),
+                (_, Some(base)) => *base,
+                (_, None) => Orphan::new(index, queue, layout, space)?.resume(notes, &pair.past)?,
             };
             // A packed ring is not resumed: its number is of no interest.
             let origin = u16::try_from(base.0).unwrap_or(0);
-            pair.past = Past { origin, cut: None, handed_over: (begin == Begin::Resumed).then_some(origin) };
+            pair.past = Past { origin, cut: None, handed_over: (*begin == Begin::CutOff).then_some(origin) };
             let QueueState { size, desc, driver, device, .. } = *queue;
             let (kick, call) = (pair.kick.try_clone()?, pair.call.try_clone()?);
             Ok(OwnedRing { index, size, desc, driver, device, base, kick, call })
         };
         queues.map(ring).collect()
-    }
-
-    /// The queues that a backend serves, as they were told, but for where they are.
-    pub(crate) fn running(&self, registers: &Registers) -> io::Result<Vec<OwnedRing>> {
-        let served = self.enabled(registers).filter(|(index, ..)| self.ours != Some(*index));
-        let ring = |(index, queue, pair): (u16, &QueueState, &Pair)| {
-            let QueueState { size, desc, driver, device, .. } = *queue;
-            let (kick, call) = (pair.kick.try_clone()?, pair.call.try_clone()?);
-            Ok(OwnedRing { index, size, desc, driver, device, base: RingBase::default(), kick, call })
-        };
-        served.map(ring).collect()
-    }
-
-    /// Queues stopped with nothing in flight, and went on at these places.
-    pub(crate) fn went_on(&mut self, places: impl Iterator<Item = (u16, RingBase)>) {
-        for (queue, base) in places {
-            if let Some(pair) = self.pairs.get_mut(usize::from(queue)) {
-                pair.past = Past { origin: u16::try_from(base.0).unwrap_or(0), ..Past::default() };
-            }
-        }
     }
 
     /// The backend is lost: remembers how far the queues got, for what the driver does from now on is
@@ -199,6 +179,11 @@ impl Wiring {
     /// Passes on a kick that did not end in the kernel.
     pub(crate) fn kick(&self, queue: u16) -> io::Result<()> {
         self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.ring())
+    }
+
+    /// Has every queue looked at that the driver enabled: a kick may have been suppressed.
+    pub(crate) fn kick_all(&self, registers: &Registers) -> io::Result<()> {
+        self.enabled(registers).try_for_each(|(_, _, pair)| pair.kick.ring())
     }
 
     /// Takes the kicks of a queue that is ours.

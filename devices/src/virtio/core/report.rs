@@ -9,6 +9,8 @@ pub enum PhaseReport {
     Idle,
     /// The backend serves the queues.
     Running,
+    /// The queues stand while the machine is paused.
+    Suspended,
     /// The driver made a mistake, this one; it has to reset the device.
     NeedsReset(String),
     /// The backend was lost, for this reason, and another one is waited for.

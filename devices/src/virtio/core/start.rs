@@ -2,15 +2,16 @@
 //! held. Must never leave a backend on rings that the guest was told are its own again.
 
 use transport::memory::MemoryMap;
+use transport::vhost_user::Refused;
 use transport::vhost_user::features::bit;
 use transport::vhost_user::vring::Ring;
 
 use crate::ports::Guard;
-use crate::virtio::backend::{Backend, BackendError, Begin, Start};
+use crate::virtio::backend::{Backend, BackendError, MemoryChange, Start, Stop};
 use crate::virtio::core::device::{Device, Plugged, chain};
 use crate::virtio::core::queues::{ConnectError, OwnedRing, RingsError};
 use crate::virtio::core::registers::Registers;
-use crate::virtio::core::state::{Phase, Waiting};
+use crate::virtio::core::state::{Begin, Phase, Waiting};
 use crate::virtio::ring::address::Space;
 use crate::virtio::ring::resume::Notes;
 
@@ -18,8 +19,10 @@ use crate::virtio::ring::resume::Notes;
 enum StartError {
     /// The driver's mistake.
     Driver(String),
-    /// The peer's failure, or the machine's.
+    /// The machine's failure.
     Lasting(String),
+    /// The backend's failure.
+    Lost(BackendError),
 }
 
 impl From<ConnectError> for StartError {
@@ -61,6 +64,7 @@ impl Device {
             Ok(()) => {}
             Err(StartError::Driver(why)) => self.need_reset(why),
             Err(StartError::Lasting(why)) => self.break_down(why),
+            Err(StartError::Lost(lost)) => self.lose_by(&lost),
         }
     }
 
@@ -71,7 +75,26 @@ impl Device {
             self.reset_control();
             return Ok(());
         }
-        let Self { registers, wiring, memory, backend, control, .. } = self;
+        match self.start_at(&Begin::Fresh) {
+            Ok(()) => {
+                self.activations += 1;
+                self.phase = Phase::Running(guards);
+                self.reset_control();
+                self.begin_control();
+                Ok(())
+            }
+            Err(lost @ StartError::Lost(_)) => {
+                // It may have served some of them before it failed.
+                self.phase = Phase::Running(guards);
+                Err(lost)
+            }
+            Err(other) => Err(other),
+        }
+    }
+
+    /// The backend starts the queues where `begin` says.
+    fn start_at(&mut self, begin: &Begin) -> Result<(), StartError> {
+        let Self { registers, wiring, memory, backend, control, inflight, .. } = self;
         let Some(features) = registers.accepted() else {
             return Err(StartError::Driver(
                 "the driver was ready before the features were agreed".to_owned(),
@@ -82,25 +105,97 @@ impl Device {
                 "the driver takes VIRTIO_NET_F_CTRL_VQ without VIRTIO_NET_F_MQ".to_owned(),
             ));
         }
+        if *begin == Begin::Fresh {
+            *inflight = None;
+        }
         let space = space(registers, memory, backend.as_ref());
-        let rings = wiring.rings(registers, Begin::Fresh, space, Notes::Rings)?;
+        let rings = wiring.rings(registers, begin, space, Notes::Rings)?;
         let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
-        match backend.start(&Start { features, memory, rings: &rings, begin: Begin::Fresh }) {
-            Ok(()) => {
-                self.activations += 1;
-                self.phase = Phase::Running(guards);
-                self.reset_control();
-                self.begin_control();
+        let start = Start { features, memory, rings: &rings, inflight: inflight.clone() };
+        match backend.start(&start) {
+            Ok(area) => {
+                *inflight = area;
                 Ok(())
             }
             Err(BackendError::Refused(cause)) => Err(StartError::Driver(chain(cause.as_ref()))),
-            Err(lost @ BackendError::Lost(_)) => {
-                // It may have served some of them before it failed.
-                self.phase = Phase::Running(guards);
-                self.lose_by(&lost);
-                Ok(())
-            }
+            Err(lost @ BackendError::Lost(_)) => Err(StartError::Lost(lost)),
         }
+    }
+
+    /// The machine pauses: running queues stand, with what is in flight kept for later where the backend can. A device
+    /// without a backend is as it was.
+    pub(crate) fn suspend(&mut self) {
+        if !matches!(self.phase, Phase::Running(_)) {
+            return;
+        }
+        match self.backend.stop(Stop::Suspend) {
+            Ok(bases) => {
+                if let Phase::Running(guards) = std::mem::replace(&mut self.phase, Phase::Idle) {
+                    self.phase = Phase::Suspended(Waiting { guards, begin: Begin::Stood(bases) });
+                }
+            }
+            Err(lost) => self.lose_by(&lost),
+        }
+    }
+
+    /// The machine goes on: suspended queues start where they stood. Kicks and calls that either side suppressed
+    /// meanwhile are made up for.
+    pub(crate) fn resume(&mut self) {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Suspended(Waiting { guards, begin }) => {
+                self.phase = Phase::Running(guards);
+                self.restart(&begin);
+            }
+            other => self.phase = other,
+        }
+    }
+
+    /// Queues that ran, and stand, start again.
+    fn restart(&mut self, begin: &Begin) {
+        match self.start_at(begin) {
+            Ok(()) => {
+                self.begin_control();
+                if let Err(error) = self.wiring.kick_all(&self.registers) {
+                    log::warn!("{}: cannot kick: {error}", self.name);
+                }
+                self.call_all();
+            }
+            Err(StartError::Lost(lost)) => self.lose_by(&lost),
+            // They did run, and now they do not.
+            Err(StartError::Driver(why) | StartError::Lasting(why)) => self.lose(why, false),
+        }
+    }
+
+    /// Makes `memory` the guest's memory as far as this device goes. Its queues go on: without a stop where the backend
+    /// has memory slots. Waits for the backend, within its deadline. Memory that grows is told to devices before the
+    /// guest, memory that shrinks after it.
+    ///
+    /// # Errors
+    /// When the backend cannot hold it; then everything is as it was.
+    pub fn change_memory(&mut self, memory: &MemoryMap) -> Result<(), Refused> {
+        let changed = match self.phase {
+            Phase::Running(_) => self.backend.change_memory(memory),
+            // Told at the next start.
+            _ => Ok(MemoryChange::Done),
+        };
+        if let Err(BackendError::Refused(error)) = &changed {
+            log::warn!("{}: its backend keeps the memory that it has: {error}", self.name);
+            return Err(Refused);
+        }
+        self.memory = memory.clone();
+        match changed {
+            Ok(MemoryChange::Done) => {}
+            Ok(MemoryChange::NeedsRestart) => match self.backend.stop(Stop::Drain) {
+                Ok(bases) => {
+                    // What had been in flight is done.
+                    self.inflight = None;
+                    self.restart(&Begin::Stood(bases));
+                }
+                Err(lost) => self.lose_by(&lost),
+            },
+            Err(lost) => self.lose_by(&lost),
+        }
+        Ok(())
     }
 
     /// Stops what runs; the registers are reset already.
@@ -113,15 +208,28 @@ impl Device {
                 self.phase = Phase::Vacant(vacancy);
                 self.drain();
             }
-            Phase::Running(guards) => {
+            Phase::Running(guards) | Phase::Suspended(Waiting { guards, .. }) => {
                 self.resets += 1;
                 // No new kick, no further interrupt, then the backend.
                 drop(guards);
                 self.end_control();
-                if let Err(error) = self.backend.stop() {
-                    self.lose_by(&error);
-                }
+                self.stop();
                 self.drain();
+            }
+        }
+    }
+
+    /// Stops the queues for a reset. Says whether the backend lets it be said that they stopped.
+    pub(crate) fn stop(&mut self) -> bool {
+        match self.backend.stop(Stop::Reset) {
+            Ok(_) => {
+                // It finished what it had in flight.
+                self.inflight = None;
+                true
+            }
+            Err(lost) => {
+                self.lose_by(&lost);
+                false
             }
         }
     }
@@ -154,3 +262,7 @@ impl Device {
         self.interrupt_config();
     }
 }
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

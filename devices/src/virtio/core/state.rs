@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use transport::vhost_user::vring::RingBase;
+
 use crate::ports::Guard;
-use crate::virtio::backend::Begin;
 use crate::virtio::core::report::PhaseReport;
 
 /// What becomes of a device whose backend is lost.
@@ -40,6 +41,8 @@ pub(crate) enum Phase {
     Idle,
     /// The guards are the queues' connections to the guest.
     Running(Vec<Guard>),
+    /// The queues stand while the machine is paused, and go on where they were.
+    Suspended(Waiting),
     /// The driver asked for what cannot be; the backend is as it was.
     NeedsReset(String),
     /// There is no backend.
@@ -75,8 +78,18 @@ pub(crate) enum Work {
 /// Queues of a driver that is ready: the guest's kicks gather in their eventfds.
 pub(crate) struct Waiting {
     pub(crate) guards: Vec<Guard>,
-    /// Whether a backend has had them before.
     pub(crate) begin: Begin,
+}
+
+/// Where queues begin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// Where queues begin that the driver has just set up.
+    Fresh,
+    /// Where a lost backend was cut off, which the rings and the inflight area tell.
+    CutOff,
+    /// Here, in the order of the queues: they were stopped in order.
+    Stood(Vec<RingBase>),
 }
 
 impl Phase {
@@ -85,6 +98,7 @@ impl Phase {
         match self {
             Self::Idle => PhaseReport::Idle,
             Self::Running(_) => PhaseReport::Running,
+            Self::Suspended(_) => PhaseReport::Suspended,
             Self::NeedsReset(why) => PhaseReport::NeedsReset(why.clone()),
             Self::Vacant(Vacancy { told: false, why, .. }) => PhaseReport::Recovering(why.clone()),
             Self::Vacant(Vacancy { told: true, why, .. }) => PhaseReport::Broken(why.clone()),
@@ -103,7 +117,7 @@ impl Phase {
     /// Whether the guest's kicks go to a queue's eventfd.
     pub(crate) fn takes_kicks(&self) -> bool {
         match self {
-            Self::Running(_) => true,
+            Self::Running(_) | Self::Suspended(_) => true,
             Self::Vacant(vacancy) => vacancy.queues.is_some(),
             Self::Idle | Self::NeedsReset(_) => false,
         }

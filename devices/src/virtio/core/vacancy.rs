@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use crate::virtio::backend::{BackendError, Begin};
+use crate::virtio::backend::BackendError;
 use crate::virtio::core::device::{Device, chain};
 use crate::virtio::core::start::space;
-use crate::virtio::core::state::{OnLoss, Phase, Vacancy, Waiting, Work};
+use crate::virtio::core::state::{Begin, OnLoss, Phase, Vacancy, Waiting, Work};
 
 /// How long a search lasts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,7 +100,9 @@ impl Device {
             return;
         }
         let queues = match std::mem::replace(&mut self.phase, Phase::Idle) {
-            Phase::Running(guards) => Some(Waiting { guards, begin: Begin::Resumed }),
+            Phase::Running(guards) | Phase::Suspended(Waiting { guards, .. }) => {
+                Some(Waiting { guards, begin: Begin::CutOff })
+            }
             _ => None,
         };
         let recovers = self.on_loss == OnLoss::Recover && !self.retired;

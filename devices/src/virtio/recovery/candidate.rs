@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
+use transport::peer::Stats;
 use transport::vhost_user::Connection;
 
 use crate::hang_up::HangUp;
@@ -21,7 +22,7 @@ use crate::virtio::backend::requests::{Answers, Calls, NotifierPlace, OwnChannel
 use crate::virtio::backend::shared_memory::SharedRegions;
 use crate::virtio::backend::spec::Order;
 use crate::virtio::backend::survey::{Attended, OpenError, Survey};
-use crate::virtio::backend::vhost_user::{Kept, VhostUser};
+use crate::virtio::backend::vhost_user::VhostUser;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::recovery::vacancy::{Candidate, FillError, Misfit};
 
@@ -74,7 +75,7 @@ pub struct Reconnect {
     shared: SharedRegions,
     calls: Calls,
     notifiers: NotifierPlace,
-    kept: Arc<Mutex<Kept>>,
+    past: Arc<Mutex<Stats>>,
     hang_up: Arc<HangUp>,
 }
 
@@ -84,7 +85,7 @@ impl Reconnect {
         let (order, config_size) = (order.clone(), first.config_size);
         let (calls, notifiers) = (Calls::default(), NotifierPlace::default());
         let hang_up = Arc::new(HangUp::new()?);
-        Ok(Self { order, config_size, in_band, shared, calls, notifiers, kept: Arc::default(), hang_up })
+        Ok(Self { order, config_size, in_band, shared, calls, notifiers, past: Arc::default(), hang_up })
     }
 
     /// Tells when the present backend's connection is gone.
@@ -111,7 +112,7 @@ impl Reconnect {
         let answers =
             Answers { misses, shared: tenancy.clone(), calls: self.calls(), notifiers: self.notifiers() };
         let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
-        let backend = VhostUser::new(session, &self.order, Arc::clone(&self.kept), tenancy);
+        let backend = VhostUser::new(session, &self.order, Arc::clone(&self.past), tenancy);
         Ok((Attended { model, backend }, channel))
     }
 

@@ -11,20 +11,22 @@
 //! ```
 
 use std::error::Error;
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::Duration;
 
 use transport::memory::MemoryMap;
 use transport::peer::deadline::Deadline;
+use transport::vhost_user::InflightArea;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
 
-use crate::virtio::backend::{Backend, BackendError, Begin, Start};
+use crate::virtio::backend::{Backend, BackendError, Start};
 use crate::virtio::core::device::{Device, chain};
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::queues::{OwnedRing, RingsError};
 use crate::virtio::core::start::space;
-use crate::virtio::core::state::{Phase, Vacancy, Work};
+use crate::virtio::core::state::{Begin, Phase, Vacancy, Work};
 use crate::virtio::ring::resume::{Notes, ResumeError};
 use crate::virtio::types::table::{ConfigSource, Model};
 
@@ -89,15 +91,18 @@ struct Job {
     features: DriverFeatures,
     memory: MemoryMap,
     rings: Vec<OwnedRing>,
-    begin: Begin,
+    inflight: Option<Arc<InflightArea>>,
 }
 
+/// A candidate that runs the queues, and the inflight area in which it notes.
+type Started = (Candidate, Option<Arc<InflightArea>>);
+
 impl Job {
-    fn run(self) -> Result<Candidate, BackendError> {
-        let Self { mut candidate, features, memory, rings, begin } = self;
+    fn run(self) -> Result<Started, BackendError> {
+        let Self { mut candidate, features, memory, rings, inflight } = self;
         let rings: Vec<Ring<'_>> = rings.iter().map(OwnedRing::as_ring).collect();
-        let start = Start { features, memory: &memory, rings: &rings, begin };
-        candidate.backend.start(&start).map(|()| candidate)
+        let area = candidate.backend.start(&Start { features, memory: &memory, rings: &rings, inflight })?;
+        Ok((candidate, area))
     }
 }
 
@@ -192,17 +197,23 @@ impl Device {
             return Err(misfit.into());
         }
         let Phase::Vacant(vacancy) = &mut self.phase else { return Err(FillError::NotWanted) };
-        let begin = vacancy.queues.as_ref().map(|queues| queues.begin);
+        let begin = vacancy.queues.as_ref().map(|queues| queues.begin.clone());
         let Some((begin, features)) = begin.zip(self.registers.accepted()) else {
             self.install(candidate);
             return Ok(Begun::Installed);
         };
-        let notes = if candidate.backend.has_notes() { Notes::Backend } else { Notes::Rings };
+        if begin == Begin::Fresh {
+            self.inflight = None;
+        }
+        // An area that its writer has cut short tells nothing: the rings do then.
+        let whole = self.inflight.as_ref().is_some_and(|area| area.is_whole());
+        let notes = if whole && candidate.backend.takes_inflight() { Notes::Backend } else { Notes::Rings };
         let space = space(&self.registers, &self.memory, candidate.backend.as_ref());
-        match self.wiring.rings(&self.registers, begin, space, notes) {
+        match self.wiring.rings(&self.registers, &begin, space, notes) {
             Ok(rings) => {
                 vacancy.work = Work::Start;
-                Ok(Begun::Starts(Job { candidate, features, memory: self.memory.clone(), rings, begin }))
+                let (memory, inflight) = (self.memory.clone(), self.inflight.clone());
+                Ok(Begun::Starts(Job { candidate, features, memory, rings, inflight }))
             }
             Err(RingsError::Fd(error)) => Err(FillError::Failed(error.into())),
             Err(RingsError::Resume(ResumeError::Doubt { .. })) if patience.is_some() => {
@@ -218,12 +229,13 @@ impl Device {
         }
     }
 
-    fn finish_fill(&mut self, started: Result<Candidate, BackendError>) -> Result<(), FillError> {
+    fn finish_fill(&mut self, started: Result<Started, BackendError>) -> Result<(), FillError> {
         if !self.is_starting() || self.retired {
             return Err(FillError::NotWanted);
         }
         match started {
-            Ok(candidate) => {
+            Ok((candidate, area)) => {
+                self.inflight = area;
                 self.install(candidate);
                 Ok(())
             }
@@ -242,7 +254,7 @@ impl Device {
     fn end_work(&mut self) {
         let Phase::Vacant(vacancy) = &mut self.phase else { return };
         if std::mem::replace(&mut vacancy.work, Work::None) == Work::Start {
-            vacancy.queues.iter_mut().for_each(|queues| queues.begin = Begin::Resumed);
+            vacancy.queues.iter_mut().for_each(|queues| queues.begin = Begin::CutOff);
             self.cut_off();
         }
     }
@@ -288,7 +300,7 @@ impl Device {
             self.phase = Phase::Running(queues.guards);
             self.activations += u64::from(queues.begin == Begin::Fresh);
             self.begin_control();
-            if queues.begin == Begin::Resumed {
+            if queues.begin == Begin::CutOff {
                 self.announce();
             }
             // The lost one may have died between using a buffer and saying so.

@@ -140,7 +140,7 @@ fn lost_backend_is_replaced_and_the_guest_notices_nothing_but_an_interrupt() {
     assert!(rig.kicks(), "kicks gather in the kernel");
     let (second, candidate) = candidate(disk(2));
     rig.handle.fill(candidate).unwrap();
-    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+7"]);
+    assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000+7"]);
     assert_eq!(rig.handle.phase(), PhaseReport::Running);
     assert_eq!((rig.status(), rig.machine.page_u32(0x60)), (0xf, 1));
     assert_eq!(rig.machine.take_interrupts(), 1);
@@ -251,7 +251,7 @@ fn candidate_that_does_not_start_leaves_the_device_waiting_for_the_next() {
     rig.set_indexes(2, 1);
     let (third, good) = candidate(disk(2));
     rig.handle.fill(good).unwrap();
-    assert_eq!(third.calls(), ["resume 100000200 0:16@1000,2000,3000+1"]);
+    assert_eq!(third.calls(), ["start 100000200 0:16@1000,2000,3000+1"]);
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn backend_that_is_lost_while_it_starts_is_waited_for_like_any_other() {
     assert!(rig.kicks());
     let (second, candidate) = candidate(disk(2));
     rig.handle.fill(candidate).unwrap();
-    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000"]);
+    assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000"]);
 }
 
 #[test]
@@ -322,7 +322,7 @@ fn doubt_ends_when_the_driver_goes_on() {
         rig.end_the_doubt();
         taking_over.join().unwrap().unwrap();
     });
-    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+fdfc"]);
+    assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000+fdfc"]);
     assert_eq!(rig.handle.phase(), PhaseReport::Running);
     assert_eq!([12, 13, 14].map(|slot| rig.head(slot)), [0, 1, 2]);
 }
@@ -354,7 +354,7 @@ fn backend_that_goes_while_there_is_doubt_is_none_and_the_next_is_waited_for() {
     let (third, candidate) = self::candidate(disk(2));
     rig.end_the_doubt();
     rig.handle.fill(candidate).unwrap();
-    assert_eq!(third.calls(), ["resume 100000200 0:16@1000,2000,3000+fdfc"]);
+    assert_eq!(third.calls(), ["start 100000200 0:16@1000,2000,3000+fdfc"]);
 }
 
 #[test]
@@ -476,7 +476,7 @@ fn reset_during_a_start_waits_for_it_and_stops_what_it_started() {
         assert_eq!(rig.handle.phase(), PhaseReport::Idle, "no backend has the rings after the reset");
     });
     result.unwrap();
-    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+1", "stop"]);
+    assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000+1", "stop"]);
     assert_eq!(rig.status(), 0);
     rig.start_driver();
     assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000"]);
@@ -502,7 +502,7 @@ fn machine_that_ends_or_restarts_during_a_start_is_not_disturbed_by_it() {
     rig.lose(3, 1);
     let (second, result) = during_the_start(&rig, Outcome::Works, Waits::Yes, || rig.handle.end());
     result.unwrap();
-    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+1", "stop", "disconnect"]);
+    assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000+1", "stop", "disconnect"]);
     let (third, other) = candidate(disk(2));
     rig.handle.peer_lost("it crashed");
     assert!(matches!(rig.handle.fill(other), Err(FillError::NotWanted)));
@@ -513,7 +513,7 @@ fn machine_that_ends_or_restarts_during_a_start_is_not_disturbed_by_it() {
     let unplugs = || rig.handle.unplug();
     let (second, result) = during_the_start(&rig, Outcome::Works, Waits::Yes, unplugs);
     result.unwrap();
-    assert_eq!(second.calls(), ["resume 100000200 0:16@1000,2000,3000+1", "stop"]);
+    assert_eq!(second.calls(), ["start 100000200 0:16@1000,2000,3000+1", "stop"]);
     assert_eq!(rig.handle.phase(), PhaseReport::Idle);
     let (_, other) = candidate(disk(2));
     assert!(matches!(rig.handle.fill(other), Err(FillError::NotWanted)));

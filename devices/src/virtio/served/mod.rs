@@ -14,7 +14,7 @@ use transport::vhost_user::RingSwitch;
 use transport::vhost_user::features::{DriverFeatures, bit};
 use transport::vhost_user::vring::{Call, Kick};
 
-use crate::virtio::backend::BackendError;
+use crate::virtio::backend::{BackendError, failed};
 use crate::virtio::core::device::Device;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::start::space;
@@ -167,7 +167,7 @@ impl Device {
         let states = self.registers.queues();
         let ready = |queue: &u16| states.get(usize::from(*queue)).is_some_and(|state| state.ready);
         let ready: Vec<u16> = queues.filter(ready).collect();
-        self.backend.switch_rings(&ready, switch)
+        self.backend.live()?.switch_rings(&ready, switch).map_err(failed)
     }
 
     /// The queues run (again): what came before that waits.
@@ -185,7 +185,7 @@ impl Device {
         let State::Sessions(sessions) = &mut control.state else { return };
         let begun = Instant::now();
         for session in sessions.take() {
-            let closed = backend.close_crypto_session(session);
+            let closed = backend.live().and_then(|live| live.close_crypto_session(session).map_err(failed));
             if matches!(closed, Err(BackendError::Lost(_))) || begun.elapsed() > CLOSING {
                 return;
             }
@@ -211,7 +211,7 @@ impl Device {
         if !matches!(self.phase, Phase::Running(_)) {
             return;
         }
-        match self.backend.kick(queue) {
+        match self.backend.live().and_then(|live| live.kick_in_band(queue).map_err(failed)) {
             Ok(()) => {}
             Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
             Err(BackendError::Refused(_)) => self.note("the backend refused a kick"),
@@ -298,12 +298,19 @@ impl Device {
         let done = match parse(&chain.request) {
             Asked::Nothing(status) => Ok(Done::Failed(status)),
             Asked::Create(_) if !sessions.have_room() => Ok(Done::REFUSED),
-            Asked::Create(session) => backend.create_crypto_session(&session).map(|id| {
-                sessions.add(id);
-                Done::Created(id)
-            }),
+            Asked::Create(session) => {
+                let created =
+                    backend.live().and_then(|live| live.create_crypto_session(&session).map_err(failed));
+                created.map(|id| {
+                    sessions.add(id);
+                    Done::Created(id)
+                })
+            }
             Asked::Close(id) if !sessions.remove(id) => Ok(Done::UNKNOWN),
-            Asked::Close(id) => backend.close_crypto_session(id).map(|()| Done::Closed),
+            Asked::Close(id) => backend
+                .live()
+                .and_then(|live| live.close_crypto_session(id).map_err(failed))
+                .map(|()| Done::Closed),
         };
         let done = match done {
             Err(BackendError::Refused(error)) => {
@@ -341,9 +348,8 @@ impl Device {
 
     /// The driver, or the backend, left the queues in a state from which only a reset leads on.
     pub(crate) fn stop_and_need_reset(&mut self, why: String) {
-        match self.backend.stop() {
-            Ok(()) => self.need_reset(why),
-            Err(error) => self.lose_by(&error),
+        if self.stop() {
+            self.need_reset(why);
         }
         self.show_registers();
     }
