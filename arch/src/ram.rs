@@ -74,14 +74,6 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// Guest memory counts as a file, and files may not be so large.
-    #[error("{} MiB of memory are more than the limit of {} MiB for files (RLIMIT_FSIZE)", size >> 20, limit >> 20)]
-    FileLimit {
-        /// Wanted size in bytes.
-        size: u64,
-        /// The limit in bytes.
-        limit: u64,
-    },
     /// The host did not give the huge pages.
     #[error("the host has not enough huge pages of {} MiB for {} MiB of memory", page >> 20, size >> 20)]
     NoHugepages {
@@ -121,9 +113,6 @@ impl Error {
             Self::Odd { .. } | Self::TooSmall { .. } => {
                 Some("memory sizes are multiples of 2 MiB, from 32M up")
             }
-            Self::FileLimit { .. } => Some(
-                "guest memory is a file in memory: raise the limit (`ulimit -f unlimited`, systemd's LimitFSIZE=infinity)",
-            ),
             Self::NoHugepages { page, .. } if *page == 1 << 30 => {
                 Some("reserve them: echo N > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
             }
@@ -169,11 +158,11 @@ impl Ram {
         if size < RAM_MIN {
             return Err(Error::TooSmall { size });
         }
-        // Beyond this limit the kernel sends a signal that ends the process.
-        if let Some(limit) = getrlimit(Resource::Fsize).current.filter(|limit| size > *limit) {
-            return Err(Error::FileLimit { size, limit });
-        }
         let refused = |errno: Errno| Error::Refused { size, source: errno.into() };
+        // The memfd counts as a file. Beyond this limit the kernel sends a signal that ends the process.
+        if getrlimit(Resource::Fsize).current.is_some_and(|limit| size > limit) {
+            return Err(refused(Errno::FBIG));
+        }
         let no_hugepages =
             |source: io::Error| Error::NoHugepages { size, page: hugepages.page_size(), source };
 

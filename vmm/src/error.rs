@@ -26,7 +26,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// The exit code, as the README's table gives it.
+    /// The exit code of the process.
     pub const fn exit_code(self) -> u8 {
         match self {
             Fault::Internal => 1,
@@ -85,6 +85,11 @@ impl Error {
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint.get_or_insert(hint.into());
         self
+    }
+
+    /// The same, where there may be none.
+    pub fn hints(self, hint: Option<impl Into<String>>) -> Self {
+        hint.into_iter().fold(self, |error, hint| error.hint(hint))
     }
 
     /// Whose fault it is.

@@ -146,17 +146,17 @@ impl Machine {
         // 2. Guest RAM. It is mapped once; boards come and go around it.
         let ram = Ram::allocate(config.memory.size, config.memory.hugepages).map_err(|error| {
             let hint = error.hint();
-            let failed = Error::host("cannot allocate guest memory").because(error);
-            match hint {
-                Some(hint) => failed.hint(hint),
-                None => failed,
-            }
+            Error::host("cannot allocate guest memory").because(error).hints(hint)
         })?;
         let ram_mappings = map(&ram)?;
         let memory = memory_map(&ram, &ram_mappings)?;
         startup.ram = elapsed(begun);
 
-        // 3. The backends, each connected and asked what it offers.
+        // 3. The guest's image: a bad one is found before a peer is touched.
+        let entry = files.load(&ram, &platform)?;
+        startup.image = elapsed(begun);
+
+        // 4. The backends, each connected and asked what it offers.
         let peers = Peers::new(config.vhost_user.len())
             .map(Arc::new)
             .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
@@ -167,13 +167,12 @@ impl Machine {
         let trace = config.trace.as_ref();
         let mut machine = Surroundings { memory: &memory, peers: &peers, trace, windows: &mut windows };
         for (index, device) in config.vhost_user.into_iter().enumerate() {
-            let device = VirtioDevice::connect(index, device, &devices, &mut machine)?;
+            let device = VirtioDevice::connect(index, device, &mut machine)?;
             devices.push(device);
         }
         let mut candidates = Vec::new();
-        for ((index, device), number) in config.vfio_user.into_iter().enumerate().zip(numbers) {
-            let id = DeviceId::from(device.id.clone().unwrap_or_else(|| format!("vfio-user{index}")));
-            devices.check_free(&id)?;
+        for (device, number) in config.vfio_user.into_iter().zip(numbers) {
+            let id = DeviceId::from(device.id.clone().unwrap_or_default());
             let limits = Limits::new(device.deadline);
             let limits = match &config.trace {
                 Some(trace) => limits.traced(Arc::clone(trace)),
@@ -186,7 +185,6 @@ impl Machine {
         let shares = vfio::shares(&wanted, kvm::message_routes(&kvm).saturating_sub(virtio * VIRTIO_VECTORS));
         for (candidate, vectors) in candidates.into_iter().zip(shares) {
             let (device, receiver) = candidate.admit(vectors)?;
-            devices.check_free(device.id())?;
             let function = device.function();
             peers.listen(Heard::Server(receiver, Arc::clone(function))).map_err(no_thread)?;
             if function.shape.pin.is_some() {
@@ -195,10 +193,6 @@ impl Machine {
             devices.push(device);
         }
         startup.peers = elapsed(begun);
-
-        // 4. The guest's image.
-        let entry = files.load(&ram, &platform)?;
-        startup.image = elapsed(begun);
 
         // 5. The console, now that little can fail, and the hardware.
         let console = Console::open(&config.serial)?;
@@ -376,11 +370,7 @@ impl Files {
         let cannot = || Error::usage(format!("cannot boot {}", self.kernel.1));
         arch::boot::load(ram, &image, platform).map_err(|error| {
             let hint = error.hint();
-            let failed = cannot().because(error);
-            match hint {
-                Some(hint) => failed.hint(hint),
-                None => failed,
-            }
+            cannot().because(error).hints(hint)
         })
     }
 }

@@ -50,11 +50,7 @@ impl Candidate {
             .and_then(|client| vfio_user::survey(client, config.wishes, memory));
         let surveyed = surveyed.map_err(|error| {
             let hint = error.hint();
-            let failed = Error::new(Fault::Peer, format!("cannot start device {id}")).because(error);
-            match hint {
-                Some(hint) => failed.hint(hint),
-                None => failed,
-            }
+            Error::new(Fault::Peer, format!("cannot start device {id}")).because(error).hints(hint)
         })?;
         log::info!("device {id}: {}", surveyed.shape.identity);
         Ok(Candidate { id, number, surveyed })

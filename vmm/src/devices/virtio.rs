@@ -25,7 +25,7 @@ use transport::vhost_user::vring::Kick;
 use crate::config::{Role, Socket, Transport, VhostUser};
 use crate::control::peers::Peers;
 use crate::devices::windows::Windows;
-use crate::devices::{DeviceId, DeviceList, MachineDevice, Notice, Site};
+use crate::devices::{DeviceId, MachineDevice, Notice, Site};
 use crate::error::{Error, Fault};
 use crate::stats::{DeviceStats, PeerStats};
 
@@ -60,18 +60,16 @@ impl VirtioDevice {
     /// configuration.
     ///
     /// # Errors
-    /// When the backend fails or does not fit, or another one of the `others` has the name.
+    /// When the backend fails or does not fit.
     pub(crate) fn connect(
         index: usize,
         config: VhostUser,
-        others: &DeviceList,
         machine: &mut Surroundings<'_>,
     ) -> Result<Self, Error> {
         let Surroundings { memory, peers, trace, windows } = machine;
         let mut order = config.order()?;
         let kind = order.device_type.name();
-        let id = DeviceId::from(config.id.unwrap_or_else(|| format!("{kind}{index}")));
-        others.check_free(&id)?;
+        let id = DeviceId::from(config.id.unwrap_or_default());
         let cannot = || format!("cannot start device {id}");
         let mut limits = Limits::new(config.deadline);
         if let Some(trace) = trace {
@@ -111,11 +109,7 @@ impl VirtioDevice {
         let Opened { mut model, backend, channel, hang_up, reconnect, shared, calls, notifiers } = opened
             .map_err(|error| {
                 let hint = error.hint();
-                let failed = Error::new(Fault::Peer, cannot()).because(error);
-                match hint {
-                    Some(hint) => failed.hint(hint),
-                    None => failed,
-                }
+                Error::new(Fault::Peer, cannot()).because(error).hints(hint)
             })?;
         log::info!("device {id}: {kind}, {} queue(s), features {:#x}", model.queues, model.features.bits());
         if config.transport == Transport::Mmio {

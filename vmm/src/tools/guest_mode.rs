@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use arch::width::{to_u64, to_usize};
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::Bytes;
@@ -136,13 +137,13 @@ impl Bench {
             other => return Err(format!("{other:?}")),
         }
         let reached = self.vcpu.get_regs().map_err(text)?.rip;
-        let expected = CODE.saturating_add(u64::try_from(probe.code.len()).unwrap_or(0)).saturating_add(1);
+        let expected = CODE + to_u64(probe.code.len()) + 1;
         if reached == expected { Ok(()) } else { Err(format!("it stopped at {reached:#x}")) }
     }
 
     fn load(&self, probe: &Probe) -> Result<(), vm_memory::VolatileMemoryError> {
         let memory = self.memory.region();
-        let at = |address: u64| usize::try_from(address).unwrap_or(usize::MAX);
+        let at = to_usize;
         memory_write(memory, at(DATA), &[0; 4096])?;
         memory_write(memory, at(CODE), probe.code)?;
         memory_write(memory, at(CODE).saturating_add(probe.code.len()), &[0xf4])?;

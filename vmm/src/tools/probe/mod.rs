@@ -23,12 +23,8 @@ pub fn socket_path(given: &Path) -> Result<&Path, Error> {
 
 /// What could not be done, with the hint of who failed in the words of this command's options.
 fn failed(socket: &Path, hint: Option<&str>) -> Error {
-    let failed = Error::new(Fault::Peer, format!("cannot probe {}", socket.display()));
-    match hint {
-        Some(hint) => failed.hint(
-            hint.replace(", or give reconnect=SECONDS to wait for it", "")
-                .replace("deadline=MS", "--deadline MS"),
-        ),
-        None => failed,
-    }
+    let here = |hint: &str| {
+        hint.replace(", or give reconnect=SECONDS to wait for it", "").replace("deadline=MS", "--deadline MS")
+    };
+    Error::new(Fault::Peer, format!("cannot probe {}", socket.display())).hints(hint.map(here))
 }
