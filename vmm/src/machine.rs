@@ -26,7 +26,7 @@ use crate::control::peers::{Heard, Peers};
 use crate::devices::vfio::{self, Candidate};
 use crate::devices::virtio::{Surroundings, VirtioDevice};
 use crate::devices::windows::Windows;
-use crate::devices::{DeviceId, DeviceList, MachineDevice as _};
+use crate::devices::{DeviceId, DeviceList};
 use crate::error::Error;
 use crate::host::kvm;
 use crate::host::mapping::Mapping;
