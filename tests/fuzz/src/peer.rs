@@ -114,7 +114,7 @@ impl Peer {
         let state = self.state();
         let Some(channel) = &state.channel else { return answers };
         let mut bytes = [0; 4096];
-        while let Ok(received) = fds::receive(channel.as_fd(), &mut bytes, &mut Vec::new()) {
+        while let Ok(received) = fds::receive(channel.as_fd(), &mut bytes, fds::Room::Many, &mut Vec::new()) {
             if received.bytes == 0 {
                 break;
             }
@@ -211,7 +211,7 @@ impl State {
             };
             let have = self.partial.len();
             self.partial.resize(due, 0);
-            let received = fds::receive(self.socket.as_fd(), &mut self.partial[have..], &mut self.fds);
+            let received = fds::receive(self.socket.as_fd(), &mut self.partial[have..], fds::Room::Many, &mut self.fds);
             let got = received.map_or(0, |received| received.bytes);
             self.partial.truncate(have + got);
             if got == 0 {

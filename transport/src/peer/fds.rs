@@ -1,7 +1,7 @@
 //! One message with fds over a unix socket: `sendmsg` and `recvmsg` with SCM_RIGHTS.
 //!
 //! Must never leak an fd: what arrives is close-on-exec and owned before anything is judged, so a message that
-//! is refused closes its fds. Nothing here blocks; waiting belongs to [`crate::deadline`].
+//! is refused closes its fds. Nothing here blocks; waiting belongs to [`super::deadline`].
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -12,6 +12,9 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+
+use super::admit;
+use super::wire::Fault;
 
 /// The most fds that Linux lets one message carry (SCM_MAX_FD).
 pub const MAX_FDS: usize = 253;
@@ -31,31 +34,82 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
     Ok(sent)
 }
 
+/// How many descriptors may come with the bytes that are read next. Where none is due there is no room for any, and the
+/// kernel drops them without this process ever holding them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// None; one that comes is a fault.
+    None,
+    /// None; those that come are dropped and mean nothing.
+    Ignored,
+    /// One.
+    One,
+    /// As many as a message can carry.
+    Many,
+}
+
 /// What one `recvmsg` brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     /// Bytes stored; 0 means that the peer closed its end.
     pub bytes: usize,
-    /// The kernel dropped fds for want of room (MSG_CTRUNC): the message must be refused.
-    pub fds_truncated: bool,
+    /// What is wrong with the descriptors that came along: the message must be refused.
+    pub fault: Option<Fault>,
 }
 
 /// Receives up to `bytes.len()` bytes and appends the fds that came with them, without blocking.
 ///
-/// `bytes` must not be empty. More than [`MAX_FDS`] cannot arrive, so truncation means that this process is out
-/// of descriptors.
-pub fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<Received> {
+/// `bytes` must not be empty. A descriptor that could make this process wait for the peer is never appended: it is closed
+/// elsewhere, and is a fault.
+pub fn receive(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    room: Room,
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let (most, space) = match room {
+        Room::One if !admit::is_overrun() => {
+            (1, space.get_mut(..rustix::cmsg_space!(ScmRights(1))).unwrap_or_default())
+        }
+        Room::Many if !admit::is_overrun() => (MAX_FDS, space.as_mut_slice()),
+        _ => (0, &mut [][..]),
+    };
+    let mut control = RecvAncillaryBuffer::new(space);
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
     let message =
         rustix::io::retry_on_intr(|| recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags))?;
+    let mut came = 0_usize;
+    let mut fault = None;
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = message {
-            fds.extend(received);
+        let RecvAncillaryMessage::ScmRights(received) = message else { continue };
+        for fd in received {
+            came = came.saturating_add(1);
+            if admit::is_harmless(fd.as_fd()) {
+                fds.push(fd);
+            } else {
+                admit::close_elsewhere(fd);
+                fault = Some(Fault::Descriptor);
+            }
         }
     }
-    Ok(Received { bytes: message.bytes, fds_truncated: message.flags.contains(ReturnFlags::CTRUNC) })
+    let truncated = message.flags.contains(ReturnFlags::CTRUNC);
+    if truncated && room != Room::Ignored {
+        // Fewer than there was room for: this process is out of descriptors.
+        fault = Some(match most {
+            0 => Fault::StrayFds,
+            _ if came < most => Fault::FdsTruncated,
+            _ => Fault::Fds { got: came.saturating_add(1), least: 0, most: 1 },
+        });
+    }
+    Ok(Received { bytes: message.bytes, fault })
+}
+
+/// Looks at the bytes that are read next, as many as are there, and leaves them and their descriptors where they are.
+pub fn peek(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let (_, count) = rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *bytes, flags))?;
+    Ok(count)
 }
 
 /// Whether the guest may write to a map.
@@ -99,8 +153,8 @@ mod tests {
         assert_eq!(send(a.as_fd(), b"hello", &[file.as_fd(), a.as_fd()]).unwrap(), 5);
         let mut bytes = [0; 16];
         let mut fds = Vec::new();
-        let received = receive(b.as_fd(), &mut bytes, &mut fds).unwrap();
-        assert_eq!(received, Received { bytes: 5, fds_truncated: false });
+        let received = receive(b.as_fd(), &mut bytes, Room::Many, &mut fds).unwrap();
+        assert_eq!(received, Received { bytes: 5, fault: None });
         assert_eq!(&bytes[..5], b"hello");
         assert_eq!(fds.len(), 2);
         for fd in &fds {
@@ -116,9 +170,27 @@ mod tests {
         let many = vec![file.as_fd(); MAX_FDS];
         send(a.as_fd(), b"x", &many).unwrap();
         let mut fds = Vec::new();
-        let received = receive(b.as_fd(), &mut [0; 1], &mut fds).unwrap();
-        assert!(!received.fds_truncated);
+        let received = receive(b.as_fd(), &mut [0; 1], Room::Many, &mut fds).unwrap();
+        assert_eq!(received.fault, None);
         assert_eq!(fds.len(), MAX_FDS);
+    }
+
+    #[test]
+    fn where_no_fd_is_due_none_is_taken_and_it_is_a_fault() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let mut fds = Vec::new();
+        for (room, got) in [(Room::None, 0), (Room::Ignored, 0), (Room::One, 1)] {
+            send(a.as_fd(), b"x", &[file.as_fd()]).unwrap();
+            let received = receive(b.as_fd(), &mut [0; 1], room, &mut fds).unwrap();
+            let fault = (room == Room::None).then_some(Fault::StrayFds);
+            assert_eq!(received, Received { bytes: 1, fault });
+            assert_eq!(fds.drain(..).count(), got, "{room:?}");
+        }
+        let proc = std::fs::File::open("/proc/self/status").unwrap();
+        send(a.as_fd(), b"x", &[proc.as_fd()]).unwrap();
+        let received = receive(b.as_fd(), &mut [0; 1], Room::One, &mut fds).unwrap();
+        assert_eq!((received.fault, fds.len()), (Some(Fault::Descriptor), 0), "it may wait for the peer");
     }
 
     #[test]
@@ -132,10 +204,10 @@ mod tests {
     fn nothing_to_receive_would_block_and_a_closed_peer_reads_zero() {
         let (a, b) = UnixStream::pair().unwrap();
         let mut fds = Vec::new();
-        let empty = receive(a.as_fd(), &mut [0; 1], &mut fds).unwrap_err();
+        let empty = receive(a.as_fd(), &mut [0; 1], Room::None, &mut fds).unwrap_err();
         assert_eq!(empty.kind(), io::ErrorKind::WouldBlock);
         drop(b);
-        assert_eq!(receive(a.as_fd(), &mut [0; 1], &mut fds).unwrap().bytes, 0);
+        assert_eq!(receive(a.as_fd(), &mut [0; 1], Room::None, &mut fds).unwrap().bytes, 0);
         assert_eq!(send(a.as_fd(), b"x", &[]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 

@@ -8,10 +8,12 @@
 //! | [`socket`] | how a peer is reached: connect, listen, try again |
 //! | [`deadline`] | bounded waits |
 //! | [`fds`] | one message with descriptors over a unix socket |
+//! | `admit` | which descriptors of a peer are kept |
 //! | [`wire`] | payloads of a fixed size, and what can be wrong with a message |
 //!
 //! Nothing here knows a message of either protocol.
 
+mod admit;
 pub mod deadline;
 pub mod error;
 pub mod fds;
@@ -20,6 +22,7 @@ pub mod socket;
 pub mod trace;
 pub mod wire;
 
+pub(crate) use admit::close_elsewhere;
 pub use error::{Cause, Error, MessageName, Peer, Protocol, Step};
 pub use limits::{Limits, Stats};
 pub use trace::{Direction, Trace, TraceEvent};

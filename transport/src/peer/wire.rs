@@ -35,9 +35,15 @@ pub enum Fault {
         /// The most that make sense.
         most: u8,
     },
-    /// The kernel had no room for the fds.
+    /// Fds came for which there was no room, as none was due. How many, the kernel does not say.
+    #[error("with file descriptors where none are due")]
+    StrayFds,
+    /// This process had no room for the fds.
     #[error("with file descriptors that this process had no room for")]
     FdsTruncated,
+    /// A descriptor could make whoever touches it wait for the peer.
+    #[error("with a file descriptor of a kind that is not accepted")]
+    Descriptor,
     /// A field holds what it must not.
     #[error("with {field} {value:#x}")]
     Value {

@@ -20,7 +20,7 @@ pub(super) fn fill(
 ) -> io::Result<bool> {
     let mut rest = bytes;
     while !rest.is_empty() {
-        match fds::receive(stream.as_fd(), rest, fds) {
+        match fds::receive(stream.as_fd(), rest, fds::Room::Many, fds) {
             Ok(received) if received.bytes == 0 => return Ok(false),
             Ok(received) => rest = rest.get_mut(received.bytes..).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

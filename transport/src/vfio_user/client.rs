@@ -14,7 +14,7 @@ use super::message::{Command, DeviceInfoPayload, Fault, length, parse_front};
 use super::version::{self, Version};
 use crate::peer::deadline::Deadline;
 use crate::peer::socket;
-use crate::peer::{Cause, Error, Limits, Peer, Protocol, Step};
+use crate::peer::{Cause, Error, Limits, Peer, Protocol, Step, close_elsewhere};
 
 /// Regions, or interrupt indexes, that a device may claim.
 const COUNT_MOST: u32 = 1024;
@@ -247,6 +247,8 @@ fn twin_socket(index: Option<usize>, mut fds: Vec<OwnedFd>) -> Result<Option<Uni
     if is_stream && is_unix {
         Ok(Some(UnixStream::from(socket)))
     } else {
+        // A socket of another family may linger when it is closed.
+        close_elsewhere(socket);
         Err(Fault::Text("a twin socket that is none"))
     }
 }

@@ -11,15 +11,15 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::describe::{self, Fields};
 use super::features::ProtocolFeatures;
 use super::message::{Fault, HEADER_SIZE, Header, Iotlb, ShmemArea, Uuid, VringArea, VringState, parse};
 use super::request::BackendRequest;
 use crate::memory::PAGE;
-use crate::peer::fds;
 use crate::peer::fds::file_size;
+use crate::peer::fds::{self, Received, Room};
 use crate::peer::{Cause, Error, Step};
 use crate::peer::{Direction, Peer, Trace};
 
@@ -208,6 +208,8 @@ pub struct BackendChannel {
     trace: Option<Arc<dyn Trace>>,
     partial: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// The message came with descriptors that it does not have.
+    strays: Option<Fault>,
     /// Out of step: what still lies in the socket must not be taken for requests.
     lost: bool,
     /// The log knows that its requests are malformed.
@@ -223,7 +225,17 @@ impl BackendChannel {
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let (partial, fds) = (Vec::new(), Vec::new());
-        Ok(Self { socket, peer, negotiated, trace, partial, fds, lost: false, fault_logged: false })
+        Ok(Self {
+            socket,
+            peer,
+            negotiated,
+            trace,
+            partial,
+            fds,
+            strays: None,
+            lost: false,
+            fault_logged: false,
+        })
     }
 
     /// The peer's name.
@@ -279,29 +291,42 @@ impl BackendChannel {
                     HEADER_SIZE.saturating_add(size)
                 }
             };
+            let room = if self.partial.is_empty() { self.room() } else { Room::None };
             // Never reads into the next message: its fds would be taken for this one's.
             let have = self.partial.len();
             self.partial.resize(due, 0);
             let rest = self.partial.get_mut(have..).unwrap_or_default();
-            let outcome = fds::receive(self.socket.as_fd(), rest, &mut self.fds);
+            let outcome = fds::receive(self.socket.as_fd(), rest, room, &mut self.fds);
             let got = outcome.as_ref().map_or(0, |received| received.bytes);
             self.partial.truncate(have.saturating_add(got));
             let request = self.named();
             match outcome {
-                Ok(received) if received.fds_truncated => {
-                    return Err((request, Cause::Malformed(Fault::FdsTruncated)));
+                Ok(Received { fault: Some(fault @ (Fault::StrayFds | Fault::Fds { .. })), .. }) => {
+                    self.strays = Some(fault)
                 }
+                Ok(Received { fault: Some(fault), .. }) => return Err((request, Cause::Malformed(fault))),
                 Ok(received) if received.bytes == 0 && have == 0 => return Ok(Read::HungUp),
                 Ok(received) if received.bytes == 0 => return Err((request, Cause::ClosedMidMessage)),
-                Ok(_) if self.fds.len() > fds::MAX_FDS => {
-                    let fault = Fault::Fds { got: self.fds.len(), least: 0, most: 1 };
-                    return Err((request, Cause::Malformed(fault)));
-                }
                 Ok(_) => {}
                 Err(source) if source.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
                 Err(source) if source.kind() == io::ErrorKind::ConnectionReset => return Ok(Read::HungUp),
                 Err(source) => return Err((request, Cause::Io(source))),
             }
+        }
+    }
+
+    /// Room for the descriptor of the request that comes next, if that is one that has a descriptor. Descriptors travel with
+    /// the first byte, so the header is looked at before it is read.
+    fn room(&self) -> Room {
+        let carry = [ProtocolFeatures::HOST_NOTIFIER, ProtocolFeatures::SHMEM];
+        if !carry.into_iter().any(|feature| self.negotiated.contains(feature)) {
+            return Room::None;
+        }
+        let mut header = Header::new_zeroed();
+        match fds::peek(self.socket.as_fd(), header.as_mut_bytes()) {
+            Ok(HEADER_SIZE) if !BackendRequest(header.request).carries_fd() => Room::None,
+            // A header that comes in pieces: it may be one of them.
+            _ => Room::One,
         }
     }
 
@@ -320,8 +345,9 @@ impl BackendChannel {
         let fds = std::mem::take(&mut self.fds);
         self.trace(Direction::PeerRequest, header, payload, fds.len());
         let negotiated = request.needs().is_some_and(|needs| self.negotiated.contains(needs));
+        let strays = self.strays.take();
         let outcome = if negotiated {
-            match parse_request(request, payload, fds) {
+            match strays.map_or_else(|| parse_request(request, payload, fds), Err) {
                 Ok(BackendMessage::SharedObjectLookup(uuid)) if handler.defers_lookup(uuid) => {
                     return Ok(Handled::Deferred);
                 }

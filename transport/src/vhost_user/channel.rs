@@ -17,9 +17,12 @@ use super::features::ProtocolFeatures;
 use super::message::{Fault, HEADER_SIZE, Header, length, parse};
 use super::request::{Answer, Needs, Request, Row, UNJUDGED_MOST};
 use crate::peer::deadline::{Deadline, Waited, wait_readable, wait_writable};
-use crate::peer::fds;
+use crate::peer::fds::{self, Received, Room};
 use crate::peer::{Cause, Error, Step};
 use crate::peer::{Direction, Limits, Peer, Stats};
+
+/// What is due with an answer whose descriptors mean nothing.
+const STRAYS: (u8, u8) = (0, u8::MAX);
 
 /// An answer: its payload and fds, within the sizes of the request's row.
 #[derive(Debug, Default)]
@@ -251,11 +254,7 @@ impl Channel {
             }
             Answer::AlwaysAsked => self.receive(row, (8, 8), (0, 0), deadline),
             Answer::Always { least, most, fds } => self.receive(row, (least, most), fds, deadline),
-            Answer::Unjudged => {
-                // Its fds, if any, are closed with it.
-                let answered = self.receive(row, (0, UNJUDGED_MOST), (0, u8::MAX), deadline)?;
-                Ok(Answered { payload: answered.payload, fds: Vec::new() })
-            }
+            Answer::Unjudged => self.receive(row, (0, UNJUDGED_MOST), STRAYS, deadline),
         }
     }
 
@@ -302,18 +301,25 @@ impl Channel {
         let begin = Instant::now();
         let mut fds = Vec::new();
         let mut header = Header::new_zeroed();
-        self.fill(header.as_mut_bytes(), &mut fds, Position::Boundary, deadline)?;
+        // Descriptors travel with the first byte.
+        let room = match due {
+            STRAYS => Room::Ignored,
+            (_, 0) => Room::None,
+            _ => Room::One,
+        };
+        self.fill(header.as_mut_bytes(), room, &mut fds, Position::Boundary, deadline)?;
         // The size is judged before anything is allocated for it.
         header.judge_reply(row.request.0, sizes.1).map_err(Cause::Malformed)?;
         let size = usize::try_from(header.size).unwrap_or(usize::MAX);
         let mut payload = vec![0; size];
-        self.fill(&mut payload, &mut fds, Position::Inside, deadline)?;
+        let room = if due == STRAYS { Room::Ignored } else { Room::None };
+        self.fill(&mut payload, room, &mut fds, Position::Inside, deadline)?;
         self.trace(Direction::Answer, &header, &payload, fds.len(), begin.elapsed());
         if header.size < sizes.0 {
             let fault = Fault::Size { got: header.size, least: sizes.0, most: sizes.1 };
             return Err(Cause::Malformed(fault));
         }
-        if fds.len() < usize::from(due.0) || fds.len() > usize::from(due.1) {
+        if !(usize::from(due.0)..=usize::from(due.1)).contains(&fds.len()) {
             return Err(Cause::Malformed(Fault::Fds { got: fds.len(), least: due.0, most: due.1 }));
         }
         self.stats.answers = self.stats.answers.saturating_add(1);
@@ -323,16 +329,15 @@ impl Channel {
     fn fill(
         &mut self,
         bytes: &mut [u8],
+        room: Room,
         fds: &mut Vec<OwnedFd>,
         mut position: Position,
         deadline: &Deadline,
     ) -> Result<(), Cause> {
         let mut rest = bytes;
         while !rest.is_empty() {
-            match fds::receive(self.socket.as_fd(), rest, fds) {
-                Ok(received) if received.fds_truncated => {
-                    return Err(Cause::Malformed(Fault::FdsTruncated));
-                }
+            match fds::receive(self.socket.as_fd(), rest, room, fds) {
+                Ok(Received { fault: Some(fault), .. }) => return Err(Cause::Malformed(fault)),
                 Ok(received) if received.bytes == 0 => return Err(position.closed()),
                 Ok(received) => {
                     rest = rest.get_mut(received.bytes..).unwrap_or_default();
@@ -340,10 +345,6 @@ impl Channel {
                     // A drip-fed message would otherwise pass its deadline without ever having to wait.
                     if !rest.is_empty() && deadline.remaining().is_none() {
                         return Err(Cause::Silent(deadline.limit()));
-                    }
-                    // No message of this protocol has more; a flood of them is not collected.
-                    if fds.len() > fds::MAX_FDS {
-                        return Err(Cause::Malformed(Fault::Fds { got: fds.len(), least: 0, most: 1 }));
                     }
                 }
                 Err(source) if source.kind() == io::ErrorKind::WouldBlock => {

@@ -189,6 +189,13 @@ macro_rules! backend_requests {
     };
 }
 
+impl BackendRequest {
+    /// A descriptor travels with it.
+    pub fn carries_fd(self) -> bool {
+        matches!(self, Self::VRING_HOST_NOTIFIER_MSG | Self::SHMEM_MAP)
+    }
+}
+
 backend_requests! {
     1 IOTLB_MSG, P::BACKEND_REQ;
     2 CONFIG_CHANGE_MSG, P::CONFIG;

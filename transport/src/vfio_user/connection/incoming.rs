@@ -7,10 +7,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::peer::Cause;
-use crate::peer::fds;
+use crate::peer::fds::{self, Received, Room};
 use crate::vfio_user::message::{Fault, HEADER_SIZE, Header};
 
 /// Bytes that are read at once when messages are small.
@@ -20,10 +20,10 @@ const READ_AT_ONCE: usize = 4096;
 const READ_MOST: usize = 256 << 10;
 
 /// How much may be read past the end of the message that is due.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ahead {
-    /// Nothing: the next message's fds would be taken for this one's.
-    Never,
+#[derive(Clone, Copy)]
+pub(crate) enum Ahead<'a> {
+    /// Nothing: the next message may be one that brings fds, which the function tells by its header.
+    Never(&'a dyn Fn(&Header) -> bool),
     /// As much as there is, for fewer system calls: no fds are due.
     Freely,
 }
@@ -52,10 +52,8 @@ pub(crate) enum Read {
 pub(crate) struct Incoming {
     buffer: Vec<u8>,
     start: usize,
+    /// They belong to the message that is being received.
     fds: Vec<OwnedFd>,
-    /// Up to where in `buffer` the read reached that brought the fds: they belong to the last message that begins
-    /// before.
-    fds_until: usize,
 }
 
 impl Incoming {
@@ -75,11 +73,10 @@ impl Incoming {
         let Some(payload) = rest.get(..size) else { return Ok(None) };
         let payload = payload.to_vec();
         self.start = self.start.saturating_add(HEADER_SIZE).saturating_add(size);
-        let fds = if self.start >= self.fds_until { std::mem::take(&mut self.fds) } else { Vec::new() };
+        let fds = std::mem::take(&mut self.fds);
         if self.start == self.buffer.len() {
             self.buffer.clear();
             self.start = 0;
-            self.fds_until = 0;
         }
         Ok(Some(Message { header, payload, fds }))
     }
@@ -96,35 +93,36 @@ impl Incoming {
     }
 
     /// Reads what is there, once. Call it only after `take` gave nothing.
-    pub(crate) fn read(&mut self, socket: &UnixStream, ahead: Ahead) -> Result<Read, Cause> {
+    pub(crate) fn read(&mut self, socket: &UnixStream, ahead: Ahead<'_>) -> Result<Read, Cause> {
         if self.start > 0 {
             self.buffer.drain(..self.start);
-            self.fds_until = self.fds_until.saturating_sub(self.start);
             self.start = 0;
         }
         let have = self.buffer.len();
         let needed = self.needed().min(READ_MOST);
-        let room = if ahead == Ahead::Freely { needed.max(READ_AT_ONCE) } else { needed };
+        let room = if matches!(ahead, Ahead::Freely) { needed.max(READ_AT_ONCE) } else { needed };
         self.buffer.resize(have.saturating_add(room), 0);
         let rest = self.buffer.get_mut(have..).unwrap_or_default();
-        let fds_before = self.fds.len();
-        let outcome = fds::receive(socket.as_fd(), rest, &mut self.fds);
+        // Descriptors travel with the first byte, so the header is looked at before it is read.
+        let room_for_fds = match ahead {
+            Ahead::Never(brings_fds) if have == 0 => {
+                let mut header = Header::new_zeroed();
+                match fds::peek(socket.as_fd(), header.as_mut_bytes()) {
+                    Ok(HEADER_SIZE) if !brings_fds(&header) => Room::None,
+                    // A header that comes in pieces: it may be the one.
+                    _ => Room::Many,
+                }
+            }
+            _ => Room::None,
+        };
+        let outcome = fds::receive(socket.as_fd(), rest, room_for_fds, &mut self.fds);
         let got = outcome.as_ref().map_or(0, |received| received.bytes);
         self.buffer.truncate(have.saturating_add(got));
         match outcome {
-            Ok(received) if received.fds_truncated => Err(Cause::Malformed(Fault::FdsTruncated)),
+            Ok(Received { fault: Some(fault), .. }) => Err(Cause::Malformed(fault)),
             Ok(received) if received.bytes == 0 && have == 0 => Ok(Read::HungUp),
             Ok(received) if received.bytes == 0 => Err(Cause::ClosedMidMessage),
-            Ok(_) => {
-                if self.fds.len() > fds_before {
-                    self.fds_until = self.buffer.len();
-                }
-                // No message has more; a flood of them is not collected.
-                if self.fds.len() > fds::MAX_FDS {
-                    return Err(Cause::Malformed(Fault::Fds { got: self.fds.len(), least: 0, most: 253 }));
-                }
-                Ok(Read::Some)
-            }
+            Ok(_) => Ok(Read::Some),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Read::Nothing),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Read::HungUp),
             Err(error) => Err(Cause::Io(error)),
@@ -137,7 +135,6 @@ mod tests {
     use super::*;
     use crate::vfio_user::message::Command;
     use std::io::Write;
-    use zerocopy::IntoBytes;
 
     fn message(id: u16, payload: &[u8]) -> Vec<u8> {
         let size = u32::try_from(payload.len()).unwrap();
@@ -148,7 +145,7 @@ mod tests {
         header.judge_size(1 << 20)
     }
 
-    fn next(incoming: &mut Incoming, socket: &UnixStream, ahead: Ahead) -> Option<Message> {
+    fn next(incoming: &mut Incoming, socket: &UnixStream, ahead: Ahead<'_>) -> Option<Message> {
         loop {
             if let Some(message) = incoming.take(any).unwrap() {
                 return Some(message);
@@ -162,7 +159,7 @@ mod tests {
 
     #[test]
     fn messages_arrive_whole_however_they_are_cut_or_joined() {
-        for ahead in [Ahead::Never, Ahead::Freely] {
+        for ahead in [Ahead::Never(&|_| true), Ahead::Freely] {
             for piece in 1..90 {
                 let (ours, mut theirs) = UnixStream::pair().unwrap();
                 let bytes = [message(1, &[]), message(2, &[5; 30]), message(3, &[6; 3])].concat();
@@ -174,25 +171,27 @@ mod tests {
                         seen.push((message.header.id, message.payload.len()));
                     }
                 }
-                assert_eq!(seen, [(1, 0), (2, 30), (3, 3)], "{piece} {ahead:?}");
+                assert_eq!(seen, [(1, 0), (2, 30), (3, 3)], "{piece}");
             }
         }
     }
 
     #[test]
-    fn fds_stay_with_their_message() {
-        for ahead in [Ahead::Never, Ahead::Freely] {
-            let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let file = std::fs::File::open("/dev/null").unwrap();
-            theirs.write_all(&message(1, &[1; 8])).unwrap();
-            fds::send(theirs.as_fd(), &message(2, &[2; 8]), &[file.as_fd(), file.as_fd()]).unwrap();
-            theirs.write_all(&message(3, &[3; 8])).unwrap();
-            let mut incoming = Incoming::default();
-            let mut seen = Vec::new();
-            while let Some(message) = next(&mut incoming, &ours, ahead) {
-                seen.push((message.header.id, message.fds.len()));
-            }
-            assert_eq!(seen, [(1, 0), (2, 2), (3, 0)], "{ahead:?}");
+    fn fds_stay_with_their_message_and_are_not_taken_where_none_are_due() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&message(1, &[1; 8])).unwrap();
+        fds::send(theirs.as_fd(), &message(2, &[2; 8]), &[file.as_fd(), file.as_fd()]).unwrap();
+        theirs.write_all(&message(3, &[3; 8])).unwrap();
+        let mut incoming = Incoming::default();
+        let mut seen = Vec::new();
+        while let Some(message) = next(&mut incoming, &ours, Ahead::Never(&|header| header.id == 2)) {
+            seen.push((message.header.id, message.fds.len()));
+        }
+        assert_eq!(seen, [(1, 0), (2, 2), (3, 0)]);
+        for ahead in [Ahead::Never(&|_| false), Ahead::Freely] {
+            fds::send(theirs.as_fd(), &message(4, &[]), &[file.as_fd()]).unwrap();
+            assert!(matches!(incoming.read(&ours, ahead), Err(Cause::Malformed(Fault::StrayFds))));
         }
     }
 
@@ -211,9 +210,9 @@ mod tests {
         theirs.write_all(&message(1, &[])[..7]).unwrap();
         drop(theirs);
         let mut incoming = Incoming::default();
-        assert_eq!(incoming.read(&ours, Ahead::Never).unwrap(), Read::Some);
+        assert_eq!(incoming.read(&ours, Ahead::Never(&|_| true)).unwrap(), Read::Some);
         assert!(incoming.take(any).unwrap().is_none());
-        assert!(matches!(incoming.read(&ours, Ahead::Never), Err(Cause::ClosedMidMessage)));
+        assert!(matches!(incoming.read(&ours, Ahead::Never(&|_| true)), Err(Cause::ClosedMidMessage)));
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         assert_eq!(Incoming::default().read(&ours, Ahead::Freely).unwrap(), Read::HungUp);

@@ -67,7 +67,8 @@ impl Shared {
                     return Ok(count);
                 }
                 let due = side == Side::Main && lock(&self.table).fds_are_due();
-                let ahead = if due { Ahead::Never } else { Ahead::Freely };
+                let brings_fds = |header: &Header| lock(&self.table).brings_fds(header);
+                let ahead = if due { Ahead::Never(&brings_fds) } else { Ahead::Freely };
                 match incoming.read(&link.socket, ahead) {
                     Ok(Read::Some) => {}
                     Ok(Read::Nothing) => break,

@@ -171,6 +171,12 @@ impl Table {
         self.with_fds > 0
     }
 
+    /// True when this is a reply that may bring fds.
+    pub(crate) fn brings_fds(&self, header: &Header) -> bool {
+        let entry = self.entries.get(&header.id).filter(|entry| entry.command.0 == header.command);
+        header.kind() == Ok(Kind::Reply) && entry.is_some_and(|entry| entry.expected.fds > 0)
+    }
+
     /// True of the refusal of a posted message. There should be none; the server of the crate `vfio_user` sends it.
     fn refuses_posted(&self, header: &Header) -> bool {
         let posted = [Command::REGION_WRITE, Command::REGION_WRITE_MULTI, Command::DEVICE_SET_IRQS];
