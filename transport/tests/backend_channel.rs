@@ -266,3 +266,37 @@ fn the_channel_is_served_while_a_request_waits() {
         waiting.join().unwrap().unwrap();
     });
 }
+
+/// The channel outlives the connection on the backend's side; here it has no power any more, and what lies in it is not
+/// served.
+#[test]
+fn a_channel_ends_with_its_connection_whoever_ends_that() {
+    let _alone = COUNTING.lock();
+    let before = open_fds();
+    for way in ["dropped", "lost"] {
+        let script = Script::normal().on(Request::GET_STATUS, Act::Close);
+        let offer =
+            Offer { protocol: Offer::default().protocol.with(ProtocolFeatures::STATUS), ..Offer::default() };
+        let (backend, stream) = ScriptedBackend::pair(offer, script).unwrap();
+        let connection = Connection::from_stream(stream, "scripted", &Limits::default()).unwrap();
+        let mut session = connection.negotiate(&Wanted::default()).unwrap();
+        let mut channel = session.take_backend_channel().unwrap();
+        let machine = Machine::default();
+        backend.request(BackendRequest::CONFIG_CHANGE_MSG, &[], &[]).unwrap();
+        assert_eq!(channel.serve(&machine).unwrap(), Served::Requests(1), "{way}");
+        machine.take();
+        backend.request(BackendRequest::CONFIG_CHANGE_MSG, &[], &[]).unwrap();
+        match way {
+            "lost" => {
+                session.status().unwrap_err();
+                assert_eq!(channel.serve(&machine).unwrap(), Served::HungUp, "{way}");
+                drop(session);
+            }
+            _ => drop(session),
+        }
+        assert_eq!(channel.serve(&machine).unwrap(), Served::HungUp, "{way}");
+        assert!(machine.take().is_empty(), "{way}: what waited in the channel was served");
+        assert!(backend.request(BackendRequest::CONFIG_CHANGE_MSG, &[], &[]).is_err(), "{way}");
+    }
+    assert_eq!(open_fds(), before);
+}

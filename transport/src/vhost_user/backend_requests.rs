@@ -8,7 +8,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -200,9 +200,30 @@ pub enum Served {
     HungUp,
 }
 
-/// Our end of the backend's own channel.
-pub struct BackendChannel {
+/// The socket of a backend's own channel, shared with the main connection, which ends it.
+pub(super) struct ChannelSocket {
     socket: UnixStream,
+    /// Held while a request is acted upon: when [`ChannelSocket::end`] returns, the backend acts no more.
+    has_ended: Mutex<bool>,
+}
+
+impl ChannelSocket {
+    /// Takes all power from the backend that has the other end: requests that wait in the socket are not served either.
+    pub(super) fn end(&self) {
+        *self.ended() = true;
+        if let Err(source) = self.socket.shutdown(Shutdown::Both) {
+            log::debug!("shutting a backend's channel down: {source}");
+        }
+    }
+
+    fn ended(&self) -> MutexGuard<'_, bool> {
+        self.has_ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Our end of the backend's own channel. It ends with the main connection, whoever ends that.
+pub struct BackendChannel {
+    shared: Arc<ChannelSocket>,
     peer: Peer,
     negotiated: ProtocolFeatures,
     trace: Option<Arc<dyn Trace>>,
@@ -210,8 +231,6 @@ pub struct BackendChannel {
     fds: Vec<OwnedFd>,
     /// The message came with descriptors that it does not have.
     strays: Option<Fault>,
-    /// Out of step: what still lies in the socket must not be taken for requests.
-    lost: bool,
     /// The log knows that its requests are malformed.
     fault_logged: bool,
 }
@@ -225,17 +244,12 @@ impl BackendChannel {
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let (partial, fds) = (Vec::new(), Vec::new());
-        Ok(Self {
-            socket,
-            peer,
-            negotiated,
-            trace,
-            partial,
-            fds,
-            strays: None,
-            lost: false,
-            fault_logged: false,
-        })
+        let shared = Arc::new(ChannelSocket { socket, has_ended: Mutex::new(false) });
+        Ok(Self { shared, peer, negotiated, trace, partial, fds, strays: None, fault_logged: false })
+    }
+
+    pub(super) fn shared(&self) -> &Arc<ChannelSocket> {
+        &self.shared
     }
 
     /// The peer's name.
@@ -248,14 +262,18 @@ impl BackendChannel {
     /// A request that is unknown, not negotiated or malformed inside is refused and the channel goes on; a broken
     /// frame, or a backend that does not take our answers, ends it with an error.
     pub fn serve(&mut self, handler: &dyn BackendRequests) -> Result<Served, Error> {
-        if self.lost {
-            return Ok(Served::HungUp);
-        }
         for served in 0..BATCH {
             match self.read_message() {
                 Ok(Read::Message(header, payload)) => {
                     let request = BackendRequest(header.request);
-                    match self.handle(request, &header, &payload, handler) {
+                    let shared = Arc::clone(&self.shared);
+                    let ended = shared.ended();
+                    if *ended {
+                        return Ok(Served::HungUp);
+                    }
+                    let handled = self.handle(request, &header, &payload, handler);
+                    drop(ended);
+                    match handled {
                         Ok(Handled::Answered) => {}
                         Ok(Handled::Deferred) => return Ok(Served::Deferred),
                         Err(cause) => return Err(self.lose(request, cause)),
@@ -296,13 +314,13 @@ impl BackendChannel {
             let have = self.partial.len();
             self.partial.resize(due, 0);
             let rest = self.partial.get_mut(have..).unwrap_or_default();
-            let outcome = fds::receive(self.socket.as_fd(), rest, room, &mut self.fds);
+            let outcome = fds::receive(self.shared.socket.as_fd(), rest, room, &mut self.fds);
             let got = outcome.as_ref().map_or(0, |received| received.bytes);
             self.partial.truncate(have.saturating_add(got));
             let request = self.named();
             match outcome {
                 Ok(Received { fault: Some(fault @ (Fault::StrayFds | Fault::Fds { .. })), .. }) => {
-                    self.strays = Some(fault)
+                    self.strays = Some(fault);
                 }
                 Ok(Received { fault: Some(fault), .. }) => return Err((request, Cause::Malformed(fault))),
                 Ok(received) if received.bytes == 0 && have == 0 => return Ok(Read::HungUp),
@@ -323,7 +341,7 @@ impl BackendChannel {
             return Room::None;
         }
         let mut header = Header::new_zeroed();
-        match fds::peek(self.socket.as_fd(), header.as_mut_bytes()) {
+        match fds::peek(self.shared.socket.as_fd(), header.as_mut_bytes()) {
             Ok(HEADER_SIZE) if !BackendRequest(header.request).carries_fd() => Room::None,
             // A header that comes in pieces: it may be one of them.
             _ => Room::One,
@@ -382,7 +400,7 @@ impl BackendChannel {
         let payload = code.to_ne_bytes();
         let message = [header.as_bytes(), &payload].concat();
         self.trace(Direction::OurAnswer, &header, &payload, fds.len());
-        match fds::send(self.socket.as_fd(), &message, &fds) {
+        match fds::send(self.shared.socket.as_fd(), &message, &fds) {
             Ok(sent) if sent == message.len() => Ok(()),
             // Its socket buffer is full of answers that it never read.
             Ok(_) => Err(Cause::NotReading(Duration::ZERO)),
@@ -395,12 +413,9 @@ impl BackendChannel {
     }
 
     fn lose(&mut self, request: BackendRequest, cause: Cause) -> Error {
-        self.lost = true;
         self.fds.clear();
         self.partial.clear();
-        if let Err(source) = self.socket.shutdown(Shutdown::Both) {
-            log::debug!("{}: shutting its channel down: {source}", self.peer);
-        }
+        self.shared.end();
         Error::new(&self.peer, Step::PeerRequest(request.into()), cause)
     }
 
@@ -412,7 +427,7 @@ impl BackendChannel {
 
 impl AsFd for BackendChannel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.shared.socket.as_fd()
     }
 }
 

@@ -8,10 +8,12 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::backend_requests::{BackendChannel, ChannelSocket};
 use super::describe::{self, Fields};
 use super::features::ProtocolFeatures;
 use super::message::{Fault, HEADER_SIZE, Header, length, parse};
@@ -47,6 +49,8 @@ pub(crate) struct Channel {
     stats: Stats,
     protocol_offered: bool,
     negotiated: ProtocolFeatures,
+    /// The backend's own channel, which ends with this connection.
+    backend: Option<Arc<ChannelSocket>>,
 }
 
 impl Channel {
@@ -60,6 +64,7 @@ impl Channel {
             stats: Stats::default(),
             protocol_offered: false,
             negotiated: ProtocolFeatures::NONE,
+            backend: None,
             peer,
         })
     }
@@ -201,9 +206,18 @@ impl Channel {
         self.error(request, cause)
     }
 
-    /// Ends the connection. Whoever polls the socket sees the hang-up, the backend does, too.
+    /// The backend has a channel of its own.
+    pub(crate) fn owns(&mut self, backend: &BackendChannel) {
+        self.backend = Some(Arc::clone(backend.shared()));
+    }
+
+    /// Ends the connection, and the backend's own channel with it. Whoever polls the sockets sees the hang-up, the backend
+    /// does, too.
     pub(crate) fn abandon(&mut self) {
         self.link = Link::Lost;
+        if let Some(backend) = self.backend.take() {
+            backend.end();
+        }
         // The peer may be gone already; all that matters is that neither side goes on.
         if let Err(source) = self.socket.shutdown(Shutdown::Both) {
             log::debug!("{}: shutting down: {source}", self.peer);

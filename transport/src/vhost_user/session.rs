@@ -153,6 +153,7 @@ fn open_backend_channel(channel: &mut Channel, deadline: &Deadline) -> Result<Ba
     let (peer, trace) = (channel.peer().clone(), channel.limits().trace().cloned());
     let backend = BackendChannel::new(ours, peer, channel.negotiated(), trace)
         .map_err(|source| channel.error(REQUEST, local(source)))?;
+    channel.owns(&backend);
     channel.exchange(REQUEST, &[], &[theirs.as_fd()], deadline)?;
     Ok(backend)
 }
