@@ -296,7 +296,9 @@ fn a_channel_ends_with_its_connection_whoever_ends_that() {
         }
         assert_eq!(channel.serve(&machine).unwrap(), Served::HungUp, "{way}");
         assert!(machine.take().is_empty(), "{way}: what waited in the channel was served");
-        assert!(backend.request(BackendRequest::CONFIG_CHANGE_MSG, &[], &[]).is_err(), "{way}");
+        assert!(channel.has_ended());
+        assert!(backend.answer(SOON).is_ok_and(|answer| answer == (0, 0)), "{way}: to the first request");
+        assert!(backend.answer(SOON).is_err(), "{way}: the backend sees the end");
     }
     assert_eq!(open_fds(), before);
 }

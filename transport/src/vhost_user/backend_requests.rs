@@ -209,9 +209,10 @@ pub(super) struct ChannelSocket {
 
 impl ChannelSocket {
     /// Takes all power from the backend that has the other end: requests that wait in the socket are not served either.
+    /// Whoever polls the channel sees only what the backend does with its end; see [`BackendChannel::has_ended`].
     pub(super) fn end(&self) {
         *self.ended() = true;
-        if let Err(source) = self.socket.shutdown(Shutdown::Both) {
+        if let Err(source) = self.socket.shutdown(Shutdown::Write) {
             log::debug!("shutting a backend's channel down: {source}");
         }
     }
@@ -252,6 +253,11 @@ impl BackendChannel {
         &self.shared
     }
 
+    /// True when the main connection has ended: the channel is not served any more and can be closed.
+    pub fn has_ended(&self) -> bool {
+        *self.shared.ended()
+    }
+
     /// The peer's name.
     pub fn peer(&self) -> &str {
         self.peer.name()
@@ -262,6 +268,9 @@ impl BackendChannel {
     /// A request that is unknown, not negotiated or malformed inside is refused and the channel goes on; a broken
     /// frame, or a backend that does not take our answers, ends it with an error.
     pub fn serve(&mut self, handler: &dyn BackendRequests) -> Result<Served, Error> {
+        if self.has_ended() {
+            return Ok(Served::HungUp);
+        }
         for served in 0..BATCH {
             match self.read_message() {
                 Ok(Read::Message(header, payload)) => {

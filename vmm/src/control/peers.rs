@@ -183,6 +183,7 @@ impl Shared {
                 return;
             }
             lines.append(&mut lock(&self.inbox));
+            close_replaced(&mut lines, &objects);
             if let Err(error) = self.wait_and_serve(&mut lines, &objects) {
                 log::error!("backends' requests are not answered any more: {error}");
                 return;
@@ -255,6 +256,24 @@ impl Shared {
         objects.borrow_mut().forget(owner);
         None
     }
+}
+
+/// Forgets the objects of connections that have ended, and closes their channels, but for the last of each device: a lost
+/// backend may keep its end open and silent, and one such channel a device is all that it costs.
+fn close_replaced(lines: &mut Vec<Heard>, objects: &RefCell<SharedObjects>) {
+    let owner = |heard: &Heard| match heard {
+        Heard::Backend(line) => Some(line.owner),
+        Heard::Server(..) | Heard::Pin(_) => None,
+    };
+    let owners: Vec<Owner> = lines.iter().filter_map(owner).collect();
+    lines.retain(|heard| match heard {
+        Heard::Backend(Line { owner, own }) if own.channel.has_ended() => {
+            objects.borrow_mut().forget(*owner);
+            let later = |other: &&Owner| other.device == owner.device && other.connection > owner.connection;
+            owners.iter().filter(later).count() <= 1
+        }
+        _ => true,
+    });
 }
 
 /// What one device's backend may ask for.

@@ -15,7 +15,7 @@ const ADD: BackendRequest = BackendRequest::SHARED_OBJECT_ADD;
 const REMOVE: BackendRequest = BackendRequest::SHARED_OBJECT_REMOVE;
 
 /// A backend, and our end of its connection.
-struct Side(ScriptedBackend, #[expect(dead_code, reason = "held open")] VhostUser);
+struct Side(ScriptedBackend, VhostUser);
 
 impl std::ops::Deref for Side {
     type Target = ScriptedBackend;
@@ -146,4 +146,28 @@ fn lookup_that_no_attendant_carries_out_is_refused() {
     assert_eq!(asker.answer(LIMIT).unwrap(), (1, 0));
     peers.attend(0, |_| false);
     assert_eq!(ask(&asker, LOOKUP, 1), (1, 0), "the device has ended");
+}
+
+/// A lost backend keeps its channel open and silent. Its objects go, and so do its channels but for the last one.
+#[test]
+fn channels_of_lost_connections_cost_nothing_and_say_nothing() {
+    let (peers, _jobs) = peers();
+    let mut lost = Vec::new();
+    for _ in 0..100 {
+        let Side(backend, connection) = backend(&peers, 0);
+        assert_eq!(ask(&backend, ADD, 3), (0, 0), "the one before has this object no more");
+        drop(connection);
+        lost.push(backend);
+    }
+    let now = backend(&peers, 0);
+    assert_eq!(ask(&now, ADD, 3), (0, 0));
+    let is_open = |backend: &ScriptedBackend| backend.request(REMOVE, &[3; 16], &[]).is_ok();
+    let closed = lost.iter().take(99).filter(|backend| !is_open(backend)).count();
+    assert_eq!(closed, 99);
+    // Said too late: it is not served, and ends the channel.
+    let begun = Instant::now();
+    while lost.last().is_some_and(is_open) {
+        assert!(begun.elapsed() < LIMIT);
+    }
+    assert_eq!(ask(&backend(&peers, 1), ADD, 3), (1, 0), "it is the new one's still");
 }

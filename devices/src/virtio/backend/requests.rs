@@ -57,6 +57,14 @@ impl NotifierPlace {
     pub fn put(&self, notifiers: Option<Notifiers>) {
         *lock(&self.0) = notifiers;
     }
+
+    /// Takes back what the backends so far have put there.
+    pub fn clear(&self) {
+        let notifiers = lock(&self.0).clone();
+        if let Some(notifiers) = notifiers {
+            notifiers.take_back_all();
+        }
+    }
 }
 
 impl Answers {

@@ -111,6 +111,9 @@ impl Reconnect {
         let tenancy = (!shared.is_empty()).then(|| self.shared.tenancy());
         let answers =
             Answers { misses, shared: tenancy.clone(), calls: self.calls(), notifiers: self.notifiers() };
+        // Earlier connections have ended, and so has the power of their channels: what they put there would swallow the
+        // guest's notifications of this one.
+        self.notifiers.clear();
         let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
         let backend = VhostUser::new(session, &self.order, Arc::clone(&self.past), tenancy);
         Ok((Attended { model, backend }, channel))

@@ -211,6 +211,11 @@ impl Notifiers {
         Ok(())
     }
 
+    /// Takes the pages of all queues away.
+    pub fn take_back_all(&self) {
+        (0..self.queues).for_each(|queue| self.take_back(queue));
+    }
+
     /// Takes the page away: the kick eventfd is there again.
     pub fn take_back(&self, queue: u16) {
         let mut state = lock(&self.state);
