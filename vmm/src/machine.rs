@@ -121,6 +121,7 @@ impl Machine {
     /// When the configuration makes no sense, the host lacks something, or a peer fails. Nothing is left
     /// behind then.
     pub fn build(mut config: Config) -> Result<Self, Error> {
+        transport::peer::eventfd::signal_by(crate::host::descriptors::signal);
         let begun = Instant::now();
         config.settle()?;
         let mut startup = Startup::default();

@@ -37,10 +37,8 @@ impl Deadline {
     }
 }
 
-/// Sees to it that the next read or write of `fd` returns. For what a peer has a descriptor of, too: whether it blocks is
-/// a property of both, so the peer may have changed it, and an eventfd with a saturated count, or one that the peer
-/// empties, would then hold us for ever. A peer that changes it again in the instant before the call gains what it wants:
-/// the kernel knows no writing to an eventfd that cannot wait.
+/// Sees to it that the next read or write of `fd` returns: for what a peer has a descriptor of, too, and may have made
+/// blocking. A peer that changes it back in the instant before the call makes us wait; see [`super::eventfd`].
 pub(crate) fn never_block(fd: impl AsFd) -> io::Result<()> {
     let flags = fcntl_getfl(&fd)?;
     if !flags.contains(OFlags::NONBLOCK) {

@@ -9,6 +9,7 @@
 //! | [`deadline`] | bounded waits |
 //! | [`fds`] | one message with descriptors over a unix socket |
 //! | `admit` | which descriptors of a peer are kept |
+//! | [`eventfd`] | eventfds that a peer has, too |
 //! | [`wire`] | payloads of a fixed size, and what can be wrong with a message |
 //!
 //! Nothing here knows a message of either protocol.
@@ -16,6 +17,7 @@
 mod admit;
 pub mod deadline;
 pub mod error;
+pub mod eventfd;
 pub mod fds;
 pub mod limits;
 pub mod socket;

@@ -7,13 +7,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::event::{EventfdFlags, eventfd as new_eventfd};
-use rustix::io::Errno;
 
 use super::features::{DriverFeatures, bit};
 use super::iotlb::IovaMap;
 use super::message::{Fault, VringAddr, VringState, parse};
 use crate::memory::{GuestAddr, Iova, MemoryMap, UserAddr};
-use crate::peer::deadline::never_block;
+use crate::peer::eventfd;
 
 /// The largest queue size of virtio 1.2 §2.7 and §2.8.
 pub const QUEUE_SIZE_MAX: u16 = 32768;
@@ -38,24 +37,14 @@ macro_rules! eventfd {
                 self.0.try_clone().map(Self)
             }
 
-            /// Signals it. A saturated count is a signal too.
+            /// Signals it. A saturated count is a signal too. Never waits.
             pub fn ring(&self) -> io::Result<()> {
-                never_block(&self.0)?;
-                match rustix::io::write(&self.0, &1u64.to_ne_bytes()) {
-                    Ok(_) | Err(Errno::AGAIN) => Ok(()),
-                    Err(errno) => Err(errno.into()),
-                }
+                eventfd::signal(self.0.as_fd())
             }
 
-            /// Takes the pending count: 0 when nothing was signalled since the last time.
+            /// Takes the pending count: 0 when nothing was signalled since the last time. Never waits.
             pub fn take(&self) -> io::Result<u64> {
-                let mut count = [0; 8];
-                never_block(&self.0)?;
-                match rustix::io::read(&self.0, &mut count) {
-                    Ok(_) => Ok(u64::from_ne_bytes(count)),
-                    Err(Errno::AGAIN) => Ok(0),
-                    Err(errno) => Err(errno.into()),
-                }
+                eventfd::take(&self.0)
             }
         }
 
@@ -303,6 +292,20 @@ mod tests {
         use rustix::fs::{OFlags, fcntl_setfl};
         let ours = Call::new().unwrap();
         let peer = ours.try_clone().unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let order = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|scope| {
+            // A peer that takes the flag off all the time.
+            scope.spawn(|| {
+                while !stop.load(order) {
+                    fcntl_setfl(&peer, OFlags::RDWR).unwrap();
+                }
+            });
+            for _ in 0..10_000 {
+                assert_eq!(ours.take().unwrap(), 0, "nothing to take");
+            }
+            stop.store(true, order);
+        });
         for flags in [OFlags::RDWR, OFlags::RDWR | OFlags::NONBLOCK] {
             fcntl_setfl(&peer, flags).unwrap();
             assert_eq!(ours.take().unwrap(), 0, "nothing to take");
