@@ -1,5 +1,7 @@
-//! The GSI routing table: which IOAPIC pin or message each of KVM's interrupt inputs leads to. Data, with one
-//! [`RoutingTable::apply`]; KVM replaces its whole table at once, so there is one owner of this one.
+//! The GSI routing table: the IOAPIC pin or the message that each of KVM's interrupt inputs leads to.
+//!
+//! The table is data until [`RoutingTable::apply`]. KVM always replaces its whole table, so that a VM must have exactly
+//! one [`RoutingTable`].
 
 use std::collections::BTreeMap;
 
@@ -43,8 +45,8 @@ pub enum Error {
     },
 }
 
-/// A message route, and whether somebody has it. One that nobody has stays in the table until its place is
-/// wanted: who takes it again with the same message changes nothing, and KVM need not be told.
+/// A message route. A route that is not taken stays in the table until its place is needed: when it is taken again with
+/// the same message, the table does not change, and KVM is not told.
 #[derive(Clone, Copy, Debug)]
 struct MessageRoute {
     message: MsiMessage,

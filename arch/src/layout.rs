@@ -15,7 +15,7 @@
 //! half of all      PCI: memory BARs above 4 GiB ([`pci_memory64`])
 //! ```
 //!
-//! Must never depend on a configuration: what varies from machine to machine is in [`crate::platform`].
+//! Nothing here depends on a configuration: [`crate::platform`] holds what differs between machines.
 
 use std::fmt;
 
@@ -65,7 +65,7 @@ pub const EBDA: Gpa = Gpa(0x9_fc00);
 pub const EBDA_END: Gpa = Gpa(0xa_0000);
 /// RSDP; the other ACPI tables follow. Inside the range that kernels scan.
 pub const ACPI_TABLES: Gpa = Gpa(0xe_0000);
-/// Where a kernel jumps, in real mode, that resets by way of the BIOS. Inside the ACPI area; a paragraph long.
+/// A kernel that resets by the BIOS jumps here in real mode. Inside the ACPI area; 16 bytes long.
 pub const RESET_VECTOR: Gpa = Gpa(0xf_fff0);
 /// End of the ACPI area, and start of the RAM that a kernel may use freely.
 pub const HIGH_MEMORY: Gpa = Gpa(0x10_0000);
@@ -123,12 +123,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const S5_SLEEP_TYPE: u8 = 5;
 /// Written to [`SLEEP_CONTROL_PORT`], powers the machine off: SLP_TYP (bits 2-4) = S5, SLP_EN (bit 5).
 pub const SLEEP_POWER_OFF: u8 = (S5_SLEEP_TYPE << 2) | (1 << 5);
-/// Command port of the keyboard controller, which this machine lacks but for its reset line.
+/// Command port of the keyboard controller, of which this machine has only the reset line.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
-/// Written to [`I8042_COMMAND_PORT`], resets the machine.
-pub const I8042_RESET_VALUE: u8 = 0xfe;
-/// Optional debug-exit port of test machines.
-pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 
 /// Number of pins of the IOAPIC, and so the first GSI that is not a pin.
 pub const IOAPIC_PINS: u32 = 24;

@@ -1,9 +1,9 @@
-//! x86-64: where things are in the guest's address space, its RAM, how a kernel is started in it, how the
-//! machine is described to it (ACPI), what its CPUs are and where its interrupts go.
+//! x86-64: the guest's address space, its RAM, how a kernel is loaded and started, the ACPI tables, the CPUs and the
+//! routes of interrupts.
 //!
-//! Knows KVM's data types and ioctls, but no device, no peer and no configuration: `vmm` hands down a plain
-//! [`platform::Platform`]. Never maps guest memory for itself (huge pages excepted, see [`ram`]) and has no
-//! unsafe code.
+//! This crate knows KVM's data types and ioctls. It knows no device, no peer and no configuration: `vmm` describes the
+//! machine to it by a plain [`platform::Platform`]. Guest memory is mapped here only where it consists of huge pages
+//! (see [`ram`]). There is no unsafe code.
 
 pub mod acpi;
 pub mod boot;

@@ -1,5 +1,5 @@
-//! What a machine consists of, as plain data: made by `vmm` from the configuration, read by [`crate::boot`],
-//! [`crate::acpi`], [`crate::cpu`] and [`crate::irq`]. Holds no resource and does nothing.
+//! What a machine consists of, as plain data. `vmm` makes it from the configuration; [`crate::boot`], [`crate::acpi`],
+//! [`crate::cpu`] and [`crate::irq`] read it.
 
 use crate::irq::Gsi;
 use crate::layout::{
@@ -57,7 +57,7 @@ pub struct PciRoot {
     pub io_size: u16,
     /// Level-triggered lines: pin INTA of device n leads to number n modulo 4, INTB to the next, and so on.
     pub intx: [Gsi; 4],
-    /// Devices that a guest of ACPI can be told to let go of.
+    /// Devices that a guest with ACPI can be asked to release.
     pub removable: PciSlots,
 }
 
@@ -66,7 +66,7 @@ pub struct PciRoot {
 pub struct PciSlots(u32);
 
 impl PciSlots {
-    /// With one more. A number that no device can have changes nothing.
+    /// The same with `number`. A number that no device can have changes nothing.
     #[must_use]
     pub fn with(self, number: u8) -> Self {
         let bit = 1_u32.checked_shl(number.into()).unwrap_or(0) & !1;

@@ -1,8 +1,8 @@
 //! Guest RAM: one sealed memfd, and the two ranges of guest-physical addresses that it backs.
 //!
-//! Filling it is left to the host kernel (`splice`, `pwrite` on the memfd): no bounce buffer, no page fault of
-//! ours, no touching or zeroing in advance. hugetlbfs cannot be written by system call, so that RAM of huge
-//! pages alone is mapped here, by `vm-memory`. Must never be resized: peers map the same memfd.
+//! The host's kernel fills RAM (`splice` and `pwrite` on the memfd): there is no bounce buffer and no page fault of ours,
+//! and a page that nobody writes is not allocated. hugetlbfs cannot be written by system calls, so that RAM of huge pages
+//! is mapped here. The memfd must never be resized, because peers map it.
 
 use std::fs::File;
 use std::io;
@@ -21,7 +21,7 @@ use vm_memory::{Bytes, FileOffset, MmapRegion};
 use crate::layout::{Gpa, HOLE_END, HOLE_START, RAM_ALIGN, RAM_MIN};
 use crate::width::{to_u64, to_usize};
 
-/// Bytes moved at a time by read and write, where `splice` cannot.
+/// Bytes that are copied at a time by read and write, where `splice` is not possible.
 const CHUNK: usize = 256 << 10;
 /// Wanted capacity of the pipe between a file and the memfd; 1 MiB is what an unprivileged process may have.
 const PIPE: usize = 1 << 20;
@@ -273,7 +273,7 @@ impl Ram {
         Ok(())
     }
 
-    /// Moves `len` bytes of `file`, from `offset` on, to `at`. The position of `file` is neither used nor moved.
+    /// Copies `len` bytes of `file`, from `offset` on, to `at`. The position of `file` is neither used nor changed.
     pub fn copy_from_file(&self, at: Gpa, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         let memfd_offset = self.offset(at, len)?;
         let mut done = 0;
@@ -329,8 +329,8 @@ fn regions_of(size: u64) -> Vec<RamRegion> {
     regions
 }
 
-/// Moves bytes by way of a pipe, in which the kernel passes pages of the file along without a copy. `done` says
-/// how far it came, also after an error. `NODATA`: the file ended.
+/// Copies bytes through a pipe, which takes pages of the file without a copy of its own. `done` says how many bytes have
+/// been copied, also after an error. The error `NODATA` means that the file has ended.
 fn splice_all(
     from: BorrowedFd<'_>,
     from_offset: u64,

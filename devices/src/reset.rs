@@ -1,6 +1,6 @@
 //! The ways in which a guest ends or restarts the machine: the ACPI reset and sleep registers
-//! (ACPI 6.5 §4.8.3.6, §4.8.3.7), the i8042's reset command, and a debug-exit port for tests.
-//! They only report the wish; what comes of it is decided elsewhere.
+//! (ACPI 6.5 §4.8.3.6, §4.8.3.7) and the i8042's reset command.
+//! They only report what the guest wants; the machine decides what follows.
 
 use crate::bus::BusDevice;
 
@@ -79,8 +79,6 @@ pub struct I8042 {
 }
 
 impl I8042 {
-    /// The port it belongs at.
-    pub const PORT: u64 = 0x64;
     /// Length of the range.
     pub const LENGTH: u64 = 1;
     const PULSE_RESET_LINE: u8 = 0xfe;
@@ -100,37 +98,6 @@ impl BusDevice for I8042 {
     fn write(&self, _offset: u64, data: &[u8]) {
         if data == [Self::PULSE_RESET_LINE] {
             (self.on_reset)(ResetKind::Reset);
-        }
-    }
-}
-
-/// A port at which a test guest ends the machine with a value.
-pub struct DebugExit {
-    on_exit: Box<dyn Fn(u32) + Send + Sync>,
-}
-
-impl DebugExit {
-    /// Length of the range.
-    pub const LENGTH: u64 = 4;
-
-    /// Calls `on_exit`, on a vCPU thread, with what the guest wrote (one to four bytes).
-    pub fn new(on_exit: impl Fn(u32) + Send + Sync + 'static) -> Self {
-        Self { on_exit: Box::new(on_exit) }
-    }
-}
-
-impl BusDevice for DebugExit {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        let mut value = [0; 4];
-        if offset == 0
-            && let Some(low) = value.get_mut(..data.len())
-        {
-            low.copy_from_slice(data);
-            (self.on_exit)(u32::from_le_bytes(value));
         }
     }
 }
@@ -187,17 +154,5 @@ mod tests {
         data = [0xff];
         I8042::new(|_| ()).read(0, &mut data);
         assert_eq!(data, [0]);
-    }
-
-    #[test]
-    fn debug_exit_reports_the_value_written() {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let inner = Arc::clone(&seen);
-        let port = DebugExit::new(move |value| lock(&inner).push(value));
-        port.write(0, &[7]);
-        port.write(0, &[1, 2, 3, 4]);
-        port.write(1, &[9]);
-        port.write(0, &[0; 8]);
-        assert_eq!(*lock(&seen), [7, 0x0403_0201]);
     }
 }

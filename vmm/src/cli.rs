@@ -96,7 +96,7 @@ struct Run {
     /// Number of vCPUs, 1 to 255 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     cpus: Option<u8>,
-    /// A virtio device served by a vhost-user backend (may be given again). Keys: id=NAME,
+    /// A virtio device served by a vhost-user backend (may be given again). A comma inside a value is written twice. Keys: id=NAME,
     /// transport=mmio|pci, queues=N, queue-size=N, config-size=BYTES, tag=NAME (fs), deadline=MS, features=-NAME+NAME, server=on,
     /// iommu=identity (the backend is told what the driver's addresses mean), mtu=N and mac=ADDRESS (net), gpu-socket=PATH,
     /// reconnect=SECONDS; socket=fd=N takes an inherited descriptor

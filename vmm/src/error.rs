@@ -1,7 +1,7 @@
-//! What goes wrong, for people: one sentence, its causes, a hint, and the exit code.
+//! Errors for people: one sentence, its causes, a hint, and the exit code.
 //!
-//! The outer text says what outboard was doing and never repeats its source; the chain is printed
-//! once, by [`Error::report`].
+//! The sentence says what outboard was doing and never repeats its cause. [`Error::report`] is the one place that prints
+//! a chain.
 
 use std::error::Error as StdError;
 use std::fmt;

@@ -1,12 +1,13 @@
-//! Hot-unplug in ACPI (ACPI 6.5 §5.6.9, §6.3): the event device, whose interrupt has every source of events asked, and
-//! slots that a guest lets go of. The registers behind the methods are those of `devices::pci::hotplug`.
+//! Hot-unplug in ACPI (ACPI 6.5 §5.6.9, §6.3): the generic event device, and one PCI slot for each device that can be
+//! removed. The guest calls `_EVT` after an interrupt of the event device. The methods read and write the registers of
+//! `devices::pci::hotplug`.
 //!
 //! ```text
 //! \_SB.GED._EVT ──▶ \_SB.PCI0.PCNT   reads GONE, and asks for the ejection of what is in it
 //! \_SB.PCI0.Snn._STA                 reads PRESENT
 //! \_SB.PCI0.Snn._EJ0                 writes EJECT
 //! ```
-//! Another source of events is one more call in `_EVT`.
+//! A further source of events would be one more call in `_EVT`.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -17,8 +18,8 @@ use acpi_tables::aml::{
 use crate::layout::{EVENT_GSI, PCI_HOTPLUG_PORTS, PCI_HOTPLUG_PORTS_SIZE};
 use crate::platform::PciSlots;
 
-/// What a guest is asked with `Notify`: to let go of a device. See `devices::pci::hotplug` for why it is not "device
-/// check", with which Linux would do nothing.
+/// The argument of `Notify` that asks a guest to release a device. Linux does nothing after "device check" in this case;
+/// `devices::pci::hotplug` says why.
 const EJECT_REQUEST: u8 = 3;
 /// `_STA` of a device that is present, enabled, shown and working.
 const WORKS: u8 = 0xf;
@@ -45,7 +46,7 @@ pub(super) fn event_device(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// What belongs into the PCI root: the registers, the method that asks them, and one device a slot.
+/// The part of the PCI root: the registers, the method that reads them, and a device for each slot.
 pub(super) fn slots(slots: PciSlots) -> Vec<u8> {
     let mut aml = Vec::new();
     let length = u8::try_from(PCI_HOTPLUG_PORTS_SIZE).unwrap_or(u8::MAX);
@@ -71,7 +72,7 @@ pub(super) fn slots(slots: PciSlots) -> Vec<u8> {
         )
         .to_aml_bytes(&mut requests);
     }
-    // Reading clears: the register is read once, and what comes later interrupts again.
+    // Reading clears the register: it is read once, and a later event interrupts again.
     Method::new(
         Path::new("PCNT"),
         0,
@@ -103,7 +104,7 @@ fn slot(name: Path, number: u8, bit: u32, aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// AML that is made already.
+/// AML as bytes.
 pub(super) struct Bytes(pub(super) Vec<u8>);
 
 impl Aml for Bytes {

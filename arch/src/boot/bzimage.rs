@@ -1,5 +1,5 @@
-//! bzImage (Documentation/arch/x86/boot.rst): setup sectors with a header, then the protected-mode kernel, which
-//! is moved to its preferred address whole. Entered at its 64-bit entry; never runs real-mode code.
+//! bzImage (Documentation/arch/x86/boot.rst): setup sectors, which hold a header, then the protected-mode kernel. The
+//! kernel is copied to its preferred address and entered at its 64-bit entry. Real-mode code is never run.
 
 use std::fs::File;
 
@@ -36,7 +36,7 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
         return Err(Error::Not64Bit);
     }
 
-    // 0 stands for 4, says the protocol.
+    // The protocol defines that 0 stands for 4.
     let setup_sectors = if header.setup_sects == 0 { 4 } else { header.setup_sects };
     let offset = (u64::from(setup_sectors) + 1) * SECTOR;
     // A signature may follow the kernel; a kernel may lack the padding of its last 16 bytes.

@@ -1,5 +1,6 @@
-//! ELF64 kernels (gABI chapters 4 and 5): program headers give what to load where, a Xen note gives the PVH
-//! entry. Never trusts an offset or a size; reads headers only, the segments are moved by the host kernel.
+//! ELF64 kernels (gABI chapters 4 and 5). The program headers say what is loaded where; a Xen note gives the PVH entry.
+//!
+//! Every offset and size is checked. Only headers are read here: the host's kernel copies the segments.
 
 use std::fs::File;
 use std::ops::Range;
@@ -53,7 +54,7 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
     let segments = read_segments(file, size, &header)?;
     let loads: Vec<_> = segments.iter().filter(|s| s.p_type == SEGMENT_LOAD && s.p_memsz > 0).collect();
 
-    // All are judged before any is loaded.
+    // Every segment is checked before the first one is loaded.
     let mut end = 0;
     for segment in &loads {
         if segment.p_filesz > segment.p_memsz {

@@ -2,7 +2,7 @@
 //! says where the boot CPU starts. Linux x86 boot protocol 2.12 and later (Documentation/arch/x86/boot.rst) and
 //! the PVH start of day (Documentation/arch/x86/pvh in Xen's tree, `start_info.h`).
 //!
-//! Images are moved by [`Ram::copy_from_file`] only; what is parsed here is headers, read with bounds.
+//! [`Ram::copy_from_file`] copies the images. Only headers are parsed here, and each read of them is bounded.
 
 mod bzimage;
 pub mod cmdline;
@@ -81,8 +81,8 @@ struct Placed {
     size: u64,
 }
 
-/// Loads everything. May be called again on the same RAM for another boot of the machine; what the guest had
-/// left elsewhere in memory stays there.
+/// Loads everything. May be called again on the same RAM for another boot of the machine: memory that is not written
+/// here keeps what the guest has left in it.
 pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Entry, Error> {
     let kernel = load_kernel(ram, image.kernel)?;
     let initramfs = match image.initramfs {
@@ -116,7 +116,7 @@ pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Ent
     Ok(Entry { protocol: kernel.protocol, start: kernel.start, parameters })
 }
 
-/// All that this machine has of a BIOS: `mov dx, port; mov al, value; out dx, al`, then `hlt` for ever.
+/// The whole BIOS of this machine: `mov dx, port; mov al, value; out dx, al`, then `hlt` for ever.
 ///
 /// Linux on hardware-reduced ACPI wants to reset by EFI, whatever the FADT's reset register; where there is no EFI
 /// it goes on with the BIOS (`reboot_init` and `machine_real_restart` of arch/x86/kernel/reboot.c), unless
@@ -138,7 +138,8 @@ fn load_kernel(ram: &Ram, file: &File) -> Result<Kernel, Error> {
     }
 }
 
-/// As high below the hole (and the kernel's own limit) as it fits, so that it is out of the kernel's way.
+/// Copies the initramfs to the highest address below the hole and below the kernel's own limit, where it is out of the
+/// kernel's way.
 fn load_initramfs(ram: &Ram, file: &File, kernel: &Kernel) -> Result<Placed, Error> {
     let size = file_size(file).map_err(Error::Initramfs)?.ok_or(Error::InitramfsNotAFile)?;
     if size == 0 {

@@ -1,6 +1,6 @@
 //! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), for kernels without ACPI: processors, one
-//! IOAPIC, and pins that bear the numbers of the ISA interrupts. Not written where there is ACPI. Nothing of PCI is in it:
-//! such a kernel finds a PCI bus by itself, and its devices interrupt it by messages only.
+//! IOAPIC, and pins with the numbers of the ISA interrupts. A machine with ACPI tables has no MP table. The table does not
+//! describe PCI: a kernel without ACPI finds a PCI bus by itself, and the devices there interrupt by messages only.
 
 use crate::layout::{Gpa, IOAPIC, IOAPIC_PINS, LOCAL_APIC};
 use crate::ram::{Error, Ram};
@@ -33,13 +33,13 @@ fn floating_pointer() -> Vec<u8> {
 }
 
 fn table(cpus: u8) -> Vec<u8> {
-    // An id of its own, were there one left.
+    // An id that no processor has, if one is left.
     let ioapic_id = cpus;
     let mut entries = Vec::new();
     for id in 0..cpus {
         let flags = if id == 0 { ENABLED | BOOT_CPU } else { ENABLED };
         entries.extend([0, id, APIC_VERSION, flags]);
-        // Signature and features: CPUID tells better. FPU and APIC, and a family 6.
+        // Signature and features (family 6, FPU and APIC); kernels prefer what CPUID says.
         entries.extend([0, 6, 0, 0, 1, 2, 0, 0]);
         entries.extend([0; 8]);
     }

@@ -1,5 +1,5 @@
-//! The GDT and page tables that the boot CPU starts with (Intel SDM vol. 3, chapters 3 and 4). Both are only for
-//! the kernel's first instructions: it replaces them.
+//! The GDT and page tables that the boot CPU starts with (Intel SDM vol. 3, chapters 3 and 4). The kernel replaces both
+//! with its first instructions.
 
 use crate::layout::{PAGE_SIZE, PAGE_TABLES};
 

@@ -1,5 +1,5 @@
-//! CPUID of a vCPU: KVM's supported leaves, with this vCPU's identity and the machine's topology (one package,
-//! one thread a core) written in, and what cannot work taken out. Pure.
+//! CPUID of a vCPU. The leaves are those that KVM supports, with two changes: the identity of the vCPU and the machine's
+//! topology (one package, one thread a core) are written in, and features that cannot work are taken out. Pure.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 

@@ -1,7 +1,7 @@
 //! vCPUs: what the guest sees of its CPUs, and the state in which they start.
 //!
-//! KVM is not always the same KVM: what it does not know is warned of once and left out. No feature MSR is
-//! written. Must never make up a CPU feature that KVM did not report.
+//! KVMs differ. Where a KVM refuses a setting, there is one warning, and the setting is left out. No feature MSR is
+//! written. The guest must never be shown a CPU feature that KVM has not reported.
 
 mod cpuid;
 mod msr;
@@ -120,7 +120,7 @@ fn or_warn<T>(vcpu: u8, action: &str, result: Result<T, kvm_ioctls::Error>) -> O
     result.inspect_err(|error| warn(vcpu, format_args!("KVM cannot {action}: {error}"))).ok()
 }
 
-/// What one vCPU lacks all lack: the first one is enough of a warning.
+/// All vCPUs lack what one lacks: only the first one is warned about.
 fn warn(vcpu: u8, what: fmt::Arguments<'_>) {
     let level = if vcpu == 0 { log::Level::Warn } else { log::Level::Debug };
     log::log!(level, "vCPU {vcpu}: {what}");

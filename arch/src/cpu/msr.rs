@@ -1,5 +1,4 @@
-//! The very few model-specific registers that are set before a vCPU runs. One that KVM does not know, or refuses,
-//! is left out.
+//! The few model-specific registers that are set before a vCPU runs. A register that KVM refuses is left out.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;

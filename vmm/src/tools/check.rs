@@ -1,4 +1,4 @@
-//! `outboard check`: what can this host boot?
+//! `outboard check`: what this host can boot.
 
 use std::process::ExitCode;
 

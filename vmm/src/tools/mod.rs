@@ -1,4 +1,4 @@
-//! Tools beside the machine: they look at a host or a peer and say what they found.
+//! Tools beside the machine: `check` examines a host, `probe` examines a peer, `trace` writes messages down.
 
 pub mod check;
 mod guest_mode;
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::error::Error;
 
-/// Prints a report: the words, or JSON where there are none.
+/// Prints `words`, or `report` as JSON when there are none.
 fn print(report: &impl Serialize, words: Option<String>) -> Result<(), Error> {
     let text = match words {
         Some(words) => words,

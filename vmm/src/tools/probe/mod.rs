@@ -1,4 +1,4 @@
-//! `outboard probe`: what does a peer offer? Connects, asks what may be asked without a guest, and leaves.
+//! `outboard probe`: what a peer offers. Connects, asks what can be asked without a guest, and disconnects.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use crate::error::{Error, Fault};
 pub mod vfio_user;
 pub mod vhost_user;
 
-/// The path of the peer's socket, for people who give what `outboard run` takes.
+/// The path of the peer's socket. An argument in the form that `outboard run` takes is refused with a hint.
 ///
 /// # Errors
 /// When it is a list of keys, or a descriptor.
@@ -21,7 +21,7 @@ pub fn socket_path(given: &Path) -> Result<&Path, Error> {
         .hint("probe takes the path alone, without `socket=` and other keys: it connects by itself"))
 }
 
-/// What could not be done, with the hint of who failed in the words of this command's options.
+/// The error of a probe, with the hint of the failed step in the words of this command's options.
 fn failed(socket: &Path, hint: Option<&str>) -> Error {
     let here = |hint: &str| {
         hint.replace(", or give reconnect=SECONDS to wait for it", "").replace("deadline=MS", "--deadline MS")

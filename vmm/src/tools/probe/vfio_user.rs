@@ -1,6 +1,6 @@
-//! `outboard probe vfio-user`: what does a server offer?
+//! `outboard probe vfio-user`: what a server offers.
 //!
-//! The configuration space is read last, and by naturally aligned dwords: servers exist that end on anything else.
+//! The configuration space is read last, and in naturally aligned dwords: some servers die of any other access.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -288,7 +288,7 @@ fn identity(client: &Client, quirks: &mut Vec<String>) -> Result<Option<Identity
     }))
 }
 
-/// What the offer itself says of trouble to come.
+/// Properties of the offer that will cause trouble.
 fn notice(
     client: &Client,
     regions: &[Region],

@@ -1,4 +1,4 @@
-//! `outboard probe vhost-user`: what does a backend offer?
+//! `outboard probe vhost-user`: what a backend offers.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -56,7 +56,7 @@ pub fn vhost_user(
 }
 
 fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::peer::Error> {
-    // The sizes of its shared memory are told to those alone who negotiated the feature, and it stands on the channel.
+    // A backend tells the sizes of its shared memory only after SHMEM is negotiated, which needs BACKEND_SEND_FD.
     let wanted = Wanted::default().and(ProtocolFeatures::BACKEND_SEND_FD.with(ProtocolFeatures::SHMEM));
     Connection::connect(socket, limits)?.negotiate(&wanted)
 }
@@ -126,7 +126,7 @@ fn config(session: &mut Session, kind: Option<DeviceType>, quirks: &mut Vec<Stri
     None
 }
 
-/// What the offer itself says of trouble to come.
+/// Properties of the offer that will cause trouble.
 fn notice(device: DeviceFeatures, protocol: ProtocolFeatures, quirks: &mut Vec<String>) {
     let absent: [(bool, &str); 6] = [
         (!device.has(bit::VERSION_1), "is a legacy device: no driver of virtio 1.0 accepts it"),
