@@ -223,7 +223,7 @@ impl<'a> Orphan<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{RAM, memory_without_a_file};
+    use crate::testing::{RAM, memory};
 
     const SIZE: u16 = 16;
 
@@ -238,9 +238,10 @@ mod tests {
     }
 
     fn with_indexes(available: u16, used: u16) -> MemoryMap {
-        let memory = memory_without_a_file();
-        memory.write(GuestAddr(0x2002), &available.to_le_bytes()).unwrap();
-        memory.write(GuestAddr(0x3002), &used.to_le_bytes()).unwrap();
+        let memory = memory();
+        let fd = memory.regions()[0].fd();
+        rustix::io::pwrite(fd, &available.to_le_bytes(), 0x2002).unwrap();
+        rustix::io::pwrite(fd, &used.to_le_bytes(), 0x3002).unwrap();
         memory
     }
 
@@ -251,11 +252,12 @@ mod tests {
     /// Fills the rings with these heads, from index 0 on.
     fn with_rings(available: &[u16], used: &[u16]) -> MemoryMap {
         let memory = with_indexes(available.len().try_into().unwrap(), used.len().try_into().unwrap());
+        let fd = memory.regions()[0].fd();
         for (at, head) in (0x2004..).step_by(2).zip(available) {
-            memory.write(GuestAddr(at), &head.to_le_bytes()).unwrap();
+            rustix::io::pwrite(fd, &head.to_le_bytes(), at).unwrap();
         }
         for (at, head) in (0x3004..).step_by(8).zip(used) {
-            memory.write(GuestAddr(at), &u32::from(*head).to_le_bytes()).unwrap();
+            rustix::io::pwrite(fd, &u32::from(*head).to_le_bytes(), at).unwrap();
         }
         memory
     }
