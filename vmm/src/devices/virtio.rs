@@ -8,8 +8,6 @@ use devices::hang_up::HangUp;
 use devices::pci::host_bridge::InsertError;
 use devices::ports::Ports;
 use devices::virtio::attendant::{Attendant, Job};
-use devices::virtio::backend::requests::NotifierPlace;
-use devices::virtio::backend::shared_memory::{FixedWindows, SharedRegions};
 use devices::virtio::backend::vhost_user::{self, Opened};
 use devices::virtio::core::registers::SharedMemory;
 use devices::virtio::recovery::search::{Meeting, Search};
@@ -50,9 +48,6 @@ pub(crate) struct VirtioDevice {
     hang_up: Arc<HangUp>,
     /// Ring for the queues whose kicks we serve or pass on.
     kicks: Vec<(u16, Kick)>,
-    shared: SharedRegions,
-    shared_places: Vec<Option<SharedMemory>>,
-    notifiers: NotifierPlace,
 }
 
 impl VirtioDevice {
@@ -106,8 +101,8 @@ impl VirtioDevice {
             order = order.behind(Arc::new(iommu.map(memory)));
         }
         let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
-        let Opened { mut model, backend, channel, hang_up, reconnect, shared, calls, notifiers } = opened
-            .map_err(|error| {
+        let Opened { mut model, backend, channel, hang_up, reconnect, outlets } =
+            opened.map_err(|error| {
                 let hint = error.hint();
                 Error::new(Fault::Peer, cannot()).because(error).hints(hint)
             })?;
@@ -115,15 +110,19 @@ impl VirtioDevice {
         if config.transport == Transport::Mmio {
             place_shared_memory(&id, &mut model.shared_memory, windows)?;
         }
-        let shared_places = model.shared_memory.clone();
         let no_fd = |error| Error::host(cannot()).because(error);
-        let parts = Parts { name: id.to_string(), model, backend: Box::new(backend), memory: memory.clone() };
+        let parts = Parts {
+            name: id.to_string(),
+            model,
+            backend: Box::new(backend),
+            outlets,
+            memory: memory.clone(),
+        };
         let handle = DeviceHandle::new(parts).map_err(no_fd)?;
         if meeting.is_some() && config.reconnect.is_some() {
             handle.on_loss(OnLoss::Recover);
         }
         let kicks = handle.kicks_to_serve().map_err(no_fd)?;
-        calls.put(handle.calls().map_err(no_fd)?);
         let serves = Arc::clone(peers);
         let serve = move |channel| {
             if let Err(error) = serves.add(index, channel) {
@@ -140,17 +139,7 @@ impl VirtioDevice {
             peers.add(index, channel).map_err(no_fd)?;
         }
         let transport = config.transport;
-        Ok(VirtioDevice {
-            id,
-            transport,
-            handle,
-            attendant,
-            hang_up,
-            kicks,
-            shared,
-            shared_places,
-            notifiers,
-        })
+        Ok(VirtioDevice { id, transport, handle, attendant, hang_up, kicks })
     }
 }
 
@@ -189,8 +178,6 @@ impl MachineDevice for VirtioDevice {
             Site::Mmio(place, bus) => {
                 let place = Place { base: GuestAddr(place.base.0), gsi: place.gsi.0 };
                 let device = MmioDevice::new(&self.handle, place, ports).map_err(failed)?;
-                let places = self.shared_places.clone();
-                self.shared.put(Arc::new(FixedWindows::new(Arc::clone(&ports.memory), places)));
                 bus.insert(place.base.0, mmio::LENGTH, id.to_string(), Arc::new(device))
                     .map_err(|error| Error::internal(cannot()).because(error))?;
             }
@@ -199,10 +186,6 @@ impl MachineDevice for VirtioDevice {
                     Error::usage(cannot()).because(InsertError::Full).hint("use transport=mmio for some")
                 })?;
                 let device = PciDevice::new(&self.handle, number, bridge, ports).map_err(failed)?;
-                self.notifiers.put(Some(device.notifiers()));
-                if let Some(windows) = device.windows() {
-                    self.shared.put(windows);
-                }
                 bridge
                     .insert(Some(number), Arc::new(device))
                     .map_err(|error| Error::internal(cannot()).because(error))?;
@@ -219,8 +202,6 @@ impl MachineDevice for VirtioDevice {
 
     fn unplug(&self) {
         self.handle.unplug();
-        self.shared.remove();
-        self.notifiers.put(None);
     }
 
     fn watched(&self) -> Vec<(BorrowedFd<'_>, Notice)> {

@@ -1,7 +1,7 @@
 //! What the device core asks of whoever serves the queues. Knows no protocol.
 
+pub mod outlets;
 pub mod requests;
-pub mod shared_memory;
 pub mod spec;
 pub mod survey;
 pub mod vhost_user;

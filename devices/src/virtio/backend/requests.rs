@@ -2,16 +2,11 @@
 //! that serves all such channels: must never wait, nor take a device's lock.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::message::{Iotlb, ShmemArea};
-use transport::vhost_user::vring::Call;
 use transport::vhost_user::{BackendChannel, MissAnswers, NotifierArea, Refused};
 
-use crate::lock;
-use crate::ports::FileRange;
-use crate::virtio::backend::shared_memory::Tenancy;
-use crate::virtio::transport::pci::Notifiers;
+use crate::virtio::backend::outlets::Tenancy;
 
 /// A backend's own channel, and what is answered on it: to be served from now on.
 pub struct OwnChannel {
@@ -22,68 +17,18 @@ pub struct OwnChannel {
 }
 
 /// What a device does for its backend. A backend that asks for anything else is refused.
-#[derive(Default)]
 pub struct Answers {
     pub(crate) misses: Option<MissAnswers>,
-    pub(crate) shared: Option<Tenancy>,
-    pub(crate) calls: Calls,
-    pub(crate) notifiers: NotifierPlace,
-}
-
-/// The calls of a device's queues on the board that it is on. Clones are the same.
-#[derive(Clone, Default)]
-pub struct Calls(Arc<Mutex<Vec<Call>>>);
-
-impl Calls {
-    /// From now on it is these, by queue.
-    pub fn put(&self, calls: Vec<Call>) {
-        *lock(&self.0) = calls;
-    }
-
-    fn ring(&self, queue: u32) -> Result<(), Refused> {
-        let calls = lock(&self.0);
-        let call = usize::try_from(queue).ok().and_then(|queue| calls.get(queue)).ok_or(Refused)?;
-        call.ring().map_err(|_| Refused)
-    }
-}
-
-/// Where backends may put notifiers of their own, on the board that the device is on: on virtio-pci. Clones are the
-/// same.
-#[derive(Clone, Default)]
-pub struct NotifierPlace(Arc<Mutex<Option<Notifiers>>>);
-
-impl NotifierPlace {
-    /// From now on it is there, or nowhere.
-    pub fn put(&self, notifiers: Option<Notifiers>) {
-        *lock(&self.0) = notifiers;
-    }
-
-    /// Takes back what the backends so far have put there.
-    pub fn clear(&self) {
-        let notifiers = lock(&self.0).clone();
-        if let Some(notifiers) = notifiers {
-            notifiers.take_back_all();
-        }
-    }
+    pub(crate) tenancy: Tenancy,
 }
 
 impl Answers {
-    /// The backend places its own page over a queue's notifications, or takes it back. It rings by itself what is
-    /// written there; the kick eventfd stays its own for all else.
+    /// See [`Tenancy::notifier`].
     ///
     /// # Errors
-    /// When there is no place for it: the backend goes on with kicks.
+    /// See there.
     pub fn host_notifier(&self, queue: u8, area: Option<NotifierArea>) -> Result<(), Refused> {
-        let notifiers = lock(&self.notifiers.0).clone().ok_or(Refused)?;
-        let Some(NotifierArea { fd, size, offset }) = area else {
-            notifiers.take_back(queue.into());
-            return Ok(());
-        };
-        let page = FileRange { fd: Arc::new(fd), offset, size };
-        notifiers.show(queue.into(), page).map_err(|error| {
-            log::debug!("a backend's notifier of queue {queue} is refused: {error}");
-            Refused
-        })
+        self.tenancy.notifier(queue, area)
     }
 
     /// The backend misses a translation, or was refused an access.
@@ -99,7 +44,7 @@ impl Answers {
     /// # Errors
     /// When there is no such queue.
     pub fn vring_call(&self, queue: u32) -> Result<(), Refused> {
-        self.calls.ring(queue)
+        self.tenancy.call(queue)
     }
 
     /// The backend shows the guest a piece of a file.
@@ -107,7 +52,7 @@ impl Answers {
     /// # Errors
     /// See [`Tenancy::map`].
     pub fn shmem_map(&self, area: &ShmemArea, fd: OwnedFd) -> Result<(), Refused> {
-        self.shared.as_ref().ok_or(Refused)?.map(area, fd)
+        self.tenancy.map(area, fd)
     }
 
     /// The backend takes it back.
@@ -115,7 +60,7 @@ impl Answers {
     /// # Errors
     /// See [`Tenancy::unmap`].
     pub fn shmem_unmap(&self, area: &ShmemArea) -> Result<(), Refused> {
-        self.shared.as_ref().ok_or(Refused)?.unmap(area)
+        self.tenancy.unmap(area)
     }
 }
 

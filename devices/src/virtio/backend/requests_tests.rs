@@ -161,10 +161,9 @@ fn notifications_by_message_are_passed_on_in_both_directions() {
 
     let (backend, opened) = connect(Offer { protocol, ..offer.clone() }, &order("+inband_notifications"));
     let opened = opened.unwrap();
-    let (calls, reconnect) = (opened.calls.clone(), opened.reconnect.clone());
+    let reconnect = opened.reconnect.clone();
     let (guest, channel, _hang_up) = Guest::on_loss(opened, crate::virtio::OnLoss::Recover);
     let (handle, mut own) = (guest.device.handle(), channel.unwrap());
-    calls.put(handle.calls().unwrap());
     guest.start_driver();
     let said = |request| backend.seen().iter().filter(|seen| seen.request == request).count();
     assert_eq!((said(Request::SET_VRING_KICK), said(Request::SET_VRING_CALL)), (0, 0), "no eventfds");
@@ -194,4 +193,24 @@ fn notifications_by_message_are_passed_on_in_both_directions() {
     let connection = Connection::from_stream(socket, "second", &Limits::new(LIMIT)).unwrap();
     let error = reconnect.attempt(&handle, connection, drop).err().unwrap();
     assert!(error.is_final() && matches!(handle.phase(), PhaseReport::Broken(_)), "{error}");
+}
+
+#[test]
+fn channel_of_a_lost_backend_is_closed_though_its_end_stays_open() {
+    let protocol = Offer::default().protocol.with(ProtocolFeatures::INBAND_NOTIFICATIONS);
+    let offer = Offer { protocol, ..Offer::default() };
+    let (backend, opened) = connect(offer, &order("+inband_notifications"));
+    let (guest, channel, _hang_up) = Guest::new(opened.unwrap());
+    let mut own = channel.unwrap();
+    guest.start_driver();
+    let call = [0_u32.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
+    assert_eq!(ask(&mut own, &backend, BackendRequest::VRING_CALL, &call), (0, 0));
+    // What it has said already counts for nothing either.
+    backend.request(BackendRequest::VRING_CALL, &call, &[]).unwrap();
+    guest.device.handle().peer_lost("its main connection ended");
+    guest.machine.take_interrupts();
+    let OwnChannel { channel, answers } = &mut own;
+    while !matches!(channel.serve(&Asked(answers)), Ok(Served::HungUp) | Err(_)) {}
+    assert_eq!(guest.machine.take_interrupts(), 0);
+    assert!(backend.request(BackendRequest::VRING_CALL, &call, &[]).is_err());
 }

@@ -10,8 +10,8 @@ use transport::vhost_user::features::{ProtocolFeatures, bit};
 use transport::vhost_user::{Connection, IovaMap, Session};
 
 use crate::hang_up::HangUp;
-use crate::virtio::backend::requests::{Calls, NotifierPlace, OwnChannel};
-use crate::virtio::backend::shared_memory::SharedRegions;
+use crate::virtio::backend::outlets::Outlets;
+use crate::virtio::backend::requests::OwnChannel;
 use crate::virtio::backend::spec::Order;
 use crate::virtio::backend::vhost_user::VhostUser;
 use crate::virtio::core::registers::SharedMemory;
@@ -87,12 +87,8 @@ pub struct Opened {
     pub hang_up: Arc<HangUp>,
     /// For when it is lost.
     pub reconnect: Reconnect,
-    /// Where its calls lead, when it makes them by message.
-    pub calls: Calls,
-    /// Where notifiers of its own go.
-    pub notifiers: NotifierPlace,
-    /// What it shows the guest of its own memory, if it may.
-    pub shared: SharedRegions,
+    /// What it reaches by requests of its own.
+    pub outlets: Outlets,
 }
 
 /// Asks the backend what it offers and makes a device of that. Waits for a deadline at most for each thing that it asks:
@@ -102,12 +98,11 @@ pub struct Opened {
 /// When the backend fails, or does not fit the order.
 pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
     let survey = Survey::of(connection, order)?;
-    let shared = SharedRegions::new(survey.shared.clone());
-    let reconnect = Reconnect::new(order, &survey, shared.clone()).map_err(OpenError::Fd)?;
+    let outlets = Outlets::new(survey.shared.clone());
+    let reconnect = Reconnect::new(order, &survey, outlets.clone()).map_err(OpenError::Fd)?;
     let hang_up = reconnect.hang_up();
-    let (calls, notifiers) = (reconnect.calls(), reconnect.notifiers());
     let (Attended { model, backend }, channel) = reconnect.attend(survey)?;
-    Ok(Opened { model, backend, channel, hang_up, reconnect, shared, calls, notifiers })
+    Ok(Opened { model, backend, channel, hang_up, reconnect, outlets })
 }
 
 /// What a backend says of itself.

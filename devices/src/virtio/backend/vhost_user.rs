@@ -13,7 +13,7 @@ use transport::vhost_user::vring::RingBase;
 use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Lost, Session};
 
 use crate::lock;
-use crate::virtio::backend::shared_memory::Tenancy;
+use crate::virtio::backend::outlets::Tenancy;
 pub use crate::virtio::backend::spec::Order;
 pub use crate::virtio::backend::survey::{OpenError, Opened, open};
 use crate::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop, failed};
@@ -30,7 +30,8 @@ pub struct VhostUser {
     link: Link,
     config_size: usize,
     translations: Option<Arc<IovaMap>>,
-    shared: Option<Tenancy>,
+    /// What the backend reaches by requests of its own.
+    tenancy: Tenancy,
     /// Kicks and calls are messages.
     in_band: bool,
     /// What running queues were told of.
@@ -115,16 +116,12 @@ impl Link {
 }
 
 impl VhostUser {
-    pub(crate) fn new(
-        session: Session,
-        order: &Order,
-        past: Arc<Mutex<Stats>>,
-        shared: Option<Tenancy>,
-    ) -> Self {
+    pub(crate) fn new(session: Session, order: &Order, past: Arc<Mutex<Stats>>, tenancy: Tenancy) -> Self {
         let config_size = usize::from(order.device_type.config_size());
         let translations = order.translations.clone();
         let in_band = session.protocol().contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
-        Self { link: Link::Standing(session), config_size, translations, shared, in_band, memory: None, past }
+        let link = Link::Standing(session);
+        Self { link, config_size, translations, tenancy, in_band, memory: None, past }
     }
 
     /// Takes the link out.
@@ -196,7 +193,7 @@ impl Backend for VhostUser {
             session = session.with_inflight(Arc::clone(area));
         }
         let (begun, before) = (Instant::now(), session.stats());
-        self.shared.iter().for_each(Tenancy::begin);
+        self.tenancy.begin();
         let features = session.offered().known(start.features);
         match session.go_live(features, start.memory, start.rings) {
             Ok(live) => {
@@ -229,7 +226,7 @@ impl Backend for VhostUser {
             Stop::Suspend => live.suspend(),
             Stop::Reset => live.reset().map(|session| (session, Vec::new())),
         });
-        self.shared.iter().for_each(Tenancy::end);
+        self.tenancy.end();
         bases
     }
 
@@ -303,7 +300,7 @@ impl Backend for VhostUser {
     }
 
     fn disconnect(&mut self) {
-        self.shared.iter().for_each(Tenancy::end);
+        self.tenancy.end();
         let link = self.take();
         self.ended(link.stats());
     }

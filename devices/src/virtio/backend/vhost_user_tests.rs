@@ -129,9 +129,10 @@ impl Guest {
         opened: Opened,
         on_loss: OnLoss,
     ) -> (Self, Option<OwnChannel>, Arc<HangUp>) {
-        let Opened { model, backend, channel, hang_up, .. } = opened;
+        let Opened { model, backend, channel, hang_up, outlets, .. } = opened;
         let (machine, ram) = (Recorder::default(), memory());
-        let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone() };
+        let parts =
+            Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone(), outlets };
         let place = Place { base: GuestAddr(BASE), gsi: 5 };
         let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), place, &machine.ports()).unwrap();
         device.handle().on_loss(on_loss);

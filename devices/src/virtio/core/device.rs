@@ -16,6 +16,7 @@ use transport::vhost_user::vring::Call;
 use transport::vhost_user::{InflightArea, Refused};
 
 use crate::ports::{Guard, PortError};
+use crate::virtio::backend::outlets::{Outlet, Outlets};
 use crate::virtio::backend::{Backend, BackendError, failed};
 use crate::virtio::core::queues::Wiring;
 use crate::virtio::core::registers::{Effect, Identity, Refusal, Reg, Registers};
@@ -63,6 +64,7 @@ pub struct Device {
     pub(crate) backend: Box<dyn Backend>,
     /// Where the backend that runs, or was cut off, notes what it has in flight.
     pub(crate) inflight: Option<Arc<InflightArea>>,
+    outlets: Outlets,
     pub(crate) plugged: Option<Plugged>,
     pub(crate) memory: MemoryMap,
     pub(crate) wiring: Wiring,
@@ -90,6 +92,8 @@ pub struct Parts {
     pub model: Model,
     /// Who serves it.
     pub backend: Box<dyn Backend>,
+    /// What the backend reaches by requests of its own.
+    pub outlets: Outlets,
     /// Guest memory.
     pub memory: MemoryMap,
 }
@@ -112,10 +116,11 @@ impl Device {
     /// # Errors
     /// When eventfds run out.
     pub fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { name, model, backend, memory } = parts;
+        let Parts { name, model, backend, outlets, memory } = parts;
         let Model { device_type, features, queues, queue_size, config, config_source, shared_memory } = model;
         let control = Control::of(device_type.service(), queues);
         let wiring = Wiring::new(queues, control.as_ref().map(Control::queue))?;
+        outlets.set_calls(wiring.clone_calls()?);
         let config_call = Call::new()?;
         let registers = Registers::new(Identity {
             device_id: device_type.id(),
@@ -133,6 +138,7 @@ impl Device {
             registers,
             backend,
             inflight: None,
+            outlets,
             plugged: None,
             memory,
             wiring,
@@ -155,9 +161,14 @@ impl Device {
     ///
     /// # Errors
     /// When the machine refuses the interrupt of configuration changes.
-    pub fn plug(&mut self, transport: Box<dyn Face>) -> Result<(), PortError> {
+    pub(crate) fn plug(
+        &mut self,
+        transport: Box<dyn Face>,
+        outlet: Arc<dyn Outlet>,
+    ) -> Result<(), PortError> {
         let config_route = transport.connect_config(&self.config_call)?;
         self.plugged = Some(Plugged { transport, _config_route: config_route });
+        self.outlets.put(outlet);
         self.show_all();
         self.seek_anew();
         Ok(())
@@ -167,6 +178,7 @@ impl Device {
     /// Waits for the backend, within its deadline.
     pub(crate) fn unplug(&mut self) {
         self.machine_reset();
+        self.outlets.remove();
         self.plugged = None;
         // The next board begins with no interrupt pending.
         self.drain();

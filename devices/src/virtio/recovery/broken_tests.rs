@@ -9,6 +9,7 @@ use transport::vhost_user::Connection;
 
 use crate::bus::BusDevice;
 use crate::testing::{Recorder, Scripted, disk, memory};
+use crate::virtio::backend::outlets::Outlets;
 use crate::virtio::core::device::Parts;
 use crate::virtio::core::vacancy::Effort;
 use crate::virtio::transport::mmio::{MmioDevice, Place};
@@ -31,6 +32,7 @@ fn rig() -> Rig {
         name: "disk0".into(),
         model: disk(2),
         backend: Box::new(Scripted::default()),
+        outlets: Outlets::default(),
         memory: memory(),
     };
     let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };

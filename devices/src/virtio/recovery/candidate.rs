@@ -18,8 +18,8 @@ use transport::vhost_user::Connection;
 
 use crate::hang_up::HangUp;
 use crate::virtio::backend::is_silence;
-use crate::virtio::backend::requests::{Answers, Calls, NotifierPlace, OwnChannel};
-use crate::virtio::backend::shared_memory::SharedRegions;
+use crate::virtio::backend::outlets::Outlets;
+use crate::virtio::backend::requests::{Answers, OwnChannel};
 use crate::virtio::backend::spec::Order;
 use crate::virtio::backend::survey::{Attended, OpenError, Survey};
 use crate::virtio::backend::vhost_user::VhostUser;
@@ -72,20 +72,17 @@ pub struct Reconnect {
     config_size: usize,
     /// Whether the first one took notifications by messages.
     in_band: bool,
-    shared: SharedRegions,
-    calls: Calls,
-    notifiers: NotifierPlace,
+    outlets: Outlets,
     past: Arc<Mutex<Stats>>,
     hang_up: Arc<HangUp>,
 }
 
 impl Reconnect {
-    pub(crate) fn new(order: &Order, first: &Survey, shared: SharedRegions) -> io::Result<Self> {
+    pub(crate) fn new(order: &Order, first: &Survey, outlets: Outlets) -> io::Result<Self> {
         let in_band = first.notifies_in_band();
         let (order, config_size) = (order.clone(), first.config_size);
-        let (calls, notifiers) = (Calls::default(), NotifierPlace::default());
         let hang_up = Arc::new(HangUp::new()?);
-        Ok(Self { order, config_size, in_band, shared, calls, notifiers, past: Arc::default(), hang_up })
+        Ok(Self { order, config_size, in_band, outlets, past: Arc::default(), hang_up })
     }
 
     /// Tells when the present backend's connection is gone.
@@ -93,27 +90,13 @@ impl Reconnect {
         Arc::clone(&self.hang_up)
     }
 
-    /// Where calls lead that a backend makes by message.
-    pub(crate) fn calls(&self) -> Calls {
-        self.calls.clone()
-    }
-
-    /// Where notifiers of its own go.
-    pub(crate) fn notifiers(&self) -> NotifierPlace {
-        self.notifiers.clone()
-    }
-
     /// Takes a backend as it was surveyed, with what is kept for it, and has its channel answered.
     pub(crate) fn attend(&self, survey: Survey) -> Result<(Attended, Option<OwnChannel>), OpenError> {
-        let Survey { mut session, model, shared, .. } = survey;
+        let Survey { mut session, model, .. } = survey;
         self.hang_up.watch(session.as_fd()).map_err(OpenError::Fd)?;
         let misses = session.miss_answers().map_err(OpenError::Fd)?;
-        let tenancy = (!shared.is_empty()).then(|| self.shared.tenancy());
-        let answers =
-            Answers { misses, shared: tenancy.clone(), calls: self.calls(), notifiers: self.notifiers() };
-        // Earlier connections have ended, and so has the power of their channels: what they put there would swallow the
-        // guest's notifications of this one.
-        self.notifiers.clear();
+        let tenancy = self.outlets.tenancy();
+        let answers = Answers { misses, tenancy: tenancy.clone() };
         let channel = session.take_backend_channel().map(|channel| OwnChannel { channel, answers });
         let backend = VhostUser::new(session, &self.order, Arc::clone(&self.past), tenancy);
         Ok((Attended { model, backend }, channel))
@@ -161,7 +144,7 @@ impl Reconnect {
         if survey.notifies_in_band() != self.in_band {
             return Err(Misfit::Notifications.into());
         }
-        if survey.shared != self.shared.sizes() {
+        if survey.shared != self.outlets.sizes() {
             return Err(Misfit::SharedMemory.into());
         }
         let (Attended { model, backend }, channel) = self.attend(survey)?;

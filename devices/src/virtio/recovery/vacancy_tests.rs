@@ -8,6 +8,7 @@ use transport::vhost_user::DeviceFeatures;
 use crate::bus::BusDevice;
 use crate::lock;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
+use crate::virtio::backend::outlets::Outlets;
 use crate::virtio::core::device::Parts;
 use crate::virtio::transport::mmio::{MmioDevice, Place};
 use crate::virtio::{OnLoss, PhaseReport};
@@ -30,7 +31,8 @@ struct Rig {
 fn rig_of(model: Model) -> Rig {
     let (machine, first, ram) = (Recorder::default(), Scripted::default(), memory());
     let backend = Box::new(first.clone());
-    let parts = Parts { name: "disk0".into(), model, backend, memory: ram.clone() };
+    let parts =
+        Parts { name: "disk0".into(), model, backend, memory: ram.clone(), outlets: Outlets::default() };
     let device = MmioDevice::new(
         &DeviceHandle::new(parts).unwrap(),
         Place { base: GuestAddr(BASE), gsi: 5 },

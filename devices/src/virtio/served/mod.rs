@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use transport::vhost_user::RingSwitch;
 use transport::vhost_user::features::{DriverFeatures, bit};
-use transport::vhost_user::vring::{Call, Kick};
+use transport::vhost_user::vring::Kick;
 
 use crate::virtio::backend::{BackendError, failed};
 use crate::virtio::core::device::Device;
@@ -100,14 +100,6 @@ impl DeviceHandle {
             let all = device.backend.notifies_in_band();
             device.wiring.clone_kicks(|queue| all || ours == Some(queue))
         })
-    }
-
-    /// The calls of all queues, by number.
-    ///
-    /// # Errors
-    /// When no descriptor is to be had.
-    pub fn calls(&self) -> io::Result<Vec<Call>> {
-        self.with(|device| device.wiring.clone_calls())
     }
 
     /// A kick rang that somebody has to pass on: serves a queue of ours, or tells the backend by message.

@@ -12,6 +12,7 @@ use transport::vhost_user::vring::{Call, Kick};
 
 use crate::bus::BusDevice;
 use crate::ports::{Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch};
+use crate::virtio::backend::outlets::FixedOutlet;
 use crate::virtio::core::device::PlugError;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::registers::{Half, Reg, Registers};
@@ -139,7 +140,10 @@ impl MmioDevice {
         let sink = Kick::new().map_err(PlugError::Eventfd)?;
         let ack = doorbells.bind(sink.as_fd(), place.write_of(INTERRUPT_ACK, USED_BUFFER))?;
         let face = MmioFace { place, doorbells, interrupts, page, _ack: Guard::new((ack, sink)) };
-        device.with(|device| device.plug(Box::new(face)))?;
+        device.with(|device| {
+            let outlet = FixedOutlet::new(memory, device.registers().shared_memory().to_vec());
+            device.plug(Box::new(face), Arc::new(outlet))
+        })?;
         Ok(Self { handle: device.clone() })
     }
 

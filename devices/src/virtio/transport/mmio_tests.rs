@@ -4,6 +4,7 @@ use transport::vhost_user::DeviceFeatures;
 use crate::lock;
 use crate::ports::WriteAddress;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
+use crate::virtio::backend::outlets::Outlets;
 use crate::virtio::types::table::Model;
 use crate::virtio::{DeviceType, Parts, PhaseReport};
 
@@ -23,7 +24,13 @@ fn rig(queues: u16) -> Rig {
 
 fn rig_of(model: Model) -> Rig {
     let (machine, backend) = (Recorder::default(), Scripted::default());
-    let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend.clone()), memory: memory() };
+    let parts = Parts {
+        name: "disk0".into(),
+        model,
+        backend: Box::new(backend.clone()),
+        memory: memory(),
+        outlets: Outlets::default(),
+    };
     let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), PLACE, &machine.ports()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
     Rig { device, machine, backend }
@@ -458,7 +465,13 @@ fn device_that_is_dropped_leaves_nothing_registered() {
 fn machine_that_refuses_the_interrupt_refuses_the_device_and_keeps_nothing() {
     let (machine, backend) = (Recorder::default(), Scripted::default());
     machine.refuse_routes();
-    let parts = Parts { name: "d".into(), model: disk(1), backend: Box::new(backend), memory: memory() };
+    let parts = Parts {
+        name: "d".into(),
+        model: disk(1),
+        backend: Box::new(backend),
+        memory: memory(),
+        outlets: Outlets::default(),
+    };
     let error =
         MmioDevice::new(&DeviceHandle::new(parts).unwrap(), PLACE, &machine.ports()).map(|_| ()).unwrap_err();
     assert_eq!(error.to_string(), "cannot connect the device to the machine");

@@ -28,14 +28,12 @@ use crate::pci::{
     Function, HostBridge, Identity, Msix, msix,
 };
 use crate::ports::{Guard, PortError, Ports, WriteWidth};
-use crate::virtio::backend::shared_memory::RegionWindows;
 use crate::virtio::core::device::{Device, PlugError};
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::registers::{Half, Reg, Registers};
 use crate::virtio::transport::Face;
-pub use crate::virtio::transport::pci_state::Notifiers;
 use crate::virtio::transport::pci_state::{NO_VECTOR, NOTIFY, PAGE, Source, State, notify_offset};
-use crate::virtio::transport::pci_windows::{BarWindows, Layout};
+use crate::virtio::transport::pci_windows::{BarOutlet, Layout};
 
 const VENDOR: u16 = 0x1af4;
 /// Device ids of non-transitional devices begin here.
@@ -161,7 +159,6 @@ pub struct PciDevice {
     handle: DeviceHandle,
     state: Arc<Mutex<State>>,
     queues: u16,
-    windows: Option<Arc<dyn RegionWindows>>,
 }
 
 impl PciDevice {
@@ -225,30 +222,16 @@ impl PciDevice {
             refusal_logged: AtomicBool::new(false),
         }));
         let face = PciFace { state: Arc::clone(&state), config_source: usize::from(queues) };
-        device.with(|device| device.plug(Box::new(face)))?;
-        let windows = shared.map(|(layout, _)| {
-            let windows: Arc<dyn RegionWindows> = Arc::new(BarWindows { state: Arc::clone(&state), layout });
-            windows
-        });
-        Ok(Self { handle: device.clone(), state, queues, windows })
-    }
-
-    /// Where its backend may show the guest files, if it has shared memory regions.
-    #[must_use]
-    pub fn windows(&self) -> Option<Arc<dyn RegionWindows>> {
-        self.windows.clone()
+        let layout = shared.map(|(layout, _)| layout);
+        let outlet = Arc::new(BarOutlet { state: Arc::clone(&state), layout, queues });
+        device.with(|device| device.plug(Box::new(face), outlet))?;
+        Ok(Self { handle: device.clone(), state, queues })
     }
 
     /// The device, for the control loop.
     #[must_use]
     pub fn handle(&self) -> DeviceHandle {
         self.handle.clone()
-    }
-
-    /// Where a backend's own notifiers go.
-    #[must_use]
-    pub fn notifiers(&self) -> Notifiers {
-        Notifiers { state: Arc::clone(&self.state), queues: self.queues }
     }
 
     fn common_value(&self, field: Field) -> u32 {

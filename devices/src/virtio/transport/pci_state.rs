@@ -1,16 +1,14 @@
 //! What a virtio-pci function holds beside its device: configuration space, vectors, and what is registered inside its
 //! BAR. Called under its own lock, with or without the device's; never waits, and never calls the device.
 
-use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
 use transport::vhost_user::vring::Call;
 
-use crate::lock;
 use crate::pci::bar::Command;
-use crate::pci::{ConfigSpace, ConnectionId, Fixture, FixtureId, Fixtures, IntxLines, Msix, msix};
-use crate::ports::{Access, FileRange, Guard, PortError};
+use crate::pci::{ConfigSpace, ConnectionId, FixtureId, Fixtures, IntxLines, Msix, msix};
+use crate::ports::{Guard, PortError};
 use crate::virtio::core::device::chain;
 use crate::virtio::core::status::Status;
 
@@ -171,57 +169,5 @@ impl State {
             }
         }
         result
-    }
-}
-
-/// Lets a backend put a page of its own over a running queue's notifications (vhost-user HOST_NOTIFIER): the guest's
-/// writes then go straight to it. Called on any thread; takes no device's lock and never waits.
-#[derive(Clone)]
-pub struct Notifiers {
-    pub(crate) state: Arc<Mutex<State>>,
-    pub(crate) queues: u16,
-}
-
-impl Notifiers {
-    /// Shows `page`, until the queue stops, [`Notifiers::take_back`], or the backend makes its file shorter: then
-    /// the kick eventfd is there again.
-    ///
-    /// # Errors
-    /// When the queue does not run, it is not one page, or the machine refuses.
-    pub fn show(&self, queue: u16, page: FileRange) -> Result<(), PortError> {
-        let refuse = || PortError::new("show a notifier", io::ErrorKind::InvalidInput.into());
-        self.take_back(queue);
-        let weak = (Arc::downgrade(&self.state), self.queues);
-        let vanished = move || {
-            if let (Some(state), queues) = (weak.0.upgrade(), weak.1) {
-                Self { state, queues }.take_back(queue);
-            }
-        };
-        let mut state = lock(&self.state);
-        let runs = queue < self.queues
-            && state.sources.get(usize::from(queue)).is_some_and(|source| source.call.is_some());
-        if !runs || page.size != PAGE {
-            return Err(refuse());
-        }
-        let memory = Fixture::Memory { piece: page, access: Access::ReadWrite, vanished: Arc::new(vanished) };
-        let id = state.fixtures.add(notify_offset(queue), memory)?;
-        if let Some(source) = state.sources.get_mut(usize::from(queue)) {
-            source.notifier = Some(id);
-        }
-        Ok(())
-    }
-
-    /// Takes the pages of all queues away.
-    pub fn take_back_all(&self) {
-        (0..self.queues).for_each(|queue| self.take_back(queue));
-    }
-
-    /// Takes the page away: the kick eventfd is there again.
-    pub fn take_back(&self, queue: u16) {
-        let mut state = lock(&self.state);
-        let id = state.sources.get_mut(usize::from(queue)).and_then(|source| source.notifier.take());
-        if let Some(id) = id {
-            state.fixtures.remove(id);
-        }
     }
 }

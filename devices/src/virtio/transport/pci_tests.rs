@@ -8,8 +8,8 @@ use crate::pci::{Intx, IntxLines, Window, Windows};
 use crate::ports::FileRange;
 use crate::ports::{Route, WriteMatch};
 use crate::testing::{Outcome, Recorder, Scripted, Shown, disk, memory};
+use crate::virtio::backend::outlets::{FixedOutlet, Outlet, Outlets};
 use crate::virtio::backend::requests::Answers;
-use crate::virtio::backend::shared_memory::SharedRegions;
 use crate::virtio::core::registers::SharedMemory;
 use crate::virtio::types::table::Model;
 use crate::virtio::{Parts, PhaseReport};
@@ -27,6 +27,7 @@ struct Rig {
     ecam: Arc<dyn BusDevice>,
     machine: Recorder,
     backend: Scripted,
+    outlets: Outlets,
 }
 
 fn rig(queues: u16) -> Rig {
@@ -34,17 +35,27 @@ fn rig(queues: u16) -> Rig {
 }
 
 fn rig_of(model: Model) -> Rig {
+    rig_with(model, Outlets::default())
+}
+
+fn rig_with(model: Model, outlets: Outlets) -> Rig {
     let (machine, backend) = (Recorder::default(), Scripted::default());
     let lines = IntxLines::new(machine.ports().interrupts).unwrap();
     let bridge = HostBridge::with_lines(WINDOWS, Intx { lines, gsis: [20, 21, 22, 23] });
-    let parts = Parts { name: "disk0".into(), model, backend: Box::new(backend.clone()), memory: memory() };
+    let parts = Parts {
+        name: "disk0".into(),
+        model,
+        backend: Box::new(backend.clone()),
+        memory: memory(),
+        outlets: outlets.clone(),
+    };
     let device = Arc::new(
         PciDevice::new(&DeviceHandle::new(parts).unwrap(), bridge.free().unwrap(), &bridge, &machine.ports())
             .unwrap(),
     );
     bridge.insert(bridge.free(), device.clone()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
-    Rig { device, ecam: bridge.ecam(), bridge, machine, backend }
+    Rig { device, ecam: bridge.ecam(), bridge, machine, backend, outlets }
 }
 
 impl Rig {
@@ -208,12 +219,15 @@ fn a_backend_s_notifier_lies_over_its_queue_s_page_while_the_queue_runs() {
         let fd = rustix::fs::memfd_create("page", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         FileRange { fd: Arc::new(fd), offset, size }
     };
-    let notifiers = rig.device.notifiers();
-    assert!(notifiers.show(0, page(0, PAGE)).is_err(), "the queue does not run");
+    let notifiers = BarOutlet { state: Arc::clone(&rig.device.state), layout: None, queues: 2 };
+    assert!(notifiers.show_notifier(0, page(0, PAGE)).is_err(), "the queue does not run");
     rig.start_driver(2);
-    assert!(notifiers.show(2, page(0, PAGE)).is_err() && notifiers.show(1, page(0, 2 * PAGE)).is_err());
-    notifiers.show(1, page(0, PAGE)).unwrap();
-    notifiers.show(1, page(PAGE, PAGE)).unwrap();
+    assert!(
+        notifiers.show_notifier(2, page(0, PAGE)).is_err()
+            && notifiers.show_notifier(1, page(0, 2 * PAGE)).is_err()
+    );
+    notifiers.show_notifier(1, page(0, PAGE)).unwrap();
+    notifiers.show_notifier(1, page(PAGE, PAGE)).unwrap();
     let shown =
         |base| Shown { at: GuestAddr(base + NOTIFY + PAGE), offset: PAGE, size: PAGE, read_only: false };
     assert_eq!(rig.machine.shown(), [shown(0xc000_0000)]);
@@ -223,7 +237,7 @@ fn a_backend_s_notifier_lies_over_its_queue_s_page_while_the_queue_runs() {
     rig.machine.vanish_all();
     rig.set_config(0x10, 0xc000_0000);
     assert!(rig.machine.shown().is_empty(), "a page that is gone does not come back");
-    notifiers.show(0, page(0, PAGE)).unwrap();
+    notifiers.show_notifier(0, page(0, PAGE)).unwrap();
     rig.write(0x14, 1, 0);
     assert!(rig.machine.shown().is_empty() && rig.doorbells().is_empty());
 }
@@ -238,16 +252,29 @@ fn a_backend_s_notifier_by_message_finds_its_place_and_is_refused_without_one() 
         let fd = rustix::fs::memfd_create("page", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         Some(NotifierArea { fd, size: PAGE, offset: 0 })
     };
-    let answers = Answers::default();
-    assert!(answers.host_notifier(0, area()).is_err(), "no place, as on virtio-mmio");
-    answers.notifiers.put(Some(rig.device.notifiers()));
+    let answers = Answers { misses: None, tenancy: rig.outlets.tenancy() };
+    assert!(answers.host_notifier(0, area()).is_err(), "its queues do not run");
+    answers.tenancy.begin();
     answers.host_notifier(0, area()).unwrap();
     assert_eq!(rig.machine.shown().len(), 1);
     assert!(answers.host_notifier(7, area()).is_err(), "no such queue");
     answers.host_notifier(0, None).unwrap();
     assert!(rig.machine.shown().is_empty() && rig.doorbells().len() == 1);
-    answers.notifiers.put(None);
-    assert!(answers.host_notifier(0, area()).is_err(), "on no board");
+    // What it showed goes with its connection, and it shows nothing afterwards.
+    answers.host_notifier(0, area()).unwrap();
+    let successor = Answers { misses: None, tenancy: rig.outlets.tenancy() };
+    assert!(rig.machine.shown().is_empty() && rig.doorbells().len() == 1);
+    successor.tenancy.begin();
+    assert!(answers.host_notifier(0, area()).is_err() && answers.host_notifier(0, None).is_err());
+    assert!(answers.vring_call(0).is_err() && successor.vring_call(0).is_ok());
+    successor.host_notifier(0, area()).unwrap();
+    rig.device.handle().unplug();
+    assert!(rig.machine.shown().is_empty() && successor.host_notifier(0, area()).is_err(), "on no board");
+    let nowhere = Outlets::default();
+    nowhere.put(Arc::new(FixedOutlet::new(rig.machine.ports().memory, vec![])));
+    let answers = Answers { misses: None, tenancy: nowhere.tenancy() };
+    answers.tenancy.begin();
+    assert!(answers.host_notifier(0, area()).is_err(), "no place, as on virtio-mmio");
 }
 
 /// Regions 1 and 3 of a disk.
@@ -281,7 +308,7 @@ fn shared_memory_regions_are_told_with_their_bar() {
     // Without regions there is no such BAR.
     let plain = self::rig(1);
     plain.set_config(0x18, u32::MAX);
-    assert_eq!((plain.config(0x18), plain.device.windows().is_some()), (0, false));
+    assert_eq!(plain.config(0x18), 0);
 }
 
 #[test]
@@ -294,7 +321,8 @@ fn halves_of_large_regions_are_told_and_too_many_or_too_large_ones_refused() {
     let make = |model| {
         let (machine, bridge) = (Recorder::default(), HostBridge::new(WINDOWS));
         let backend = Box::new(Scripted::default());
-        let parts = Parts { name: "disk0".into(), model, backend, memory: memory() };
+        let parts =
+            Parts { name: "disk0".into(), model, backend, memory: memory(), outlets: Outlets::default() };
         PciDevice::new(&DeviceHandle::new(parts).unwrap(), bridge.free().unwrap(), &bridge, &machine.ports())
             .map(drop)
     };
@@ -308,9 +336,8 @@ fn halves_of_large_regions_are_told_and_too_many_or_too_large_ones_refused() {
 
 #[test]
 fn what_a_backend_maps_goes_where_the_bar_goes() {
-    let rig = rig_of(with_shared_memory(0x3000, 2 << 20));
-    let regions = SharedRegions::new(vec![0, 0x3000, 0, 2 << 20]);
-    regions.put(rig.device.windows().unwrap());
+    let regions = Outlets::new(vec![0, 0x3000, 0, 2 << 20]);
+    let rig = rig_with(with_shared_memory(0x3000, 2 << 20), regions.clone());
     let tenancy = regions.tenancy();
     tenancy.begin();
     let area = |shmid, shm_offset, len| ShmemArea {

@@ -1,5 +1,6 @@
-//! Virtio 1.2 §4.1.4.7: the shared memory regions of a virtio-pci function, in a BAR of their own. What a backend maps
-//! into them goes where the BAR goes. Must never show anything while the BAR is not decoded, nor take a device's lock.
+//! What a backend shows in the BARs of a virtio-pci function: shared memory regions (virtio 1.2 §4.1.4.7), in a BAR of
+//! their own, and pages over the notifications of queues. All goes where the BARs go. Must never show anything while a
+//! BAR is not decoded, nor take a device's lock.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -7,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use crate::lock;
 use crate::pci::{BarIndex, BarKind, BarSpec, Fixture};
 use crate::ports::{Access, FileRange, Guard, OnVanished, PortError};
-use crate::virtio::backend::shared_memory::RegionWindows;
+use crate::virtio::backend::outlets::Outlet;
 use crate::virtio::core::registers::SharedMemory;
-use crate::virtio::transport::pci_state::State;
+use crate::virtio::transport::pci_state::{PAGE, State, notify_offset};
 
 /// VIRTIO_PCI_CAP_SHARED_MEMORY_CFG
 const SHARED_MEMORY_CFG: u8 = 8;
@@ -72,13 +73,22 @@ impl Layout {
     }
 }
 
-/// The windows of a function.
-pub(crate) struct BarWindows {
+/// The outlet of a function.
+pub(crate) struct BarOutlet {
     pub(crate) state: Arc<Mutex<State>>,
-    pub(crate) layout: Layout,
+    pub(crate) layout: Option<Layout>,
+    pub(crate) queues: u16,
 }
 
-impl RegionWindows for BarWindows {
+fn take_back(state: &Mutex<State>, queue: u16) {
+    let mut state = lock(state);
+    let id = state.sources.get_mut(usize::from(queue)).and_then(|source| source.notifier.take());
+    if let Some(id) = id {
+        state.fixtures.remove(id);
+    }
+}
+
+impl Outlet for BarOutlet {
     fn show(
         &self,
         region: u8,
@@ -88,7 +98,8 @@ impl RegionWindows for BarWindows {
         vanished: OnVanished,
     ) -> Result<Guard, PortError> {
         let refuse = || PortError::new("show shared memory there", io::ErrorKind::InvalidInput.into());
-        let place = self.layout.regions.get(usize::from(region)).copied().flatten();
+        let layout = self.layout.as_ref().ok_or_else(refuse)?;
+        let place = layout.regions.get(usize::from(region)).copied().flatten();
         let (offset, length) = place.ok_or_else(refuse)?;
         let fits = at.checked_add(piece.size).is_some_and(|end| end <= length);
         let offset = offset.checked_add(at).filter(|_| fits).ok_or_else(refuse)?;
@@ -105,5 +116,26 @@ impl RegionWindows for BarWindows {
                 windows.remove(id);
             }
         }))
+    }
+
+    fn show_notifier(&self, queue: u16, page: FileRange) -> Result<(), PortError> {
+        take_back(&self.state, queue);
+        let weak = Arc::downgrade(&self.state);
+        let vanished = move || weak.upgrade().iter().for_each(|state| take_back(state, queue));
+        let mut state = lock(&self.state);
+        let source = state.sources.get(usize::from(queue)).filter(|_| queue < self.queues);
+        if source.is_none_or(|source| source.call.is_none()) || page.size != PAGE {
+            return Err(PortError::new("show a notifier", io::ErrorKind::InvalidInput.into()));
+        }
+        let memory = Fixture::Memory { piece: page, access: Access::ReadWrite, vanished: Arc::new(vanished) };
+        let id = state.fixtures.add(notify_offset(queue), memory)?;
+        if let Some(source) = state.sources.get_mut(usize::from(queue)) {
+            source.notifier = Some(id);
+        }
+        Ok(())
+    }
+
+    fn take_notifier_back(&self, queue: u16) {
+        take_back(&self.state, queue);
     }
 }

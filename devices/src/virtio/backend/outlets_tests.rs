@@ -19,10 +19,10 @@ fn file(size: u64) -> OwnedFd {
 }
 
 /// Region 1 of 16 KiB on a machine, and a connection whose queues run.
-fn rig() -> (Recorder, SharedRegions, Tenancy) {
-    let (machine, regions) = (Recorder::default(), SharedRegions::new(vec![0, 0x4000]));
+fn rig() -> (Recorder, Outlets, Tenancy) {
+    let (machine, regions) = (Recorder::default(), Outlets::new(vec![0, 0x4000]));
     let place = SharedMemory { base: GuestAddr(BASE), length: 0x4000 };
-    regions.put(Arc::new(FixedWindows::new(machine.ports().memory, vec![None, Some(place)])));
+    regions.put(Arc::new(FixedOutlet::new(machine.ports().memory, vec![None, Some(place)])));
     let tenancy = regions.tenancy();
     tenancy.begin();
     (machine, regions, tenancy)
