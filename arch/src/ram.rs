@@ -236,22 +236,6 @@ impl Ram {
         Ok(())
     }
 
-    /// Reads `bytes` at `at`.
-    pub fn read_at(&self, at: Gpa, bytes: &mut [u8]) -> Result<(), Error> {
-        let mut offset = self.offset_of(at, bytes.len())?;
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let done =
-                retry(|| pread(&self.fd, &mut *rest, offset)).map_err(|errno| Error::Access(errno.into()))?;
-            rest = match rest.get_mut(done..) {
-                Some(tail) if done > 0 => tail,
-                _ => return Err(Error::Access(Errno::IO.into())),
-            };
-            offset = offset.saturating_add(to_u64(done));
-        }
-        Ok(())
-    }
-
     /// Makes `len` bytes at `at` read as zeros; whole pages are given back to the host.
     pub fn zero(&self, at: Gpa, len: u64) -> Result<(), Error> {
         if len == 0 {

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 
 use arch::boot::{self, BootImage, Entry, Protocol};
 use arch::layout::{CMDLINE, Gpa, HOLE_END, RAM_MIN, ZERO_PAGE};
@@ -42,7 +43,9 @@ fn refusal(kernel: &[u8]) -> (String, Option<&'static str>) {
 
 fn read(ram: &Ram, at: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0xaa; len];
-    ram.read_at(Gpa(at), &mut bytes).unwrap();
+    let region = ram.regions().iter().rev().find(|region| region.guest.0 <= at).unwrap();
+    let memory = File::from(ram.fd().try_clone().unwrap());
+    memory.read_exact_at(&mut bytes, at - region.guest.0 + region.offset).unwrap();
     bytes
 }
 

@@ -433,6 +433,12 @@ fn outputs_that_cannot_be_written() {
         "is another machine using it?",
     );
     assert!(taken.exists(), "a socket that was there before is not ours to remove");
+    for device in
+        [["--serial", "socket=/nonexistent/s"], ["--vhost-user", "blk,server=on,socket=/nonexistent/s"]]
+    {
+        let ended = refuse(&["--kernel", &kernel, device[0], device[1]]);
+        assert_explained(ended, USAGE, "cannot listen for the", "No such file", "a directory that exists");
+    }
 }
 
 /// Runs a shell command line around the program, as root of a mount namespace of its own.

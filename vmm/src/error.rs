@@ -5,7 +5,8 @@
 
 use std::error::Error as StdError;
 use std::fmt;
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
 
 use rustix::io::Errno;
 use vm_memory::mmap::MmapRegionError;
@@ -58,6 +59,16 @@ impl Error {
     /// A mistake in the command line or the configuration.
     pub fn usage(doing: impl Into<String>) -> Self {
         Self::new(Fault::Usage, doing)
+    }
+
+    /// A socket of ours, for `whom`, cannot be made at `path`.
+    pub(crate) fn listening(whom: &str, path: &Path, error: io::Error) -> Self {
+        let hint = match error.kind() {
+            ErrorKind::AddrInUse => "the path exists: is another machine using it? if not, remove it",
+            ErrorKind::PermissionDenied => "give a path in a directory that this user may write to",
+            _ => "give a path in a directory that exists",
+        };
+        Self::usage(format!("cannot listen for {whom} on {}", path.display())).because(error).hint(hint)
     }
 
     /// Something that this host lacks.

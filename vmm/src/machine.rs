@@ -350,7 +350,7 @@ impl Files {
             Ok::<_, Error>((file, image.to_string()))
         };
         let cmdline = config.cmdline.as_deref().unwrap_or_else(|| config.default_cmdline());
-        let (cmdline, said) = cmdline::servable(cmdline, config.discovery);
+        let (cmdline, said) = cmdline::servable(cmdline, config.discovery, config.has_pci());
         for words in said {
             log::warn!("{words}");
         }

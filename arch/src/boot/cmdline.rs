@@ -17,12 +17,15 @@ pub fn with_parameters(given: &str, parameters: &[String]) -> String {
     all.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// `given` without the parameters that switch off the IOAPIC, and what to say about each. A machine that is described
-/// by ACPI tables has no other controller for interrupts of its devices: such parameters come from command lines for
-/// other machines.
-pub fn servable(given: &str, discovery: Discovery) -> (String, Vec<String>) {
+/// `given` without the parameters that switch off the IOAPIC, and what to say about each, and about others that hide
+/// devices from the guest. A machine that is described by ACPI tables has no other controller for interrupts of its
+/// devices: such parameters come from command lines for other machines.
+pub fn servable(given: &str, discovery: Discovery, has_pci: bool) -> (String, Vec<String>) {
     let mut line = given.to_owned();
     let mut said = Vec::new();
+    if has_pci && has(given, "pci=off") {
+        said.push("with `pci=off` on its command line the guest finds none of its PCI devices".to_owned());
+    }
     if discovery == Discovery::Cmdline {
         return (line, said);
     }
@@ -96,12 +99,18 @@ mod tests {
     #[test]
     fn what_switches_off_the_ioapic_is_taken_out_where_there_is_no_other_controller() {
         let given = "console=ttyS0 noapic nosmp x=\"noapic \" -- noapic";
-        let (line, said) = servable(given, Discovery::Acpi);
+        let (line, said) = servable(given, Discovery::Acpi, false);
         assert_eq!(line, "console=ttyS0  maxcpus=1 x=\"noapic \" -- noapic");
         assert!(said.len() == 2 && said[1].starts_with("`noapic` is taken out"), "{said:?}");
-        assert_eq!(servable(given, Discovery::Cmdline), (given.to_owned(), Vec::new()));
-        let (line, said) = servable("acpi=off quiet", Discovery::Acpi);
+        assert_eq!(servable(given, Discovery::Cmdline, true), (given.to_owned(), Vec::new()));
+        let (line, said) = servable("acpi=off quiet", Discovery::Acpi, true);
         assert!(line == "acpi=off quiet" && said[0].contains("finds no interrupts"), "{said:?}");
-        assert_eq!(servable("quiet noapic=1", Discovery::Acpi), ("quiet noapic=1".to_owned(), Vec::new()));
+        assert_eq!(
+            servable("quiet noapic=1", Discovery::Acpi, false),
+            ("quiet noapic=1".to_owned(), Vec::new())
+        );
+        let (_, said) = servable("pci=off quiet", Discovery::Acpi, true);
+        assert!(said[0].contains("none of its PCI devices"), "{said:?}");
+        assert_eq!(servable("pci=off quiet", Discovery::Acpi, false).1, Vec::<String>::new());
     }
 }

@@ -90,16 +90,8 @@ impl Console {
                 (Transmit::to_outlet(outlet), Source::Stdin { file: File::from(file), is_terminal })
             }
             Serial::Socket(path) => {
-                let listener = Listener::bind(path).map_err(|error| {
-                    let hint = if error.kind() == io::ErrorKind::AddrInUse {
-                        "the file exists: is another machine using it? If not, remove it"
-                    } else {
-                        "give a path in a directory that exists and may be written"
-                    };
-                    Error::usage(format!("cannot listen for the console on {}", path.display()))
-                        .because(error)
-                        .hint(hint)
-                })?;
+                let listener =
+                    Listener::bind(path).map_err(|error| Error::listening("the console", path, error))?;
                 (Transmit::to_outlet(Outlet::nowhere()), Source::Socket { listener, client: None })
             }
         };

@@ -73,11 +73,9 @@ impl VirtioDevice {
         let met = match (config.socket, config.role) {
             (Socket::Path(path), Role::Client) => Ok(Meeting::Client(path)),
             (Socket::Path(path), Role::Server) => {
-                Ok(Meeting::Server(Listener::bind(&path).map_err(|error| {
-                    Error::usage(format!("cannot listen for the backend of {id} on {}", path.display()))
-                        .because(error)
-                        .hint("is another machine listening there? else give a path that may be created")
-                })?))
+                let listener = Listener::bind(&path);
+                let whom = || format!("the backend of {id}");
+                Ok(Meeting::Server(listener.map_err(|error| Error::listening(&whom(), &path, error))?))
             }
             (Socket::Inherited(stream, fd), _) => Err((stream, format!("fd {fd}"))),
             (Socket::Stream(stream), _) => Err((stream, "on a connected socket".to_owned())),
