@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
-use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
+use transport::memory::{GuestAddr, MemoryAccess, MemoryMap, SharedRegion};
 use transport::vhost_user::features::DeviceFeatures;
 use transport::vhost_user::vring::RingBase;
 use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Session};
@@ -26,6 +26,35 @@ pub(crate) fn memory() -> MemoryMap {
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, RAM).unwrap();
     MemoryMap::new(vec![SharedRegion::new(GuestAddr(0), RAM, Arc::new(fd), 0)]).unwrap()
+}
+
+/// Guest RAM whose file cannot be read or written, as that of huge pages cannot be written: all goes through its access.
+pub(crate) fn memory_without_a_file() -> MemoryMap {
+    let fd = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+    let bytes = vec![0; usize::try_from(RAM).unwrap()];
+    let region = SharedRegion::new(GuestAddr(0), RAM, fd, 0).with_access(Arc::new(Bytes(Mutex::new(bytes))));
+    MemoryMap::new(vec![region]).unwrap()
+}
+
+#[derive(Debug)]
+struct Bytes(Mutex<Vec<u8>>);
+
+impl MemoryAccess for Bytes {
+    fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let at = usize::try_from(offset).unwrap();
+        data.copy_from_slice(&lock(&self.0)[at..at + data.len()]);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let at = usize::try_from(offset).unwrap();
+        lock(&self.0)[at..at + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn store_index(&self, offset: u64, index: u16) -> io::Result<()> {
+        self.write(offset, &index.to_le_bytes())
+    }
 }
 
 /// A disk with `queues` queues and the configuration 1, 2, 3, …

@@ -223,7 +223,7 @@ impl<'a> Orphan<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{RAM, memory};
+    use crate::testing::{RAM, memory_without_a_file};
 
     const SIZE: u16 = 16;
 
@@ -238,10 +238,9 @@ mod tests {
     }
 
     fn with_indexes(available: u16, used: u16) -> MemoryMap {
-        let memory = memory();
-        let fd = memory.regions()[0].fd();
-        rustix::io::pwrite(fd, &available.to_le_bytes(), 0x2002).unwrap();
-        rustix::io::pwrite(fd, &used.to_le_bytes(), 0x3002).unwrap();
+        let memory = memory_without_a_file();
+        memory.write(GuestAddr(0x2002), &available.to_le_bytes()).unwrap();
+        memory.write(GuestAddr(0x3002), &used.to_le_bytes()).unwrap();
         memory
     }
 
@@ -252,12 +251,11 @@ mod tests {
     /// Fills the rings with these heads, from index 0 on.
     fn with_rings(available: &[u16], used: &[u16]) -> MemoryMap {
         let memory = with_indexes(available.len().try_into().unwrap(), used.len().try_into().unwrap());
-        let fd = memory.regions()[0].fd();
         for (at, head) in (0x2004..).step_by(2).zip(available) {
-            rustix::io::pwrite(fd, &head.to_le_bytes(), at).unwrap();
+            memory.write(GuestAddr(at), &head.to_le_bytes()).unwrap();
         }
         for (at, head) in (0x3004..).step_by(8).zip(used) {
-            rustix::io::pwrite(fd, &u32::from(*head).to_le_bytes(), at).unwrap();
+            memory.write(GuestAddr(at), &u32::from(*head).to_le_bytes()).unwrap();
         }
         memory
     }
@@ -313,11 +311,12 @@ mod tests {
 
     #[test]
     fn packed_rings_and_rings_outside_memory_are_refused() {
-        let packed = Orphan::new(1, &queue(), RingLayout::Packed, Space::from(&memory())).err();
+        let packed =
+            Orphan::new(1, &queue(), RingLayout::Packed, Space::from(&memory_without_a_file())).err();
         assert!(matches!(packed, Some(ResumeError::Packed(1))));
         for device in [RAM - 2, RAM - 3, RAM, u64::MAX - 1, u64::MAX - 2] {
             let queue = QueueState { device: GuestAddr(device), ..queue() };
-            let result = resume(&queue, &memory(), Notes::Rings);
+            let result = resume(&queue, &memory_without_a_file(), Notes::Rings);
             assert!(matches!(result, Err(ResumeError::Memory { .. })), "{device:#x}");
         }
     }

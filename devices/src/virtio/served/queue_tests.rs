@@ -9,7 +9,7 @@ use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::request::Request;
 use transport::vhost_user::{Connection, ProtocolFeatures};
 
-use crate::testing::{RAM, memory};
+use crate::testing::{RAM, memory_without_a_file};
 use crate::virtio::PhaseReport;
 use crate::virtio::backend::vhost_user::tests::Guest;
 use crate::virtio::backend::vhost_user::{Order, open};
@@ -28,7 +28,7 @@ struct Rig {
 fn rig() -> Rig {
     let [desc, driver, device] = [DESC, AVAIL, USED].map(GuestAddr);
     let state = QueueState { size: SIZE, ready: true, desc, driver, device, ..QueueState::new(SIZE) };
-    Rig { memory: memory(), state }
+    Rig { memory: memory_without_a_file(), state }
 }
 
 impl Rig {
@@ -37,12 +37,12 @@ impl Rig {
     }
 
     fn store(&self, at: u64, bytes: &[u8]) {
-        rustix::io::pwrite(self.memory.regions()[0].fd(), bytes, at).unwrap();
+        self.memory.write(GuestAddr(at), bytes).unwrap();
     }
 
     fn load(&self, at: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
-        rustix::io::pread(self.memory.regions()[0].fd(), &mut bytes, at).unwrap();
+        self.memory.read(GuestAddr(at), &mut bytes).unwrap();
         bytes
     }
 
