@@ -2,7 +2,7 @@ use super::*;
 
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 
 #[test]
 fn guest_memory_is_copied_by_the_kernel_and_never_touched() {
@@ -43,4 +43,28 @@ fn a_ring_index_goes_from_the_old_value_to_the_new_one_and_nowhere_else() {
     let mut half = [0; 2];
     memory.read(4, &mut half).unwrap();
     assert_eq!(half, [0x34, 0x12]);
+}
+
+#[test]
+fn huge_pages_are_written_and_a_hole_in_them_is_no_signal() {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = memfd_create("huge", flags)
+        .and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, 4 << 20).map(|()| file));
+    let Some((file, memory)) =
+        file.ok().and_then(|file| Mapping::shared(&file, 0, 4 << 20).ok().map(|memory| (file, memory)))
+    else {
+        eprintln!("skipped: no huge pages to spare on this host");
+        return;
+    };
+    assert!(rustix::io::pwrite(&file, b"word", 0).is_err(), "no system call writes them");
+    memory.write((2 << 20) - 2, b"word").unwrap();
+    memory.store_index(2, 0xffff).unwrap();
+    let mut data = [0; 4];
+    memory.read((2 << 20) - 2, &mut data).unwrap();
+    assert_eq!(&data, b"word");
+    // The second page is gone for good.
+    ftruncate(&file, 2 << 20).unwrap();
+    assert!(memory.read(2 << 20, &mut data).is_err());
+    assert!(memory.write(2 << 20, &data).is_err());
+    assert!(memory.store_index((2 << 20) + 2, 1).is_err());
 }
