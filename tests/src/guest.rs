@@ -154,6 +154,14 @@ impl Guest {
         self.seen = self.find("@ready\n", BOOT);
     }
 
+    /// Waits for the first process of the next boot, before it loads drivers.
+    ///
+    /// # Panics
+    /// When the process does not start.
+    pub fn wait_init(&mut self) {
+        self.seen = self.find("@init\n", BOOT);
+    }
+
     fn find(&self, wanted: &str, limit: Duration) -> usize {
         match self.vm.console().find(wanted, self.seen, limit) {
             Ok(end) => end,

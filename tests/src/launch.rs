@@ -196,20 +196,63 @@ impl Vm {
         }
     }
 
-    /// Waits for text in what the program says itself, on standard error.
-    ///
-    /// # Panics
-    /// When it does not come.
-    pub fn expect_log(&self, wanted: &str) {
-        if let Err(why) = self.log.find(wanted, 0, STEP) {
-            panic!("on standard error {why}");
-        }
+    /// The messages that were sent to the backend at `socket` so far, as `--trace` has them.
+    fn sent(&self, socket: &Path) -> Vec<String> {
+        let trace = fs::read_to_string(self.launch.scratch.path(TRACE)).unwrap_or_default();
+        let mark = format!("  {} > ", socket.display());
+        trace
+            .lines()
+            .filter_map(|line| line.split_once(&mark))
+            .map(|(_, message)| message.to_owned())
+            .collect()
     }
 
-    /// What the program said itself so far, on standard error.
+    /// How often a connection to the backend at `socket` has begun. A backend with REPLY_ACK is asked for its features first of all,
+    /// and again after its rings were enabled.
     #[must_use]
-    pub fn log(&self) -> String {
-        self.log.text()
+    pub fn connections(&self, socket: &Path) -> usize {
+        let mut before = String::new();
+        let mut count = 0;
+        for message in self.sent(socket) {
+            count += usize::from(message == "GET_FEATURES" && !before.starts_with("SET_VRING_ENABLE"));
+            before = message;
+        }
+        count
+    }
+
+    /// How often the first ring was enabled at the backend at `socket`: by a driver, and each time the backend was found again.
+    #[must_use]
+    pub fn starts(&self, socket: &Path) -> usize {
+        let enabled = |message: &&String| message.starts_with("SET_VRING_ENABLE ring=0 num=1");
+        self.sent(socket).iter().filter(enabled).count()
+    }
+
+    /// Waits until the first ring was enabled that often at the backend at `socket`.
+    ///
+    /// # Panics
+    /// When it was not in time.
+    pub fn expect_starts(&self, socket: &Path, count: usize) {
+        let what = format!("start {count} of the queues at {}", socket.display());
+        wait::until(&what, STEP, || (self.starts(socket) >= count).then_some(()));
+    }
+
+    /// How many sockets the program holds. A connection that is lost is closed.
+    ///
+    /// # Panics
+    /// When the program has gone.
+    #[must_use]
+    pub fn sockets(&self) -> usize {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let names = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        names.filter(|name| name.to_string_lossy().starts_with("socket:")).count()
+    }
+
+    /// Waits until the program holds at least `fewer` sockets less than the `before` that [`Vm::sockets`] gave.
+    ///
+    /// # Panics
+    /// When the program keeps them.
+    pub fn expect_lost(&self, before: usize, fewer: usize) {
+        wait::until("lost connections are closed", STEP, || (self.sockets() + fewer <= before).then_some(()));
     }
 
     /// The serial console, when it is on standard output.

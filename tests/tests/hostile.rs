@@ -211,8 +211,10 @@ fn a_driver_that_resets_while_a_hung_backend_takes_over_is_not_left_alone() {
     vm.expect("key r status=0x0");
     assert!(begun.elapsed() < 2 * DEADLINE, "{:?}", begun.elapsed());
     drop(hung);
-    let _third = listen(Script::normal());
-    vm.expect_log("has its backend again");
+    let third = listen(Script::normal());
+    wait::until("the third backend is asked for its features", STEP, || {
+        third.conversation().iter().any(|request| request == "SET_OWNER").then_some(())
+    });
     vm.send(b"s");
     vm.expect("key s status=0xf done\nkey r status=0x0 done\nkey s status=0xf");
     vm.send(b"q");

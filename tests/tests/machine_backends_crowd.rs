@@ -77,8 +77,9 @@ fn of_sixteen_disks_a_killed_process_brings_all_back_to_a_stock_guest() {
          dd if=/dev/$d of=/tmp/$d.back bs=4k skip=8 count=40 iflag=direct && cmp /tmp/$d /tmp/$d.back || exit; done; \
          echo $d >>/tmp/good) 2>/dev/null & done; wait; [ $(wc -l </tmp/good) = 16 ]",
     );
+    let sockets = guest.vm().sockets();
     daemon.kill();
-    guest.vm().expect_log("blk15 lost its backend");
+    guest.vm().expect_lost(sockets, DISKS);
     daemon.restart();
     let done = guest.finish(load, SCRIPT * 2);
     assert_eq!(done.status, 0, "{}", done.text);

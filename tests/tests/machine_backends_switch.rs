@@ -11,7 +11,7 @@ use outboard_tests::guest::Guest;
 use outboard_tests::launch::STEP;
 use outboard_tests::scratch::Scratch;
 use outboard_tests::switch::{Programs, Switch};
-use outboard_tests::{need, place, vfio, wait};
+use outboard_tests::{need, place, vfio};
 
 /// What one sends to the other: 256 KiB.
 const SEND: &str = "(for n in $(seq 0 63); do dd if=/tmp/sent bs=4k skip=$n count=1 2>/dev/null; \
@@ -59,12 +59,10 @@ fn killed_and_started_again(kills: u64, cpus: u16, options: &[&str], keys: [&str
         let sent = left.begin(&format!("ROUND={round}; {SEND}"));
         if round < kills {
             left.vm().expect(&format!("part {round}-8."));
+            let sockets = [&left, &right].map(|guest| guest.vm().sockets());
             switch.kill();
-            let losses = usize::try_from(round + 1).unwrap();
-            for guest in [&left, &right] {
-                wait::until("the loss is noticed", STEP, || {
-                    (guest.vm().log().matches("waits for another backend").count() == losses).then_some(())
-                });
+            for (guest, before) in [&left, &right].into_iter().zip(sockets) {
+                guest.vm().expect_lost(before, 1);
             }
             switch.start();
         }

@@ -65,8 +65,9 @@ fn a_guest_outlives_its_backend() {
     let (mut disk, other) = (need!(StorageDaemon::start(4 * MIB)), need!(StorageDaemon::start(4 * MIB)));
     let mut guest = Guest::boot(kernel.guest().disk(&disk.socket()).disk(&other.socket()));
     guest.run("(dd if=/dev/vda of=/dev/null bs=4k count=1000000 iflag=direct) >/dev/null 2>&1 </dev/null &");
+    let sockets = guest.vm().sockets();
     disk.kill();
-    guest.vm().expect_log("blk0");
+    guest.vm().expect_lost(sockets, 1);
     // The rest of the machine goes on.
     assert_eq!(guest.run("echo $((6 * 7))"), "42");
     guest.run("dd if=/dev/vdb of=/dev/null bs=4k count=100 iflag=direct 2>/dev/null");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use outboard_tests::backends;
 use outboard_tests::daemon::{SECTOR, StorageDaemon};
 use outboard_tests::guest::{Guest, Kernel};
-use outboard_tests::launch::STEP;
+use outboard_tests::launch::{STEP, Vm};
 use outboard_tests::{need, place, wait};
 use rustix::process::Signal;
 
@@ -36,14 +36,12 @@ fn kill_under_writes(mut disk: StorageDaemon) {
     let kills = if place::soak() { 50 } else { 5 };
     let mut guest = Guest::boot(kernel.guest().disk_with(&disk.socket(), "reconnect=0"));
     let load = guest.begin(WRITERS);
+    let started = guest.vm().starts(&disk.socket());
     for killed in 1..=kills {
         std::thread::sleep(Duration::from_millis(300 + killed * 37 % 200));
         disk.kill();
         disk.restart();
-        wait::until("the device has a backend again", STEP, || {
-            let back = guest.vm().log().matches("has its backend again").count();
-            (back >= usize::try_from(killed).unwrap()).then_some(())
-        });
+        guest.vm().expect_starts(&disk.socket(), started + usize::try_from(killed).unwrap());
     }
     let done = guest.finish(load, SCRIPT);
     assert_eq!(done.status, 0, "{}", done.text);
@@ -99,12 +97,12 @@ impl Trouble {
         Guest::boot(launch.disk(&self.fine.socket()))
     }
 
-    fn begin(&mut self, guest: &Guest) {
+    fn begin(&mut self, vm: &Vm) {
+        let sockets = vm.sockets();
         self.dead.kill();
         self.away.kill();
         self.hung.signal(Signal::STOP);
-        guest.vm().expect_log("device dead is broken");
-        guest.vm().expect_log("device away lost its backend and looks for it");
+        vm.expect_lost(sockets, 2);
     }
 }
 
@@ -114,7 +112,7 @@ fn drivers_are_unbound_and_bound_whatever_their_backends_do() {
     let kernel = need!(Kernel::usual());
     let mut disks = need!(Trouble::new(&vec![0; MIB]));
     let mut guest = disks.boot(kernel.guest());
-    disks.begin(&guest);
+    disks.begin(guest.vm());
     let rebind = |n: usize| {
         format!("cd /sys/bus/virtio/drivers/virtio_blk; echo virtio{n} >unbind; echo virtio{n} >bind; true")
     };
@@ -154,13 +152,16 @@ fn a_guest_reboots_whatever_its_backends_do() {
     need!(place::kvm());
     let kernel = need!(Kernel::usual());
     let mut disks = need!(Trouble::new(&vec![0; MIB]));
+    let begun = Instant::now();
     let mut guest = disks.boot(kernel.guest());
-    disks.begin(&guest);
+    let boot = begun.elapsed();
+    disks.begin(guest.vm());
     let begun = Instant::now();
     guest.last_words("reboot -nf");
-    guest.vm().expect_log("starting it again");
-    println!("from the reboot to the next start: {:?}", begun.elapsed());
-    assert!(begun.elapsed() < 3 * DEADLINE + wait::patience(Duration::from_secs(2)));
+    guest.wait_init();
+    let took = begun.elapsed();
+    println!("the first boot took {boot:?}; from the reboot to the first process: {took:?}");
+    assert!(took < boot + 3 * DEADLINE + wait::patience(Duration::from_secs(2)));
     // Its driver waits for the first block of the one that is looked for.
     disks.away.restart();
     guest.wait_ready();
@@ -207,10 +208,7 @@ fn another_kernel_takes_over_whatever_the_backends_do() {
     let launch = launch.disk_with(&disks.away.socket(), "id=away,deadline=1000,reconnect=0");
     let mut vm = launch.disk(&disks.fine.socket()).start();
     vm.expect("ready");
-    disks.dead.kill();
-    disks.away.kill();
-    disks.hung.signal(Signal::STOP);
-    vm.expect_log("device away lost its backend and looks for it");
+    disks.begin(&vm);
     vm.send(b"go\n");
     vm.expect("kexec");
     let begun = Instant::now();

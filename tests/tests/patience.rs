@@ -157,8 +157,9 @@ fn a_backend_that_is_known_to_be_gone_holds_nobody() {
     for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         let mut disk = need!(StorageDaemon::start(4 * MIB));
         let mut guest = Driven::at_work(&disk, keys);
+        let sockets = guest.vm.sockets();
         disk.kill();
-        guest.vm.expect_log("blk0");
+        guest.vm.expect_lost(sockets, 1);
         guest.everything_is_quick();
         guest.reboot(Duration::ZERO);
         guest.everything_is_quick();
@@ -175,8 +176,9 @@ fn a_silent_one_in_the_place_of_a_dead_backend_holds_its_guest_once_at_most() {
     for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         let mut disk = need!(StorageDaemon::start(4 * MIB));
         let mut guest = Driven::at_work(&disk, keys);
+        let sockets = guest.vm.sockets();
         disk.kill();
-        guest.vm.expect_log("blk0");
+        guest.vm.expect_lost(sockets, 1);
         fs::remove_file(disk.socket()).unwrap();
         let _silent = UnixListener::bind(disk.socket()).unwrap();
         // A driver that resets a broken device is what it is asked for by: nobody knows yet that it is silent.

@@ -51,8 +51,9 @@ fn a_dead_backend_does_not_keep_the_machine_from_ending() {
     let line = first_device("blk").arg("end", "hang");
     let vm = Launch::payload(&line).disk(&disk.socket()).start();
     vm.expect("errors=0");
+    let sockets = vm.sockets();
     disk.kill();
-    vm.expect_log("blk0");
+    vm.expect_lost(sockets, 1);
     vm.signal(Signal::TERM);
     let ended = vm.end(STEP).with_code(143);
     assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
@@ -84,10 +85,11 @@ fn of_two_backends_the_death_of_one_leaves_the_other_alone() {
     let line = first_device("blk").arg("n", 4000).arg("op", "verify").arg("size", 512).arg("end", "hang");
     let vm = Launch::payload(&line).disk(&first.socket()).disk(&second.socket()).start();
     vm.expect("capacity=");
+    let sockets = vm.sockets();
     second.kill();
     let seen = vm.expect("errors=");
     assert!(seen.contains("requests=4000"), "{seen}");
-    vm.expect_log("blk1");
+    vm.expect_lost(sockets, 1);
     vm.signal(Signal::TERM);
     let ended = vm.end(STEP).with_code(143);
     assert_eq!(ended.stats().text("/devices/0/state"), "idle");

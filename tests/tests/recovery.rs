@@ -65,13 +65,12 @@ fn kill_again_and_again(mut disk: StorageDaemon) {
         // The moment varies: in the middle of requests, of a recovery, of the rings' start.
         std::thread::sleep(Duration::from_millis(20 + killed * 37 % 180));
         assert!(vm.is_running(), "the machine has ended after {killed} kills");
-        let back = || vm.log().matches("has its backend again").count();
-        let before = back();
+        let before = vm.starts(&disk.socket());
         disk.kill();
         disk.restart();
         // Half of them after a recovery, however slow the machine; the others at any moment of one.
         if killed % 2 == 0 {
-            wait::until("the device has a backend again", STEP, || (back() > before).then_some(()));
+            vm.expect_starts(&disk.socket(), before + 1);
         }
     }
     let ended = assert_all_well(vm);
@@ -124,19 +123,22 @@ fn hang_again_and_again(mut disk: StorageDaemon) {
     const DEADLINE: Duration = Duration::from_millis(1500);
     let hangs = usize::try_from(rounds(4)).unwrap();
     let vm = load(&disk, "reconnect=30,deadline=1500", 20);
-    let counted = |what: &str| vm.log().matches(what).count();
+    let (starts, sockets) = (vm.starts(&disk.socket()), vm.sockets());
     for hung in 1..=hangs {
         std::thread::sleep(Duration::from_millis(u64::try_from(hung).unwrap() * 37 % 100));
+        let connections = vm.connections(&disk.socket());
         disk.signal(Signal::STOP);
-        // The guest's next write to the configuration finds it out.
+        // The guest's next write to the configuration finds it out. The connection is closed then; the socket of a backend that takes
+        // one connection after the other has taken the next one already.
         wait::until("the hang is noticed", STEP, || {
-            (counted("waits for another backend") >= hung).then_some(())
+            let next = vm.connections(&disk.socket()) > connections;
+            (next || vm.sockets() < sockets).then_some(())
         });
         disk.signal(Signal::CONT);
         // A hang in the middle of a recovery would go by unnoticed.
         wait::until("the device has a backend again", STEP, || {
             disk.look_after();
-            (counted("has its backend again") >= hung).then_some(())
+            (vm.starts(&disk.socket()) >= starts + hung).then_some(())
         });
     }
     let ended = assert_all_well(vm);
@@ -204,8 +206,9 @@ fn a_machine_ends_at_once_while_its_backend_is_looked_for() {
     need!(place::kvm());
     let mut disk = need!(StorageDaemon::start(4 * MIB));
     let vm = busy(&disk, "reconnect=0", 100_000_000);
+    let sockets = vm.sockets();
     disk.kill();
-    vm.expect_log("looks for it");
+    vm.expect_lost(sockets, 1);
     let begun = std::time::Instant::now();
     vm.signal(Signal::TERM);
     let ended = vm.end(STEP).with_code(143);
