@@ -1,5 +1,6 @@
-//! What the vfio-user client costs on this host, without a guest: `transport` on one side of a socket, `vfio-user-engine` on the
-//! other. `make bench` runs it optimised; prints lines of a table, or JSON with `--json`.
+//! What the vfio-user client costs on this host, without a guest: `transport` on one side of a socket,
+//! `vfio-user-engine` on the other. `make bench` runs it optimised; prints lines of a table, or JSON with
+//! `--json`.
 //!
 //! ```text
 //! cargo run --release -p outboard-tests --example vfio_figures

@@ -1,12 +1,13 @@
-//! Compiles the bare-metal guest of `payload/` into `OUT_DIR/tiny-kernel.elf`. Needs gcc and binutils, nothing else.
+//! Compiles the bare-metal guest of `payload/` into `OUT_DIR/tiny-kernel.elf`. Needs gcc and binutils,
+//! nothing else.
 
 use std::env;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// 32-bit code in an ELF64 object. The code is of the plainest kind (`-march=i386`, no SSE), because some KVMs emulate guest code
-/// instruction by instruction; and it needs no C library.
+/// 32-bit code in an ELF64 object. The code is of the plainest kind (`-march=i386`, no SSE), because some
+/// KVMs emulate guest code instruction by instruction; and it needs no C library.
 const FLAGS: &[&str] = &[
     "-m32",
     "-Wa,--64",

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# One run of the lab: QEMU's software emulation boots a stock kernel with KVM, and one command in it.
-# Whatever happens, no QEMU and no temporary file is left: traps here, a parent-death signal on QEMU, and the next run
+# One run of the lab: QEMU's software emulation boots a stock kernel with KVM, and one command in it. Whatever
+# happens, no QEMU and no temporary file is left: traps here, a parent-death signal on QEMU, and the next run
 # removes what a killed one left.
 
 lab_run() {
@@ -93,8 +93,8 @@ lab_run_keep_log() {
 
 quoted() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
 
-# The run's own archive goes first, uncompressed: the kernel takes any number of archives, but nothing may follow an lz4
-# one that is not lz4.
+# The run's own archive goes first, uncompressed: the kernel takes any number of archives, but nothing may
+# follow an lz4 one that is not lz4.
 lab_run_image() {
     local tree=$LAB_RUN/tree item host lab layer variable
     mkdir -p "$tree/lab/run" "$tree/$LAB_CWD"
@@ -140,8 +140,8 @@ lab_run_image() {
     cat "$LAB_CACHE/image/base" >>"$LAB_RUN/initrd"
 }
 
-# Without XSAVE: the emulated AMD-V lets a guest write XCR0 without KVM noticing, and guests then warn at length of a state
-# that does not fit.
+# Without XSAVE: the emulated AMD-V lets a guest write XCR0 without KVM noticing, and guests then warn at
+# length of a state that does not fit.
 lab_run_once() {
     local port qemu=() helpers=() tails=()
     qemu=(qemu-system-x86_64 -accel "$LAB_ACCEL" -cpu "${OUTBOARD_LAB_CPU:-max,-xsave}" -M q35 -smp 1 -m "$LAB_MEM"
@@ -185,8 +185,9 @@ lab_run_once() {
     fi
 }
 
-# Beside QEMU: ends it when the heartbeat stops or the time is up, and says which. On a busy host a lab may need a minute to boot:
-# what its processor (the thread that has waited most) spent waiting for one of the host's is no silence of its own.
+# Beside QEMU: ends it when the heartbeat stops or the time is up, and says which. On a busy host a lab may
+# need a minute to boot: what its processor (the thread that has waited most) spent waiting for one of the
+# host's is no silence of its own.
 lab_run_watch() {
     local size=-1 now begun at before waited waiting=0 quiet=0
     begun=$(lab_run_clock) before=$begun
@@ -213,9 +214,10 @@ lab_run_watch() {
     done
 }
 
-# Beside QEMU: an interrupt for the lab now and then. QEMU changes a virtual CPU's pending interrupts without its lock at each entry
-# into and exit from a nested guest (helper_vmrun, do_vmexit); one that another thread raises just then is lost, and the lab, if that
-# was its timer's, waits for ever. Any other interrupt has the lost one delivered, too.
+# Beside QEMU: an interrupt for the lab now and then. QEMU changes a virtual CPU's pending interrupts without
+# its lock at each entry into and exit from a nested guest (helper_vmrun, do_vmexit); one that another thread
+# raises just then is lost, and the lab, if that was its timer's, waits for ever. Any other interrupt has the
+# lost one delivered, too.
 lab_run_nudge() {
     local pause=0.2
     [ -z "$LAB_ICOUNT" ] || pause=2

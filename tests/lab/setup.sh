@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# What the lab needs on the host: Debian packages, guest kernels, the lab's image.
-# Everything is kept under $LAB_CACHE and made in a temporary place first, so that an interrupted set-up leaves nothing
-# half done; one lock lets two processes ask at once. Never touches the system, but for apt-get install of what is missing.
+# What the lab needs on the host: Debian packages, guest kernels, the lab's image. Everything is kept under
+# $LAB_CACHE and made in a temporary place first, so that an interrupted set-up leaves nothing half done; one
+# lock lets two processes ask at once. Never touches the system, but for apt-get install of what is missing.
 
 LAB_KERNELS="6.12 6.1"
-# Modules of the lab's own kernel, in the order of loading. Those built into a kernel are skipped by themselves.
+# Modules of the lab's own kernel, in the order of loading. Those built into a kernel are skipped by
+# themselves.
 LAB_OUTER_MODULES="virtio virtio_ring virtio_pci virtio_console irqbypass kvm kvm-amd"
 LAB_OUTER_EXTRA_MODULES="tun vhost_net vhost_vsock overlay"
-# Debian's generic kernel of this series has the drivers that the cloud kernels leave out: more for guests, and for the lab itself
-# stand-ins for hardware. Only fetched for those who ask (`lab generic`).
+# Debian's generic kernel of this series has the drivers that the cloud kernels leave out: more for guests,
+# and for the lab itself stand-ins for hardware. Only fetched for those who ask (`lab generic`).
 LAB_GENERIC_SERIES=6.12
 LAB_GENERIC_GUEST_DRIVERS="virtio_input evdev virtio_crypto algif_skcipher virtio_snd snd-pcm-oss virtio-gpu gpio-pci-idio-16 e1000e xhci_pci usb_storage"
 LAB_GENERIC_OUTER_MODULES="uinput evdev vcan can-raw"
@@ -39,8 +40,8 @@ lab_setup() {
     exec 9>&-
 }
 
-# The generic kernel, for those who want its drivers: in the guest (kernel/generic/elf, initramfs, drivers) or in the lab
-# (`--kernel generic`). 100 MB are downloaded, once.
+# The generic kernel, for those who want its drivers: in the guest (kernel/generic/elf, initramfs, drivers) or
+# in the lab (`--kernel generic`). 100 MB are downloaded, once.
 lab_generic() {
     local kernel=$LAB_CACHE/kernel/generic stamp
     stamp=$(lab_generic_stamp)
@@ -63,7 +64,8 @@ lab_generic_stamp() {
     stat -L -c '%n %a %s %Y' "$LAB_DIR"/setup.sh "$LAB_ROOT"/resources/guest/* "$LAB_CACHE/kernel/generic/bzimage" 2>/dev/null || true
 }
 
-# Everything the images are made of, as name, size and time: cheap to take, and it changes with every edit or upgrade.
+# Everything the images are made of, as name, size and time: cheap to take, and it changes with every edit or
+# upgrade.
 lab_stamp() {
     printf 'recipe %s\n' "$LAB_RECIPE"
     stat -L -c '%n %a %s %Y' "$LAB_DIR"/setup.sh "$LAB_DIR"/init "$LAB_ROOT"/resources/guest/* \
@@ -71,7 +73,7 @@ lab_stamp() {
         "$LAB_CACHE"/kernel/*/bzimage 2>/dev/null || true
 }
 
-# --- packages -------------------------------------------------------------------------------------------------------
+# --- packages ---
 
 # command:package. qemu-utils is not asked for: it brings another QEMU where backports are on.
 LAB_COMMANDS="qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio lz4:lz4 zstd:zstd xz:xz-utils depmod:kmod
@@ -118,7 +120,7 @@ lab_install() {
     fi
 }
 
-# --- kernels --------------------------------------------------------------------------------------------------------
+# --- kernels ---
 
 lab_kernels() {
     local series got=0
@@ -130,7 +132,8 @@ lab_kernels() {
     rm -rf "$LAB_CACHE/apt"
 }
 
-# The newest package of a series as the metapackage names it, or by version where there is no such metapackage.
+# The newest package of a series as the metapackage names it, or by version where there is no such
+# metapackage.
 lab_kernel_package() {
     local series=$1 flavour=$2 meta name
     for meta in "linux-image-$series-$flavour" "linux-image-$flavour"; do
@@ -208,8 +211,9 @@ lab_unpack_kernel() {
 
 lab_number() { od -An -v "-tu$3" "-j$2" "-N$3" "$1" | tr -d ' '; }
 
-# The kernel inside a bzImage: the setup header (boot protocol 2.08) says where the compressed payload lies. Its last four
-# bytes are the unpacked size, which gzip carries itself; after the ELF image come relocations, which are cut off.
+# The kernel inside a bzImage: the setup header (boot protocol 2.08) says where the compressed payload lies.
+# Its last four bytes are the unpacked size, which gzip carries itself; after the ELF image come relocations,
+# which are cut off.
 lab_extract_elf() {
     local bzimage=$1 elf=$2 sectors offset length start magic trailer=4 unpack end
     sectors=$(lab_number "$bzimage" 497 1)
@@ -231,7 +235,8 @@ lab_extract_elf() {
     rm "$elf.whole"
 }
 
-# Copies modules and what they depend on, unpacked, to DIR/NN-name.ko: the shell's order of names is the order of loading.
+# Copies modules and what they depend on, unpacked, to DIR/NN-name.ko: the shell's order of names is the order
+# of loading.
 lab_copy_modules() {
     local series=$1 to=$2 kernel=$LAB_CACHE/kernel/$1 version name file base n=10
     shift 2
@@ -252,7 +257,7 @@ lab_copy_modules() {
     done
 }
 
-# --- images ---------------------------------------------------------------------------------------------------------
+# --- images ---
 
 # A newc archive of DIR, everything owned by root, links followed (a staging tree may be made of links).
 lab_pack() { (cd "$1" && find -L . -mindepth 1 | sort | cpio -o -H newc -L -R 0:0 --quiet); }
@@ -331,7 +336,7 @@ lab_qemu_image() {
     mv "$LAB_CACHE/image/qemu.new" "$LAB_CACHE/image/qemu"
 }
 
-# --- questions ------------------------------------------------------------------------------------------------------
+# --- questions ---
 
 lab_kernel() {
     local path
@@ -357,7 +362,8 @@ lab_disk() {
         mke2fs -q -F -t ext4 -E root_owner=0:0 -L outboard ${3:+-d "$3"} "$1" "$2"
 }
 
-# The generic kernel's files as variables that a cargo runner takes along, which it does not with the lab's own.
+# The generic kernel's files as variables that a cargo runner takes along, which it does not with the lab's
+# own.
 lab_generic_env() {
     local kernel=$LAB_CACHE/kernel/generic
     [ -e "$kernel/ready" ] || return 0

@@ -1,5 +1,5 @@
-//! Backends that others wrote, as `tests/backends/fetch` brings them, each in a process of its own; and stock guests with
-//! the drivers for them. Knows how to start a backend, not what it must do: that is in the tests.
+//! Backends that others wrote, as `tests/backends/fetch` brings them, each in a process of its own; and stock
+//! guests with the drivers for them. Knows how to start a backend, not what it must do: that is in the tests.
 
 use std::env;
 use std::fs;
@@ -22,7 +22,8 @@ pub const SCRIPT: Duration = Duration::from_secs(60);
 /// How long a backend may take until it listens.
 const STARTS: Duration = Duration::from_secs(20);
 
-/// The path of a backend: `OUTBOARD_BACKEND_NAME`, which `tests/backends/fetch env` prints. Says so when it is not there.
+/// The path of a backend: `OUTBOARD_BACKEND_NAME`, which `tests/backends/fetch env` prints. Says so when it
+/// is not there.
 ///
 /// # Panics
 /// When it is not there although `OUTBOARD_BACKENDS_REQUIRED` is set, as `make test-backends` does.
@@ -46,7 +47,8 @@ pub fn optional_program(name: &str) -> Option<PathBuf> {
     found
 }
 
-/// A module of the generic kernel, for guests ([`guest_with_modules`]) or for the lab. It may be missing everywhere.
+/// A module of the generic kernel, for guests ([`guest_with_modules`]) or for the lab. It may be missing
+/// everywhere.
 #[must_use]
 pub fn module(name: &str) -> Option<PathBuf> {
     optional_program(name)
@@ -67,7 +69,8 @@ pub fn load(module: &Path, arguments: &[&str]) -> Result<(), Missing> {
     Ok(())
 }
 
-/// What stands in for hardware beside a backend, when it was `found`: a lab whose own kernel is the generic one has it.
+/// What stands in for hardware beside a backend, when it was `found`: a lab whose own kernel is the generic
+/// one has it.
 ///
 /// # Errors
 /// When it is not here, with the reason.
@@ -124,8 +127,8 @@ impl Backend {
         let mut command = Command::new(program);
         command
             .args(arguments)
-            // Drivers that lie beside it are named without their path: DPDK takes none from below a folder that everybody
-            // may write to, as /tmp is.
+            // Drivers that lie beside it are named without their path: DPDK takes none from below a folder
+            // that everybody may write to, as /tmp is.
             .env("LD_LIBRARY_PATH", program.parent().unwrap_or(Path::new("/")))
             // The lab has OpenSSL's library, but not its modules.
             .env("OPENSSL_MODULES", program.parent().unwrap_or(Path::new("/")))
@@ -160,7 +163,8 @@ impl Backend {
         self.wait();
     }
 
-    /// A `vhost-device-rng` whose random numbers are the bytes of `source`, so that a guest can tell whose they are.
+    /// A `vhost-device-rng` whose random numbers are the bytes of `source`, so that a guest can tell whose
+    /// they are.
     ///
     /// # Panics
     /// When it does not start.
@@ -211,7 +215,8 @@ impl Drop for Backend {
     }
 }
 
-/// Sends back what the first client of `listener` says, in another thread, until it has gone; gives the bytes.
+/// Sends back what the first client of `listener` says, in another thread, until it has gone; gives the
+/// bytes.
 ///
 /// # Panics
 /// In that thread, when nobody can be heard.
@@ -223,7 +228,8 @@ pub fn echo(listener: UnixListener) -> JoinHandle<u64> {
     })
 }
 
-/// A stock guest that loads these drivers (by commas), runs the script and ends. `/bin/guest` is `tests/backends/guest.c`.
+/// A stock guest that loads these drivers (by commas), runs the script and ends. `/bin/guest` is
+/// `tests/backends/guest.c`.
 ///
 /// # Errors
 /// When the variables of the lab are not set.
@@ -322,7 +328,8 @@ pub(crate) fn cpio_entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents:
     archive.resize(archive.len().next_multiple_of(4), 0);
 }
 
-/// Checks how a machine with a script ended: by its own power-off, the script content, the device served without us.
+/// Checks how a machine with a script ended: by its own power-off, the script content, the device served
+/// without us.
 ///
 /// # Panics
 /// When something is not so.

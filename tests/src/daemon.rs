@@ -1,5 +1,5 @@
-//! vhost-user-blk backends that we did not write: Debian's `qemu-storage-daemon`, which serves any number of disks, and
-//! QEMU's example `vhost-user-blk`, which keeps notes of what is in flight.
+//! vhost-user-blk backends that we did not write: Debian's `qemu-storage-daemon`, which serves any number of
+//! disks, and QEMU's example `vhost-user-blk`, which keeps notes of what is in flight.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -92,7 +92,8 @@ impl StorageDaemon {
         Self::start_kind(place::storage_daemon()?, Kind::Qemu { disks: images.len(), queues: 1 }, images)
     }
 
-    /// As [`StorageDaemon::start`], with QEMU's `vhost-user-blk`, which has INFLIGHT. Says so when it is not there.
+    /// As [`StorageDaemon::start`], with QEMU's `vhost-user-blk`, which has INFLIGHT. Says so when it is not
+    /// there.
     ///
     /// # Panics
     /// When it does not start.
@@ -101,8 +102,8 @@ impl StorageDaemon {
         Self::start_kind(backends::program("vhost-user-blk")?, Kind::Example, &[image(size)]).ok()
     }
 
-    /// As [`StorageDaemon::start`], with a daemon of QEMU 10, which tells of a disk that was resized. Says so when it is not
-    /// there.
+    /// As [`StorageDaemon::start`], with a daemon of QEMU 10, which tells of a disk that was resized. Says so
+    /// when it is not there.
     ///
     /// # Panics
     /// When it does not start.

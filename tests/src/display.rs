@@ -23,8 +23,8 @@ fn words(bytes: &[u8]) -> Vec<u32> {
     bytes.chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect()
 }
 
-/// One screen for the backend that connects, as the "Vhost-user-gpu Protocol" of QEMU's interop documentation has
-/// it, until the other end is closed.
+/// One screen for the backend that connects, as the "Vhost-user-gpu Protocol" of QEMU's interop documentation
+/// has it, until the other end is closed.
 ///
 /// # Panics
 /// On its own thread, when the backend says what makes no sense.

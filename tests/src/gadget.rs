@@ -1,6 +1,6 @@
-//! A vhost-user-rng backend in this process, on the crate `vhost-user-backend`, that also does what few backends do: it
-//! shows the guest a file in a shared memory region, shares an object, and takes a display's socket. Nothing of ours is
-//! in it.
+//! A vhost-user-rng backend in this process, on the crate `vhost-user-backend`, that also does what few
+//! backends do: it shows the guest a file in a shared memory region, shares an object, and takes a display's
+//! socket. Nothing of ours is in it.
 
 use std::fs::File;
 use std::io;

@@ -1,4 +1,5 @@
-//! A stock Linux guest and the commands run in it, over its serial console as `resources/guest/init` describes it.
+//! A stock Linux guest and the commands run in it, over its serial console as `resources/guest/init`
+//! describes it.
 
 use std::env;
 use std::fmt;
@@ -15,8 +16,8 @@ const BOOT: Duration = Duration::from_secs(30);
 pub const COMPLAINTS: &str = "dmesg | grep -A9 -e 'Call Trace' -e BUG: -e WARNING: -e 'nobody cared' -e 'I/O error' \
     -e lockup -e 'unchecked MSR' -e stall";
 
-/// A script that boots `boots` times. The count is kept in front of the disk `vda`; behind it each boot writes and reads back
-/// 200 KiB. Ends with `boot=N`.
+/// A script that boots `boots` times. The count is kept in front of the disk `vda`; behind it each boot
+/// writes and reads back 200 KiB. Ends with `boot=N`.
 #[must_use]
 pub fn reboots(boots: u32) -> String {
     format!(
@@ -242,7 +243,8 @@ impl Guest {
         self.vm
     }
 
-    /// Powers the guest off and checks that all went well: exit code 0, no complaint of the kernel or of the VMM.
+    /// Powers the guest off and checks that all went well: exit code 0, no complaint of the kernel or of the
+    /// VMM.
     ///
     /// # Panics
     /// When something did not.

@@ -78,7 +78,8 @@ impl Launch {
         self
     }
 
-    /// Started by a shell that first does `script`, and then has `"$0" "$@"` for the program and its arguments.
+    /// Started by a shell that first does `script`, and then has `"$0" "$@"` for the program and its
+    /// arguments.
     #[must_use]
     pub fn by_shell(mut self, script: &str) -> Self {
         let program = std::mem::replace(&mut self.program, "sh".into());
@@ -207,8 +208,8 @@ impl Vm {
             .collect()
     }
 
-    /// How often a connection to the backend at `socket` has begun. A backend with REPLY_ACK is asked for its features first of all,
-    /// and again after its rings were enabled.
+    /// How often a connection to the backend at `socket` has begun. A backend with REPLY_ACK is asked for its
+    /// features first of all, and again after its rings were enabled.
     #[must_use]
     pub fn connections(&self, socket: &Path) -> usize {
         let mut before = String::new();
@@ -220,7 +221,8 @@ impl Vm {
         count
     }
 
-    /// How often the first ring was enabled at the backend at `socket`: by a driver, and each time the backend was found again.
+    /// How often the first ring was enabled at the backend at `socket`: by a driver, and each time the
+    /// backend was found again.
     #[must_use]
     pub fn starts(&self, socket: &Path) -> usize {
         let enabled = |message: &&String| message.starts_with("SET_VRING_ENABLE ring=0 num=1");
@@ -247,7 +249,8 @@ impl Vm {
         names.filter(|name| name.to_string_lossy().starts_with("socket:")).count()
     }
 
-    /// Waits until the program holds at least `fewer` sockets less than the `before` that [`Vm::sockets`] gave.
+    /// Waits until the program holds at least `fewer` sockets less than the `before` that [`Vm::sockets`]
+    /// gave.
     ///
     /// # Panics
     /// When the program keeps them.
@@ -371,7 +374,8 @@ impl Drop for Vm {
 pub struct Thread {
     /// Its name.
     pub name: String,
-    /// How often it went to sleep by itself: as often as it was woken. That others took its processor is not counted.
+    /// How often it went to sleep by itself: as often as it was woken. That others took its processor is not
+    /// counted.
     pub sleeps: u64,
     /// How long it has run.
     pub cpu: Duration,

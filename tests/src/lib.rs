@@ -1,5 +1,6 @@
-//! The harness of the whole-machine tests: fixtures that end with the test, waits that end in time, and evidence when a test fails.
-//! What a backend author's own tests use as well is in the crate `outboard-testkit`, and named here again.
+//! The harness of the whole-machine tests: fixtures that end with the test, waits that end in time, and
+//! evidence when a test fails. What a backend author's own tests use as well is in the crate
+//! `outboard-testkit`, and named here again.
 //!
 //! | module | what it holds |
 //! |--|--|

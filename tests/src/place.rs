@@ -1,5 +1,5 @@
-//! What this host has: a KVM, the program under test, stock kernels. A test that lacks something says so and is skipped;
-//! inside the lab, where nothing may be lacking, it fails.
+//! What this host has: a KVM, the program under test, stock kernels. A test that lacks something says so and
+//! is skipped; inside the lab, where nothing may be lacking, it fails.
 
 use std::env;
 use std::fs::OpenOptions;
@@ -24,7 +24,8 @@ impl Missing {
         Self(why)
     }
 
-    /// As [`Missing::new`], of something that only `make test-backends` brings: others may lack it inside the lab, too.
+    /// As [`Missing::new`], of something that only `make test-backends` brings: others may lack it inside the
+    /// lab, too.
     ///
     /// # Panics
     /// With `OUTBOARD_BACKENDS_REQUIRED` set, as `make test-backends` does.
@@ -94,7 +95,8 @@ pub fn outboard() -> &'static Path {
     PATH.get_or_init(|| program("OUTBOARD_BIN", "vmm", "outboard"))
 }
 
-/// A vfio-user server of `tests/servers`, `nvme` or `engine`: `OUTBOARD_SERVER_NAME`, else the one that this cargo builds.
+/// A vfio-user server of `tests/servers`, `nvme` or `engine`: `OUTBOARD_SERVER_NAME`, else the one that this
+/// cargo builds.
 ///
 /// # Panics
 /// When there is none, or it does not build.
@@ -118,7 +120,8 @@ fn program(variable: &str, package: &str, name: &str) -> PathBuf {
     }
     let test = env::current_exe().expect("this test has a path");
     let folder = test.ancestors().nth(2).expect("a test lies in target/PROFILE/deps");
-    // cargo builds what a test links, not the programs that it starts; a stale one would be tested in silence.
+    // cargo builds what a test links, not the programs that it starts; a stale one would be tested in
+    // silence.
     let Some(cargo) = env::var_os("CARGO") else { return folder.join(name) };
     let mut build = Command::new(cargo);
     build.args(["build", "--quiet", "--package", package, "--bin", name]);

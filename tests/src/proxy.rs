@@ -1,5 +1,5 @@
-//! Between the machine and its backend: passes every message and descriptor on, keeps a trace, and can ring on the
-//! backend's own channel. Debian's storage daemon does not tell of a resized disk itself.
+//! Between the machine and its backend: passes every message and descriptor on, keeps a trace, and can ring
+//! on the backend's own channel. Debian's storage daemon does not tell of a resized disk itself.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;

@@ -1,5 +1,6 @@
-//! QEMU as a vfio-user server of its own devices (`x-vfio-user-server`, on libvfio-user), as `tests/backends/fetch` builds it.
-//! Knows how to start one, not what its devices do. It ends with its last connection.
+//! QEMU as a vfio-user server of its own devices (`x-vfio-user-server`, on libvfio-user), as
+//! `tests/backends/fetch` builds it. Knows how to start one, not what its devices do. It ends with its last
+//! connection.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,8 +27,8 @@ pub struct QemuServer {
 }
 
 impl QemuServer {
-    /// One that serves each device whose options hold `id=`, in this order; `None` where there is no such QEMU. `@` in
-    /// the options is the folder for its files.
+    /// One that serves each device whose options hold `id=`, in this order; `None` where there is no such
+    /// QEMU. `@` in the options is the folder for its files.
     ///
     /// # Panics
     /// When it does not start.

@@ -1,9 +1,11 @@
-//! Open vSwitch with DPDK: its database, and a daemon that can be killed and started again. One bridge with two ports of type
-//! `dpdkvhostuserclient`: the switch connects to whoever listens on their paths, once a second.
+//! Open vSwitch with DPDK: its database, and a daemon that can be killed and started again. One bridge with
+//! two ports of type `dpdkvhostuserclient`: the switch connects to whoever listens on their paths, once a
+//! second.
 //!
-//! Knows how to run it, not who is at its ports. Everything of it is in one folder: no tap devices (its `dummy` datapath is that
-//! of DPDK's ports without them, as in its own tests), no huge pages, no files and no syslog of the system's.
-//! The tests of the crate `transport` take this file as it is: nothing but `std` here.
+//! Knows how to run it, not who is at its ports. Everything of it is in one folder: no tap devices (its
+//! `dummy` datapath is that of DPDK's ports without them, as in its own tests), no huge pages, no files and
+//! no syslog of the system's. The tests of the crate `transport` take this file as it is: nothing but `std`
+//! here.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -37,7 +39,8 @@ impl Programs {
     }
 }
 
-/// A switch and its database. Both are killed when it is dropped; a test that panics meanwhile prints the end of its log.
+/// A switch and its database. Both are killed when it is dropped; a test that panics meanwhile prints the end
+/// of its log.
 #[derive(Debug)]
 pub struct Switch {
     programs: Programs,
@@ -64,8 +67,9 @@ impl Switch {
             .unwrap();
         let switch = Self { programs, folder: folder.to_owned(), database, daemon: None };
         let driver = switch.programs.ring.file_name().unwrap().to_str().unwrap();
-        // Without --legacy-mem the switch adds --in-memory, which --no-huge contradicts. The thread that looks at the ports
-        // rests, up to half a millisecond, while nothing comes. Buffers for all ports together would be 700 MB.
+        // Without --legacy-mem the switch adds --in-memory, which --no-huge contradicts. The thread that
+        // looks at the ports rests, up to half a millisecond, while nothing comes. Buffers for all ports
+        // together would be 700 MB.
         let mut arguments = words(
             "set Open_vSwitch . other_config:dpdk-init=true other_config:pmd-maxsleep=500 \
                                    other_config:per-port-memory=true",

@@ -1,5 +1,5 @@
-//! The vfio-user servers of `tests/servers`, and those on libvfio-user that `tests/backends/fetch` builds, each in a process of
-//! its own; and guests with the program that drives the engine.
+//! The vfio-user servers of `tests/servers`, and those on libvfio-user that `tests/backends/fetch` builds,
+//! each in a process of its own; and guests with the program that drives the engine.
 
 use std::env;
 use std::fs;
@@ -19,7 +19,8 @@ use crate::wait;
 
 const STARTS: Duration = Duration::from_secs(10);
 
-/// Shell functions for guests: `function_of 0x0b0e` prints a function's name as in sysfs, `wait_for COMMAND` waits.
+/// Shell functions for guests: `function_of 0x0b0e` prints a function's name as in sysfs, `wait_for COMMAND`
+/// waits.
 pub const SHELL: &str = r#"function_of() { for d in /sys/bus/pci/devices/*; do [ $(cat $d/device) = $1 ] && echo ${d##*/}; done; }
 wait_for() { for n in $(seq 200); do "$@" && return; usleep 50000; done; echo "waited in vain: $*"; exit 1; }
 "#;
@@ -46,8 +47,8 @@ impl Library {
         all
     }
 
-    /// An engine with arguments of its own. That of the crate has doorbells without messages with `--wire extended` alone,
-    /// and takes no messages for DMA otherwise; the other one always.
+    /// An engine with arguments of its own. That of the crate has doorbells without messages with `--wire
+    /// extended` alone, and takes no messages for DMA otherwise; the other one always.
     ///
     /// # Panics
     /// When it does not start.
@@ -220,7 +221,8 @@ impl Server {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
-    /// Waits until it holds as many descriptors as `before` its clients: it closes theirs some time after they have gone.
+    /// Waits until it holds as many descriptors as `before` its clients: it closes theirs some time after
+    /// they have gone.
     ///
     /// # Panics
     /// When it does not.
@@ -253,7 +255,8 @@ impl Drop for Server {
     }
 }
 
-/// A stock guest that loads these drivers (by commas) and has `/bin/engine` (`tests/servers/guest.c`) and the functions of
+/// A stock guest that loads these drivers (by commas) and has `/bin/engine` (`tests/servers/guest.c`) and the
+/// functions of
 /// [`SHELL`]. With a script it runs that and ends; without, it waits for commands (`. /functions` brings the functions).
 ///
 /// # Errors

@@ -1,5 +1,5 @@
-//! Our vfio-user servers under a client that others wrote: QEMU's `vfio-user-pci`, emulating, with a stock guest. What does not
-//! work here is the servers' fault, not outboard's.
+//! Our vfio-user servers under a client that others wrote: QEMU's `vfio-user-pci`, emulating, with a stock
+//! guest. What does not work here is the servers' fault, not outboard's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

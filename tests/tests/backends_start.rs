@@ -1,5 +1,5 @@
-//! Backends that others wrote for devices that no stock guest of ours has a driver for, or needs one: the tiny kernel asks each
-//! of them something. On any host with KVM.
+//! Backends that others wrote for devices that no stock guest of ours has a driver for, or needs one: the
+//! tiny kernel asks each of them something. On any host with KVM.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -22,7 +22,8 @@ fn hex(words: &[u32]) -> String {
     words.iter().flat_map(|word| word.to_le_bytes()).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Asks a queue of a device, the tiny kernel having set up this many; every acknowledgement must have said yes.
+/// Asks a queue of a device, the tiny kernel having set up this many; every acknowledgement must have said
+/// yes.
 fn ask(device: &str, backend: &Backend, queues: u32, request: &[u32], answer: usize) -> Ended {
     ask_all(device, backend, queues, &[hex(request)], answer)
 }
@@ -84,7 +85,8 @@ fn vhost_device_scmi_tells_the_version_of_its_base_protocol() {
     assert!(ended.console.contains(&format!("answer {}", hex(&[header, 0, 0x20000]))), "{ended}");
 }
 
-/// Kernels of today have neither a driver for the guest nor an SPI device for the host: the backend drives a stand-in.
+/// Kernels of today have neither a driver for the guest nor an SPI device for the host: the backend drives a
+/// stand-in.
 #[test]
 fn vhost_device_spi_transfers_bytes_and_refuses_what_its_device_cannot() {
     need!(place::kvm());
@@ -99,12 +101,14 @@ fn vhost_device_spi_transfers_bytes_and_refuses_what_its_device_cannot() {
     ];
     // It numbers its sockets.
     let backend = Backend::start(Path::new("/usr/bin/env"), scratch, "spi0", &arguments);
-    // It dies of a question for more than its own configuration, which is all that a probe that knows its type asks for.
+    // It dies of a question for more than its own configuration, which is all that a probe that knows its
+    // type asks for.
     let probe = ["probe", "vhost-user", backend.socket().to_str().unwrap(), "--type", "spi"];
     let offer = Launch::new(probe).run().with_code(0);
     // One chip, its line may change; words of 8 bits; every phase and polarity, and the loop; 1 MHz.
     assert!(offer.console.contains(&hex(&[0x0101, 0x80, 0x4f, 1_000_000])), "{offer}");
-    // Chip 0 and the bits of a word, then a line each way, no mode, the frequency, and no delays (struct virtio_spi_transfer_head).
+    // Chip 0 and the bits of a word, then a line each way, no mode, the frequency, and no delays (struct
+    // virtio_spi_transfer_head).
     let transfer = |bits: u32, hertz| hex(&[1 << 24 | bits << 8, 1, 0, hertz, 0, 0, 0, 0]) + "deadbeef";
     let requests = [transfer(8, 1_000_000), transfer(7, 1_000_000), transfer(8, 2_000_000), transfer(8, 0)];
     let ended = ask_all("spi", &backend, 1, &requests, 5);
@@ -127,8 +131,9 @@ fn vhost_device_media_shows_its_buffers_in_shared_memory() {
     let scratch = Scratch::new();
     let socket = format!("--socket-path={}", scratch.path("media").display());
     let backend = Backend::start(&media, scratch, "media", &[socket, "--backend=simple-capture".into()]);
-    // CMD_OPEN; VIDIOC_REQBUFS of session 0: two buffers of its multi-planar queue (9), by MMAP (1); CMD_MMAP for reading and writing
-    // of both, which it calls 0 and 0x1000; CMD_MUNMAP of the first; CMD_MMAP again, for reading.
+    // CMD_OPEN; VIDIOC_REQBUFS of session 0: two buffers of its multi-planar queue (9), by MMAP (1); CMD_MMAP
+    // for reading and writing of both, which it calls 0 and 0x1000; CMD_MUNMAP of the first; CMD_MMAP again,
+    // for reading.
     let map = |name, flags| hex(&[4, 0, 0, flags, name]);
     let begin = [hex(&[1, 0]), hex(&[3, 0, 0, 8, 2, 9, 1, 0, 0])];
     let maps = [map(0, 1), map(0x1000, 1), hex(&[5, 0, 0, 0]), map(0, 0)];

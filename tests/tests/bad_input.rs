@@ -1,5 +1,5 @@
-//! What people get wrong, each with one sentence, its cause, a hint, the right exit code, and nothing left behind.
-//! Runs anywhere; what lies beyond a working KVM is skipped where there is none.
+//! What people get wrong, each with one sentence, its cause, a hint, the right exit code, and nothing left
+//! behind. Runs anywhere; what lies beyond a working KVM is skipped where there is none.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

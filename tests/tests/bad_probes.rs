@@ -1,5 +1,5 @@
-//! What people and peers get wrong with `outboard probe`: no command line and no peer hangs it, and each failure has its cause and
-//! a hint. Runs anywhere.
+//! What people and peers get wrong with `outboard probe`: no command line and no peer hangs it, and each
+//! failure has its cause and a hint. Runs anywhere.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,5 @@
-//! One machine with many devices: 16 disks that one process serves, each busy, each with its own fate. Needs KVM's
-//! interface only.
+//! One machine with many devices: 16 disks that one process serves, each busy, each with its own fate. Needs
+//! KVM's interface only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,5 @@
-//! A running machine whose scripted backend does what none should: interrupts without end, and configuration changes without
-//! end. The guest's other disk goes on. Needs KVM's interface only.
+//! A running machine whose scripted backend does what none should: interrupts without end, and configuration
+//! changes without end. The guest's other disk goes on. Needs KVM's interface only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

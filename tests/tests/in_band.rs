@@ -1,5 +1,5 @@
-//! Kicks and calls as messages (`features=+inband_notifications`): a backend that only takes notes. Needs KVM's interface
-//! only.
+//! Kicks and calls as messages (`features=+inband_notifications`): a backend that only takes notes. Needs
+//! KVM's interface only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,4 +1,5 @@
-//! The library as the author of a backend uses it, by the test kit: a machine in the process of the test. Needs KVM's interface only.
+//! The library as the author of a backend uses it, by the test kit: a machine in the process of the test.
+//! Needs KVM's interface only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -20,8 +21,9 @@ use outboard_tests::{need, place};
 use vmm::config::{Config, Image, Socket, Transport};
 use vmm::{End, Machine};
 
-/// Somebody's crate: a workspace of its own, outside of this one, with the example of the kit's documentation as its test. It shares
-/// the folder of builds, the lock file and the profiles, so that little is built again.
+/// Somebody's crate: a workspace of its own, outside of this one, with the example of the kit's documentation
+/// as its test. It shares the folder of builds, the lock file and the profiles, so that little is built
+/// again.
 #[test]
 fn the_documented_test_of_a_backend_passes_in_a_workspace_of_its_own() {
     need!(place::kvm());
@@ -128,7 +130,8 @@ fn the_tiny_kernel_finds_each_device_that_it_is_to_drive() {
 fn what_a_device_answers_is_bytes() {
     need!(place::kvm());
     let disk = MemoryDisk::new(1 << 20);
-    // A request without data (virtio 1.2 §5.2.6): a type, a reserved word and a sector. The answer is the status.
+    // A request without data (virtio 1.2 §5.2.6): a type, a reserved word and a sector. The answer is the
+    // status.
     let ask = Ask { queue: 0, request: vec![0; 16] };
     let line = CommandLine::ask(1, &[ask.clone(), ask], 1);
     let ended = TestMachine::boot(line).vhost_user("blk", &disk.socket()).run();
@@ -210,8 +213,8 @@ fn four_machines_in_one_process_do_not_disturb_each_other() {
 #[test]
 fn nothing_stays_open_after_a_machine_that_failed_to_start_or_has_run() {
     need!(place::kvm());
-    // In a process of its own the count is exact; here the other tests come and go, so the kinds are counted that only
-    // machines have.
+    // In a process of its own the count is exact; here the other tests come and go, so the kinds are counted
+    // that only machines have.
     let machines = || {
         let open = fs::read_dir("/proc/self/fd").unwrap();
         let names = open.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());

@@ -1,4 +1,5 @@
-//! How machines start, start again and end, seen from outside, with the tiny kernel. Needs KVM's interface only.
+//! How machines start, start again and end, seen from outside, with the tiny kernel. Needs KVM's interface
+//! only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,5 @@
-//! What qemu-storage-daemon does for a disk: read, write, discard, zero, resize. Needs a KVM that runs stock kernels: this
-//! host's, or the lab's.
+//! What qemu-storage-daemon does for a disk: read, write, discard, zero, resize. Needs a KVM that runs stock
+//! kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,5 @@
-//! A CAN bus by `vhost-device-can`, on a virtual interface. No stock kernel of today has a driver, so the tiny kernel sends a frame.
-//! Needs the generic kernel in the lab (`OUTBOARD_LAB_KERNEL=generic`).
+//! A CAN bus by `vhost-device-can`, on a virtual interface. No stock kernel of today has a driver, so the
+//! tiny kernel sends a frame. Needs the generic kernel in the lab (`OUTBOARD_LAB_KERNEL=generic`).
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -28,7 +28,8 @@ fn vhost_device_can_sends_a_frame() {
         [format!("--socket-path={}", scratch.path("can").display()), "--can-devices=vcan0".into()];
     // It numbers its sockets.
     let backend = Backend::start(&can, scratch, "can0", &arguments);
-    // On the control queue SET_CTRL_MODE_START; then TX of four bytes by station 0x123, as CAN_CLASSIC (bit 0) has it.
+    // On the control queue SET_CTRL_MODE_START; then TX of four bytes by station 0x123, as CAN_CLASSIC (bit
+    // 0) has it.
     let line = first_device("ask").arg("queues", 3).arg("accept", 1).arg("answer", 1);
     let line = line.arg("request", "2:0102").arg("request", "0:01000400000000000000000023010000deadbeef");
     let device = format!("can,socket={}", backend.socket().display());

@@ -1,5 +1,5 @@
-//! A console by `vhost-device-console`, its other end on a TCP port. Needs a KVM that runs stock kernels: this host's, or
-//! the lab's.
+//! A console by `vhost-device-console`, its other end on a TCP port. Needs a KVM that runs stock kernels:
+//! this host's, or the lab's.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -40,8 +40,8 @@ fn vhost_device_console_carries_a_key_in_and_lines_out() {
     // It drops what comes before the guest's first words.
     answers.read_line(&mut line).unwrap();
     assert_eq!(line.trim_end(), "ready");
-    // One key: this version takes all buffers of the guest for the first input, gives one back, and loses the others; of
-    // two bytes at once it makes three (a used entry for each byte, with all bytes so far).
+    // One key: this version takes all buffers of the guest for the first input, gives one back, and loses the
+    // others; of two bytes at once it makes three (a used entry for each byte, with all bytes so far).
     stream.write_all(b"k").unwrap();
     let mut back = [0];
     answers.read_exact(&mut back).unwrap();

@@ -1,5 +1,6 @@
-//! Many devices, and more than one machine: 16 disks of one process in a stock guest, and two machines each with a disk, a
-//! file system, a source of random numbers and a vsock. Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! Many devices, and more than one machine: 16 disks of one process in a stock guest, and two machines each
+//! with a disk, a file system, a source of random numbers and a vsock. Needs a KVM that runs stock kernels:
+//! this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,5 @@
-//! Ciphers by DPDK's vhost-crypto example on its openssl driver, whose sessions are opened on a control queue that is ours. Needs
-//! a KVM that runs stock kernels: this host's, or the lab's; and Debian's generic kernel.
+//! Ciphers by DPDK's vhost-crypto example on its openssl driver, whose sessions are opened on a control queue
+//! that is ours. Needs a KVM that runs stock kernels: this host's, or the lab's; and Debian's generic kernel.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -31,7 +31,8 @@ fn aes(transport: &str) {
     let script = "grep -A1 'cbc(aes)' /proc/crypto | grep virtio_crypto_aes_cbc || exit 1\n\
                   guest cipher virtio_crypto_aes_cbc 50 || exit 2";
     let launch = need!(generic_guest("virtio_crypto,algif_skcipher", script));
-    // It touches every page of the guest's memory before it answers SET_MEM_TABLE, beside a thread that never rests.
+    // It touches every page of the guest's memory before it answers SET_MEM_TABLE, beside a thread that never
+    // rests.
     let device = format!("crypto,transport={transport},deadline=30000,socket={}", backend.socket().display());
     let ended = launch.arg("--vhost-user").arg(device).start().end(SCRIPT * 2);
     assert_worked(&ended);

@@ -1,5 +1,5 @@
-//! File systems by `virtiofsd`: the one in Rust, and the one in C of Debian's QEMU 7.2, which leaves the tag to us.
-//! Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! File systems by `virtiofsd`: the one in Rust, and the one in C of Debian's QEMU 7.2, which leaves the tag
+//! to us. Needs a KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -13,7 +13,8 @@ use outboard_tests::{need, place};
 
 const FILES: usize = 1000;
 
-/// Writes 1 000 small files and a large one, reads all back past the guest's cache, and reads what the host wrote.
+/// Writes 1 000 small files and a large one, reads all back past the guest's cache, and reads what the host
+/// wrote.
 fn script() -> String {
     format!(
         r#"mount -t virtiofs work /mnt || exit 1

@@ -1,5 +1,5 @@
-//! The sample `gpio-pci-idio-16` of libvfio-user, as it is, under the stock driver of the card that it plays. Needs a KVM that
-//! runs stock kernels: this host's, or the lab's; and Debian's generic kernel.
+//! The sample `gpio-pci-idio-16` of libvfio-user, as it is, under the stock driver of the card that it plays.
+//! Needs a KVM that runs stock kernels: this host's, or the lab's; and Debian's generic kernel.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

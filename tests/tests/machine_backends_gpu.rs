@@ -1,5 +1,6 @@
-//! A screen by QEMU's vhost-user-gpu, whose display is played here: what the guest paints comes out of the socket that
-//! `gpu-socket=` names. Needs a KVM that runs stock kernels: this host's, or the lab's; and Debian's generic kernel.
+//! A screen by QEMU's vhost-user-gpu, whose display is played here: what the guest paints comes out of the
+//! socket that `gpu-socket=` names. Needs a KVM that runs stock kernels: this host's, or the lab's; and
+//! Debian's generic kernel.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

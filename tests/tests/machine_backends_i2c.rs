@@ -1,5 +1,5 @@
-//! An I2C bus by `vhost-device-i2c`, on the bus that Linux's `i2c-stub` plays. Needs the generic kernel in the lab
-//! (`OUTBOARD_LAB_KERNEL=generic`), and the modules that `tests/backends/fetch` makes.
+//! An I2C bus by `vhost-device-i2c`, on the bus that Linux's `i2c-stub` plays. Needs the generic kernel in
+//! the lab (`OUTBOARD_LAB_KERNEL=generic`), and the modules that `tests/backends/fetch` makes.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

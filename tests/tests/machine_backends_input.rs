@@ -1,5 +1,5 @@
-//! Keys by `vhost-device-input`, pressed at a keyboard of uinput. Needs a KVM that runs stock kernels: this host's, or the
-//! lab's, with Debian's generic kernel for both (`OUTBOARD_LAB_KERNEL=generic`).
+//! Keys by `vhost-device-input`, pressed at a keyboard of uinput. Needs a KVM that runs stock kernels: this
+//! host's, or the lab's, with Debian's generic kernel for both (`OUTBOARD_LAB_KERNEL=generic`).
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,5 @@
-//! Lines (gpio) by `vhost-device-gpio`, on those that Linux's `gpio-sim` plays. Needs the generic kernel in the lab
-//! (`OUTBOARD_LAB_KERNEL=generic`), and the modules that `tests/backends/fetch` makes.
+//! Lines (gpio) by `vhost-device-gpio`, on those that Linux's `gpio-sim` plays. Needs the generic kernel in
+//! the lab (`OUTBOARD_LAB_KERNEL=generic`), and the modules that `tests/backends/fetch` makes.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -16,8 +16,8 @@ use outboard_tests::{need, place};
 
 const EDGES: u64 = 6;
 
-/// What the guest reads from a line with this value. The backend gives the place of a word in a list of two, ACTIVE and INACTIVE, for a
-/// value; what the guest sets arrives as it is.
+/// What the guest reads from a line with this value. The backend gives the place of a word in a list of two,
+/// ACTIVE and INACTIVE, for a value; what the guest sets arrives as it is.
 fn read(value: u64) -> u64 {
     1 - value
 }

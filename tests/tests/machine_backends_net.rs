@@ -1,5 +1,5 @@
-//! Frames by DPDK's `dpdk-testpmd` with `net_vhost`, which forwards nothing before STATUS says DRIVER_OK. Needs a KVM that
-//! runs stock kernels: this host's, or the lab's.
+//! Frames by DPDK's `dpdk-testpmd` with `net_vhost`, which forwards nothing before STATUS says DRIVER_OK.
+//! Needs a KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

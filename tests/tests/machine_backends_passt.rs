@@ -1,5 +1,6 @@
-//! A guest on the network by passt, as those do it who have no root: DHCP, TCP and UDP to the host's loopback interface, TCP to the
-//! guest by a forwarded port. Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! A guest on the network by passt, as those do it who have no root: DHCP, TCP and UDP to the host's loopback
+//! interface, TCP to the guest by a forwarded port. Needs a KVM that runs stock kernels: this host's, or the
+//! lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -21,15 +22,18 @@ use outboard_tests::{need, place, vfio, wait};
 const MIB: usize = 1 << 20;
 /// One exchange of a guest, on a quiet host.
 const EXCHANGE: Duration = Duration::from_secs(30);
-/// The host's 127.0.0.1, as the guest calls it; 169.254.2.1 would be the other way round where the host has no network.
+/// The host's 127.0.0.1, as the guest calls it; 169.254.2.1 would be the other way round where the host has
+/// no network.
 const HOST: &str = "10.9.0.1";
 const MAC: &str = "02:00:00:00:00:07";
 
-/// passt moves into an empty folder by pivot_root(), which nothing can do whose root is the first one of all, as the lab's is.
+/// passt moves into an empty folder by pivot_root(), which nothing can do whose root is the first one of all,
+/// as the lab's is.
 const ON_A_ROOT_OF_ITS_OWN: &str = r#"exec unshare -m sh -c 'mkdir -p /passt && mount --rbind / /passt && cd /passt &&
     mount --move . / && exec chroot . "$0" --runas 65534:65534 "$@"' "$0" "$@""#;
 
-/// passt, and beside it what its guest talks to. What comes to this port of 127.0.0.2 is passed on to the guest.
+/// passt, and beside it what its guest talks to. What comes to this port of 127.0.0.2 is passed on to the
+/// guest.
 struct Net {
     passt: Backend,
     port: u16,
@@ -116,8 +120,8 @@ for n in $(seq 100); do netstat -ltn | grep -q ":{port} " && exit; usleep 50000;
     println!("{found}");
 }
 
-/// What the guest's TCP client says comes back to it. It says that it is done only once it has all: passt forgets what is still to
-/// come then, when both sides are done at about the same time.
+/// What the guest's TCP client says comes back to it. It says that it is done only once it has all: passt
+/// forgets what is still to come then, when both sides are done at about the same time.
 fn outwards(guest: &mut Guest, net: &Net) {
     let text = format!(
         r#"head -c {MIB} /dev/urandom >/tmp/sent; [ -p /tmp/all ] || mkfifo /tmp/all

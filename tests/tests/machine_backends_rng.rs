@@ -1,5 +1,5 @@
-//! Random numbers by `vhost-device-rng`, which knows no protocol feature but MQ. Needs a KVM that runs stock kernels: this
-//! host's, or the lab's.
+//! Random numbers by `vhost-device-rng`, which knows no protocol feature but MQ. Needs a KVM that runs stock
+//! kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -27,8 +27,8 @@ fn interrupts_of_a_pci_device_that_move_between_processors_lose_no_request() {
     need!(place::kvm());
     let Some(rng) = program("vhost-device-rng") else { return };
     let backend = Backend::rng(&rng, &vec![b'Z'; 4 << 20]);
-    // Masked, given another message and unmasked, again and again, while requests run. (The interrupts of disks are
-    // the kernel's own to move.)
+    // Masked, given another message and unmasked, again and again, while requests run. (The interrupts of
+    // disks are the kernel's own to move.)
     let script = "(dd if=/dev/hwrng of=/tmp/got bs=64 count=2000 iflag=fullblock 2>/dev/null; echo >/tmp/ended) &\n\
                   moves=0; set -- $(grep virtio0-input /proc/interrupts); irq=${1%:}\n\
                   while [ ! -e /tmp/ended ]; do moves=$((moves + 1))\n\

@@ -1,5 +1,5 @@
-//! A SCSI disk by `vhost-device-scsi`, which has no REPLY_ACK and does not write. Needs a KVM that runs stock kernels: this
-//! host's, or the lab's.
+//! A SCSI disk by `vhost-device-scsi`, which has no REPLY_ACK and does not write. Needs a KVM that runs stock
+//! kernels: this host's, or the lab's.
 
 use std::process::Command;
 

@@ -1,5 +1,5 @@
-//! Sound by `vhost-device-sound`, which plays it to nobody. Needs a KVM that runs stock kernels: this host's, or the lab's; and
-//! Debian's generic kernel.
+//! Sound by `vhost-device-sound`, which plays it to nobody. Needs a KVM that runs stock kernels: this host's,
+//! or the lab's; and Debian's generic kernel.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

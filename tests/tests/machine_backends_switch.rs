@@ -1,5 +1,5 @@
-//! Two machines at one bridge of Open vSwitch with DPDK, which connects to both, is killed and started again. Needs a KVM that
-//! runs stock kernels: this host's, or the lab's.
+//! Two machines at one bridge of Open vSwitch with DPDK, which connects to both, is killed and started again.
+//! Needs a KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -34,7 +34,8 @@ fn boot(switch: &Switch, port: u16, cpus: u16, keys: &str) -> Guest {
     guest
 }
 
-/// Machines with so many CPUs, and with a pair of queues for each. What a CPU sends goes by its own pair. Their traces.
+/// Machines with so many CPUs, and with a pair of queues for each. What a CPU sends goes by its own pair.
+/// Their traces.
 fn killed_and_started_again(kills: u64, cpus: u16, options: &[&str], keys: [&str; 2]) -> Vec<String> {
     let Some(programs) = Programs::find(program) else { return Vec::new() };
     let scratch = Scratch::new();

@@ -1,5 +1,5 @@
-//! QEMU's own devices under stock drivers, served by QEMU over vfio-user. Needs a KVM that runs stock kernels: this host's, or
-//! the lab's; and that QEMU.
+//! QEMU's own devices under stock drivers, served by QEMU over vfio-user. Needs a KVM that runs stock
+//! kernels: this host's, or the lab's; and that QEMU.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -48,7 +48,8 @@ fn finish(launch: Launch) -> Ended {
     ended
 }
 
-/// A shell script: the first half of a disk is copied to the second, past the guest's page cache, and compared.
+/// A shell script: the first half of a disk is copied to the second, past the guest's page cache, and
+/// compared.
 fn copy(disk: &str, mib: usize) -> String {
     format!(
         r#"dd if={disk} of={disk} bs=1M count={mib} seek={mib} iflag=direct oflag=direct 2>/tmp/dd || {{ cat /tmp/dd; dmesg | tail -n 40; exit 1; }}
@@ -127,8 +128,8 @@ fn cost(more: &str) -> Option<[f64; 4]> {
 #[test]
 fn what_a_request_to_qemus_controller_costs() {
     need!(ready());
-    // QEMU has no eventfds for doorbells. That of the submission queue is rung, and answered or posted; that of the
-    // completion queue is a number in memory (its controller has the Doorbell Buffer Config command).
+    // QEMU has no eventfds for doorbells. That of the submission queue is rung, and answered or posted; that
+    // of the completion queue is a number in memory (its controller has the Doorbell Buffer Config command).
     for (more, waits) in [(",deadline=20000", 1.0), (",deadline=20000,posted-writes=on", 0.0)] {
         let Some([exits, reads, writes, waited]) = cost(more) else { return };
         assert!(reads.abs() < 0.1 && (writes - 1.0).abs() < 0.2, "{reads} reads, {writes} writes");
@@ -227,7 +228,8 @@ fn the_stock_ahci_driver_works_with_qemus_controller_by_its_pin() {
     ahci("pci=nomsi", "IO-APIC");
 }
 
-/// Two network cards of one QEMU on one hub, each in a network of its own of the guest's, which has `guest`'s kernel.
+/// Two network cards of one QEMU on one hub, each in a network of its own of the guest's, which has `guest`'s
+/// kernel.
 fn network(model: &str, guest: impl FnOnce(&str) -> Launch) {
     let [one, two] = [("one", 1), ("two", 2)].map(|(name, number)| {
         format!("-device {model},id={name},netdev=net{number},mac=52:54:00:00:00:0{number},romfile=")
@@ -286,7 +288,8 @@ fn a_usb_disk_behind_qemus_controller_is_read_and_written() {
     assert_copied(&server, &bytes, &ended);
 }
 
-/// Without its DMA translated (`iommu_platform`) a virtio device of QEMU looks for its rings in QEMU's own memory.
+/// Without its DMA translated (`iommu_platform`) a virtio device of QEMU looks for its rings in QEMU's own
+/// memory.
 #[test]
 fn a_virtio_disk_of_qemu_works_over_vfio_user() {
     need!(ready());

@@ -1,4 +1,5 @@
-//! Connections both ways by `vhost-device-vsock`. Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! Connections both ways by `vhost-device-vsock`. Needs a KVM that runs stock kernels: this host's, or the
+//! lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

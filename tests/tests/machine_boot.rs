@@ -1,5 +1,5 @@
-//! Stock Debian kernels boot: both series, both forms, one to four vCPUs, 128 MiB to 6 GiB. Needs a KVM that runs them:
-//! this host's, or the lab's.
+//! Stock Debian kernels boot: both series, both forms, one to four vCPUs, 128 MiB to 6 GiB. Needs a KVM that
+//! runs them: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,5 @@
-//! What a stock guest does with its disk: no exits, nothing lost, nothing mixed up. Needs a KVM that runs stock kernels:
-//! this host's, or the lab's.
+//! What a stock guest does with its disk: no exits, nothing lost, nothing mixed up. Needs a KVM that runs
+//! stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

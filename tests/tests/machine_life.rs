@@ -1,5 +1,5 @@
-//! How stock guests end, start again and live through the death of their backend. Needs a KVM that runs stock kernels:
-//! this host's, or the lab's.
+//! How stock guests end, start again and live through the death of their backend. Needs a KVM that runs stock
+//! kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,6 +1,6 @@
-//! What a stock guest does with virtio-pci devices: the PCI host is enumerated, its devices are driven without exits, and
-//! drivers come and go. (That interrupts move is tested in machine_backends_rng: those of disks are the kernel's
-//! own.) Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! What a stock guest does with virtio-pci devices: the PCI host is enumerated, its devices are driven
+//! without exits, and drivers come and go. (That interrupts move is tested in machine_backends_rng: those of
+//! disks are the kernel's own.) Needs a KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -95,7 +95,8 @@ fn a_pci_driver_that_is_unbound_and_bound_again_finds_its_disk() {
     let kernel = need!(Kernel::usual());
     let disk = need!(StorageDaemon::start(4 * MIB));
     let rounds = if place::soak() { 200 } else { 20 };
-    // By turns the driver is taken from its device, and the function from the bus; each time it is another virtioN.
+    // By turns the driver is taken from its device, and the function from the bus; each time it is another
+    // virtioN.
     let script = format!(
         r#"cd /sys/bus/pci; name=0000:00:01.0
 for round in $(seq {rounds}); do

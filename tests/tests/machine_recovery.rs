@@ -1,5 +1,5 @@
-//! A stock guest whose backends die, hang and come back: under verified writes, at unbind and bind, at a reboot, at a kexec.
-//! Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! A stock guest whose backends die, hang and come back: under verified writes, at unbind and bind, at a
+//! reboot, at a kexec. Needs a KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -18,7 +18,8 @@ use rustix::process::Signal;
 const MIB: usize = 1 << 20;
 const SCRIPT: Duration = Duration::from_secs(90);
 
-/// Four writers at once, each with its own place: random blocks are written past the cache, read back and compared.
+/// Four writers at once, each with its own place: random blocks are written past the cache, read back and
+/// compared.
 const WRITERS: &str = r#"worker() {
     for round in $(seq 6); do
         at=$((($1 * 3 + round % 3) * 60))

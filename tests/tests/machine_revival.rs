@@ -1,5 +1,5 @@
-//! A stock driver that is unbound from a broken device and bound again, its backend being back, away, or silent. Needs a
-//! KVM that runs stock kernels: this host's, or the lab's.
+//! A stock driver that is unbound from a broken device and bound again, its backend being back, away, or
+//! silent. Needs a KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,6 @@
-//! A window in guest-physical space, or in a BAR, through which a backend shows the guest a file of its own: by the crate
-//! `vhost-user-backend`, in a stock guest. Needs a KVM that runs stock kernels: this host's, or the lab's.
+//! A window in guest-physical space, or in a BAR, through which a backend shows the guest a file of its own:
+//! by the crate `vhost-user-backend`, in a stock guest. Needs a KVM that runs stock kernels: this host's, or
+//! the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,6 +1,6 @@
-//! PCI devices in vfio-user servers, on the crate `vfio_user`: an NVMe controller under a stock driver, and a DMA engine under a
-//! program of ours; the engine on libvfio-user, and that library's samples, too. Needs a KVM that runs stock kernels: this
-//! host's, or the lab's.
+//! PCI devices in vfio-user servers, on the crate `vfio_user`: an NVMe controller under a stock driver, and a
+//! DMA engine under a program of ours; the engine on libvfio-user, and that library's samples, too. Needs a
+//! KVM that runs stock kernels: this host's, or the lab's.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -229,8 +229,8 @@ fn a_server_killed_under_load_leaves_a_machine_that_lives_and_reads_all_ones() {
     }
 }
 
-/// The driver of a disk under load lets go of it when its server is killed, and nothing is left of the function; the
-/// guest itself switches another device off, which is there again after a reboot.
+/// The driver of a disk under load lets go of it when its server is killed, and nothing is left of the
+/// function; the guest itself switches another device off, which is there again after a reboot.
 fn loses_a_disk(series: &str) {
     let mut server = Server::nvme(&vec![0; 16 * MIB], &[]);
     let engine = Server::engine(&[]);
@@ -307,9 +307,10 @@ fn drives(server: &Server, more: &str, programs: &[&str]) -> Ended {
     finish(with(guest("", "", Some(&script)), server, more))
 }
 
-/// Engines of each wire, with and without posted writes and a socket of their own for requests, in one guest: each reaches memory by
-/// mapping and by messages in the middle of a request, its memory is reached, every vector comes, is masked, pends and moves, an error
-/// for a read is all ones and nothing more, and a function-level reset brings back what was.
+/// Engines of each wire, with and without posted writes and a socket of their own for requests, in one guest:
+/// each reaches memory by mapping and by messages in the middle of a request, its memory is reached, every
+/// vector comes, is masked, pends and moves, an error for a read is all ones and nothing more, and a
+/// function-level reset brings back what was.
 #[test]
 fn engines_of_every_kind_reach_memory_interrupt_fail_a_read_and_are_reset() {
     need!(ready());

@@ -1,5 +1,5 @@
-//! How long a guest is held up by a backend that is silent, dead or looked for: the deadline once, when that is found out,
-//! and from then on not at all. Needs KVM's interface only.
+//! How long a guest is held up by a backend that is silent, dead or looked for: the deadline once, when that
+//! is found out, and from then on not at all. Needs KVM's interface only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -15,8 +15,8 @@ use rustix::process::Signal;
 
 const MIB: usize = 1 << 20;
 const CONFIG_WCE: u32 = 1 << 11;
-/// The backends' deadline. Nothing else takes as long, on a host that has other things to do: whatever takes as long has waited
-/// for a backend, and what takes twice as long has done so twice.
+/// The backends' deadline. Nothing else takes as long, on a host that has other things to do: whatever takes
+/// as long has waited for a backend, and what takes twice as long has done so twice.
 const DEADLINE: Duration = Duration::from_millis(3000);
 
 /// A guest that does one step a key.
@@ -102,7 +102,8 @@ fn longest_exit(ended: &Ended) -> Duration {
 #[test]
 fn a_backend_that_hangs_holds_its_guest_for_the_deadline_once() {
     need!(place::kvm());
-    // Without reconnect= it is broken then; with it, looked for: the hung backend's socket still takes connections.
+    // Without reconnect= it is broken then; with it, looked for: the hung backend's socket still takes
+    // connections.
     for keys in ["deadline=3000", "deadline=3000,reconnect=0"] {
         let disk = need!(StorageDaemon::start(4 * MIB));
         let mut guest = Driven::at_work(&disk, keys);
@@ -181,7 +182,8 @@ fn a_silent_one_in_the_place_of_a_dead_backend_holds_its_guest_once_at_most() {
         guest.vm.expect_lost(sockets, 1);
         fs::remove_file(disk.socket()).unwrap();
         let _silent = UnixListener::bind(disk.socket()).unwrap();
-        // A driver that resets a broken device is what it is asked for by: nobody knows yet that it is silent.
+        // A driver that resets a broken device is what it is asked for by: nobody knows yet that it is
+        // silent.
         let (_, took) = guest.key('s');
         let most = if keys.contains("reconnect") { Duration::ZERO } else { DEADLINE };
         assert!(took < most + DEADLINE, "{keys}: {took:?}");

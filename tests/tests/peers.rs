@@ -189,7 +189,8 @@ fn a_running_disk_exchanges_no_messages() {
     };
     let (few, many) = (messages(1), messages(2000));
     assert_eq!(few, many);
-    // The order that every known backend takes (PROTOCOLS.md): features, owner, memory, then the ring, enabled last.
+    // The order that every known backend takes (PROTOCOLS.md): features, owner, memory, then the ring,
+    // enabled last.
     let order: Vec<_> = few.iter().map(|seen| seen.request).collect();
     let place =
         |number: u32| order.iter().position(|seen| *seen == number).unwrap_or_else(|| panic!("no {number}"));

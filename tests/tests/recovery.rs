@@ -19,7 +19,8 @@ const ENDLESS: u32 = 2_000_000_000;
 /// Virtio 1.2 §5.2.3: the driver may write `writeback`, which qemu-storage-daemon and vhost-user-blk let it.
 const CONFIG_WCE: u32 = 1 << 11;
 
-/// A guest that writes blocks and reads them back, one after the other, until it is told to stop, behind `keys`.
+/// A guest that writes blocks and reads them back, one after the other, until it is told to stop, behind
+/// `keys`.
 fn busy(disk: &StorageDaemon, keys: &str, requests: u32) -> Vm {
     let line = first_device("blk").arg("n", requests).arg("op", "verify").arg("timeout", 60);
     let vm = Launch::payload(&line).disk_with(&disk.socket(), keys).start();
@@ -27,8 +28,8 @@ fn busy(disk: &StorageDaemon, keys: &str, requests: u32) -> Vm {
     vm
 }
 
-/// A guest with many verified requests under way; every `touch` answers it writes the configuration, for which the backend
-/// is asked.
+/// A guest with many verified requests under way; every `touch` answers it writes the configuration, for
+/// which the backend is asked.
 fn load(disk: &StorageDaemon, keys: &str, touch: u32) -> Vm {
     let line = first_device("deep").arg("n", ENDLESS).arg("depth", DEPTH).arg("timeout", 100);
     let line = line.arg("accept", CONFIG_WCE).arg("touch", touch);
@@ -37,7 +38,8 @@ fn load(disk: &StorageDaemon, keys: &str, touch: u32) -> Vm {
     vm
 }
 
-/// Ends such a load: every request that was begun is given back once, and all places hold what was written last.
+/// Ends such a load: every request that was begun is given back once, and all places hold what was written
+/// last.
 fn assert_all_well(mut vm: Vm) -> Ended {
     vm.send(b"q");
     let ended = vm.end(3 * STEP).with_code(0);
@@ -117,8 +119,8 @@ fn a_backend_with_inflight_stopped_for_a_second_under_a_verified_load_goes_on() 
     stop_again_and_again(&disk);
 }
 
-/// Stops it for longer than the deadline while the guest wants something of it, again and again. One that ends when it is
-/// hung up on is started anew.
+/// Stops it for longer than the deadline while the guest wants something of it, again and again. One that
+/// ends when it is hung up on is started anew.
 fn hang_again_and_again(mut disk: StorageDaemon) {
     const DEADLINE: Duration = Duration::from_millis(1500);
     let hangs = usize::try_from(rounds(4)).unwrap();
@@ -128,8 +130,8 @@ fn hang_again_and_again(mut disk: StorageDaemon) {
         std::thread::sleep(Duration::from_millis(u64::try_from(hung).unwrap() * 37 % 100));
         let connections = vm.connections(&disk.socket());
         disk.signal(Signal::STOP);
-        // The guest's next write to the configuration finds it out. The connection is closed then; the socket of a backend that takes
-        // one connection after the other has taken the next one already.
+        // The guest's next write to the configuration finds it out. The connection is closed then; the socket
+        // of a backend that takes one connection after the other has taken the next one already.
         wait::until("the hang is noticed", STEP, || {
             let next = vm.connections(&disk.socket()) > connections;
             (next || vm.sockets() < sockets).then_some(())

@@ -1,4 +1,5 @@
-//! Devices that broke without `reconnect=` and have another chance when the machine restarts. Needs KVM's interface only.
+//! Devices that broke without `reconnect=` and have another chance when the machine restarts. Needs KVM's
+//! interface only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

@@ -1,5 +1,6 @@
-//! The ways in which machine and backend meet, each with a backend that we did not write: we connect, it connects, a
-//! descriptor is inherited, the name is abstract, one of the two is late. Needs KVM's interface only.
+//! The ways in which machine and backend meet, each with a backend that we did not write: we connect, it
+//! connects, a descriptor is inherited, the name is abstract, one of the two is late. Needs KVM's interface
+//! only.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

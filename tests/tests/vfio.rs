@@ -1,5 +1,6 @@
-//! A vfio-user server's device under the tiny kernel: what is trapped and what is not, interrupts, losses. Needs KVM's
-//! interface only. The same device on the crate `vfio_user` and, where `tests/backends/fetch` built it, on libvfio-user.
+//! A vfio-user server's device under the tiny kernel: what is trapped and what is not, interrupts, losses.
+//! Needs KVM's interface only. The same device on the crate `vfio_user` and, where `tests/backends/fetch`
+//! built it, on libvfio-user.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -144,7 +145,8 @@ fn mapped_memory_of_a_bar_causes_no_exit_and_moves_with_it() {
         };
         let (few, many) = (drive(1), drive(5000));
         assert!(many < few + 100, "{few} exits, then {many}");
-        // The server sees what the guest wrote, in the part that is trapped and in the other one, wherever the BAR is.
+        // The server sees what the guest wrote, in the part that is trapped and in the other one, wherever
+        // the BAR is.
         let steps = [
             "w:1:0x1ffc:0x11",
             "w:1:0x3000:0x22",

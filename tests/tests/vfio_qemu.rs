@@ -1,4 +1,5 @@
-//! QEMU's own devices under the tiny kernel, served by QEMU over vfio-user. Needs KVM's interface only, and that QEMU.
+//! QEMU's own devices under the tiny kernel, served by QEMU over vfio-user. Needs KVM's interface only, and
+//! that QEMU.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

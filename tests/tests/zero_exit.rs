@@ -33,7 +33,8 @@ fn assert_requests_are_free(few: &Ended, many: &Ended) {
         many.stats().number("/devices/0/peer/messages")
     );
     assert_eq!(few.stats().number("/unclaimed/writes"), many.stats().number("/unclaimed/writes"));
-    // The console's text differs by the digits of the numbers in it, and a signal may interrupt a vCPU anywhere.
+    // The console's text differs by the digits of the numbers in it, and a signal may interrupt a vCPU
+    // anywhere.
     let more = many.stats().exits().abs_diff(few.stats().exits());
     assert!(more < 100, "{more} more exits for {REQUESTS} requests\n{many}");
 }

@@ -100,7 +100,7 @@ fn every_request_has_a_row_whose_tests_exist() {
     let text = fs::read_to_string(format!("{ROOT}/tests/PROTOCOL.md")).unwrap();
     check(&rows(&text, "## Requests of the front end"), TABLE.iter().map(|row| (row.request.0, row.name)));
     let back = (1..=64).filter_map(|code| Some((code, BackendRequest(code).name()?)));
-    check(&rows(&text, "## Requests of the back end"), back);
+    check(&rows(&text, "## Requests of the backend"), back);
     let vfio_user = Command::ALL.iter().filter_map(|command| Some((command.0.into(), command.name()?)));
     check(&rows(&text, "## Commands of vfio-user"), vfio_user);
 }

@@ -71,8 +71,8 @@ pub fn all_of_its_page(device: &MmioDevice, machine: &Recorder) {
     }
 }
 
-/// The same where it matters, cheap enough for each step; what does not run is not connected; a driver that has to
-/// reset the device is told so.
+/// The same where it matters, cheap enough for each step; what does not run is not connected; a driver that
+/// has to reset the device is told so.
 pub fn true_to_its_page(device: &MmioDevice, machine: &Recorder) {
     for at in SHOWN {
         let mut trapped = [0xaa; 4];

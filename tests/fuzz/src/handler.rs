@@ -1,4 +1,4 @@
-//! A machine that takes a back-end's own requests seriously, and checks what is let through to it.
+//! A machine that takes a backend's own requests seriously, and checks what is let through to it.
 
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;

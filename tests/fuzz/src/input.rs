@@ -62,8 +62,8 @@ impl Input {
         self.byte() % n == n - 1
     }
 
-    /// A number that parsers find interesting: small, a power of two or close to one, near the end of its type,
-    /// whole pages; or any.
+    /// A number that parsers find interesting: small, a power of two or close to one, near the end of its
+    /// type, whole pages; or any.
     pub fn number(&mut self) -> u64 {
         let small = u64::from(self.byte());
         match self.byte() % 8 {

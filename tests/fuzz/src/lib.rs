@@ -4,9 +4,9 @@
 //! |--|--|
 //! | [`input`] | the fuzzer's bytes, read as numbers, choices and ranges |
 //! | [`descriptors`] | no descriptor is left open; files of every kind for a peer to send |
-//! | [`peer`] | a vhost-user back-end without a thread, whose answers are the fuzzer's |
+//! | [`peer`] | a vhost-user backend without a thread, whose answers are the fuzzer's |
 //! | [`driver`] | a virtio driver that writes anything anywhere |
-//! | [`handler`] | a machine that takes a back-end's own requests seriously |
+//! | [`handler`] | a machine that takes a backend's own requests seriously |
 //! | [`ports`] | a machine without KVM that holds devices to the rules of its ports |
 //! | [`server`] | the same for vfio-user: a server without a thread |
 //! | [`seeds`] | inputs to begin with |

@@ -1,9 +1,9 @@
-//! A vhost-user back-end without a thread: it watches the front end through the trace hook, which is called just
-//! before each message goes out, and puts its answer into the socket then. So a conversation takes no time, and
-//! the same input gives the same conversation.
+//! A vhost-user backend without a thread: it watches the front end through the trace hook, which is called
+//! just before each message goes out, and puts its answer into the socket then. So a conversation takes no
+//! time, and the same input gives the same conversation.
 //!
-//! It answers as the specification says, with everything offered, until the fuzzer's bytes say otherwise. Where an
-//! answer that is due will not come whole, the peer closes its half: nothing is waited for.
+//! It answers as the specification says, with everything offered, until the fuzzer's bytes say otherwise.
+//! Where an answer that is due will not come whole, the peer closes its half: nothing is waited for.
 
 use std::io::Write;
 use std::net::Shutdown;
@@ -28,8 +28,8 @@ const DEADLINE: Duration = Duration::from_millis(20);
 /// Messages that may lie in the socket.
 const UNREAD_MOST: usize = 64;
 
-/// The features that are offered, unless the input says otherwise: log, in-direct, event index, protocol, version 1,
-/// access platform, packed rings.
+/// The features that are offered, unless the input says otherwise: log, in-direct, event index, protocol,
+/// version 1, access platform, packed rings.
 const FEATURES: u64 = 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32 | 1 << 33 | 1 << 34;
 
 /// Every protocol feature that there is.
@@ -43,14 +43,14 @@ struct State {
     /// What was read of a message that is not whole yet.
     partial: Vec<u8>,
     fds: Vec<OwnedFd>,
-    /// The back-end's own channel.
+    /// The backend's own channel.
     channel: Option<UnixStream>,
     /// The far ends of pipes.
     kept: Vec<OwnedFd>,
     listening: bool,
 }
 
-/// The back-end.
+/// The backend.
 pub struct Peer(Arc<Mutex<State>>);
 
 struct Watcher(Arc<Mutex<State>>);
@@ -65,7 +65,7 @@ impl Trace for Watcher {
 }
 
 impl Peer {
-    /// A back-end whose deviations are in `input`, and the connection to it.
+    /// A backend whose deviations are in `input`, and the connection to it.
     pub fn new(input: Input) -> (Self, Connection) {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         let state = State {
@@ -93,7 +93,7 @@ impl Peer {
         draw(&mut self.state().input)
     }
 
-    /// Sends a request on the back-end's own channel, or something like one.
+    /// Sends a request on the backend's own channel, or something like one.
     pub fn request(&self) {
         let state = &mut *self.state();
         state.drain();
@@ -101,14 +101,14 @@ impl Peer {
         state.send_on_channel(&bytes, &fds);
     }
 
-    /// Sends bytes on the back-end's own channel.
+    /// Sends bytes on the backend's own channel.
     pub fn send_on_channel(&self, bytes: &[u8]) {
         let mut state = self.state();
         state.drain();
         state.send_on_channel(bytes, &[]);
     }
 
-    /// Takes what was answered on the back-end's own channel.
+    /// Takes what was answered on the backend's own channel.
     pub fn answers(&self) -> Vec<u8> {
         let mut answers = Vec::new();
         let state = self.state();
@@ -129,7 +129,7 @@ impl Peer {
     }
 }
 
-/// A back-end request: mostly well-formed, with its fields the fuzzer's.
+/// A backend request: mostly well-formed, with its fields the fuzzer's.
 pub fn any_request(input: &mut Input) -> (Vec<u8>, Vec<OwnedFd>) {
     let code = u32::from(input.byte() % 12);
     let act = input.byte();
@@ -291,7 +291,7 @@ impl State {
         }
     }
 
-    /// What a good back-end answers.
+    /// What a good backend answers.
     fn proper(&mut self, request: Request, asked: &[u8]) -> (Vec<u8>, Vec<OwnedFd>) {
         let number = |number: u64| (number.to_ne_bytes().to_vec(), Vec::new());
         match request {

@@ -1,5 +1,5 @@
-//! A machine without KVM, for devices: it keeps the page that a guest would read, and holds devices to the rules
-//! of its ports.
+//! A machine without KVM, for devices: it keeps the page that a guest would read, and holds devices to the
+//! rules of its ports.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -1,4 +1,5 @@
-//! Inputs to begin with, made by the target that knows their form and put where `tests/fuzz/run` looks for them.
+//! Inputs to begin with, made by the target that knows their form and put where `tests/fuzz/run` looks for
+//! them.
 
 use std::path::PathBuf;
 

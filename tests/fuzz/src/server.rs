@@ -1,8 +1,8 @@
-//! A vfio-user server without a thread: like [`crate::peer`], it watches the client through the trace hook, and puts
-//! its reply into the socket just before the command goes out.
+//! A vfio-user server without a thread: like [`crate::peer`], it watches the client through the trace hook,
+//! and puts its reply into the socket just before the command goes out.
 //!
-//! It answers as the specification says until the fuzzer's bytes say otherwise. Where a reply that is due will not
-//! come whole, it closes its half: nothing is waited for.
+//! It answers as the specification says until the fuzzer's bytes say otherwise. Where a reply that is due
+//! will not come whole, it closes its half: nothing is waited for.
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

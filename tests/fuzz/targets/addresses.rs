@@ -1,4 +1,5 @@
-//! Address arithmetic: memory maps, I/O virtual addresses, and the layout of rings, against the obvious answers.
+//! Address arithmetic: memory maps, I/O virtual addresses, and the layout of rings, against the obvious
+//! answers.
 #![no_main]
 
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! The back-end's own channel: the same bytes, in one piece and in many, are the same requests and get the same
-//! answers.
+//! The backend's own channel: the same bytes, in one piece and in many, are the same requests and get the
+//! same answers.
 #![no_main]
 
 use fuzz::descriptors::none_left;
@@ -35,7 +35,7 @@ fn open(protocol: u64) -> (Peer, Session, BackendChannel) {
     let needed = ProtocolFeatures::BACKEND_REQ.with(ProtocolFeatures::REPLY_ACK);
     let wanted = Wanted::default().and(ProtocolFeatures::from_bits(protocol)).and(needed);
     let (peer, connection) = Peer::new(Input::default());
-    let mut session = connection.negotiate(&wanted).expect("a good back-end");
+    let mut session = connection.negotiate(&wanted).expect("a good backend");
     let channel = session.take_backend_channel().expect("it was negotiated");
     (peer, session, channel)
 }

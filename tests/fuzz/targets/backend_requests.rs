@@ -1,4 +1,4 @@
-//! Requests on the back-end's own channel: decoded, and carried out by a machine that checks them.
+//! Requests on the backend's own channel: decoded, and carried out by a machine that checks them.
 #![no_main]
 
 use fuzz::descriptors::{any, none_left};

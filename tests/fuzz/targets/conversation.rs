@@ -1,5 +1,5 @@
-//! Whole conversations with a vhost-user back-end that says what it likes: negotiation, rings, every request there
-//! is, stops and starts. Nothing is left open, whatever the end.
+//! Whole conversations with a vhost-user backend that says what it likes: negotiation, rings, every request
+//! there is, stops and starts. Nothing is left open, whatever the end.
 #![no_main]
 
 use std::net::Shutdown;
@@ -113,7 +113,7 @@ impl Front {
         self.peer.draw(draw)
     }
 
-    /// What the back-end asks on its own channel, from time to time.
+    /// What the backend asks on its own channel, from time to time.
     fn serve(&mut self, op: u8) {
         if op & 0x80 != 0 {
             self.peer.request();
@@ -179,7 +179,7 @@ impl Front {
         Ok(())
     }
 
-    /// Would this back-end do in the place of another?
+    /// Would this backend do in the place of another?
     fn judge(&self, session: &mut Session) {
         let offered = session.offered();
         let _ = (offered.to_string(), session.protocol().to_string(), session.offered_raw(), session.stats());

@@ -1,5 +1,5 @@
-//! A whole vhost-user device: a driver that does what it likes on one side, a back-end that says what it likes on
-//! the other.
+//! A whole vhost-user device: a driver that does what it likes on one side, a backend that says what it
+//! likes on the other.
 #![no_main]
 
 use devices::virtio::backend::vhost_user::{Order, open};
@@ -19,7 +19,7 @@ fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));
 });
 
-/// A driver that starts the device, loses its back-end, starts again; of each type.
+/// A driver that starts the device, loses its backend, starts again; of each type.
 fn seeds() -> Vec<Vec<u8>> {
     let start = [1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 4];
     let driver = [&[1], start.as_slice(), &[144, 112, 0, 0, 7], &start, &[168, 6, 3, 7], &start].concat();

@@ -1,5 +1,6 @@
-//! A virtio-mmio device under a driver that writes anything anywhere, with a back-end that fails when it likes. What
-//! a guest reads without an exit is what a trapped read gives; nothing is bound that does not run.
+//! A virtio-mmio device under a driver that writes anything anywhere, with a backend that fails when it
+//! likes. What a guest reads without an exit is what a trapped read gives; nothing is bound that does not
+//! run.
 #![no_main]
 
 use std::sync::{Arc, Mutex};
@@ -18,7 +19,7 @@ use libfuzzer_sys::fuzz_target;
 use transport::memory::{GuestAddr, MemoryMap};
 use transport::vhost_user::DeviceFeatures;
 
-/// A back-end that works until its input says otherwise, and checks how it is used.
+/// A backend that works until its input says otherwise, and checks how it is used.
 struct Shaky {
     fate: Arc<Mutex<Input>>,
     running: bool,
@@ -27,7 +28,7 @@ struct Shaky {
 
 impl Shaky {
     fn fate(&self) -> Result<(), BackendError> {
-        assert!(!self.gone, "a back-end that was given up is asked for something");
+        assert!(!self.gone, "a backend that was given up is asked for something");
         match self.fate.lock().expect("no panic").byte() {
             0..232 => Ok(()),
             232..244 => Err(BackendError::Refused("no".into())),
@@ -79,8 +80,8 @@ fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));
 });
 
-/// A driver that starts the device, loses its back-end, gets another one, resets; with a device that recovers and one
-/// that breaks.
+/// A driver that starts the device, loses its backend, gets another one, resets; with a device that recovers
+/// and one that breaks.
 fn seeds() -> Vec<Vec<u8>> {
     let own = |op: u8| vec![0xff, op];
     let queue = |n: u8| [&[0xff, 3, n], [0; 7].as_slice()].concat();
@@ -96,7 +97,7 @@ fn drive(data: &[u8]) {
     let refuse = input.byte();
     let machine = Recorder::refusing(if refuse < 240 { 0 } else { usize::from(refuse - 239) });
     let (kind, memory) = (input.pick(&["blk", "net"]), guest_memory());
-    // The back-ends' part comes first, so that the driver's stays where it is.
+    // The backends' part comes first, so that the driver's stays where it is.
     let fate = Arc::new(Mutex::new(Input::new(&input.bytes(48))));
     let backend = Box::new(Shaky { fate: Arc::clone(&fate), running: false, gone: false });
     let model = model(&mut input, kind, queues);
@@ -135,15 +136,15 @@ fn model(input: &mut Input, kind: &str, queues: u16) -> Model {
     }
 }
 
-/// Another back-end comes, wanted or not.
+/// Another backend comes, wanted or not.
 fn successor(input: &mut Input, device: &MmioDevice, kind: &str, queues: u16, fate: &Arc<Mutex<Input>>) {
     let waited = matches!(device.handle().phase(), PhaseReport::Recovering(_));
     let backend = Box::new(Shaky { fate: Arc::clone(fate), running: false, gone: false });
     let taken = device.handle().take_over(Candidate { model: model(input, kind, queues), backend });
-    assert!(waited || taken.is_err(), "a back-end that nobody waits for is taken");
+    assert!(waited || taken.is_err(), "a backend that nobody waits for is taken");
 }
 
-/// The driver and a back-end move the indexes of a ring, or say that they did.
+/// The driver and a backend move the indexes of a ring, or say that they did.
 fn progress(input: &mut Input, memory: &MemoryMap) {
     let ring = u64::from(input.byte() % 4) << 16;
     let (available, used) = (input.u16(), input.u16());

@@ -1,5 +1,5 @@
-//! An MSI-X table under a guest that writes anything: it reads back as a plain array of words would, a vector has a
-//! route exactly while it is live, and a signal is pending or delivered, never neither.
+//! An MSI-X table under a guest that writes anything: it reads back as a plain array of words would, a vector
+//! has a route exactly while it is live, and a signal is pending or delivered, never neither.
 #![no_main]
 
 use std::sync::Arc;

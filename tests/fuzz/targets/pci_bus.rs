@@ -1,5 +1,6 @@
-//! Functions on a PCI bus whose guest writes anything anywhere: BARs are decoded inside the windows and where the
-//! registers say, an access goes to the function that decodes all of it, and what lies in a BAR lies where the BAR is.
+//! Functions on a PCI bus whose guest writes anything anywhere: BARs are decoded inside the windows and where
+//! the registers say, an access goes to the function that decodes all of it, and what lies in a BAR lies
+//! where the BAR is.
 #![no_main]
 
 use std::sync::{Arc, Mutex};

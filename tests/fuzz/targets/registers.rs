@@ -1,5 +1,5 @@
-//! The virtio register file: any sequence of reads and writes of a driver, and of changes by the device, keeps what
-//! the specification promises.
+//! The virtio register file: any sequence of reads and writes of a driver, and of changes by the device,
+//! keeps what the specification promises.
 #![no_main]
 
 use devices::virtio::core::registers::{Effect, Half, Identity, Reg, Registers, SharedMemory};

@@ -1,4 +1,4 @@
-//! The payload of every answer of a vhost-user back-end, and the header before it.
+//! The payload of every answer of a vhost-user backend, and the header before it.
 #![no_main]
 
 use fuzz::input::Input;

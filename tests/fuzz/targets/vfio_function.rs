@@ -1,5 +1,5 @@
-//! A vfio-user server's function: whatever its configuration space, regions and answers are, and whatever the guest does to
-//! it, lists end, BARs stay in their windows, and nothing is left behind.
+//! A vfio-user server's function: whatever its configuration space, regions and answers are, and whatever the
+//! guest does to it, lists end, BARs stay in their windows, and nothing is left behind.
 #![no_main]
 
 use std::os::fd::BorrowedFd;

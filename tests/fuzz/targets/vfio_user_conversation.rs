@@ -1,5 +1,5 @@
-//! Whole conversations with a vfio-user server that says what it likes: every command there is, with and without a
-//! twin socket, with a receiver and without. Nothing is left open, whatever the end.
+//! Whole conversations with a vfio-user server that says what it likes: every command there is, with and
+//! without a twin socket, with a receiver and without. Nothing is left open, whatever the end.
 #![no_main]
 
 use std::net::Shutdown;

@@ -1,5 +1,5 @@
-//! Region information of a vfio-user server: capability chains end inside the payload, and what may be mapped lies
-//! inside region and file, in order, apart, in whole pages.
+//! Region information of a vfio-user server: capability chains end inside the payload, and what may be mapped
+//! lies inside region and file, in order, apart, in whole pages.
 #![no_main]
 
 use fuzz::input::Input;

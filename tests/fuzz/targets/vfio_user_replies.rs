@@ -1,4 +1,5 @@
-//! The payload of every reply of a vfio-user server but VERSION's and region information, and the header before it.
+//! The payload of every reply of a vfio-user server but VERSION's and region information, and the header
+//! before it.
 #![no_main]
 
 use fuzz::input::Input;

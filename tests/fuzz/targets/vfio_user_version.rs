@@ -1,4 +1,5 @@
-//! The VERSION reply of a vfio-user server: whatever its JSON says, what is agreed on is no more than was proposed.
+//! The VERSION reply of a vfio-user server: whatever its JSON says, what is agreed on is no more than was
+//! proposed.
 #![no_main]
 
 use fuzz::seeds::offer;

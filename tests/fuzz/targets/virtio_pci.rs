@@ -1,5 +1,6 @@
-//! A virtio-pci device under a guest that writes anything into its configuration space and its BARs, and a backend that shows it a file. What runs has its
-//! doorbells inside the BAR; nothing is bound that does not run.
+//! A virtio-pci device under a guest that writes anything into its configuration space and its BARs, and a
+//! backend that shows it a file. What runs has its doorbells inside the BAR; nothing is bound that does not
+//! run.
 #![no_main]
 
 use std::sync::Arc;
@@ -29,7 +30,7 @@ const WINDOWS: Windows = Windows {
     io: Window { base: 0xc000, size: 0x4000 },
 };
 
-/// A back-end that works.
+/// A backend that works.
 #[derive(Default)]
 struct Works(bool);
 

@@ -1,5 +1,6 @@
-//! A vhost-user-blk backend in this process, on the crates that rust backends are made of: `vhost-user-backend`,
-//! `virtio-queue`, `vm-memory`. An independent view of the protocol: nothing of ours is in it.
+//! A vhost-user-blk backend in this process, on the crates that rust backends are made of:
+//! `vhost-user-backend`, `virtio-queue`, `vm-memory`. An independent view of the protocol: nothing of ours is
+//! in it.
 
 use std::io;
 use std::path::PathBuf;

@@ -1,6 +1,6 @@
-//! The tiny kernel: a bare-metal guest of 10 KiB that drives virtio devices itself. It boots by PVH in milliseconds on any KVM, also
-//! on one that emulates guest kernel code. Its command line says what it does; `payload/README.md` lists the modes, their arguments
-//! and the lines that they print.
+//! The tiny kernel: a bare-metal guest of 10 KiB that drives virtio devices itself. It boots by PVH in
+//! milliseconds on any KVM, also on one that emulates guest kernel code. Its command line says what it does;
+//! `payload/README.md` lists the modes, their arguments and the lines that they print.
 //!
 //! ```
 //! # use outboard_testkit::kernel::{Answers, Blk, CommandLine, Operation};
@@ -107,8 +107,8 @@ pub enum Ending {
 pub struct CommandLine(String);
 
 impl CommandLine {
-    /// Begins with a mode: `hello`, `info`, `show`, `blk`, `rng`, `ask`, `loop`, `resize`, `poke`, `echo`, `cpus`, `abuse`,
-    /// `badring`, `deep`, `drive`, `pci`.
+    /// Begins with a mode: `hello`, `info`, `show`, `blk`, `rng`, `ask`, `loop`, `resize`, `poke`, `echo`,
+    /// `cpus`, `abuse`, `badring`, `deep`, `drive`, `pci`.
     #[must_use]
     pub fn new(mode: &str) -> Self {
         Self(format!("mode={mode}"))
@@ -147,8 +147,8 @@ impl CommandLine {
         Self::new("rng").arg("n", requests)
     }
 
-    /// Sends these requests to a device of any type, and prints the answers. `queues` are set up before; each answer has `room` for
-    /// so many bytes. [`Answers::asked`] has the answers.
+    /// Sends these requests to a device of any type, and prints the answers. `queues` are set up before; each
+    /// answer has `room` for so many bytes. [`Answers::asked`] has the answers.
     #[must_use]
     pub fn ask(queues: u32, requests: &[Ask], room: u32) -> Self {
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
@@ -214,7 +214,8 @@ impl<'a> Answers<'a> {
         field(self.0, key)
     }
 
-    /// The bytes that the device answered to each request of [`CommandLine::ask`]: all of the room, in the order of the requests.
+    /// The bytes that the device answered to each request of [`CommandLine::ask`]: all of the room, in the
+    /// order of the requests.
     #[must_use]
     pub fn asked(self) -> Vec<Vec<u8>> {
         let byte = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok();

@@ -1,5 +1,6 @@
-//! A whole machine in the test's own process, with the tiny kernel in it. This is the one file of the kit that knows the library
-//! `vmm`: how a machine is configured, where its devices are in the guest, and how it is watched.
+//! A whole machine in the test's own process, with the tiny kernel in it. This is the one file of the kit
+//! that knows the library `vmm`: how a machine is configured, where its devices are in the guest, and how it
+//! is watched.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -43,7 +44,8 @@ impl TestMachine {
         Self { config, line, driven: vec![0], console, trace }
     }
 
-    /// Adds a virtio device of the type called `kind` (`blk`, `net`, `rng`, … `generic:ID`), whose backend listens on `socket`.
+    /// Adds a virtio device of the type called `kind` (`blk`, `net`, `rng`, … `generic:ID`), whose backend
+    /// listens on `socket`.
     ///
     /// # Panics
     /// When there is no such type.
@@ -59,7 +61,8 @@ impl TestMachine {
         self
     }
 
-    /// The kernel drives these devices, counted from 0 in the order in which they were added, in place of the first one.
+    /// The kernel drives these devices, counted from 0 in the order in which they were added, in place of the
+    /// first one.
     #[must_use]
     pub fn driving(mut self, devices: impl IntoIterator<Item = usize>) -> Self {
         self.driven = devices.into_iter().collect();
@@ -149,7 +152,8 @@ impl fmt::Debug for TestMachine {
     }
 }
 
-/// A machine on a thread of its own. Ended when dropped; a test that panics meanwhile prints what was seen of the machine.
+/// A machine on a thread of its own. Ended when dropped; a test that panics meanwhile prints what was seen of
+/// the machine.
 #[derive(Debug)]
 pub struct RunningMachine {
     thread: Option<JoinHandle<Result<Outcome, Error>>>,

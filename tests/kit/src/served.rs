@@ -1,4 +1,5 @@
-//! A vhost-user backend made with the crates `vhost-user-backend` and `vhost`, run on a thread of this process.
+//! A vhost-user backend made with the crates `vhost-user-backend` and `vhost`, run on a thread of this
+//! process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -59,8 +60,8 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        // The thread is in accept() when no machine came, and a connection ends that. Whether the thread listens is not asked: the
-        // host's table of sockets may skip a socket while others come and go.
+        // The thread is in accept() when no machine came, and a connection ends that. Whether the thread
+        // listens is not asked: the host's table of sockets may skip a socket while others come and go.
         drop(std::os::unix::net::UnixStream::connect(self.socket()));
         let Some(thread) = self.thread.take() else { return };
         // A backend without `exit_event` leaves a thread of the crate behind that waits for kicks.
@@ -72,8 +73,8 @@ impl Drop for Served {
     }
 }
 
-/// True when somebody listens on the unix socket `path`. The table of sockets is read, and no connection is made: most backends take
-/// one connection.
+/// True when somebody listens on the unix socket `path`. The table of sockets is read, and no connection is
+/// made: most backends take one connection.
 ///
 /// # Panics
 /// When the host has no `/proc/net/unix`.

@@ -4,8 +4,9 @@ use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// `limit` on a quiet machine, stretched where time runs slower. `OUTBOARD_PATIENCE` is the factor; it is 3 on a
-/// host, and 4 inside the lab (`OUTBOARD_IN_LAB`), by default. Only for limits that a correct run never reaches.
+/// `limit` on a quiet machine, stretched where time runs slower. `OUTBOARD_PATIENCE` is the factor; it is 3
+/// on a host, and 4 inside the lab (`OUTBOARD_IN_LAB`), by default. Only for limits that a correct run never
+/// reaches.
 ///
 /// # Panics
 /// When the factor is no number.
@@ -23,9 +24,9 @@ pub fn patience(limit: Duration) -> Duration {
 /// How long a wait sleeps before it looks again.
 pub const ROUND: Duration = Duration::from_millis(2);
 
-/// What is left of a limit. A sleep that took much longer than was asked for does not count in full: this process was not run
-/// meanwhile, and most likely the process that it waits for was not run either. On a machine that has an eighth of a processor, a limit
-/// lasts about eight times as long; it still ends.
+/// What is left of a limit. A sleep that took much longer than was asked for does not count in full: this
+/// process was not run meanwhile, and most likely the process that it waits for was not run either. On a
+/// machine that has an eighth of a processor, a limit lasts about eight times as long; it still ends.
 #[derive(Debug)]
 pub struct Allowance(Duration);
 
@@ -53,7 +54,8 @@ impl Allowance {
     }
 }
 
-/// Calls `probe` until it gives something, for at most `patience(limit)` of an [`Allowance`]; `None` when the time is up.
+/// Calls `probe` until it gives something, for at most `patience(limit)` of an [`Allowance`]; `None` when the
+/// time is up.
 pub fn poll<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let mut left = Allowance::new(limit);
     loop {

@@ -1,4 +1,5 @@
-//! Memory in a BAR that the client may map: one memfd for the whole region, of which sparse areas are offered.
+//! Memory in a BAR that the client may map: one memfd for the whole region, of which sparse areas are
+//! offered.
 
 use std::fs::File;
 use std::io::{Error, Result};

@@ -1,6 +1,8 @@
-//! PCI Local Bus 3.0 §6: configuration space of one function, with the capabilities that the devices here have.
+//! PCI Local Bus 3.0 §6: configuration space of one function, with the capabilities that the devices here
+//! have.
 //!
-//! BARs and the enable bits of MSI-X are kept by the client as well; what it writes through arrives here all the same.
+//! BARs and the enable bits of MSI-X are kept by the client as well; what it writes through arrives here all
+//! the same.
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_MMAP,
@@ -121,7 +123,8 @@ impl ConfigSpace {
         }
     }
 
-    /// Adds a capability: what follows its identifier and next pointer, and which bits of that the guest may change.
+    /// Adds a capability: what follows its identifier and next pointer, and which bits of that the guest may
+    /// change.
     pub fn capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let at = self.free;
         self.put(at, &[id, 0]);
@@ -155,7 +158,8 @@ impl ConfigSpace {
         self.capability(0x05, &body, &[0x71, 0, 0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
     }
 
-    /// PCI Express, an endpoint integrated into the root complex, with function level reset (PCIe 4.0 §7.5.3).
+    /// PCI Express, an endpoint integrated into the root complex, with function level reset (PCIe 4.0
+    /// §7.5.3).
     pub fn express(&mut self) {
         let mut body = [0; 58];
         // Version 2, root complex integrated endpoint; role-based errors, function level reset.

@@ -1,5 +1,5 @@
-//! A DMA engine with one of everything: trapped registers, mapped memory with holes, a 64-bit BAR, ports, MSI-X, MSI, the
-//! pin, doorbells, DMA by mapping and by message. `README.md` has its registers as a table.
+//! A DMA engine with one of everything: trapped registers, mapped memory with holes, a 64-bit BAR, ports,
+//! MSI-X, MSI, the pin, doorbells, DMA by mapping and by message. `README.md` has its registers as a table.
 
 use std::io::{Error, Result};
 use std::time::Duration;
@@ -246,8 +246,8 @@ impl Engine {
         }
     }
 
-    /// Copies in pieces: 1 memory to memory, 2 a pattern to memory, 3 the sum of memory, 4 BAR 2 to memory, 5 memory to
-    /// BAR 2.
+    /// Copies in pieces: 1 memory to memory, 2 a pattern to memory, 3 the sum of memory, 4 BAR 2 to memory, 5
+    /// memory to BAR 2.
     fn transfer(&mut self, command: u32) -> Result<()> {
         let Registers { source, destination, length, pattern, .. } = self.registers;
         if length > MAX_LENGTH || !(1..=5).contains(&command) {

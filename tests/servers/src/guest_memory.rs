@@ -1,7 +1,8 @@
-//! What the client mapped for DMA (vfio-user, DMA_MAP): by address, each on its own file descriptor, or by messages.
+//! What the client mapped for DMA (vfio-user, DMA_MAP): by address, each on its own file descriptor, or by
+//! messages.
 //!
-//! Must never reach beyond a mapping: an access that is not whole inside one or several adjoining ones fails before a
-//! byte moves.
+//! Must never reach beyond a mapping: an access that is not whole inside one or several adjoining ones fails
+//! before a byte moves.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,6 +1,7 @@
 //! The eventfds that the client gave with SET_IRQS, by index (INTx, MSI, MSI-X, …) and vector.
 //!
-//! Masked vectors are the client's business: it holds the MSI-X table. Here a vector has an eventfd or it has not.
+//! Masked vectors are the client's business: it holds the MSI-X table. Here a vector has an eventfd or it has
+//! not.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result, Write};
@@ -97,7 +98,8 @@ impl Interrupts {
         } else if flags & VFIO_IRQ_SET_ACTION_MASK != 0 && index == VFIO_PCI_INTX_IRQ_INDEX {
             self.masked = true;
         } else if flags & VFIO_IRQ_SET_ACTION_UNMASK != 0 && index == VFIO_PCI_INTX_IRQ_INDEX {
-            // With an eventfd this would arm a resample notification, which nobody here needs: the register tells.
+            // With an eventfd this would arm a resample notification, which nobody here needs: the register
+            // tells.
             if flags & VFIO_IRQ_SET_DATA_EVENTFD == 0 {
                 self.masked = false;
                 if std::mem::take(&mut self.pending) {

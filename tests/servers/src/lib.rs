@@ -1,4 +1,5 @@
-//! vfio-user servers for the tests. The third-party crate `vfio_user` speaks the protocol; what is here is the devices.
+//! vfio-user servers for the tests. The third-party crate `vfio_user` speaks the protocol; what is here is
+//! the devices.
 //!
 //! | module | what it holds |
 //! |--|--|

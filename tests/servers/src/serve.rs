@@ -1,7 +1,7 @@
 //! A device and the crate's server: one client after another, and a thread that works while no message comes.
 //!
-//! Locks: the device's, held for one message or one round of work. A device that sends messages of its own waits for their
-//! answers with the lock held; whoever receives those answers must not take it.
+//! Locks: the device's, held for one message or one round of work. A device that sends messages of its own
+//! waits for their answers with the lock held; whoever receives those answers must not take it.
 
 use std::fs::File;
 use std::io::Result;
@@ -110,7 +110,8 @@ impl<D: Device> Shared<D> {
         self.device.1.notify_all();
     }
 
-    /// Works for ever. Looks often while there is work, and once in a millisecond when there has long been none.
+    /// Works for ever. Looks often while there is work, and once in a millisecond when there has long been
+    /// none.
     fn work(&self) {
         let mut idle: u32 = 0;
         let mut device = self.lock();

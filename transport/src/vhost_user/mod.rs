@@ -1,6 +1,6 @@
 //! The vhost-user front end (vhost-user.rst of the QEMU documentation).
 //!
-//! We are the *front end*: we own guest memory and tell the *back end* where the rings are; it moves the data.
+//! We are the *front end*: we own guest memory and tell the *backend* where the rings are; it moves the data.
 //!
 //! ```text
 //!   Connection ──negotiate──▶ Session ──go_live──▶ LiveSession
@@ -9,12 +9,12 @@
 //! ```
 //!
 //! Two sockets: the *main* one, on which we ask ([`Session`], [`request`]), and the *backend channel*, on which
-//! the back end asks ([`backend_requests`]); they share nothing and are served by different threads.
+//! the backend asks ([`backend_requests`]); they share nothing and are served by different threads.
 //!
 //! A ring is stopped or started (SET_VRING_KICK / GET_VRING_BASE), and independently disabled or enabled
 //! (SET_VRING_ENABLE; enabled from the start when feature bit 30 was not offered).
 //!
-//! Blocking: every method that asks the back end blocks for the deadline of its [`crate::peer::Limits`] at most, all its
+//! Blocking: every method that asks the backend blocks for the deadline of its [`crate::peer::Limits`] at most, all its
 //! messages together. After a failure that leaves the connection out of step it is shut down and never used again.
 
 pub mod backend_requests;

@@ -8,8 +8,8 @@
 //! | DMA_READ, DMA_WRITE | sent for the device, on the socket or a twin of it |
 //! | unknown commands | an error with an errno; the crate would lose its place in the stream |
 //!
-//! Threads: one for each direction, one for doorbells, one for the twin. None of them takes the device's lock while the
-//! device may wait for a message, but the doorbells', which no message waits for.
+//! Threads: one for each direction, one for doorbells, one for the twin. None of them takes the device's lock
+//! while the device may wait for a message, but the doorbells', which no message waits for.
 
 mod dma;
 mod doorbells;
@@ -48,7 +48,8 @@ pub fn listen<D: Device + 'static>(
     irqs: Vec<IrqInfo>,
     regions: Vec<ServerRegion>,
 ) -> Result<Server> {
-    // An abstract name leaves no file. The clients' socket comes last: who sees it listen may count this server's descriptors.
+    // An abstract name leaves no file. The clients' socket comes last: who sees it listen may count this
+    // server's descriptors.
     let inner = SocketAddr::from_abstract_name(format!("outboard-front-{}", std::process::id()))?;
     let server = Server::from_owned_fd(UnixListener::bind_addr(&inner)?.into(), true, irqs, regions);
     let outer = UnixListener::bind(&common.socket)?;

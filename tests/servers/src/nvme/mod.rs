@@ -9,8 +9,8 @@
 //! | [`admin`], [`identify`] | §5: the admin commands |
 //! | [`io`] | §6: read, write, flush, write zeroes |
 //!
-//! BAR 0 is 16 KiB: registers, doorbells on a page of their own, the MSI-X table, its pending bits. With mapped doorbells
-//! the guest writes that page without an exit, and the controller looks at it.
+//! BAR 0 is 16 KiB: registers, doorbells on a page of their own, the MSI-X table, its pending bits. With
+//! mapped doorbells the guest writes that page without an exit, and the controller looks at it.
 
 pub mod admin;
 pub mod command;
@@ -146,7 +146,8 @@ impl Nvme {
         if !completion.take_head(self.bar.load(Self::doorbell(to, 1)))
             || !submission.take_tail(self.bar.load(Self::doorbell(queue, 0)))
         {
-            // NVMe §5.2, error information: an invalid doorbell value; a real controller reports it by an event.
+            // NVMe §5.2, error information: an invalid doorbell value; a real controller reports it by an
+            // event.
             log::warn!("queue {queue}: a doorbell beyond the queue");
             self.registers.fail();
             return false;
@@ -252,7 +253,8 @@ impl Device for Nvme {
             return Progress::Asleep;
         }
         let mut done = 0;
-        // Queues take turns, a command each, until none has any or it is time for others to look at the registers.
+        // Queues take turns, a command each, until none has any or it is time for others to look at the
+        // registers.
         loop {
             let queues: Vec<u16> = self.submission.keys().copied().collect();
             let taken = queues.into_iter().filter(|queue| self.step(*queue)).count();

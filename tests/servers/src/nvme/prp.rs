@@ -1,4 +1,5 @@
-//! NVMe 1.4 §4.3: physical region pages. Turns a command's two pointers and a length into pieces of the guest's memory.
+//! NVMe 1.4 §4.3: physical region pages. Turns a command's two pointers and a length into pieces of the
+//! guest's memory.
 //!
 //! Must never follow more list pages than the length can need.
 

@@ -1,5 +1,5 @@
-//! NVMe 1.4 §4.1: queues are rings in the guest's memory. The guest moves the tail of submission queues and the head of
-//! completion queues by doorbells; a value beyond the ring is refused.
+//! NVMe 1.4 §4.1: queues are rings in the guest's memory. The guest moves the tail of submission queues and
+//! the head of completion queues by doorbells; a value beyond the ring is refused.
 
 use std::io::{Error, Result};
 

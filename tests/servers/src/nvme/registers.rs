@@ -1,4 +1,5 @@
-//! NVMe 1.4 §3.1: the controller's registers. Decides when the controller becomes ready; starts and stops nothing itself.
+//! NVMe 1.4 §3.1: the controller's registers. Decides when the controller becomes ready; starts and stops
+//! nothing itself.
 
 use super::queue::{CompletionQueue, SubmissionQueue};
 
@@ -59,7 +60,8 @@ impl Registers {
 
     fn value(&self, register: u64) -> u64 {
         match register {
-            // Contiguous queues, ready within 10 s, doorbells 4 bytes apart, the NVM command set, pages of 4 KiB.
+            // Contiguous queues, ready within 10 s, doorbells 4 bytes apart, the NVM command set, pages of 4
+            // KiB.
             CAP => u64::from(MAX_ENTRIES) | 1 << 16 | 20 << 24 | 1 << 37,
             0x04 => self.value(CAP) >> 32,
             VS => u64::from(VERSION),
@@ -88,7 +90,8 @@ impl Registers {
         }
     }
 
-    /// Writes a register of 4 bytes, or of 8 in one or two pieces; other accesses are undefined (§3.1) and ignored.
+    /// Writes a register of 4 bytes, or of 8 in one or two pieces; other accesses are undefined (§3.1) and
+    /// ignored.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Change {
         let word = |at: usize| {
             data.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes)
