@@ -295,7 +295,8 @@ void deep(void)
 }
 
 /* ---------------------------------------------------------------- drive
- * One key, one step, one line: whoever types measures how long it takes. */
+ * One key, one step, one line: whoever types measures how long it takes. A small letter is for the first device, a
+ * capital one for all of them, one after the other. */
 
 static const char *one_request(struct device *d, uint32_t patience)
 {
@@ -334,6 +335,19 @@ void drive(void)
 		case 'k': set(d, REG_QUEUE_NOTIFY, 0); break;
 		case 'r': set(d, REG_STATUS, 0); break;
 		case 's': bring_up(d); break;
+		case 'C':
+			touches++;
+			for (uint32_t n = 0; n < device_count; n++)
+				touch(&devices[n], touches);
+			break;
+		case 'R':
+			for (uint32_t n = 0; n < device_count; n++)
+				set(&devices[n], REG_STATUS, 0);
+			break;
+		case 'S':
+			for (uint32_t n = 0; n < device_count; n++)
+				bring_up(&devices[n]);
+			break;
 		case 'x': reset_machine(); break;
 		case 'q': break;
 		default: outcome = "unknown";

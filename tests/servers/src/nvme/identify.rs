@@ -8,7 +8,17 @@ pub const SIZE: usize = 4096;
 /// Outstanding event requests, less one.
 pub const EVENTS: u8 = 3;
 
-const GUID: [u8; 16] = *b"outboard-test-ns";
+/// The namespace's identifier. A guest takes one namespace of an identifier, so that of each process is another.
+fn guid() -> [u8; 16] {
+    let mut guid = *b"outboard-ns-....";
+    guid[12..].copy_from_slice(&std::process::id().to_be_bytes());
+    guid
+}
+
+/// The subsystem's name. A guest takes one controller of a name, so that of each process is another.
+fn name() -> String {
+    format!("nqn.2014-08.org.nvmexpress:uuid:6f757462-6f61-4264-8000-{:012}", std::process::id())
+}
 
 struct Page(Vec<u8>);
 
@@ -54,7 +64,7 @@ pub fn controller() -> Vec<u8> {
         .put(520, &(1_u16 << 3).to_le_bytes())
         // A volatile write cache: the guest flushes.
         .put(525, &[1])
-        .put(768, b"nqn.2014-08.org.nvmexpress:uuid:6f757462-6f61-4264-8000-000000000001")
+        .put(768, name().as_bytes())
         .0
 }
 
@@ -66,7 +76,7 @@ pub fn namespace(blocks: u64) -> Vec<u8> {
         .put(0, &size)
         .put(8, &size)
         .put(16, &size)
-        .put(104, &GUID)
+        .put(104, &guid())
         // Format 0: no metadata, blocks of 2^9 bytes.
         .put(130, &[9])
         .0
@@ -87,5 +97,5 @@ pub fn active(after: u32) -> Vec<u8> {
 /// CNS 3: how the namespace is told from others.
 #[must_use]
 pub fn descriptors() -> Vec<u8> {
-    Page::new().put(0, &[2, 16, 0, 0]).put(4, &GUID).0
+    Page::new().put(0, &[2, 16, 0, 0]).put(4, &guid()).0
 }
