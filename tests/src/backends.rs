@@ -179,6 +179,28 @@ impl Backend {
         Self::start(program, scratch, "rng0", &arguments)
     }
 
+    /// A passt with `more` of its options, separated by spaces.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn passt(program: &Path, more: &str) -> Self {
+        /// passt moves into an empty folder by pivot_root(), which nothing can do whose root is the first one
+        /// of all, as the lab's is.
+        const ON_A_ROOT_OF_ITS_OWN: &str = r#"exec unshare -m sh -c 'mkdir -p /passt && mount --rbind / /passt && cd /passt &&
+            mount --move . / && exec chroot . "$0" --runas 65534:65534 "$@"' "$0" "$@""#;
+        let scratch = Scratch::new();
+        let text = format!("--foreground --vhost-user --socket {} {more}", scratch.path("net").display());
+        let arguments = text.split_whitespace().map(str::to_owned);
+        if place::in_lab() {
+            let shell = ["-c", ON_A_ROOT_OF_ITS_OWN, program.to_str().unwrap()].map(str::to_owned);
+            let arguments: Vec<_> = shell.into_iter().chain(arguments).collect();
+            Self::start(Path::new("/bin/sh"), scratch, "net", &arguments)
+        } else {
+            Self::start(program, scratch, "net", &arguments.collect::<Vec<_>>())
+        }
+    }
+
     /// Its vhost-user socket.
     #[must_use]
     pub fn socket(&self) -> &Path {

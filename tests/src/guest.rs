@@ -160,7 +160,7 @@ impl Guest {
     /// # Panics
     /// When the process does not start.
     pub fn wait_init(&mut self) {
-        self.seen = self.find("@init\n", BOOT);
+        self.seen = self.find("@init", BOOT);
     }
 
     fn find(&self, wanted: &str, limit: Duration) -> usize {

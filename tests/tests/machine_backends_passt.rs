@@ -16,7 +16,6 @@ use outboard_tests::backends::{Backend, program};
 use outboard_tests::guest::Guest;
 use outboard_tests::launch::{Ended, Launch, STEP};
 use outboard_tests::place::Missing;
-use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place, vfio, wait};
 
 const MIB: usize = 1 << 20;
@@ -26,11 +25,6 @@ const EXCHANGE: Duration = Duration::from_secs(30);
 /// no network.
 const HOST: &str = "10.9.0.1";
 const MAC: &str = "02:00:00:00:00:07";
-
-/// passt moves into an empty folder by pivot_root(), which nothing can do whose root is the first one of all,
-/// as the lab's is.
-const ON_A_ROOT_OF_ITS_OWN: &str = r#"exec unshare -m sh -c 'mkdir -p /passt && mount --rbind / /passt && cd /passt &&
-    mount --move . / && exec chroot . "$0" --runas 65534:65534 "$@"' "$0" "$@""#;
 
 /// passt, and beside it what its guest talks to. What comes to this port of 127.0.0.2 is passed on to the
 /// guest.
@@ -50,19 +44,8 @@ impl Net {
             }
         });
         thread::spawn(move || serve_files(&files));
-        let scratch = Scratch::new();
-        let text = format!(
-            "--foreground --vhost-user --socket {} --map-host-loopback {HOST} --tcp-ports 127.0.0.2/{port}",
-            scratch.path("net").display()
-        );
-        let arguments = text.split_whitespace().map(str::to_owned);
-        let passt = if place::in_lab() {
-            let shell = ["-c", ON_A_ROOT_OF_ITS_OWN, program.to_str().unwrap()].map(str::to_owned);
-            let arguments: Vec<_> = shell.into_iter().chain(arguments).collect();
-            Backend::start(Path::new("/bin/sh"), scratch, "net", &arguments)
-        } else {
-            Backend::start(program, scratch, "net", &arguments.collect::<Vec<_>>())
-        };
+        let more = format!("--map-host-loopback {HOST} --tcp-ports 127.0.0.2/{port}");
+        let passt = Backend::passt(program, &more);
         Self { passt, port }
     }
 
