@@ -50,6 +50,8 @@ struct Mailbox {
     ended: bool,
     /// The connection of the attempt under way.
     tried: Option<OwnedFd>,
+    /// We ended that connection: what came of the attempt says nothing of the peer.
+    interrupted: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -137,7 +139,16 @@ impl Attendant {
 
     /// Ends the attempt to reach a backend that is under way. Does not wait.
     pub fn interrupt(&self) {
-        self.lock().tried.take().iter().for_each(hang_up);
+        let mut mailbox = self.lock();
+        if let Some(socket) = mailbox.tried.take() {
+            mailbox.interrupted = true;
+            hang_up(&socket);
+        }
+    }
+
+    /// Whether the last attempt was interrupted.
+    pub(crate) fn was_interrupted(&self) -> bool {
+        self.lock().interrupted
     }
 
     /// Ends the thread. Waits for the job that is under way: a deadline of the backend at most.
@@ -161,6 +172,7 @@ impl Attendant {
     /// Has `connection` end when the attendant is interrupted, until what this gives is dropped.
     pub(crate) fn interruptible(&self, connection: BorrowedFd<'_>) -> Exchange<'_> {
         let mut mailbox = self.lock();
+        mailbox.interrupted = false;
         match connection.try_clone_to_owned() {
             Ok(socket) if mailbox.ended => hang_up(&socket),
             Ok(socket) => mailbox.tried = Some(socket),

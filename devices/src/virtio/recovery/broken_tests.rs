@@ -140,7 +140,7 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     rig.write(0x70, 0);
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() < LIMIT, "once is enough: {:?}", begun.elapsed());
-    rig.handle.search_failed(BackendError::gone().cause(), false);
+    rig.handle.search_failed(BackendError::gone().cause(), Some(false));
     rig.write(0x70, 0);
     assert_eq!(rig.asked(), 3, "the second search was given up");
 }
@@ -160,6 +160,18 @@ fn peer_that_fell_silent_is_not_waited_for_but_may_come_back() {
 }
 
 #[test]
+fn a_search_that_we_interrupted_says_nothing_of_a_silent_peer() {
+    let rig = rig();
+    rig.handle.with(|device| device.lose_by(&silence()));
+    rig.write(0x70, 0);
+    rig.handle.search_failed(BackendError::gone().cause(), None);
+    rig.write(0x70, 0);
+    assert_eq!(rig.asked(), 2, "it is searched for again");
+    let begun = Instant::now();
+    assert!(!rig.agree() && begun.elapsed() < LIMIT, "and not waited for: {:?}", begun.elapsed());
+}
+
+#[test]
 fn search_that_fails_leaves_the_device_broken_and_the_next_reset_asks_again() {
     let rig = rig();
     rig.handle.peer_lost("it crashed");
@@ -172,7 +184,7 @@ fn search_that_fails_leaves_the_device_broken_and_the_next_reset_asks_again() {
             2 => silence_error(),
             _ => rig.handle.fill(candidate(1).1).unwrap_err().into(),
         };
-        rig.handle.search_failed(error.as_ref(), round == 2);
+        rig.handle.search_failed(error.as_ref(), Some(round == 2));
         assert!(rig.is_broken() && !rig.agree());
     }
 }

@@ -113,7 +113,9 @@ impl Search {
             Err(error) => error,
         };
         if quest.effort == Effort::Once {
-            device.search_failed(&error, error.is_silence());
+            // An attempt that we interrupted ourselves does not tell whether the peer answers.
+            let silent = (!attendant.was_interrupted()).then(|| error.is_silence());
+            device.search_failed(&error, silent);
             return Attempted::GivenUp;
         }
         if error.is_final() {

@@ -174,8 +174,9 @@ impl DeviceHandle {
         self.with(|device| device.finish_fill(started))
     }
 
-    /// A search on behalf of a broken device has found nothing, or a peer that was `silent`.
-    pub(crate) fn search_failed(&self, error: &(dyn Error + 'static), silent: bool) {
+    /// A search on behalf of a broken device has failed. `silent` tells whether the peer did not answer; `None` when the search
+    /// does not tell.
+    pub(crate) fn search_failed(&self, error: &(dyn Error + 'static), silent: Option<bool>) {
         self.with(|device| device.search_failed(error, silent));
         self.wake();
     }
@@ -259,12 +260,13 @@ impl Device {
         }
     }
 
-    fn search_failed(&mut self, error: &(dyn Error + 'static), silent: bool) {
-        let patience = self.patience(silent);
+    fn search_failed(&mut self, error: &(dyn Error + 'static), silent: Option<bool>) {
+        let patience = silent.map(|silent| self.patience(silent));
         if let Phase::Vacant(vacancy) = &mut self.phase
             && vacancy.told
         {
-            (vacancy.patience, vacancy.work) = (patience, Work::None);
+            vacancy.patience = patience.unwrap_or(vacancy.patience);
+            vacancy.work = Work::None;
             log::warn!("device {} stays broken: {}", self.name, chain(error));
         }
     }
