@@ -6,7 +6,6 @@
 //! a machine starts.
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use arch::boot::Entry;
@@ -23,8 +22,7 @@ use devices::ports::{Access, Guard, Ports, Route};
 use devices::pvpanic::PvPanic;
 use devices::reset::{I8042, ResetKind, ResetPort};
 use devices::serial::Serial;
-use kvm_ioctls::{Cap, Kvm, VmFd};
-use vmm_sys_util::signal::{Killable, SIGRTMIN};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::config::Transport;
 use crate::console::Console;
@@ -36,7 +34,7 @@ use crate::host::peer_memory::PeerMemory;
 use crate::host::ports::KvmPorts;
 use crate::host::slots::{Slot, Slots};
 use crate::life::gate::{Lifecycle, Request};
-use crate::life::vcpu::{Vcpu, VcpuCounters};
+use crate::life::vcpu::{Vcpu, VcpuCounters, Vcpus};
 
 /// What a board is built from; all of it outlives the board.
 pub(crate) struct Parts<'m> {
@@ -55,7 +53,7 @@ pub(crate) struct Parts<'m> {
 /// A machine ready to run, its vCPU threads waiting at the gate.
 pub(crate) struct Board {
     lifecycle: Arc<Lifecycle>,
-    threads: Vec<JoinHandle<()>>,
+    vcpus: Vcpus,
     serial: Arc<Serial>,
     devices: DeviceList,
     pio: Arc<Bus>,
@@ -76,7 +74,13 @@ impl Board {
         let (vm, routes) = create_vm(parts.kvm, parts.platform)?;
         let vm = Arc::new(vm);
 
-        // 2. RAM.
+        // 2. The vCPUs as at power-on. No interrupt may come before: it would find no interrupt controller of a vCPU.
+        let vcpus = power_on(&vm, parts)?;
+        routes
+            .apply(&vm)
+            .map_err(|error| Error::host("cannot create the interrupt routes").because(error))?;
+
+        // 3. RAM.
         let slots = Slots::new(Arc::clone(&vm), kvm::slot_limit(parts.kvm));
         let mut ram = Vec::new();
         for (region, mapping) in parts.ram.regions().iter().zip(parts.ram_mappings) {
@@ -86,7 +90,7 @@ impl Board {
         let (ports, peer_memory) = KvmPorts::ports(Arc::clone(&vm), slots, routes)
             .map_err(|error| Error::internal("cannot watch peers' memory").because(error))?;
 
-        // 3. The legacy devices.
+        // 4. The legacy devices.
         let lifecycle = Arc::new(
             Lifecycle::new().map_err(|error| Error::internal("cannot make an eventfd").because(error))?,
         );
@@ -97,7 +101,7 @@ impl Board {
             .attach(serial.interrupt(), Route::Pin(layout::COM1_GSI.0))
             .map_err(|error| Error::host("cannot wire the serial port").because(error))?;
 
-        // 4. The PCI root, if a device wants one, then the virtio devices, then the others on the
+        // 5. The PCI root, if a device wants one, then the virtio devices, then the others on the
         // PCI bus, in the order of the command line.
         let mut mmio = Bus::new();
         let bridge = match &parts.platform.pci {
@@ -116,11 +120,11 @@ impl Board {
             device.plug(&ports, site)?;
         }
 
-        // 5. The vCPUs, last: their threads share the finished buses.
+        // 6. The threads, last: they share the finished buses.
         let (pio, mmio) = (Arc::new(pio), Arc::new(mmio));
         let mut board = Board {
+            vcpus: Vcpus::new(Arc::clone(&lifecycle), vcpus),
             lifecycle,
-            threads: Vec::new(),
             serial,
             devices: parts.devices.clone(),
             pio,
@@ -132,19 +136,13 @@ impl Board {
             _ram: ram,
             _vm: Arc::clone(&vm),
         };
-        board.spawn_vcpus(&vm, parts)?;
+        board.spawn_vcpus(parts)?;
         Ok(board)
     }
 
-    fn spawn_vcpus(&mut self, vm: &VmFd, parts: &Parts<'_>) -> Result<(), Error> {
-        for (index, counters) in (0..parts.platform.cpus).zip(parts.counters) {
-            let cannot = |what: &str| format!("cannot {what} vCPU {index}");
-            let fd = vm
-                .create_vcpu(u64::from(index))
-                .map_err(|error| Error::host(cannot("create")).because(error))?;
-            arch::cpu::configure(&fd, index, parts.host_cpu, parts.platform)
-                .and_then(|power_on| power_on.enter(&fd, parts.entry))
-                .map_err(|error| Error::host(cannot("set up")).because(error))?;
+    fn spawn_vcpus(&mut self, parts: &Parts<'_>) -> Result<(), Error> {
+        let fds = self.vcpus.fds().to_vec();
+        for ((index, fd), counters) in (0..).zip(fds).zip(parts.counters) {
             let vcpu = Vcpu {
                 fd,
                 index,
@@ -156,9 +154,9 @@ impl Board {
                 faults: 0,
                 begun: parts.begun,
             };
-            let thread =
-                vcpu.spawn().map_err(|error| Error::host(cannot("start a thread for")).because(error))?;
-            self.threads.push(thread);
+            self.vcpus.start(vcpu).map_err(|error| {
+                Error::host(format!("cannot start a thread for vCPU {index}")).because(error)
+            })?;
         }
         Ok(())
     }
@@ -188,20 +186,7 @@ impl Board {
 
     /// Ends the vCPU threads. Afterwards the guest does not run and no device is called by it.
     pub(crate) fn end_vcpus(&mut self) {
-        let threads = std::mem::take(&mut self.threads);
-        self.lifecycle.end(|| {
-            for thread in &threads {
-                // A thread that has just ended cannot be signalled, and need not.
-                if let Err(error) = thread.kill(SIGRTMIN()) {
-                    log::trace!("vCPU thread already gone: {error}");
-                }
-            }
-        });
-        for thread in threads {
-            if thread.join().is_err() {
-                log::error!("a vCPU thread panicked");
-            }
-        }
+        self.vcpus.end(|| {});
     }
 
     /// Takes the board apart: all devices are unplugged afterwards.
@@ -241,13 +226,26 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<(VmFd, RoutingTable), Err
     vm.create_irq_chip().map_err(|error| Error::host(cannot("the interrupt controller")).because(error))?;
     let limit = u32::try_from(kvm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
     let routes = RoutingTable::new(platform.discovery, limit);
-    routes.apply(&vm).map_err(|error| Error::host(cannot("the interrupt routes")).because(error))?;
     if platform.discovery == Discovery::Cmdline {
         // A kernel that is told of no ACPI calibrates its timers by the PIT.
         vm.create_pit2(kvm_bindings::kvm_pit_config::default())
             .map_err(|error| Error::host(cannot("the timer")).because(error))?;
     }
     Ok((vm, routes))
+}
+
+/// The vCPUs, with the registers that they have when the machine is switched on.
+fn power_on(vm: &VmFd, parts: &Parts<'_>) -> Result<Vec<VcpuFd>, Error> {
+    let vcpus = (0..parts.platform.cpus).map(|index| {
+        let cannot = |what: &str| format!("cannot {what} vCPU {index}");
+        let fd =
+            vm.create_vcpu(u64::from(index)).map_err(|error| Error::host(cannot("create")).because(error))?;
+        arch::cpu::configure(&fd, index, parts.host_cpu, parts.platform)
+            .and_then(|power_on| power_on.enter(&fd, parts.entry))
+            .map_err(|error| Error::host(cannot("set up")).because(error))?;
+        Ok(fd)
+    });
+    vcpus.collect()
 }
 
 /// The root, at its addresses.

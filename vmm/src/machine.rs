@@ -252,7 +252,6 @@ impl Machine {
     /// # Errors
     /// When the host fails, or a reboot cannot be carried out.
     pub fn run(mut self) -> Result<Outcome, Error> {
-        interruptible_vcpus()?;
         loop {
             self.stats.boots += 1;
             let begun = Instant::now();
@@ -472,22 +471,6 @@ fn memory_map(ram: &Ram, mappings: &[Mapping]) -> Result<MemoryMap, Error> {
     });
     MemoryMap::new(regions.collect())
         .map_err(|error| Error::internal("cannot describe guest memory").because(error))
-}
-
-/// Makes the signal that takes vCPU threads out of the guest harmless otherwise. Once per process.
-fn interruptible_vcpus() -> Result<(), Error> {
-    use std::sync::OnceLock;
-    use std::sync::atomic::AtomicBool;
-    static DONE: OnceLock<Result<(), i32>> = OnceLock::new();
-    let done = DONE.get_or_init(|| {
-        let flag = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(vmm_sys_util::signal::SIGRTMIN(), flag)
-            .map(|_| ())
-            .map_err(|error| error.raw_os_error().unwrap_or(0))
-    });
-    done.map_err(|errno| {
-        Error::internal("cannot install the vCPU signal").because(std::io::Error::from_raw_os_error(errno))
-    })
 }
 
 fn elapsed(since: Instant) -> u64 {

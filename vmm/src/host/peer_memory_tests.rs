@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use devices::bus::{Bus, BusDevice};
@@ -17,7 +16,7 @@ use vm_memory::{Bytes, VolatileMemory};
 
 use crate::host::mapping::Mapping;
 use crate::life::gate::Lifecycle;
-use crate::life::vcpu::{Vcpu, VcpuCounters};
+use crate::life::vcpu::{Vcpu, VcpuCounters, Vcpus};
 
 /// Where the tests show a piece: one page.
 const PIECE: u64 = 0x8000;
@@ -58,7 +57,7 @@ struct Guest {
     vm: Arc<VmFd>,
     lifecycle: Arc<Lifecycle>,
     said: Receiver<u8>,
-    vcpu: Option<JoinHandle<()>>,
+    vcpus: Option<Vcpus>,
     code: Mapping,
     ports: Arc<Bus>,
     _ram: Slot,
@@ -89,7 +88,7 @@ impl Guest {
             vm,
             lifecycle: Arc::new(Lifecycle::new().unwrap()),
             said: hear,
-            vcpu: None,
+            vcpus: None,
             code,
             ports: Arc::new(ports),
             _ram: ram,
@@ -103,8 +102,9 @@ impl Guest {
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
         fd.set_sregs(&sregs).unwrap();
         fd.set_regs(&kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() }).unwrap();
+        let mut vcpus = Vcpus::new(Arc::clone(&self.lifecycle), [fd]);
         let vcpu = Vcpu {
-            fd,
+            fd: Arc::clone(&vcpus.fds()[0]),
             index: 0,
             pio: Arc::clone(&self.ports),
             mmio: Arc::clone(&self.mmio),
@@ -114,7 +114,8 @@ impl Guest {
             faults: 0,
             begun: Instant::now(),
         };
-        self.vcpu = Some(vcpu.spawn().unwrap());
+        vcpus.start(vcpu).unwrap();
+        self.vcpus = Some(vcpus);
         self.lifecycle.open();
     }
 
@@ -135,9 +136,8 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        self.lifecycle.end(|| {});
-        if let Some(vcpu) = self.vcpu.take() {
-            vcpu.join().unwrap();
+        if let Some(mut vcpus) = self.vcpus.take() {
+            vcpus.end(|| {});
         }
     }
 }

@@ -2,10 +2,12 @@
 //!
 //! A vCPU, the console or a signal *requests*; the control loop *decides*. The first request closes the
 //! gate, so no vCPU enters the guest again, and wakes the control loop.
+//!
+//! The gate is open while the board is complete, nobody has the vCPUs parked, and nobody has asked for the end.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -36,19 +38,18 @@ pub enum Passage {
     Ended,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Gate {
-    Open,
-    Closed,
-    Ended,
-}
-
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
-    gate: Gate,
+    /// The board is complete.
+    opened: bool,
+    ended: bool,
+    /// How many want the vCPUs parked.
+    parks: usize,
     first: Option<Request>,
     /// vCPU threads that have started and not ended.
     threads: usize,
+    /// Those of them that stand at the gate.
+    standing: usize,
 }
 
 /// Shared by the control loop and every vCPU thread of one boot.
@@ -70,7 +71,7 @@ impl Lifecycle {
     /// When no eventfd can be had.
     pub fn new() -> io::Result<Self> {
         Ok(Lifecycle {
-            state: Mutex::new(State { gate: Gate::Closed, first: None, threads: 0 }),
+            state: Mutex::default(),
             changed: Condvar::new(),
             stop: AtomicBool::new(true),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
@@ -82,22 +83,30 @@ impl Lifecycle {
         &self.wake
     }
 
+    /// Changes the state, and opens or closes the gate accordingly.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.lock();
+        change(&mut state);
+        let open = state.opened && !state.ended && state.parks == 0 && state.first.is_none();
+        self.stop.store(!open, Ordering::Release);
+        self.changed.notify_all();
+    }
+
     /// Asks for the end or a reset, on any thread. Only the first request counts, but a reset gives way to a user
     /// or a signal that asks for the end: nobody would repeat it.
     pub fn request(&self, request: Request) {
-        let mut state = self.lock();
-        let counts = match state.first {
-            None => true,
-            Some(Request::Reset) => matches!(request, Request::Quit | Request::Signal(_)),
-            Some(_) => false,
-        };
-        if counts && state.gate != Gate::Ended {
-            state.first = Some(request);
-            state.gate = Gate::Closed;
-            self.stop.store(true, Ordering::Release);
-            if let Err(error) = self.wake.write(1) {
-                log::error!("cannot wake the control loop: {error}");
+        self.change(|state| {
+            let counts = match state.first {
+                None => true,
+                Some(Request::Reset) => matches!(request, Request::Quit | Request::Signal(_)),
+                Some(_) => false,
+            };
+            if counts && !state.ended {
+                state.first = Some(request);
             }
+        });
+        if let Err(error) = self.wake.write(1) {
+            log::error!("cannot wake the control loop: {error}");
         }
     }
 
@@ -112,34 +121,36 @@ impl Lifecycle {
         self.lock().first.clone()
     }
 
-    /// Lets the vCPUs run. Called by the control loop.
+    /// Lets the vCPUs run, unless somebody has asked for the end or has them parked. Called by the control loop.
     pub fn open(&self) {
-        let mut state = self.lock();
-        if state.first.is_none() {
-            state.gate = Gate::Open;
-            self.stop.store(false, Ordering::Release);
-            self.changed.notify_all();
-        }
+        self.change(|state| state.opened = true);
     }
 
-    /// Ends every vCPU thread, calling `kick` until the last has left the guest.
+    /// Waits until every vCPU stands outside the guest, its pending accesses completed, and keeps them there.
     ///
-    /// A kick is lost when it arrives between the thread's look at the gate and its entry into the
-    /// guest, hence again and again; a thread in a bounded wait on a peer is waited for.
-    pub fn end(&self, mut kick: impl FnMut()) {
-        let mut state = self.lock();
-        state.gate = Gate::Ended;
-        self.stop.store(true, Ordering::Release);
-        self.changed.notify_all();
-        while state.threads > 0 {
-            drop(state);
-            kick();
-            state = self.lock();
-            if state.threads > 0 {
-                let wait = self.changed.wait_timeout(state, Duration::from_millis(2));
-                state = wait.unwrap_or_else(PoisonError::into_inner).0;
-            }
+    /// A vCPU thread in a bounded wait on a peer is waited for. Calls `meanwhile` again and again until the last vCPU has
+    /// come out: it interrupts the vCPUs, as an interruption is lost that arrives between a thread's look at the gate and
+    /// its entry into the guest.
+    pub fn park(self: &Arc<Self>, mut meanwhile: impl FnMut()) -> Parked {
+        self.change(|state| state.parks += 1);
+        let parked = Parked(Arc::clone(self));
+        while !self.all_stand() {
+            meanwhile();
+            let running = |state: &mut State| state.standing < state.threads;
+            let waited = self.changed.wait_timeout_while(self.lock(), PAUSE, running);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
+        parked
+    }
+
+    fn all_stand(&self) -> bool {
+        let state = self.lock();
+        state.standing == state.threads
+    }
+
+    /// Ends every vCPU thread that stands at the gate, and every other one when it comes there.
+    pub fn end(&self) {
+        self.change(|state| state.ended = true);
     }
 
     /// Whether the guest goes on. Never waits.
@@ -147,28 +158,32 @@ impl Lifecycle {
         !self.stop.load(Ordering::Acquire)
     }
 
-    /// Called by a vCPU thread before each entry into the guest; waits while the gate is closed.
+    /// Whether the guest will not go on. Never waits.
+    pub fn is_ending(&self) -> bool {
+        let state = self.lock();
+        state.ended || state.first.is_some()
+    }
+
+    /// Called by a vCPU thread before it enters the guest; waits while the gate is closed.
     pub fn pass(&self) -> Passage {
         if self.is_open() {
             return Passage::Open;
         }
         let mut state = self.lock();
-        loop {
-            match state.gate {
-                Gate::Open => return Passage::Open,
-                Gate::Ended => return Passage::Ended,
-                Gate::Closed => {
-                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                }
-            }
+        state.standing += 1;
+        self.changed.notify_all();
+        while !state.ended && !self.is_open() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        state.standing -= 1;
+        if state.ended { Passage::Ended } else { Passage::Open }
     }
 
     /// Counts a vCPU thread in. Called before the thread is spawned; the guard goes into the thread.
     #[must_use = "the thread counts as ended when this is dropped"]
-    pub fn thread_started(self: &std::sync::Arc<Self>) -> ThreadGuard {
+    pub fn thread_started(self: &Arc<Self>) -> ThreadGuard {
         self.lock().threads += 1;
-        ThreadGuard(std::sync::Arc::clone(self))
+        ThreadGuard(Arc::clone(self))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -176,22 +191,32 @@ impl Lifecycle {
     }
 }
 
+/// How long to wait for a vCPU that was interrupted before it is interrupted again.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Every vCPU stands outside the guest while this lives.
+#[derive(Debug)]
+#[must_use = "the vCPUs go on when this is dropped"]
+pub struct Parked(Arc<Lifecycle>);
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        self.0.change(|state| state.parks = state.parks.saturating_sub(1));
+    }
+}
+
 /// A vCPU thread that has not ended.
 #[derive(Debug)]
-pub struct ThreadGuard(std::sync::Arc<Lifecycle>);
+pub struct ThreadGuard(Arc<Lifecycle>);
 
 impl Drop for ThreadGuard {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.threads = state.threads.saturating_sub(1);
-        self.0.changed.notify_all();
+        self.0.change(|state| state.threads = state.threads.saturating_sub(1));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
 
     #[test]
@@ -226,7 +251,26 @@ mod tests {
             let _counted = guard;
             waiting.pass()
         });
-        lifecycle.end(|| {});
+        let parked = lifecycle.park(|| {});
+        lifecycle.end();
         assert_eq!(thread.join().unwrap(), Passage::Ended);
+        drop(parked);
+        assert!(!lifecycle.is_open());
+    }
+
+    #[test]
+    fn a_gate_opens_when_the_last_who_parked_has_let_go() {
+        let lifecycle = Arc::new(Lifecycle::new().unwrap());
+        let parked = [lifecycle.park(|| {}), lifecycle.park(|| {})];
+        lifecycle.open();
+        for one in parked {
+            assert!(!lifecycle.is_open());
+            drop(one);
+        }
+        assert!(lifecycle.is_open());
+        let parked = lifecycle.park(|| {});
+        lifecycle.request(Request::Reset);
+        drop(parked);
+        assert!(!lifecycle.is_open(), "a gate with a request stays closed");
     }
 }

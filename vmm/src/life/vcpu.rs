@@ -3,19 +3,20 @@
 //! Runs on its own thread. It waits only at the gate, in KVM, and inside a device for at most one bounded
 //! exchange with a peer.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use devices::bus::Bus;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use serde::Serialize;
+use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::host::kvm::port_accesses;
 use crate::host::peer_memory::{PeerMemory, Suspects};
 use crate::life::crash::describe_registers;
-use crate::life::gate::{Lifecycle, Passage, Request};
+use crate::life::gate::{Lifecycle, Parked, Passage, Request};
 
 /// Exits to userspace of one vCPU, by reason, over the machine's whole life.
 #[derive(Debug, Default)]
@@ -80,8 +81,8 @@ impl VcpuCounters {
 
 /// What a vCPU thread works with.
 pub struct Vcpu {
-    /// The vCPU, its registers set.
-    pub fd: VcpuFd,
+    /// The vCPU, its registers set. Its thread holds the lock except where it stands at the gate.
+    pub fd: Arc<Mutex<VcpuFd>>,
     /// Its number, from 0.
     pub index: u8,
     /// Ports.
@@ -100,12 +101,97 @@ pub struct Vcpu {
     pub begun: Instant,
 }
 
+/// What came of an entry into the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// The guest asked for something and has it.
+    Answered,
+    /// Something else wants the vCPU out of the guest. No access of it is pending.
+    Interrupted,
+    /// The guest cannot go on.
+    Crashed,
+}
+
+/// The vCPUs of a board and their threads.
+#[derive(Debug)]
+pub struct Vcpus {
+    lifecycle: Arc<Lifecycle>,
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// vCPUs that stand outside the guest while this lives, no access pending.
+#[derive(Debug)]
+#[must_use = "the vCPUs go on when this is dropped"]
+pub struct ParkedVcpus<'v> {
+    _parked: Parked,
+    fds: &'v [Arc<Mutex<VcpuFd>>],
+}
+
+impl ParkedVcpus<'_> {
+    /// Calls `act` with each vCPU.
+    pub fn each(&self, mut act: impl FnMut(&VcpuFd)) {
+        for fd in self.fds {
+            act(&fd.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+impl Vcpus {
+    /// vCPUs without threads.
+    pub fn new(lifecycle: Arc<Lifecycle>, fds: impl IntoIterator<Item = VcpuFd>) -> Self {
+        let fds = fds.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
+        Self { lifecycle, fds, threads: Vec::new() }
+    }
+
+    /// The vCPUs themselves. Where their threads run, the lock is taken only by [`ParkedVcpus::each`].
+    pub fn fds(&self) -> &[Arc<Mutex<VcpuFd>>] {
+        &self.fds
+    }
+
+    /// Starts the thread of a vCPU; it waits at the gate.
+    ///
+    /// # Errors
+    /// When the host refuses another thread.
+    pub fn start(&mut self, vcpu: Vcpu) -> std::io::Result<()> {
+        self.threads.push(vcpu.spawn()?);
+        Ok(())
+    }
+
+    /// See [`Lifecycle::park`].
+    pub fn park(&self, mut meanwhile: impl FnMut()) -> ParkedVcpus<'_> {
+        let _parked = self.lifecycle.park(|| {
+            for thread in &self.threads {
+                // A thread that has just ended cannot be signalled, and need not.
+                if let Err(error) = thread.kill(SIGRTMIN()) {
+                    log::trace!("a vCPU's thread has ended already: {error}");
+                }
+            }
+            meanwhile();
+        });
+        ParkedVcpus { _parked, fds: &self.fds }
+    }
+
+    /// Ends the threads. Afterwards the guest does not run and no device is called by it.
+    pub fn end(&mut self, meanwhile: impl FnMut()) {
+        let parked = self.park(meanwhile);
+        self.lifecycle.end();
+        drop(parked);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}
+
 impl Vcpu {
     /// Starts the thread `vcpu-N`; it waits at the gate.
     ///
     /// # Errors
     /// When the host refuses another thread.
-    pub fn spawn(self) -> std::io::Result<JoinHandle<()>> {
+    fn spawn(self) -> std::io::Result<JoinHandle<()>> {
+        interruptible()?;
         let started = self.lifecycle.thread_started();
         std::thread::Builder::new().name(format!("vcpu-{}", self.index)).stack_size(256 << 10).spawn(
             move || {
@@ -116,25 +202,31 @@ impl Vcpu {
     }
 
     fn run(mut self) {
-        if self.lifecycle.pass() == Passage::Ended {
-            return;
-        }
-        let now = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.counters.first_entry_us.store(now, Ordering::Relaxed);
+        let fd = Arc::clone(&self.fd);
         while self.lifecycle.pass() == Passage::Open {
-            if let Some(request) = self.step() {
-                self.lifecycle.request(request);
+            if self.counters.first_entry_us.load(Ordering::Relaxed) == 0 {
+                let now = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                self.counters.first_entry_us.store(now, Ordering::Relaxed);
             }
+            let mut fd = fd.lock().unwrap_or_else(PoisonError::into_inner);
+            while self.lifecycle.is_open() {
+                self.step(&mut fd);
+            }
+            // KVM completes an access at the next entry: there is one that goes no further. What it completes may take
+            // several accesses.
+            fd.set_kvm_immediate_exit(1);
+            while self.step(&mut fd) == Step::Answered {}
+            fd.set_kvm_immediate_exit(0);
         }
     }
 
     /// One entry into the guest and the answer to its exit.
-    fn step(&mut self) -> Option<Request> {
+    fn step(&mut self, fd: &mut VcpuFd) -> Step {
         let add = |counter: &AtomicU64| {
             counter.fetch_add(1, Ordering::Relaxed);
         };
         let counters = &*self.counters;
-        let exit = self.fd.run();
+        let exit = fd.run();
         let exited = Instant::now();
         if exit.is_ok() {
             self.faults = 0;
@@ -142,16 +234,16 @@ impl Vcpu {
         let crash = match exit {
             Ok(VcpuExit::IoOut(port, _)) => {
                 add(&counters.io_out);
-                for data in port_accesses(&mut self.fd) {
+                for data in port_accesses(fd) {
                     self.pio.write(u64::from(port), data);
                 }
                 None
             }
             Ok(VcpuExit::IoIn(port, _)) => {
                 add(&counters.io_in);
-                for data in port_accesses(&mut self.fd) {
+                for data in port_accesses(fd) {
                     // Each may wait for a peer; nobody is interested in those that follow the end.
-                    if self.lifecycle.is_open() {
+                    if self.lifecycle.is_open() || !self.lifecycle.is_ending() {
                         self.pio.read(u64::from(port), data);
                     }
                 }
@@ -171,11 +263,11 @@ impl Vcpu {
             }
             Ok(VcpuExit::Intr) => {
                 add(&counters.interrupted);
-                return None;
+                return Step::Interrupted;
             }
             Err(error) if [INTERRUPTED, TRY_AGAIN].contains(&error.errno()) => {
                 add(&counters.interrupted);
-                return None;
+                return Step::Interrupted;
             }
             Ok(VcpuExit::Shutdown) => Some("the guest took a triple fault".to_owned()),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
@@ -192,16 +284,17 @@ impl Vcpu {
                 if error.errno() == BAD_ADDRESS && out_of_reach(&mut self.faults, &self.peer_memory) =>
             {
                 add(&counters.other);
-                return None;
+                return Step::Answered;
             }
             Err(error) => Some(format!("KVM cannot run the vCPU: {error}")),
         };
         let spent = u64::try_from(exited.elapsed().as_nanos()).unwrap_or(u64::MAX);
         counters.longest_ns.fetch_max(spent, Ordering::Relaxed);
-        crash.map(|what| {
-            add(&counters.other);
-            Request::Crash(format!("{what}\n{}", describe_registers(&self.fd, self.index)))
-        })
+        let Some(what) = crash else { return Step::Answered };
+        add(&counters.other);
+        let report = format!("{what}\n{}", describe_registers(fd, self.index));
+        self.lifecycle.request(Request::Crash(report));
+        Step::Crashed
     }
 }
 
@@ -217,6 +310,16 @@ fn out_of_reach(faults: &mut u8, peer_memory: &PeerMemory) -> bool {
     }
     *faults = 0;
     peer_memory.remove(Suspects::Unreadable) > 0
+}
+
+/// Makes the signal that takes vCPU threads out of the guest harmless otherwise. Once per process.
+fn interruptible() -> std::io::Result<()> {
+    static DONE: OnceLock<Result<(), i32>> = OnceLock::new();
+    let done = DONE.get_or_init(|| {
+        let registered = signal_hook::flag::register(SIGRTMIN(), Arc::default());
+        registered.map(|_| ()).map_err(|error| error.raw_os_error().unwrap_or(0))
+    });
+    done.map_err(std::io::Error::from_raw_os_error)
 }
 
 /// How often in a row KVM may fail to reach memory before each piece is asked for its pages.
