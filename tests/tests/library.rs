@@ -5,11 +5,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outboard_testkit::kernel::{Ask, Blk, CommandLine, Ending, Operation};
 use outboard_testkit::machine::{TestMachine, device};
@@ -18,8 +19,9 @@ use outboard_tests::disk::MemoryDisk;
 use outboard_tests::place::Missing;
 use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place};
-use vmm::config::{Config, Image, Socket, Transport};
-use vmm::{End, Machine};
+use rustix::process::Signal;
+use vmm::config::{Config, Image, Serial, Socket, Transport};
+use vmm::{End, Event, Machine};
 
 /// Somebody's crate: a workspace of its own, outside of this one, with the example of the kit's documentation
 /// as its test. It shares the folder of builds, the lock file and the profiles, so that little is built
@@ -233,4 +235,68 @@ fn nothing_stays_open_after_a_machine_that_failed_to_start_or_has_run() {
     config.cpus = 78;
     assert!(Machine::build(config).is_err());
     assert_eq!(machines(), 0);
+}
+
+/// A guest that does one step a key waits for a backend that hangs; the machine answers, and ends when it is asked to.
+#[test]
+fn statistics_are_told_and_the_machine_ends_while_a_backend_hangs() {
+    need!(place::kvm());
+    let disk = need!(StorageDaemon::start(1 << 20));
+    let scratch = Scratch::new();
+    let path = scratch.path("console");
+    let line = CommandLine::new("drive").arg("depth", 1).arg("accept", 1 << 11).arg("timeout", 60);
+    let mut config = Config::new(Image::Bytes(outboard_testkit::kernel::tiny_kernel().into()));
+    config.cmdline = Some(line.device(0xd000_0000, 5).to_string());
+    config.memory.size = 32 << 20;
+    config.serial = Serial::Socket(path.clone());
+    let mut backend = device("blk", Socket::Path(disk.socket()));
+    backend.deadline = Duration::from_secs(60);
+    config.vhost_user.push(backend);
+    let machine = Machine::build(config).unwrap();
+    let (handle, events) = (machine.handle(), machine.handle().events());
+    let thread = thread::spawn(move || machine.run().unwrap());
+    let mut console = UnixStream::connect(&path).unwrap();
+    let mut step = |keys: &[u8], wanted: &str| {
+        console.write_all(keys).unwrap();
+        let (mut seen, mut byte) = (Vec::new(), [0]);
+        while !seen.ends_with(wanted.as_bytes()) {
+            console.read_exact(&mut byte).unwrap();
+            seen.push(byte[0]);
+        }
+    };
+    step(b"", "ready\n");
+    step(b"s", "key s status=0xf done\n");
+    disk.signal(Signal::STOP);
+    // A write to the configuration, for which the vCPU waits.
+    console.write_all(b"c").unwrap();
+    thread::sleep(Duration::from_millis(200));
+    let begun = Instant::now();
+    let stats = handle.stats().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert_eq!((stats.boots, stats.devices[0].state), (1, "idle"));
+    assert!(stats.exits > 0 && stats.ranges.iter().any(|range| range.name == "serial" && range.writes > 10));
+    let begun = Instant::now();
+    handle.quit();
+    let outcome = thread.join().unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
+    assert_eq!((outcome.end, outcome.stats.devices[0].state), (End::Quit, "idle"));
+    assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::Ended(End::Quit)]);
+    assert!(handle.stats().is_none(), "the machine has ended");
+}
+
+#[test]
+fn a_reset_by_the_guest_is_an_event() {
+    need!(place::kvm());
+    let mut config = Config::new(Image::Bytes(outboard_testkit::kernel::tiny_kernel().into()));
+    config.cmdline = Some(CommandLine::new("hello").arg("end", "reset").to_string());
+    config.on_reset = vmm::config::OnReset::Reboot;
+    let machine = Machine::build(config).unwrap();
+    let (handle, events) = (machine.handle(), machine.handle().events());
+    let thread = thread::spawn(move || machine.run().unwrap());
+    for _ in 0..3 {
+        assert_eq!(events.recv_timeout(Duration::from_secs(60)).unwrap(), Event::GuestReset);
+    }
+    handle.quit();
+    assert!(thread.join().unwrap().stats.boots > 3);
+    assert_eq!(events.try_iter().last(), Some(Event::Ended(End::Quit)));
 }

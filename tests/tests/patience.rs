@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use outboard_tests::daemon::StorageDaemon;
-use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_device};
+use outboard_tests::launch::{Ended, Launch, STEP, Vm, first_device, first_devices};
 use outboard_tests::{need, place};
 use rustix::process::Signal;
 
@@ -194,5 +194,37 @@ fn a_silent_one_in_the_place_of_a_dead_backend_holds_its_guest_once_at_most() {
         let longest = longest_exit(&ended);
         println!("{keys}: the longest exit took {longest:?}");
         assert!(longest < most + DEADLINE, "{longest:?}\n{ended}");
+    }
+}
+
+/// How soon a machine ends though its backends hang: 200 ms on a quiet host. The backends' deadline is much longer.
+const AT_ONCE: Duration = Duration::from_millis(1500);
+
+#[test]
+fn a_machine_ends_at_once_while_sixteen_backends_hang() {
+    need!(place::kvm());
+    // The guest is at work; it waits for a backend; the machine reboots and waits for the backends' rings to stop.
+    for key in [None, Some('c'), Some('x')] {
+        let disks = need!(StorageDaemon::serving_all(&vec![vec![0; MIB]; 16]));
+        let line = first_devices("drive", 1).arg("depth", 1).arg("accept", CONFIG_WCE).arg("timeout", 60);
+        let launch = (0..16).fold(Launch::payload(&line), |launch, n| {
+            launch.disk_with(&disks.socket_of(n), "deadline=60000")
+        });
+        let mut guest = Driven { vm: launch.start(), seen: 0 };
+        guest.find("ready\n");
+        assert_eq!(guest.quick('s'), "status=0xf done");
+        disks.signal(Signal::STOP);
+        if let Some(key) = key {
+            guest.vm.send(&[u8::try_from(key).unwrap()]);
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let begun = Instant::now();
+        guest.vm.signal(Signal::TERM);
+        let ended = guest.vm.end(STEP).with_code(143);
+        let took = begun.elapsed();
+        println!("{key:?}: the machine ended {took:?} after the signal");
+        assert!(took < AT_ONCE, "{key:?}: {took:?}\n{ended}");
+        let stats = ended.stats();
+        assert!((0..16).all(|n| stats.text(&format!("/devices/{n}/state")) == "idle"), "{ended}");
     }
 }

@@ -14,7 +14,7 @@ use arch::irq::RoutingTable;
 use arch::layout;
 use arch::platform::{AddressRange, Discovery, PciRoot, Platform};
 use arch::ram::Ram;
-use devices::bus::{Bus, BusCounters};
+use devices::bus::Bus;
 use devices::event_line::EventLine;
 use devices::pci::host_bridge::{CONFIG_PORTS, CONFIG_PORTS_LENGTH};
 use devices::pci::{HostBridge, Hotplug, Intx, IntxLines, Window, Windows};
@@ -25,7 +25,8 @@ use devices::serial::Serial;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::config::Transport;
-use crate::console::Console;
+use crate::console::transmit::Transmit;
+use crate::control::Served;
 use crate::devices::{DeviceList, Site};
 use crate::error::Error;
 use crate::host::kvm;
@@ -43,11 +44,19 @@ pub(crate) struct Parts<'m> {
     pub(crate) ram: &'m Ram,
     pub(crate) ram_mappings: &'m [Mapping],
     pub(crate) platform: &'m Platform,
-    pub(crate) entry: &'m Entry,
-    pub(crate) console: &'m Console,
+    pub(crate) output: &'m Arc<Transmit>,
     pub(crate) counters: &'m [Arc<VcpuCounters>],
     pub(crate) devices: &'m DeviceList,
     pub(crate) begun: Instant,
+}
+
+/// The first act of a board: a VM with its memory and vCPUs. Nothing can interrupt them yet.
+pub(crate) struct Bare {
+    vm: Arc<VmFd>,
+    slots: Arc<Slots>,
+    ram: Vec<Slot>,
+    routes: RoutingTable,
+    vcpus: Vec<VcpuFd>,
 }
 
 /// A machine ready to run, its vCPU threads waiting at the gate.
@@ -55,7 +64,6 @@ pub(crate) struct Board {
     lifecycle: Arc<Lifecycle>,
     vcpus: Vcpus,
     serial: Arc<Serial>,
-    devices: DeviceList,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     bridge: Option<Arc<HostBridge>>,
@@ -67,41 +75,60 @@ pub(crate) struct Board {
     _vm: Arc<VmFd>,
 }
 
-impl Board {
-    /// The wiring, from top to bottom. Each step needs the ones before it.
-    pub(crate) fn build(parts: &Parts<'_>) -> Result<Self, Error> {
-        // 1. The VM, with the interrupt controller before any vCPU, which KVM insists on.
+impl Bare {
+    /// The VM with an interrupt controller, which KVM wants before any vCPU; then guest memory and the vCPUs.
+    pub(crate) fn construct(parts: &Parts<'_>) -> Result<Self, Error> {
         let (vm, routes) = create_vm(parts.kvm, parts.platform)?;
         let vm = Arc::new(vm);
-
-        // 2. The vCPUs as at power-on. No interrupt may come before: it would find no interrupt controller of a vCPU.
-        let vcpus = power_on(&vm, parts)?;
-        routes
-            .apply(&vm)
-            .map_err(|error| Error::host("cannot create the interrupt routes").because(error))?;
-
-        // 3. RAM.
         let slots = Slots::new(Arc::clone(&vm), kvm::slot_limit(parts.kvm));
         let mut ram = Vec::new();
         for (region, mapping) in parts.ram.regions().iter().zip(parts.ram_mappings) {
             let slot = slots.add(region.guest.0, mapping.clone(), Access::ReadWrite);
             ram.push(slot.map_err(|error| Error::host("cannot give the guest its memory").because(error))?);
         }
+        let mut vcpus = Vec::new();
+        for index in 0..parts.platform.cpus {
+            let vcpu = vm.create_vcpu(u64::from(index));
+            vcpus.push(
+                vcpu.map_err(|error| Error::host(format!("cannot create vCPU {index}")).because(error))?,
+            );
+        }
+        Ok(Self { vm, slots, ram, routes, vcpus })
+    }
+
+    /// The second act: the state of a machine that is switched on. Interrupt routes come last: an interrupt that is pending
+    /// in a device's eventfd is delivered as soon as there is a route, and must find the vCPUs' interrupt controllers.
+    pub(crate) fn power_on(self, parts: &Parts<'_>, entry: &Entry) -> Result<Self, Error> {
+        for (index, vcpu) in (0..).zip(&self.vcpus) {
+            arch::cpu::configure(vcpu, index, parts.host_cpu, parts.platform)
+                .and_then(|power_on| power_on.enter(vcpu, entry))
+                .map_err(|error| Error::host(format!("cannot set up vCPU {index}")).because(error))?;
+        }
+        let routed = self.routes.apply(&self.vm);
+        routed.map_err(|error| Error::host("cannot create the interrupt routes").because(error))?;
+        Ok(self)
+    }
+}
+
+impl Board {
+    /// The third act: the wiring, from top to bottom. Each step needs the ones before it.
+    pub(crate) fn wire(bare: Bare, parts: &Parts<'_>) -> Result<Self, Error> {
+        let Bare { vm, slots, ram, routes, vcpus } = bare;
         let (ports, peer_memory) = KvmPorts::ports(Arc::clone(&vm), slots, routes)
             .map_err(|error| Error::internal("cannot watch peers' memory").because(error))?;
 
-        // 4. The legacy devices.
+        // 1. The legacy devices.
         let lifecycle = Arc::new(
             Lifecycle::new().map_err(|error| Error::internal("cannot make an eventfd").because(error))?,
         );
         let mut pio = Bus::new();
-        let serial = legacy_devices(&mut pio, &lifecycle, parts.console)?;
+        let serial = legacy_devices(&mut pio, &lifecycle, parts.output)?;
         let interrupt = ports
             .interrupts
             .attach(serial.interrupt(), Route::Pin(layout::COM1_GSI.0))
             .map_err(|error| Error::host("cannot wire the serial port").because(error))?;
 
-        // 5. The PCI root, if a device wants one, then the virtio devices, then the others on the
+        // 2. The PCI root, if a device wants one, then the virtio devices, then the others on the
         // PCI bus, in the order of the command line.
         let mut mmio = Bus::new();
         let bridge = match &parts.platform.pci {
@@ -120,13 +147,12 @@ impl Board {
             device.plug(&ports, site)?;
         }
 
-        // 6. The threads, last: they share the finished buses.
+        // 3. The threads, last: they share the finished buses.
         let (pio, mmio) = (Arc::new(pio), Arc::new(mmio));
         let mut board = Board {
             vcpus: Vcpus::new(Arc::clone(&lifecycle), vcpus),
             lifecycle,
             serial,
-            devices: parts.devices.clone(),
             pio,
             mmio,
             bridge,
@@ -134,7 +160,7 @@ impl Board {
             peer_memory,
             _interrupt: interrupt,
             _ram: ram,
-            _vm: Arc::clone(&vm),
+            _vm: vm,
         };
         board.spawn_vcpus(parts)?;
         Ok(board)
@@ -165,45 +191,39 @@ impl Board {
         &self.lifecycle
     }
 
-    pub(crate) fn serial(&self) -> &Serial {
-        &self.serial
+    /// What the control loop serves.
+    pub(crate) fn served(&self) -> Served {
+        Served {
+            lifecycle: Arc::clone(&self.lifecycle),
+            serial: Arc::clone(&self.serial),
+            hotplug: self.hotplug.clone(),
+            peer_memory: Arc::clone(&self.peer_memory),
+        }
     }
 
-    /// Pieces of peers' files that the guest sees.
-    pub(crate) fn peer_memory(&self) -> &PeerMemory {
-        &self.peer_memory
+    /// Where exits to userspace are counted by range.
+    pub(crate) fn buses(&self) -> Vec<(&'static str, Arc<Bus>)> {
+        vec![("pio", Arc::clone(&self.pio)), ("mmio", Arc::clone(&self.mmio))]
     }
 
-    /// What tells the guest that a removable device is gone.
-    pub(crate) fn hotplug(&self) -> Option<&Hotplug> {
-        self.hotplug.as_deref()
+    /// Ends the vCPU threads. Afterwards the guest does not run and no device is called by it. Calls `meanwhile` again and
+    /// again until the last vCPU has left the guest.
+    pub(crate) fn end_vcpus(&mut self, meanwhile: impl FnMut()) {
+        self.vcpus.end(meanwhile);
     }
 
-    /// Exits to userspace by range so far: ports, then memory.
-    pub(crate) fn bus_counters(&self) -> [(&'static str, BusCounters); 2] {
-        [("pio", self.pio.counters()), ("mmio", self.mmio.counters())]
-    }
-
-    /// Ends the vCPU threads. Afterwards the guest does not run and no device is called by it.
-    pub(crate) fn end_vcpus(&mut self) {
-        self.vcpus.end(|| {});
-    }
-
-    /// Takes the board apart: all devices are unplugged afterwards.
-    pub(crate) fn dismantle(mut self) {
-        self.end_vcpus();
-        // The buses hold the devices' other references.
+    /// Lets go of the devices, which may be unplugged then.
+    pub(crate) fn release(&mut self) {
         (self.pio, self.mmio) = Default::default();
         if let Some(bridge) = self.bridge.take() {
             bridge.clear();
         }
-        self.devices.unplug_all();
     }
 }
 
 impl Drop for Board {
     fn drop(&mut self) {
-        self.end_vcpus();
+        self.end_vcpus(|| {});
     }
 }
 
@@ -232,20 +252,6 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<(VmFd, RoutingTable), Err
             .map_err(|error| Error::host(cannot("the timer")).because(error))?;
     }
     Ok((vm, routes))
-}
-
-/// The vCPUs, with the registers that they have when the machine is switched on.
-fn power_on(vm: &VmFd, parts: &Parts<'_>) -> Result<Vec<VcpuFd>, Error> {
-    let vcpus = (0..parts.platform.cpus).map(|index| {
-        let cannot = |what: &str| format!("cannot {what} vCPU {index}");
-        let fd =
-            vm.create_vcpu(u64::from(index)).map_err(|error| Error::host(cannot("create")).because(error))?;
-        arch::cpu::configure(&fd, index, parts.host_cpu, parts.platform)
-            .and_then(|power_on| power_on.enter(&fd, parts.entry))
-            .map_err(|error| Error::host(cannot("set up")).because(error))?;
-        Ok(fd)
-    });
-    vcpus.collect()
 }
 
 /// The root, at its addresses.
@@ -285,10 +291,10 @@ fn hotplug(bridge: &Arc<HostBridge>, ports: &Ports, pio: &mut Bus) -> Result<Arc
 fn legacy_devices(
     pio: &mut Bus,
     lifecycle: &Arc<Lifecycle>,
-    console: &Console,
+    output: &Arc<Transmit>,
 ) -> Result<Arc<Serial>, Error> {
     let serial = Arc::new(
-        Serial::new(console.output().clone())
+        Serial::new(output.clone())
             .map_err(|error| Error::internal("cannot make the serial port").because(error))?,
     );
     let on_reset = |lifecycle: &Arc<Lifecycle>| {

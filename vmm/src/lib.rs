@@ -37,6 +37,7 @@ pub mod console;
 mod control;
 mod devices;
 pub mod error;
+mod handle;
 pub mod host;
 pub mod life;
 mod logging;
@@ -45,4 +46,5 @@ pub mod stats;
 pub mod tools;
 
 pub use error::Error;
-pub use machine::{End, Handle, Machine, Outcome};
+pub use handle::{Event, Handle};
+pub use machine::{End, Machine, Outcome};

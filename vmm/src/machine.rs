@@ -3,9 +3,8 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use arch::boot::{BootImage, Entry, cmdline};
 use arch::cpu::HostCpu;
@@ -18,23 +17,25 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use transport::memory::{GuestAddr, MemoryMap, SharedRegion};
 use transport::peer::Limits;
 
-use crate::board::{Board, Parts};
+use crate::board::{Bare, Board, Parts};
 use crate::config::{Config, Image, OnReset, Transport};
 use crate::console::Console;
-use crate::control::Control;
+use crate::console::transmit::Transmit;
+use crate::control::Loop;
 use crate::control::peers::{Heard, Peers};
 use crate::devices::vfio::{self, Candidate};
 use crate::devices::virtio::{Surroundings, VirtioDevice};
 use crate::devices::windows::Windows;
 use crate::devices::{DeviceId, DeviceList};
 use crate::error::Error;
+use crate::handle::{Event, Handle, Listeners, Mailbox};
 use crate::host::kvm;
 use crate::host::mapping::Mapping;
 use crate::life::gate::Request;
 use crate::life::reboots::Reboots;
 use crate::life::signals::Signals;
 use crate::life::vcpu::VcpuCounters;
-use crate::stats::{Startup, Stats};
+use crate::stats::{Ledger, Startup, Stats};
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +67,19 @@ impl End {
     }
 }
 
+impl From<Request> for End {
+    fn from(request: Request) -> Self {
+        match request {
+            Request::Reset => End::Reset,
+            Request::PowerOff => End::PowerOff,
+            Request::Quit => End::Quit,
+            Request::Signal(signal) => End::Signal(signal),
+            Request::Crash(report) => End::Crash(report),
+            Request::Panicked => End::Panicked,
+        }
+    }
+}
+
 /// What remains of a machine.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -75,42 +89,53 @@ pub struct Outcome {
     pub stats: Stats,
 }
 
-/// Ends a machine from another thread.
-#[derive(Clone, Debug)]
-pub struct Handle {
-    quit: Arc<UnixStream>,
-}
-
-impl Handle {
-    /// Asks the machine to end, as Ctrl-A x does. Harmless when it has ended already.
-    pub fn quit(&self) {
-        if let Err(error) = (&*self.quit).write(&[0]) {
-            log::debug!("the machine has ended already: {error}");
-        }
-    }
-}
-
 /// A machine with its backends connected and its guest loaded, ready to run.
 pub struct Machine {
+    lasting: Lasting,
+    board: Board,
+    on_reset: OnReset,
+    reboots: Reboots,
+    console: Console,
+    signals: Signals,
+    handle: Handle,
+    mailbox: Mailbox,
+    listeners: Arc<Listeners>,
+    startup: Startup,
+}
+
+/// What outlives boards.
+struct Lasting {
     kvm: Kvm,
     host_cpu: HostCpu,
     platform: Platform,
     files: Files,
     ram: Ram,
     ram_mappings: Vec<Mapping>,
-    on_reset: OnReset,
-    reboots: Reboots,
-    console: Console,
     devices: DeviceList,
     /// Serves servers' requests as long as the machine lives.
     _peers: Arc<Peers>,
     counters: Vec<Arc<VcpuCounters>>,
-    board: Board,
-    signals: Signals,
-    asked: UnixStream,
-    handle: Handle,
-    stats: Stats,
+    output: Arc<Transmit>,
     begun: Instant,
+}
+
+impl Lasting {
+    /// A board as at power-on, with the guest loaded.
+    fn board(&self, entry: &Entry) -> Result<Board, Error> {
+        let parts = Parts {
+            kvm: &self.kvm,
+            host_cpu: &self.host_cpu,
+            ram: &self.ram,
+            ram_mappings: &self.ram_mappings,
+            platform: &self.platform,
+            output: &self.output,
+            counters: &self.counters,
+            devices: &self.devices,
+            begun: self.begun,
+        };
+        let bare = Bare::construct(&parts)?.power_on(&parts, entry)?;
+        Board::wire(bare, &parts)
+    }
 }
 
 impl Machine {
@@ -197,47 +222,38 @@ impl Machine {
 
         // 5. The console, now that little can fail, and the hardware.
         let console = Console::open(&config.serial)?;
-        let counters: Vec<_> = (0..config.cpus).map(|_| Arc::new(VcpuCounters::default())).collect();
-        let parts = Parts {
-            kvm: &kvm,
-            host_cpu: &host_cpu,
-            ram: &ram,
-            ram_mappings: &ram_mappings,
-            platform: &platform,
-            entry: &entry,
-            console: &console,
-            counters: &counters,
-            devices: &devices,
-            begun,
-        };
-        let board = Board::build(&parts)?;
-        startup.board = elapsed(begun);
-
-        let (quit, asked) = UnixStream::pair()
-            .map_err(|error| Error::internal("cannot make a socket pair").because(error))?;
-        Ok(Machine {
+        let (handle, mailbox, listeners) =
+            Handle::new().map_err(|error| Error::internal("cannot make a socket pair").because(error))?;
+        let lasting = Lasting {
             kvm,
             host_cpu,
             platform,
             files,
             ram,
             ram_mappings,
+            devices,
+            _peers: peers,
+            counters: (0..config.cpus).map(|_| Arc::default()).collect(),
+            output: Arc::clone(console.output()),
+            begun,
+        };
+        let board = lasting.board(&entry)?;
+        startup.board = elapsed(begun);
+        Ok(Machine {
+            lasting,
+            board,
             on_reset: config.on_reset,
             reboots: Reboots::new(config.cmdline.is_none()),
             console,
-            devices,
-            _peers: peers,
-            counters,
-            board,
             signals: Signals::default(),
-            asked,
-            handle: Handle { quit: Arc::new(quit) },
-            stats: Stats { startup_us: startup, ..Stats::default() },
-            begun,
+            handle,
+            mailbox,
+            listeners,
+            startup,
         })
     }
 
-    /// A handle that ends the machine from another thread.
+    /// A handle that reaches the machine from another thread.
     pub fn handle(&self) -> Handle {
         self.handle.clone()
     }
@@ -251,73 +267,61 @@ impl Machine {
     ///
     /// # Errors
     /// When the host fails, or a reboot cannot be carried out.
-    pub fn run(mut self) -> Result<Outcome, Error> {
-        loop {
-            self.stats.boots += 1;
-            let begun = Instant::now();
-            self.board.lifecycle().open();
-            let request =
-                Control::run(&self.board, &mut self.console, &self.devices, &self.signals, &self.asked)?;
-            self.board.end_vcpus();
-            for (bus, counters) in self.board.bus_counters() {
-                self.stats.add_bus(bus, counters);
+    pub fn run(self) -> Result<Outcome, Error> {
+        let Machine { lasting, mut board, console, signals, mailbox, listeners, startup, .. } = self;
+        let mut reboots = self.reboots;
+        let devices = &lasting.devices;
+        let ledger = Ledger::new(startup, lasting.counters.clone(), devices.clone());
+        let mut control = Loop::new(console, devices.clone(), signals, mailbox, ledger)?;
+        let end = loop {
+            let lifecycle = Arc::clone(board.lifecycle());
+            control.ledger(|ledger| {
+                ledger.kept.boots += 1;
+                ledger.buses = board.buses();
+            });
+            control.serve(Some(board.served()))?;
+            let opened = Instant::now();
+            lifecycle.open();
+            while lifecycle.take_request().is_none() {
+                control.turn(None)?;
             }
+            board.end_vcpus(|| control.turn_and_hurry());
+            control.serve(None)?;
+            // Asked again: what came meanwhile may count for more.
+            let request = control.ending().or_else(|| lifecycle.take_request()).unwrap_or(Request::Quit);
+            control.ledger(Ledger::close_board);
+            board.release();
             let end = match request {
                 Request::Reset if self.on_reset == OnReset::Reboot => {
-                    match self.reboots.again(begun.elapsed()) {
-                        Ok(()) => {
-                            self = self.reboot()?;
-                            continue;
-                        }
-                        Err(report) => End::Crash(report),
-                    }
+                    reboots.again(opened.elapsed()).err().map(End::Crash)
                 }
-                Request::Reset => End::Reset,
-                Request::PowerOff => End::PowerOff,
-                Request::Quit => End::Quit,
-                Request::Signal(signal) => End::Signal(signal),
-                Request::Crash(report) => End::Crash(report),
-                Request::Panicked => End::Panicked,
+                request => Some(End::from(request)),
             };
-            return Ok(self.finish(end));
-        }
-    }
-
-    /// Another board around the same RAM, console and backends.
-    fn reboot(self) -> Result<Self, Error> {
-        log::info!("the guest reset the machine: starting it again");
-        self.board.dismantle();
-        let entry = self.files.load(&self.ram, &self.platform)?;
-        let parts = Parts {
-            kvm: &self.kvm,
-            host_cpu: &self.host_cpu,
-            ram: &self.ram,
-            ram_mappings: &self.ram_mappings,
-            platform: &self.platform,
-            entry: &entry,
-            console: &self.console,
-            counters: &self.counters,
-            devices: &self.devices,
-            begun: self.begun,
+            let unplugged = devices.apart(if end.is_none() {
+                |device| device.unplug()
+            } else {
+                |device| {
+                    device.ending();
+                    device.unplug();
+                    device.end();
+                }
+            });
+            while !unplugged.is_done() {
+                control.turn_and_hurry();
+            }
+            if let Some(end) = end.or_else(|| control.ending().map(End::from)) {
+                break end;
+            }
+            log::info!("the guest reset the machine: starting it again");
+            listeners.tell(&Event::GuestReset);
+            let entry = lasting.files.load(&lasting.ram, &lasting.platform)?;
+            board = lasting.board(&entry)?;
         };
-        let board = Board::build(&parts)?;
-        Ok(Machine { board, ..self })
-    }
-
-    /// Stops the queues, gathers what was counted, lets go of everything.
-    fn finish(self, end: End) -> Outcome {
-        let mut stats = self.stats;
+        control.finish()?;
+        let mut stats = control.ledger(|ledger| ledger.read());
         stats.end = end.name();
-        stats.vcpus = self.counters.iter().map(|counters| counters.stats()).collect();
-        stats.exits = stats.vcpus.iter().map(|vcpu| vcpu.exits).sum();
-        stats.startup_us.first_entry = self.counters.first().map_or(0, |first| first.first_entry_us());
-        self.devices.iter().for_each(|device| device.ending());
-        self.board.dismantle();
-        stats.devices = self.devices.end();
-        // Whoever sent a signal does not wait for the console's reader.
-        let silence = Duration::from_millis(if matches!(end, End::Signal(_)) { 50 } else { 1000 });
-        self.console.output().finish(silence, 10 * silence);
-        Outcome { end, stats }
+        listeners.tell(&Event::Ended(end.clone()));
+        Ok(Outcome { end, stats })
     }
 }
 

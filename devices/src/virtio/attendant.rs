@@ -151,15 +151,21 @@ impl Attendant {
         self.lock().interrupted
     }
 
-    /// Ends the thread. Waits for the job that is under way: a deadline of the backend at most.
-    pub fn end(&self) {
+    /// Has the thread end after the job that is under way. Does not wait.
+    pub fn stop(&self) {
         let mut mailbox = self.lock();
         mailbox.ended = true;
         mailbox.tried.take().iter().for_each(hang_up);
-        let (jobs, thread) = (std::mem::take(&mut mailbox.jobs), mailbox.thread.take());
+        let jobs = std::mem::take(&mut mailbox.jobs);
         drop(mailbox);
         drop(jobs);
         self.changed.notify_all();
+    }
+
+    /// Ends the thread. Waits for the job that is under way: a deadline of the backend at most.
+    pub fn end(&self) {
+        self.stop();
+        let thread = self.lock().thread.take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             log::error!("the attendant of device {} panicked", self.name);
         }

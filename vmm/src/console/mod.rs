@@ -6,7 +6,7 @@
 pub mod keyboard;
 pub(crate) mod outlet;
 pub(crate) mod terminal;
-mod transmit;
+pub(crate) mod transmit;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -150,8 +150,8 @@ impl Console {
         }
     }
 
-    /// Reads what the source has, up to a bound, and offers it to the guest.
-    pub(crate) fn receive(&mut self, mut offer: impl FnMut(&[u8]) -> usize) -> Input {
+    /// Reads what the source has, up to a bound, for [`Console::flush`].
+    pub(crate) fn receive(&mut self) -> Input {
         let mut bytes = [0; CHUNK];
         let read = match &mut self.source {
             Source::None | Source::Socket { client: None, .. } => return Input::Ended,
@@ -181,7 +181,6 @@ impl Console {
                 Key::Quit => return Input::Quit,
             }
         }
-        self.flush(&mut offer);
         Input::Open
     }
 
@@ -214,7 +213,8 @@ mod tests {
         let client = UnixStream::connect(&path).unwrap();
         assert!(console.accept());
         (&client).write_all(b"hello").unwrap();
-        assert_eq!(console.receive(|bytes| bytes.len().min(2)), Input::Open);
+        assert_eq!(console.receive(), Input::Open);
+        assert!(!console.flush(|bytes| bytes.len().min(2)));
         let mut got = Vec::new();
         assert!(console.flush(|bytes| {
             got.extend_from_slice(bytes);

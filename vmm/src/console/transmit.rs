@@ -1,7 +1,7 @@
 //! The serial port's bytes on their way out. vCPUs send, the control loop passes on what had to wait.
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -114,23 +114,31 @@ impl Transmit {
         was_full && !sending.is_full()
     }
 
-    /// Calls `act` with the descriptor that says when more can be passed on.
-    pub(crate) fn with_outlet<T>(&self, act: impl FnOnce(&Outlet) -> T) -> Option<T> {
+    /// Calls `act` with the descriptor that says when more can be passed on, if there is one.
+    pub(crate) fn with_fd<T>(&self, act: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
         match &self.lock().to {
-            To::Outlet(outlet) => Some(act(outlet)),
+            To::Outlet(outlet) => outlet.fd().map(act),
             To::Sink(_) => None,
         }
     }
 
-    /// The machine has ended: gives a reader the time to take the rest, as long as it goes on reading.
-    pub(crate) fn finish(&self, silence: Duration, limit: Duration) {
+    /// How many bytes wait for a reader who is there.
+    pub(crate) fn waiting(&self) -> usize {
+        match &self.lock().to {
+            To::Outlet(outlet) if !outlet.is_nowhere() => outlet.waiting(),
+            _ => 0,
+        }
+    }
+
+    /// The machine has ended: says what is lost.
+    pub(crate) fn finish(&self) {
         let mut sending = self.lock();
-        let To::Outlet(outlet) = &mut sending.to else { return };
-        let drained = outlet.drain(silence, limit);
+        sending.send(&[]);
+        let To::Outlet(outlet) = &sending.to else { return };
         let rest = outlet.waiting();
         if rest > 0 || sending.lost > 0 {
-            let why = drained.map_or_else(|error| error.to_string(), |()| "nobody read them".to_owned());
-            log::warn!("the last {rest} bytes of the console and {} before are lost: {why}", sending.lost);
+            let lost = sending.lost;
+            log::warn!("the last {rest} bytes of the console and {lost} before are lost: nobody read them");
         }
     }
 }
@@ -176,7 +184,7 @@ mod tests {
         let transmit = Transmit::to_outlet(Outlet::nowhere());
         feed(&transmit, ROOM + 100);
         assert!(!transmit.is_full());
-        assert_eq!(transmit.with_outlet(Outlet::waiting), Some(ROOM));
+        assert!(matches!(&transmit.lock().to, To::Outlet(outlet) if outlet.waiting() == ROOM));
         assert_eq!(transmit.lock().lost, 100);
     }
 

@@ -1,61 +1,92 @@
 //! The control loop: one thread waits for everything that is not a guest's exit.
 //!
-//! It lives for one boot and ends with the request that ended it. It never waits on a peer for longer than
-//! that peer's deadline, and never on the console.
+//! It lives as long as the machine runs, over reboots. It never waits for a peer, for a lock that is held over an
+//! exchange with one, or for a standard stream. What a machine has to wait for while it reboots or ends (vCPUs that leave
+//! the guest, devices that are unplugged) it waits for by turns of this loop: signals, input and commands are served
+//! meanwhile.
 
 pub(crate) mod peers;
 mod shared_objects;
 
-use std::os::fd::OwnedFd;
+use std::cell::RefCell;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-
+use devices::pci::Hotplug;
+use devices::serial::Serial;
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-use crate::board::Board;
 use crate::console::{Console, Input, Readable};
-use crate::devices::{DeviceList, MachineDevice, Notice};
+use crate::devices::{DeviceList, Notice};
 use crate::error::Error;
-use crate::life::gate::Request;
+use crate::handle::{Command, Mailbox};
+use crate::host::peer_memory::PeerMemory;
+use crate::life::gate::{Lifecycle, Request};
 use crate::life::signals::{Asked, Signals};
+use crate::stats::Ledger;
 
-/// What an event is about; a number is added to the last two.
-mod token {
-    pub(crate) const REQUEST: u32 = 0;
-    pub(crate) const INPUT: u32 = 1;
-    pub(crate) const INPUT_SPACE: u32 = 2;
-    pub(crate) const CLIENT: u32 = 3;
-    pub(crate) const EVENT_LINE: u32 = 5;
-    pub(crate) const OUTPUT: u32 = 6;
-    pub(crate) const QUIT: u32 = 7;
-    pub(crate) const LOOK: u32 = 8;
-    pub(crate) const PEER_MEMORY: u32 = 9;
-    pub(crate) const SIGNAL: u32 = 0x100;
-    /// The descriptors of all devices.
-    pub(crate) const DEVICE: u32 = 0x1000;
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// Somebody asks for the end of the boot.
+    Request,
+    /// The guest has read from its serial port.
+    InputSpace,
+    /// The guest has served the interrupt that tells of hot-plug events.
+    EventLine,
+    /// Time to look at the pieces of peers' files that the guest sees.
+    PeerMemory,
+    /// Bytes for the guest, from standard input.
+    Input,
+    /// A client wants the console.
+    Clients,
+    /// Bytes for the guest, from the console's client.
+    Client,
+    /// The reader of the console takes more.
+    Output,
+    /// Time to look again whether this process is in the foreground of its terminal.
+    Look,
+    /// A command of the library's caller.
+    Command,
+    /// The signal with this place among those that are watched.
+    Signal(usize),
+    /// The device with this place in the list.
+    Device(usize, Notice),
 }
 
-/// The parts of a machine that the loop serves during one boot.
-pub(crate) struct Control<'m> {
-    /// The boot's hardware.
-    board: &'m Board,
-    /// The console, for its input.
-    console: &'m mut Console,
-    /// What is watched for devices: a token is a place in this list.
-    notices: Vec<(Arc<dyn MachineDevice>, Notice)>,
-    signals: &'m Signals,
-    /// Readable when a handle asks for the end.
-    asked: &'m UnixStream,
+/// The parts of a board that the loop serves.
+pub(crate) struct Served {
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) serial: Arc<Serial>,
+    pub(crate) hotplug: Option<Arc<Hotplug>>,
+    pub(crate) peer_memory: Arc<PeerMemory>,
+}
+
+/// What the loop serves.
+pub(crate) struct Control {
+    /// The present board; there is none while the machine reboots or ends.
+    board: Option<Served>,
+    console: Console,
+    devices: DeviceList,
+    signals: Signals,
+    mailbox: Mailbox,
+    ledger: Ledger,
+    /// An event's data is the place of its source here.
+    sources: Vec<Source>,
     client: Option<UnixStream>,
     /// Says when to look again whether this process is in the foreground of its terminal.
     look: Option<OwnedFd>,
     input: Watch,
-    ended: bool,
+    /// The user, a handle or a signal has asked for the end of the machine, at this time.
+    ending: Option<(Request, Instant)>,
 }
 
 /// How the source of console input is watched.
@@ -71,51 +102,175 @@ enum Watch {
     Ended,
 }
 
-impl<'m> Control<'m> {
-    /// Serves `board` until somebody requests its end.
+/// The loop itself.
+pub(crate) struct Loop {
+    events: EventManager<Rc<RefCell<Control>>>,
+    id: SubscriberId,
+    control: Rc<RefCell<Control>>,
+    cut: bool,
+}
+
+fn cannot(error: event_manager::Error) -> Error {
+    Error::internal("cannot wait for events").because(error)
+}
+
+impl Loop {
+    /// Begins to watch everything but a board.
     ///
     /// # Errors
     /// When the host's epoll fails.
-    pub(crate) fn run(
-        board: &'m Board,
-        console: &'m mut Console,
-        devices: &DeviceList,
-        signals: &'m Signals,
-        asked: &'m UnixStream,
-    ) -> Result<Request, Error> {
-        let cannot = |error: event_manager::Error| Error::internal("cannot wait for events").because(error);
-        let notices = devices.iter().flat_map(|device| {
-            let notices = device.watched().into_iter().map(|(_, notice)| (Arc::clone(device), notice));
-            notices.collect::<Vec<_>>()
-        });
-        let notices = notices.collect();
-        let control = Control {
-            board,
+    pub(crate) fn new(
+        console: Console,
+        devices: DeviceList,
+        signals: Signals,
+        mailbox: Mailbox,
+        ledger: Ledger,
+    ) -> Result<Self, Error> {
+        let control = Rc::new(RefCell::new(Control {
+            board: None,
             console,
-            notices,
+            devices,
             signals,
-            asked,
+            mailbox,
+            ledger,
+            sources: Vec::new(),
             client: None,
             look: None,
             input: Watch::Ended,
-            ended: false,
-        };
+            ending: None,
+        }));
         let mut events = EventManager::new().map_err(cannot)?;
-        let id = events.add_subscriber(control);
-        loop {
-            let control = events.subscriber_mut(id).map_err(cannot)?;
-            // Asked again: what came after the wake-up may count for more.
-            if control.ended
-                && let Some(request) = board.lifecycle().take_request()
-            {
-                return Ok(request);
-            }
-            match events.run() {
-                Ok(_) => {}
-                Err(event_manager::Error::Epoll(error)) if error.errno() == INTERRUPTED => {}
-                Err(error) => return Err(cannot(error)),
+        let id = events.add_subscriber(Rc::clone(&control));
+        Ok(Self { events, id, control, cut: false })
+    }
+
+    fn with<T>(&mut self, act: impl FnOnce(&mut Control, &mut EventOps<'_>) -> T) -> Result<T, Error> {
+        let mut ops = self.events.event_ops(self.id).map_err(cannot)?;
+        Ok(act(&mut self.control.borrow_mut(), &mut ops))
+    }
+
+    /// What has been counted.
+    pub(crate) fn ledger<T>(&self, act: impl FnOnce(&mut Ledger) -> T) -> T {
+        act(&mut self.control.borrow_mut().ledger)
+    }
+
+    /// Serves this board from now on, or none.
+    ///
+    /// # Errors
+    /// When the host's epoll fails.
+    pub(crate) fn serve(&mut self, board: Option<Served>) -> Result<(), Error> {
+        self.with(|control, ops| control.change_board(board, ops))
+    }
+
+    /// The user, a handle or a signal has asked for the end of the machine.
+    pub(crate) fn ending(&self) -> Option<Request> {
+        self.control.borrow().ending.as_ref().map(|(request, _)| request.clone())
+    }
+
+    /// Waits for events, for `limit` at most, and serves them.
+    ///
+    /// # Errors
+    /// When the host's epoll fails.
+    pub(crate) fn turn(&mut self, limit: Option<Duration>) -> Result<(), Error> {
+        let limit = limit.map_or(-1, |limit| i32::try_from(limit.as_millis()).unwrap_or(i32::MAX));
+        match self.events.run_with_timeout(limit) {
+            Ok(_) => Ok(()),
+            Err(event_manager::Error::Epoll(error)) if error.errno() == INTERRUPTED => Ok(()),
+            Err(error) => Err(cannot(error)),
+        }
+    }
+
+    /// A short turn while the machine waits for vCPUs or devices. When somebody wants the machine to end, what they wait
+    /// for has a little time to end in order; then the connections to all peers are cut, as a peer may hang.
+    pub(crate) fn turn_and_hurry(&mut self) {
+        if let Err(error) = self.turn(Some(TICK)) {
+            log::error!("{error}");
+            std::thread::sleep(TICK);
+        }
+        let control = self.control.borrow();
+        let late = control.ending.as_ref().is_some_and(|(_, since)| since.elapsed() > GRACE);
+        if late && !std::mem::replace(&mut self.cut, true) {
+            control.ledger.settle();
+            control.devices.iter().for_each(|device| device.cut());
+        }
+    }
+
+    /// The end: the reader of the console may take the rest, as long as it goes on reading.
+    pub(crate) fn finish(&mut self) -> Result<(), Error> {
+        let output = Arc::clone(self.control.borrow().console.output());
+        let (mut rest, mut since) = (output.waiting(), Instant::now());
+        while rest > 0 && since.elapsed() < SILENCE && self.ending().is_none() {
+            self.turn(Some(TICK))?;
+            let waiting = output.waiting();
+            if waiting < rest {
+                (rest, since) = (waiting, Instant::now());
             }
         }
+        output.finish();
+        Ok(())
+    }
+}
+
+/// How long a turn takes while the machine waits for something else.
+const TICK: Duration = Duration::from_millis(2);
+
+/// How long vCPUs and devices may take to end in order, once somebody wants the machine to end.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// How long the reader of the console may pause before what it has not read is lost with the machine.
+const SILENCE: Duration = Duration::from_secs(1);
+
+impl Control {
+    /// Has epoll tell of `fd`. False when it cannot.
+    fn watch(
+        &mut self,
+        ops: &mut EventOps<'_>,
+        fd: &impl AsRawFd,
+        source: Source,
+        set: EventSet,
+    ) -> Result<(), event_manager::Error> {
+        let place = self.sources.iter().position(|known| *known == source).unwrap_or_else(|| {
+            self.sources.push(source);
+            self.sources.len() - 1
+        });
+        ops.add(Events::with_data(fd, u32::try_from(place).unwrap_or(u32::MAX), set))
+    }
+
+    /// The same for what is always watchable.
+    fn listen(&mut self, ops: &mut EventOps<'_>, fd: &impl AsRawFd, source: Source) {
+        if let Err(error) = self.watch(ops, fd, source, EventSet::IN) {
+            log::error!("cannot watch {source:?}: {error}");
+        }
+    }
+
+    fn change_board(&mut self, board: Option<Served>, ops: &mut EventOps<'_>) {
+        if let Some(old) = self.board.take() {
+            unwatch(ops, old.lifecycle.wake());
+            unwatch(ops, &old.serial.input_space());
+            unwatch(ops, &old.peer_memory.timer());
+            old.hotplug.iter().for_each(|hotplug| unwatch(ops, &hotplug.line().lowered()));
+        }
+        let Some(board) = board else { return };
+        self.listen(ops, board.lifecycle.wake(), Source::Request);
+        self.listen(ops, &board.serial.input_space(), Source::InputSpace);
+        self.listen(ops, &board.peer_memory.timer(), Source::PeerMemory);
+        if let Some(hotplug) = &board.hotplug {
+            self.listen(ops, &hotplug.line().lowered(), Source::EventLine);
+        }
+        if let Some((request, _)) = &self.ending {
+            board.lifecycle.request(request.clone());
+        }
+        self.board = Some(board);
+        // Bytes may wait from before a reboot, and a plain file has its bytes ready.
+        self.input_space(ops);
+    }
+
+    /// The machine is to end.
+    fn end(&mut self, request: Request) {
+        if let Some(board) = &self.board {
+            board.lifecycle.request(request.clone());
+        }
+        self.ending.get_or_insert((request, Instant::now()));
     }
 
     /// Takes the terminal, if there is one. In its background, looks again every now and then: no shell says when that
@@ -131,11 +286,17 @@ impl<'m> Control<'m> {
         self.watch_input(ops, Watch::Paused);
         match timer(LOOK) {
             Ok(look) => {
-                watch(ops, Events::with_data(&look, token::LOOK, EventSet::IN));
+                self.listen(ops, &look, Source::Look);
                 self.look = Some(look);
             }
             Err(error) => log::warn!("the keys of the terminal are not read any more: {error}"),
         }
+    }
+
+    /// Hands the guest what waits for it. True when nothing waits any more.
+    fn flush(&mut self) -> bool {
+        let serial = self.board.as_ref().map(|board| &board.serial);
+        self.console.flush(|bytes| serial.map_or(0, |serial| serial.enqueue(bytes)))
     }
 
     /// Input for the guest; stops watching the source when it has ended or the guest is full.
@@ -143,11 +304,10 @@ impl<'m> Control<'m> {
         if !self.console.begin() {
             return self.begin_input(ops);
         }
-        let serial = self.board.serial();
-        let input = self.console.receive(|bytes| serial.enqueue(bytes));
-        let full = !self.console.flush(|bytes| serial.enqueue(bytes));
+        let input = self.console.receive();
+        let full = !self.flush();
         match input {
-            Input::Quit => self.board.lifecycle().request(Request::Quit),
+            Input::Quit => self.end(Request::Quit),
             Input::Ended => self.watch_input(ops, Watch::Ended),
             Input::Open if full && self.input == Watch::Watched => self.watch_input(ops, Watch::Paused),
             Input::Open => {}
@@ -156,56 +316,54 @@ impl<'m> Control<'m> {
 
     /// The guest has read: offer what waits, and go on reading the source.
     fn input_space(&mut self, ops: &mut EventOps<'_>) {
-        let serial = self.board.serial();
-        serial.clear_input_space();
-        let mut empty = self.console.flush(|bytes| serial.enqueue(bytes));
+        if let Some(board) = &self.board {
+            board.serial.clear_input_space();
+        }
+        let mut empty = self.flush();
         while empty && self.input == Watch::Ready {
             self.receive(ops);
-            empty = self.console.flush(|bytes| serial.enqueue(bytes));
+            empty = self.flush();
         }
         if empty && self.input == Watch::Paused && self.look.is_none() {
             self.watch_input(ops, Watch::Watched);
         }
     }
 
-    /// Starts or stops watching the source.
+    /// Starts or stops watching the source of input.
     fn watch_input(&mut self, ops: &mut EventOps<'_>, wanted: Watch) {
-        let event = match (self.console.readable(), &self.client) {
-            (Readable::Bytes(fd), _) => Events::with_data(&fd, token::INPUT, EventSet::IN),
-            (Readable::Clients(_), Some(client)) => Events::with_data(client, token::CLIENT, EventSet::IN),
+        let (fd, source) = match (self.console.readable(), &self.client) {
+            (Readable::Bytes(fd), _) => (fd.as_raw_fd(), Source::Input),
+            (Readable::Clients(_), Some(client)) => (client.as_raw_fd(), Source::Client),
             _ => return,
         };
         if wanted == Watch::Watched {
-            match ops.add(event) {
-                Ok(()) => self.input = Watch::Watched,
+            self.input = match self.watch(ops, &fd, source, EventSet::IN) {
+                Ok(()) => Watch::Watched,
                 Err(error) => {
                     log::debug!("console input cannot be waited for, and need not ({error})");
-                    self.input = Watch::Ready;
+                    Watch::Ready
                 }
-            }
+            };
             return;
         }
         if self.input == Watch::Watched {
-            unwatch(ops, event);
+            unwatch(ops, &fd);
         }
         self.input = wanted;
         if wanted == Watch::Ended && self.client.take().is_some() {
-            self.watch_output(ops, Watch::Ended);
+            self.console.output().with_fd(|fd| unwatch(ops, &fd));
             self.console.client_gone();
             self.watch_clients(ops);
         }
     }
 
     /// Has epoll say when the reader of the console takes more: at each change, as there is mostly nothing to pass on.
-    fn watch_output(&self, ops: &mut EventOps<'_>, wanted: Watch) {
-        self.console.output().with_outlet(|outlet| {
-            let Some(fd) = outlet.fd() else { return };
-            let event = Events::with_data(&fd, token::OUTPUT, EventSet::OUT | EventSet::EDGE_TRIGGERED);
-            let changed = if wanted == Watch::Watched { ops.add(event) } else { ops.remove(event) };
-            if let Err(error) = changed {
-                log::debug!("console output cannot be waited for, and need not ({error})");
-            }
-        });
+    fn watch_output(&mut self, ops: &mut EventOps<'_>) {
+        let Some(fd) = self.console.output().with_fd(|fd| fd.as_raw_fd()) else { return };
+        let set = EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        if let Err(error) = self.watch(ops, &fd, Source::Output, set) {
+            log::debug!("console output cannot be waited for, and need not ({error})");
+        }
     }
 
     /// Serves the console socket's client, or waits for one. While there is one the next waits in the socket's
@@ -213,100 +371,99 @@ impl<'m> Control<'m> {
     fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
         self.client = self.console.client();
         if self.client.is_some() {
-            self.watch_output(ops, Watch::Watched);
+            self.watch_output(ops);
             self.watch_input(ops, Watch::Watched);
         } else if let Readable::Clients(fd) = self.console.readable() {
-            watch(ops, Events::with_data(&fd, token::INPUT, EventSet::IN));
+            let fd = fd.as_raw_fd();
+            self.listen(ops, &fd, Source::Clients);
         }
     }
 
-    fn accept(&mut self, event: Events, ops: &mut EventOps<'_>) {
-        if self.console.accept() {
-            unwatch(ops, event);
-            self.watch_clients(ops);
-        }
-    }
-
-    fn signal(&mut self, index: u32, ops: &mut EventOps<'_>) {
-        match self.signals.take(usize::try_from(index).unwrap_or(usize::MAX)) {
-            Some(Asked::End(signal)) => self.board.lifecycle().request(Request::Signal(signal)),
+    fn signal(&mut self, index: usize, ops: &mut EventOps<'_>) {
+        match self.signals.take(index) {
+            Some(Asked::End(signal)) => self.end(Request::Signal(signal)),
             Some(Asked::Continued) => self.begin_input(ops),
             None => {}
         }
     }
+
+    fn command(&mut self) {
+        for command in self.mailbox.take() {
+            match command {
+                Command::Quit => self.end(Request::Quit),
+                Command::Stats(reply) => {
+                    if reply.send(self.ledger.read()).is_err() {
+                        log::debug!("nobody waits for the statistics any more");
+                    }
+                }
+            }
+        }
+    }
 }
 
-impl MutEventSubscriber for Control<'_> {
+impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        watch(ops, Events::with_data(self.board.lifecycle().wake(), token::REQUEST, EventSet::IN));
-        watch(ops, Events::with_data(&self.board.serial().input_space(), token::INPUT_SPACE, EventSet::IN));
-        let memory = self.board.peer_memory();
-        watch(ops, Events::with_data(&memory.timer(), token::PEER_MEMORY, EventSet::IN));
-        if let Some(hotplug) = self.board.hotplug() {
-            watch(ops, Events::with_data(&hotplug.line().lowered(), token::EVENT_LINE, EventSet::IN));
+        let mailbox = self.mailbox.wake().as_raw_fd();
+        self.listen(ops, &mailbox, Source::Command);
+        let signals: Vec<_> = self.signals.sockets().map(AsRawFd::as_raw_fd).collect();
+        for (index, fd) in signals.into_iter().enumerate() {
+            self.listen(ops, &fd, Source::Signal(index));
         }
-        watch(ops, Events::with_data(self.asked, token::QUIT, EventSet::IN));
-        for (index, stream) in (0..).zip(self.signals.sockets()) {
-            watch(ops, Events::with_data(stream, token::SIGNAL + index, EventSet::IN));
-        }
-        let mut token = token::DEVICE;
-        for (device, notice) in &self.notices {
-            let watched = device.watched();
-            if let Some((fd, _)) = watched.iter().find(|(_, watched)| watched == notice) {
-                watch(ops, Events::with_data(fd, token, EventSet::IN));
+        for (index, device) in self.devices.clone().iter().enumerate() {
+            for (fd, notice) in device.watched() {
+                self.listen(ops, &fd, Source::Device(index, notice));
             }
-            token = token.saturating_add(1);
         }
         match self.console.readable() {
-            Readable::Nothing => {}
+            Readable::Nothing => self.watch_output(ops),
             Readable::Clients(_) => self.watch_clients(ops),
             Readable::Bytes(_) => {
+                self.watch_output(ops);
                 self.watch_input(ops, Watch::Watched);
                 self.begin_input(ops);
             }
         }
-        if self.client.is_none() {
-            self.watch_output(ops, Watch::Watched);
-        }
-        // Bytes may wait from before a reboot, and a plain file has its bytes ready.
-        self.input_space(ops);
     }
 
     fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
-        match event.data() {
-            token::REQUEST => self.ended = true,
-            token::INPUT if matches!(self.console.readable(), Readable::Clients(_)) => {
-                self.accept(event, ops);
-            }
-            token::INPUT | token::CLIENT => self.receive(ops),
-            token::INPUT_SPACE => self.input_space(ops),
-            token::OUTPUT => {
-                if self.console.output().pass_on() {
-                    self.board.serial().output_space();
-                }
-            }
-            token::LOOK => {
-                unwatch(ops, event);
-                self.begin_input(ops);
-            }
-            token::QUIT => {
-                // Asked once or often: it counts once, and a handle that is gone asks for nothing.
-                unwatch(ops, event);
-                self.board.lifecycle().request(Request::Quit);
-            }
-            token::EVENT_LINE => {
-                if let Some(hotplug) = self.board.hotplug() {
+        let source = usize::try_from(event.data()).ok().and_then(|place| self.sources.get(place).copied());
+        match source {
+            // Whoever waits for it asks the lifecycle.
+            Some(Source::Request) | None => {}
+            Some(Source::InputSpace) => self.input_space(ops),
+            Some(Source::EventLine) => {
+                if let Some(hotplug) = self.board.as_ref().and_then(|board| board.hotplug.as_ref()) {
                     hotplug.line_lowered();
                 }
             }
-            token::PEER_MEMORY => self.board.peer_memory().look(),
-            signal if (token::SIGNAL..token::DEVICE).contains(&signal) => {
-                self.signal(signal - token::SIGNAL, ops);
+            Some(Source::PeerMemory) => {
+                if let Some(board) = &self.board {
+                    board.peer_memory.look();
+                }
             }
-            other => {
-                let place = usize::try_from(other.saturating_sub(token::DEVICE)).ok();
-                if let Some((device, notice)) = place.and_then(|place| self.notices.get(place)) {
-                    device.notice(*notice);
+            Some(Source::Input | Source::Client) => self.receive(ops),
+            Some(Source::Clients) => {
+                if self.console.accept() {
+                    unwatch(ops, &event.fd());
+                    self.watch_clients(ops);
+                }
+            }
+            Some(Source::Output) => {
+                if self.console.output().pass_on()
+                    && let Some(board) = &self.board
+                {
+                    board.serial.output_space();
+                }
+            }
+            Some(Source::Look) => {
+                unwatch(ops, &event.fd());
+                self.begin_input(ops);
+            }
+            Some(Source::Command) => self.command(),
+            Some(Source::Signal(index)) => self.signal(index, ops),
+            Some(Source::Device(index, notice)) => {
+                if let Some(device) = self.devices.iter().nth(index) {
+                    device.notice(notice);
                 }
             }
         }
@@ -327,18 +484,8 @@ fn timer(pause: Duration) -> std::io::Result<OwnedFd> {
     Ok(fd)
 }
 
-fn watch(ops: &mut EventOps<'_>, event: Events) -> bool {
-    match ops.add(event) {
-        Ok(()) => true,
-        Err(error) => {
-            log::error!("cannot watch descriptor {}: {error}", event.fd());
-            false
-        }
-    }
-}
-
-fn unwatch(ops: &mut EventOps<'_>, event: Events) {
-    if let Err(error) = ops.remove(event) {
-        log::debug!("descriptor {} was not watched: {error}", event.fd());
+fn unwatch(ops: &mut EventOps<'_>, fd: &impl AsRawFd) {
+    if let Err(error) = ops.remove(Events::empty(fd)) {
+        log::debug!("descriptor {} was not watched: {error}", fd.as_raw_fd());
     }
 }

@@ -68,6 +68,10 @@ pub(crate) trait MachineDevice: Send + Sync {
     /// Asks that nothing be waited for that [`MachineDevice::unplug`] would wait for. Never waits.
     fn hurry(&self) {}
 
+    /// The machine ends now: ends the connection to the peer, and every one that follows, so that whoever waits for the peer
+    /// comes back. Never waits.
+    fn cut(&self);
+
     /// Takes the device off its board: queues stopped, registers as at power-on. The board's buses must be gone, or they
     /// keep the register page alive. Waits for the peer, for its deadline at most.
     fn unplug(&self);
@@ -102,30 +106,33 @@ impl DeviceList {
         self.0.iter()
     }
 
-    /// Takes all devices off their board at the same time: of several hung peers the deadline is waited for once.
-    pub(crate) fn unplug_all(&self) {
+    /// Does something with all devices at the same time, each on a thread of its own: of several hung peers the deadline is
+    /// waited for once. Does not wait.
+    pub(crate) fn apart(&self, act: fn(&dyn MachineDevice)) -> Pending {
         self.iter().for_each(|device| device.hurry());
-        std::thread::scope(|scope| {
-            let mut devices = self.iter();
-            // One is as well unplugged here.
-            let first = devices.next();
-            for other in devices {
-                let thread = std::thread::Builder::new().name("unplug".to_owned());
-                if let Err(error) = thread.spawn_scoped(scope, || other.unplug()) {
-                    log::debug!("a device is unplugged after the others: {error}");
-                    other.unplug();
-                }
+        let pending = Pending::default();
+        for device in self.iter() {
+            let (device, left) = (Arc::clone(device), Arc::clone(&pending.0));
+            let work = move || {
+                act(&*device);
+                drop(left);
+            };
+            let thread = std::thread::Builder::new().name(format!("attend {}", self.0.len()));
+            if let Err(error) = thread.stack_size(256 << 10).spawn(work) {
+                log::error!("no thread can be had for a device: {error}");
             }
-            first.into_iter().for_each(|device| device.unplug());
-        });
+        }
+        pending
     }
+}
 
-    /// The end of all devices; what was counted.
-    pub(crate) fn end(&self) -> Vec<DeviceStats> {
-        let end = |device: &Arc<dyn MachineDevice>| {
-            device.end();
-            device.stats()
-        };
-        self.iter().map(end).collect()
+/// What devices do apart.
+#[derive(Default)]
+pub(crate) struct Pending(Arc<()>);
+
+impl Pending {
+    /// Whether all are through.
+    pub(crate) fn is_done(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
     }
 }

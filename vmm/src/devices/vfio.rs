@@ -4,7 +4,7 @@
 //! and that is on no board that is built afterwards. A function that the guest itself has switched off is on the next board
 //! again.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::layout;
@@ -73,7 +73,7 @@ impl Candidate {
         let hang_up = HangUp::new().map_err(|error| cannot().because(error))?;
         hang_up.watch(&connection).map_err(|error| cannot().because(error))?;
         let hotplug = Mutex::default();
-        Ok((VfioDevice { id, number, device, hang_up, _connection: connection, hotplug }, receiver))
+        Ok((VfioDevice { id, number, device, hang_up, hotplug }, receiver))
     }
 }
 
@@ -83,8 +83,6 @@ pub(crate) struct VfioDevice {
     number: DeviceNumber,
     device: Arc<VfioUserDevice>,
     hang_up: HangUp,
-    /// What [`VfioDevice::hang_up`] watches.
-    _connection: OwnedFd,
     /// Of the present board.
     hotplug: Mutex<Option<Arc<Hotplug>>>,
 }
@@ -127,6 +125,11 @@ impl MachineDevice for VfioDevice {
         log::info!("device {id} is PCI device {number}");
         *self.hotplug.lock().unwrap_or_else(PoisonError::into_inner) = hotplug.cloned();
         Ok(())
+    }
+
+    fn cut(&self) {
+        self.device.link.ending();
+        self.hang_up.cut();
     }
 
     fn unplug(&self) {

@@ -1,7 +1,7 @@
 //! A virtio device whose queues a vhost-user backend serves.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use devices::hang_up::HangUp;
@@ -13,7 +13,7 @@ use devices::virtio::core::registers::SharedMemory;
 use devices::virtio::recovery::search::{Meeting, Search};
 use devices::virtio::ring::address::Iommu;
 use devices::virtio::transport::mmio::{self, MmioDevice, Place};
-use devices::virtio::{DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
+use devices::virtio::{self, DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
 use transport::memory::{GuestAddr, MemoryMap};
 use transport::peer::socket::Listener;
 use transport::peer::{Limits, Trace};
@@ -48,6 +48,8 @@ pub(crate) struct VirtioDevice {
     hang_up: Arc<HangUp>,
     /// Ring for the queues whose kicks we serve or pass on.
     kicks: Vec<(u16, Kick)>,
+    /// The last statistics that could be had without a wait.
+    published: Mutex<virtio::DeviceStats>,
 }
 
 impl VirtioDevice {
@@ -137,7 +139,8 @@ impl VirtioDevice {
             peers.add(index, channel).map_err(no_fd)?;
         }
         let transport = config.transport;
-        Ok(VirtioDevice { id, transport, handle, attendant, hang_up, kicks })
+        let published = Mutex::new(handle.stats());
+        Ok(VirtioDevice { id, transport, handle, attendant, hang_up, kicks, published })
     }
 }
 
@@ -198,6 +201,11 @@ impl MachineDevice for VirtioDevice {
         self.attendant.interrupt();
     }
 
+    fn cut(&self) {
+        self.attendant.stop();
+        self.hang_up.cut();
+    }
+
     fn unplug(&self) {
         self.handle.unplug();
     }
@@ -224,7 +232,12 @@ impl MachineDevice for VirtioDevice {
     }
 
     fn stats(&self) -> DeviceStats {
-        let stats = self.handle.stats();
+        let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stats) = self.handle.stats_now() {
+            *published = stats;
+        }
+        let stats = published.clone();
+        drop(published);
         let Trapped { queue_notify, interrupt_ack, config_ack, config, other } = stats.trapped;
         let (state, broken) = match stats.phase {
             PhaseReport::Idle

@@ -34,7 +34,7 @@ struct Bench {
     vm: Arc<kvm_ioctls::VmFd>,
     slots: Arc<Slots>,
     memory: Mapping,
-    _slot: crate::host::memory::Slot,
+    _slot: crate::host::slots::Slot,
     lifecycle: Arc<Lifecycle>,
 }
 

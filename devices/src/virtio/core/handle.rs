@@ -1,7 +1,7 @@
 //! A device shared between threads: its lock, and the two waits of a driver for the attendant's work.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
 use transport::memory::MemoryMap;
@@ -152,6 +152,16 @@ impl DeviceHandle {
     #[must_use]
     pub fn stats(&self) -> DeviceStats {
         self.with(|device| device.stats())
+    }
+
+    /// The same, unless somebody holds the device's lock, perhaps over an exchange. Never waits.
+    #[must_use]
+    pub fn stats_now(&self) -> Option<DeviceStats> {
+        match self.0.device.try_lock() {
+            Ok(device) => Some(device.stats()),
+            Err(TryLockError::Poisoned(device)) => Some(device.into_inner().stats()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// The status field.

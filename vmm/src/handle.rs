@@ -1,0 +1,169 @@
+//! What another thread may ask of a running machine, and what it hears of it.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::machine::End;
+use crate::stats::Stats;
+
+/// What happened to a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A device has lost its backend, which is looked for.
+    DeviceLost {
+        /// The device's name.
+        id: String,
+    },
+    /// A device has lost its peer, or the peer misbehaved.
+    DeviceBroken {
+        /// The device's name.
+        id: String,
+        /// How.
+        why: String,
+    },
+    /// A device has a backend again.
+    DeviceRecovered {
+        /// The device's name.
+        id: String,
+    },
+    /// The guest reset the machine, which starts again.
+    GuestReset,
+    /// The machine has ended.
+    Ended(End),
+}
+
+/// How many events wait for a receiver that does not take them; later ones are lost to it.
+const EVENTS: usize = 4096;
+
+/// Who hears of events.
+#[derive(Debug, Default)]
+pub(crate) struct Listeners(Mutex<Vec<SyncSender<Event>>>);
+
+impl Listeners {
+    /// Tells everybody. Called on any thread; never waits.
+    pub(crate) fn tell(&self, event: &Event) {
+        let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.retain(|listener| {
+            !matches!(listener.try_send(event.clone()), Err(TrySendError::Disconnected(_)))
+        });
+    }
+}
+
+/// What a machine is asked to do.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// End, as at Ctrl-A x.
+    Quit,
+    /// Say what has been counted so far.
+    Stats(Sender<Stats>),
+}
+
+/// The machine's end of its handles.
+#[derive(Debug)]
+pub(crate) struct Mailbox {
+    commands: Receiver<Command>,
+    wake: UnixStream,
+}
+
+impl Mailbox {
+    /// Readable when there are commands.
+    pub(crate) fn wake(&self) -> &UnixStream {
+        &self.wake
+    }
+
+    /// The commands that have come.
+    pub(crate) fn take(&mut self) -> Vec<Command> {
+        if let Err(error) = self.wake.read(&mut [0; 64]) {
+            log::debug!("cannot read the wake-up of a command: {error}");
+        }
+        self.commands.try_iter().collect()
+    }
+}
+
+/// Reaches a machine from another thread.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    commands: Sender<Command>,
+    wake: Arc<UnixStream>,
+    listeners: Arc<Listeners>,
+}
+
+impl Handle {
+    pub(crate) fn new() -> io::Result<(Self, Mailbox, Arc<Listeners>)> {
+        let (ours, wake) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        wake.set_nonblocking(true)?;
+        let (sender, commands) = channel();
+        let listeners = Arc::new(Listeners::default());
+        let handle = Handle { commands: sender, wake: Arc::new(ours), listeners: Arc::clone(&listeners) };
+        Ok((handle, Mailbox { commands, wake }, listeners))
+    }
+
+    /// False when the machine has ended.
+    fn send(&self, command: Command) -> bool {
+        // A wake-up that finds no room is one of many that wait.
+        self.commands.send(command).is_ok() && {
+            let woken = (&*self.wake).write(&[0]);
+            woken.map_or_else(|error| error.kind() == io::ErrorKind::WouldBlock, |_| true)
+        }
+    }
+
+    /// Asks the machine to end, as Ctrl-A x does. Harmless when it has ended already.
+    pub fn quit(&self) {
+        if !self.send(Command::Quit) {
+            log::debug!("the machine has ended already");
+        }
+    }
+
+    /// What has been counted so far. `None` when the machine has ended: its outcome has all of it. Waits until the machine
+    /// runs.
+    pub fn stats(&self) -> Option<Stats> {
+        let (reply, stats) = channel();
+        self.send(Command::Stats(reply)).then(|| stats.recv().ok()).flatten()
+    }
+
+    /// What happens to the machine from now on. A receiver that leaves 4096 events waiting misses those that follow.
+    pub fn events(&self) -> Receiver<Event> {
+        let (sender, events) = sync_channel(EVENTS);
+        self.listeners.0.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        events
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listener_hears_until_it_is_gone_or_full() {
+        let (handle, _mailbox, listeners) = Handle::new().unwrap();
+        let (one, two) = (handle.events(), handle.events());
+        listeners.tell(&Event::GuestReset);
+        drop(two);
+        (0..2 * EVENTS).for_each(|_| listeners.tell(&Event::Ended(End::Quit)));
+        assert_eq!(listeners.0.lock().unwrap().len(), 1);
+        assert_eq!(one.recv().unwrap(), Event::GuestReset);
+        assert_eq!(one.try_iter().count(), EVENTS - 1);
+    }
+
+    #[test]
+    fn commands_arrive_in_order_and_a_machine_that_is_gone_is_told_of() {
+        let (handle, mut mailbox, _listeners) = Handle::new().unwrap();
+        (0..3).for_each(|_| handle.quit());
+        assert_eq!(mailbox.take().len(), 3);
+        let another = handle.clone();
+        let asker = std::thread::spawn(move || another.stats());
+        loop {
+            if let Some(Command::Stats(reply)) = mailbox.take().pop() {
+                reply.send(Stats { boots: 7, ..Stats::default() }).unwrap();
+                break;
+            }
+        }
+        assert_eq!(asker.join().unwrap().unwrap().boots, 7);
+        drop(mailbox);
+        assert!(handle.stats().is_none());
+    }
+}
