@@ -128,7 +128,10 @@ impl Error {
 
 /// What to do about the limit of this host that is at the bottom of `error`, if one is.
 fn exceeded(error: &(dyn StdError + 'static)) -> Option<&'static str> {
-    if let Some(deeper) = error.source().and_then(exceeded) {
+    // An io::Error that was made of another error is transparent: that one is not its source.
+    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    let wrapped = wrapped.map(|error| error as &(dyn StdError + 'static));
+    if let Some(deeper) = wrapped.or(error.source()).and_then(exceeded) {
         return Some(deeper);
     }
     let mapping = match error.downcast_ref() {
