@@ -8,9 +8,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -39,6 +40,11 @@ pub fn connect(path: &Path, deadline: &Deadline) -> io::Result<UnixStream> {
     let socket = stream_socket()?;
     loop {
         match rustix::net::connect(socket.as_fd(), &address) {
+            // A path has an owner and a mode. An abstract name has neither: whoever was first has it.
+            Ok(()) if address.abstract_name().is_some() && !is_ours_or_roots(&socket) => {
+                let what = "the socket of this abstract name belongs to another user";
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+            }
             Ok(()) => return Ok(UnixStream::from(socket)),
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => match deadline.remaining() {
@@ -75,10 +81,20 @@ pub struct Listener {
     name: PathBuf,
     /// Device and inode of the path, so that only our own file is removed.
     file: Option<(u64, u64)>,
+    /// The log knows that somebody was turned away.
+    turned_away: Once,
+}
+
+/// True when the process at the other end runs as our user or as root, as far as the kernel knew when it connected or
+/// listened.
+fn is_ours_or_roots(socket: impl AsFd) -> bool {
+    let peer = rustix::net::sockopt::socket_peercred(socket).map(|peer| peer.uid);
+    peer.is_ok_and(|user| user.is_root() || user == rustix::process::geteuid())
 }
 
 impl Listener {
-    /// Listens on `path` (`@name` for an abstract one). A stale socket file, on which nobody listens, is replaced.
+    /// Listens on `path` (`@name` for an abstract one), for our user and root: the file has mode 0600 whatever the umask. A
+    /// stale socket file, on which nobody listens, is replaced.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let address = address(path)?;
         let socket = stream_socket()?;
@@ -92,9 +108,11 @@ impl Listener {
         let is_file = address.abstract_name().is_none();
         let file = is_file.then(|| identity(path)).transpose()?;
         if let Some(file) = file {
+            // Nobody can have connected before: nobody listens yet.
+            rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR)?;
             OURS.lock().unwrap_or_else(PoisonError::into_inner).push((path.to_owned(), file));
         }
-        let listener = Self { socket, name: path.to_owned(), file };
+        let listener = Self { socket, name: path.to_owned(), file, turned_away: Once::new() };
         // One peer; a second one may wait its turn.
         rustix::net::listen(&listener.socket, 1)?;
         Ok(listener)
@@ -106,11 +124,17 @@ impl Listener {
     }
 
     /// Waits for the peer until `deadline`; [`io::ErrorKind::TimedOut`] when it does not come. The stream is
-    /// non-blocking.
+    /// non-blocking. Processes of other users are turned away.
     pub fn accept(&self, deadline: &Deadline) -> io::Result<UnixStream> {
         loop {
             match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(stream) => return Ok(UnixStream::from(stream)),
+                Ok(stream) if is_ours_or_roots(&stream) => return Ok(UnixStream::from(stream)),
+                Ok(_) => self.turned_away.call_once(|| {
+                    log::warn!(
+                        "a process of another user connected to {} and was turned away (logged once)",
+                        self.name.display()
+                    );
+                }),
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::AGAIN) => match wait_readable(self.socket.as_fd(), deadline)? {
                     Waited::Ready => {}
@@ -256,6 +280,17 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         assert!(Listener::bind(&path).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_listeners_path_is_for_its_user_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = std::env::temp_dir().join(format!("outboard-mode-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("s");
+        let _listener = Listener::bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 
