@@ -16,23 +16,6 @@ const BOOT: Duration = Duration::from_secs(30);
 pub const COMPLAINTS: &str = "dmesg | grep -A9 -e 'Call Trace' -e BUG: -e WARNING: -e 'nobody cared' -e 'I/O error' \
     -e lockup -e 'unchecked MSR' -e stall";
 
-/// A script that boots `boots` times. The count is kept in front of the disk `vda`; behind it each boot
-/// writes and reads back 200 KiB. Ends with `boot=N`.
-#[must_use]
-pub fn reboots(boots: u32) -> String {
-    format!(
-        r#"read -r n </dev/vda; n=$((n + 1))
-        echo "boot=$n"
-        echo $n | dd of=/dev/vda bs=512 conv=sync,notrunc,fsync 2>/dev/null
-        dd if=/dev/urandom of=/tmp/x bs=4k count=50 2>/dev/null
-        dd if=/tmp/x of=/dev/vda bs=4k seek=100 oflag=direct 2>/dev/null
-        dd if=/dev/vda of=/tmp/y bs=4k skip=100 count=50 iflag=direct 2>/dev/null
-        cmp /tmp/x /tmp/y || {{ echo differs; exit 1; }}
-        {COMPLAINTS} && exit 1
-        [ $n -ge {boots} ] || reboot -f; true"#
-    )
-}
-
 /// The form of a kernel image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {

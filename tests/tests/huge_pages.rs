@@ -103,7 +103,7 @@ fn a_cipher_device_answers_on_its_control_queue() {
     (config[0], config[4], config[8]) = (1, 1, 1);
     let offer = Offer { protocol, queue_num: 1, config, ..usual };
     // VIRTIO_CRYPTO_CIPHER_DESTROY_SESSION of a session that was never opened (§5.9.7.2).
-    let mut request = vec![0_u8; 72];
+    let mut request = [0_u8; 72];
     (request[0], request[16]) = (3, 77);
     let hex: String = request.iter().map(|byte| format!("{byte:02x}")).collect();
     let line = first_device("ask").arg("queues", 2).arg("answer", 1).arg("request", format!("1:{hex}"));

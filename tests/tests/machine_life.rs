@@ -8,7 +8,7 @@ use std::fs;
 use std::time::Duration;
 
 use outboard_tests::daemon::{StorageDaemon, is_listening};
-use outboard_tests::guest::{Guest, Kernel, reboots};
+use outboard_tests::guest::{Guest, Kernel};
 use outboard_tests::launch::STEP;
 use outboard_tests::place::Missing;
 use outboard_tests::{need, place, wait};
@@ -16,24 +16,6 @@ use rustix::process::Signal;
 
 const MIB: usize = 1 << 20;
 const BOOT: Duration = Duration::from_secs(30);
-
-#[test]
-fn a_guest_reboots_in_place_with_the_same_backend() {
-    need!(place::kvm());
-    let kernel = need!(Kernel::usual());
-    let mut image = b"0\n".to_vec();
-    image.resize(4 * MIB, 0);
-    let disk = need!(StorageDaemon::serving(&image));
-    let boots: u32 = if place::soak() { 50 } else { 5 };
-    let launch = kernel.script(&reboots(boots)).args(["--cpus", "2"]).disk(&disk.socket());
-    let ended = launch.start().end(BOOT * boots).with_code(0);
-    assert!(ended.console.contains("@exit 0"), "{ended}");
-    assert_eq!(ended.field("boot"), u64::from(boots), "{ended}");
-    assert_eq!(ended.stats().number("/boots"), u64::from(boots));
-    assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0);
-    assert!(!ended.log.contains("warn: "), "{ended}");
-    println!("{boots} boots in {:?}", ended.took);
-}
 
 #[test]
 fn a_panic_resets_the_machine() {

@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use outboard_tests::daemon::StorageDaemon;
-use outboard_tests::guest::{COMPLAINTS, Form, Kernel, reboots};
+use outboard_tests::guest::{COMPLAINTS, Form, Kernel};
 use outboard_tests::launch::{Ended, Launch};
 use outboard_tests::{need, place};
 
@@ -156,23 +156,6 @@ kill $mover; grep virtio0 /proc/interrupts
     );
     let launch = kernel.launch(&format!("pci=nomsi {}", Kernel::words(&script))).args(["--cpus", "2"]);
     finish(launch.on_pci(&disk, ""));
-}
-
-#[test]
-fn a_guest_with_pci_devices_reboots_in_place() {
-    need!(place::kvm());
-    let kernel = need!(Kernel::usual());
-    let mut image = b"0\n".to_vec();
-    image.resize(4 * MIB, 0);
-    let disk = need!(StorageDaemon::serving(&image));
-    let boots: u32 = if place::soak() { 50 } else { 5 };
-    let launch = kernel.script(&reboots(boots)).args(["--cpus", "2"]).on_pci(&disk, "");
-    let ended = launch.start().end(SCRIPT * boots).with_code(0);
-    assert!(ended.console.contains("@exit 0"), "{ended}");
-    assert_eq!(ended.field("boot"), u64::from(boots), "{ended}");
-    assert_eq!(ended.stats().number("/boots"), u64::from(boots));
-    assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 0);
-    assert!(!ended.log.contains("warn: "), "{ended}");
 }
 
 #[test]

@@ -166,30 +166,6 @@ echo 1 >/sys/bus/pci/rescan; wait_for [ -b /dev/nvme0n1 ]
     finish(with(guest("", "", Some(&script)), &server, ""));
 }
 
-#[test]
-fn a_disk_is_there_after_every_reboot() {
-    need!(ready());
-    let reboots = if place::soak() { 50 } else { 3 };
-    let server = Server::nvme(&vec![0; 4 * MIB], &[]);
-    // The disk counts the boots.
-    let script = format!(
-        r#"wait_for [ -b /dev/nvme0n1 ]
-n=$(dd if=/dev/nvme0n1 bs=512 count=1 iflag=direct 2>/dev/null | tr -d '\0')
-n=$((${{n:-0}} + 1))
-echo $n | dd of=/dev/nvme0n1 bs=512 count=1 conv=sync oflag=direct 2>/dev/null || exit 1
-dd if=/dev/urandom of=/dev/nvme0n1 bs=64k seek=1 count=10 oflag=direct 2>/dev/null || exit 2
-{COMPLAINTS} && exit 3
-[ $n -gt {reboots} ] || reboot -f
-echo boots=$n"#
-    );
-    let launch = with(guest("", "", Some(&script)), &server, "");
-    let before = server.descriptors();
-    let ended = launch.start().end(SCRIPT + Duration::from_secs(10) * reboots).with_code(0);
-    assert_eq!(ended.field("boots"), u64::from(reboots) + 1, "{ended}");
-    assert!(ended.console.replace('\r', "").contains("@exit 0\n"), "{ended}");
-    server.lets_go(before);
-}
-
 /// A guest that waits for commands, with a disk under load, and what it takes the server for afterwards.
 #[test]
 fn a_server_killed_under_load_leaves_a_machine_that_lives_and_reads_all_ones() {
