@@ -1,7 +1,7 @@
 //! The GSI routing table: the IOAPIC pin or the message that each of KVM's interrupt inputs leads to.
 //!
-//! The table is data until [`RoutingTable::apply`]. KVM always replaces its whole table, so that a VM must have exactly
-//! one [`RoutingTable`].
+//! The table is data until [`RoutingTable::apply`]. KVM always replaces its whole table, so that a VM must
+//! have exactly one [`RoutingTable`].
 
 use std::collections::BTreeMap;
 
@@ -45,8 +45,8 @@ pub enum Error {
     },
 }
 
-/// A message route. A route that is not taken stays in the table until its place is needed: when it is taken again with
-/// the same message, the table does not change, and KVM is not told.
+/// A message route. A route that is not taken stays in the table until its place is needed: when it is taken
+/// again with the same message, the table does not change, and KVM is not told.
 #[derive(Clone, Copy, Debug)]
 struct MessageRoute {
     message: MsiMessage,
@@ -73,8 +73,8 @@ pub struct RoutingTable {
 impl RoutingTable {
     /// Pins only. `limit` is the number of GSIs of the host (`KVM_CAP_IRQ_ROUTING`).
     ///
-    /// Each GSI below 24 leads to its IOAPIC pin. Those below 16 lead to the 8259s as well only where the guest
-    /// is told of them: a guest of hardware-reduced ACPI never masks the 8259s, which would then inject
+    /// Each GSI below 24 leads to its IOAPIC pin. Those below 16 lead to the 8259s as well only where the
+    /// guest is told of them: a guest of hardware-reduced ACPI never masks the 8259s, which would then inject
     /// vectors that nobody set up.
     pub fn new(discovery: Discovery, limit: u32) -> Self {
         Self { discovery, messages: BTreeMap::new(), limit }

@@ -105,7 +105,8 @@ pub const PCI_CONFIG_PORTS_SIZE: u16 = 8;
 pub const PCI_IO: u16 = 0x1000;
 /// How many there are.
 pub const PCI_IO_SIZE: u16 = 0xf000;
-/// First of the ports of [`crate::platform::PciRoot::removable`]: what has gone, what is there, what to eject.
+/// First of the ports of [`crate::platform::PciRoot::removable`]: what has gone, what is there, what to
+/// eject.
 pub const PCI_HOTPLUG_PORTS: u16 = 0x610;
 /// How many there are.
 pub const PCI_HOTPLUG_PORTS_SIZE: u16 = 12;
@@ -133,9 +134,9 @@ pub const COM1_GSI: Gsi = Gsi(4);
 /// Interrupt line of the ACPI event device, level-triggered.
 pub const EVENT_GSI: Gsi = Gsi(9);
 
-/// Pins for virtio-mmio devices, in the order of use; the last four are those of INTx. Left out: 0 and 2 (timer
-/// and cascade of kernels without ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel without ACPI
-/// would look for; 9 is [`EVENT_GSI`]).
+/// Pins for virtio-mmio devices, in the order of use; the last four are those of INTx. Left out: 0 and 2
+/// (timer and cascade of kernels without ACPI), 4 (COM1), 1, 3, 8, 9, 13 (legacy meanings that only a kernel
+/// without ACPI would look for; 9 is [`EVENT_GSI`]).
 const VIRTIO_MMIO_PINS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Lines of INTx, which are level-triggered: no virtio-mmio device has one of them on a machine with PCI.
@@ -147,9 +148,9 @@ pub fn intx_gsi(device: u8, pin: u8) -> Option<Gsi> {
     INTX_PINS.get(turn % INTX_PINS.len()).copied().map(Gsi)
 }
 
-/// The addresses of 64-bit memory BARs, first and size, on a processor with that many bits of physical address: the
-/// fifth eighth of what it can address, or of what 46 bits can, which all guests manage; `None` when there is no room above
-/// RAM.
+/// The addresses of 64-bit memory BARs, first and size, on a processor with that many bits of physical
+/// address: the fifth eighth of what it can address, or of what 46 bits can, which all guests manage; `None`
+/// when there is no room above RAM.
 pub fn pci_memory64(address_bits: u8, ram_end: Gpa) -> Option<(Gpa, u64)> {
     let bits = u32::from(address_bits.min(46));
     let base = 1_u64.checked_shl(bits.checked_sub(1)?)?;
@@ -164,7 +165,8 @@ pub fn virtio_mmio_slot_beside_pci(n: usize) -> Option<VirtioMmio> {
 }
 
 /// Where the `n`th virtio-mmio device is (from 0). The first 16 have a pin of their own; further ones share,
-/// which edge-triggered pins survive because Linux requests them shared and our InterruptStatus always reads 1.
+/// which edge-triggered pins survive because Linux requests them shared and our InterruptStatus always reads
+/// 1.
 pub fn virtio_mmio_slot(n: usize) -> Option<VirtioMmio> {
     if n >= VIRTIO_MMIO_MAX {
         return None;

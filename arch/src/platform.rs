@@ -1,5 +1,5 @@
-//! What a machine consists of, as plain data. `vmm` makes it from the configuration; [`crate::boot`], [`crate::acpi`],
-//! [`crate::cpu`] and [`crate::irq`] read it.
+//! What a machine consists of, as plain data. `vmm` makes it from the configuration; [`crate::boot`],
+//! [`crate::acpi`], [`crate::cpu`] and [`crate::irq`] read it.
 
 use crate::irq::Gsi;
 use crate::layout::{
@@ -85,7 +85,8 @@ impl PciSlots {
 }
 
 impl PciRoot {
-    /// The root of a machine whose processors have that many bits of physical address, and whose RAM ends there.
+    /// The root of a machine whose processors have that many bits of physical address, and whose RAM ends
+    /// there.
     pub fn new(address_bits: u8, ram_end: Gpa) -> Self {
         let memory64 = pci_memory64(address_bits, ram_end);
         Self {

@@ -1,8 +1,8 @@
 //! Guest RAM: one sealed memfd, and the two ranges of guest-physical addresses that it backs.
 //!
-//! The host's kernel fills RAM (`splice` and `pwrite` on the memfd): there is no bounce buffer and no page fault of ours,
-//! and a page that nobody writes is not allocated. hugetlbfs cannot be written by system calls, so that RAM of huge pages
-//! is mapped here. The memfd must never be resized, because peers map it.
+//! The host's kernel fills RAM (`splice` and `pwrite` on the memfd): there is no bounce buffer and no page
+//! fault of ours, and a page that nobody writes is not allocated. hugetlbfs cannot be written by system
+//! calls, so that RAM of huge pages is mapped here. The memfd must never be resized, because peers map it.
 
 use std::fs::File;
 use std::io;
@@ -257,7 +257,8 @@ impl Ram {
         Ok(())
     }
 
-    /// Copies `len` bytes of `file`, from `offset` on, to `at`. The position of `file` is neither used nor changed.
+    /// Copies `len` bytes of `file`, from `offset` on, to `at`. The position of `file` is neither used nor
+    /// changed.
     pub fn copy_from_file(&self, at: Gpa, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         let memfd_offset = self.offset(at, len)?;
         let mut done = 0;
@@ -313,8 +314,8 @@ fn regions_of(size: u64) -> Vec<RamRegion> {
     regions
 }
 
-/// Copies bytes through a pipe, which takes pages of the file without a copy of its own. `done` says how many bytes have
-/// been copied, also after an error. The error `NODATA` means that the file has ended.
+/// Copies bytes through a pipe, which takes pages of the file without a copy of its own. `done` says how many
+/// bytes have been copied, also after an error. The error `NODATA` means that the file has ended.
 fn splice_all(
     from: BorrowedFd<'_>,
     from_offset: u64,

@@ -1,4 +1,5 @@
-//! Conversions between `usize` and `u64`, which have the same width on the one kind of host that there is: x86-64.
+//! Conversions between `usize` and `u64`, which have the same width on the one kind of host that there is:
+//! x86-64.
 
 const _: () = assert!(usize::BITS == u64::BITS);
 

@@ -1,5 +1,5 @@
-//! The pvpanic device (QEMU, docs/specs/pvpanic.rst): one port, at which a guest's kernel says that it has panicked.
-//! Only reports; what comes of it is decided elsewhere.
+//! The pvpanic device (QEMU, docs/specs/pvpanic.rst): one port, at which a guest's kernel says that it has
+//! panicked. Only reports; what comes of it is decided elsewhere.
 
 use crate::bus::BusDevice;
 

@@ -1,7 +1,7 @@
 //! Errors for people: one sentence, its causes, a hint, and the exit code.
 //!
-//! The sentence says what outboard was doing and never repeats its cause. [`Error::report`] is the one place that prints
-//! a chain.
+//! The sentence says what outboard was doing and never repeats its cause. [`Error::report`] is the one place
+//! that prints a chain.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -81,7 +81,8 @@ impl Error {
         Self::new(Fault::Internal, doing)
     }
 
-    /// The cause, printed under `because:`. A limit of this host is the host's fault, whatever it kept from being done.
+    /// The cause, printed under `because:`. A limit of this host is the host's fault, whatever it kept from
+    /// being done.
     pub fn because(mut self, source: impl Into<Source>) -> Self {
         let source = source.into();
         if let Some(hint) = exceeded(source.as_ref()) {

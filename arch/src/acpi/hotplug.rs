@@ -1,6 +1,6 @@
-//! Hot-unplug in ACPI (ACPI 6.5 §5.6.9, §6.3): the generic event device, and one PCI slot for each device that can be
-//! removed. The guest calls `_EVT` after an interrupt of the event device. The methods read and write the registers of
-//! `devices::pci::hotplug`.
+//! Hot-unplug in ACPI (ACPI 6.5 §5.6.9, §6.3): the generic event device, and one PCI slot for each device
+//! that can be removed. The guest calls `_EVT` after an interrupt of the event device. The methods read and
+//! write the registers of `devices::pci::hotplug`.
 //!
 //! ```text
 //! \_SB.GED._EVT ──▶ \_SB.PCI0.PCNT   reads GONE, and asks for the ejection of what is in it
@@ -18,8 +18,8 @@ use acpi_tables::aml::{
 use crate::layout::{EVENT_GSI, PCI_HOTPLUG_PORTS, PCI_HOTPLUG_PORTS_SIZE};
 use crate::platform::PciSlots;
 
-/// The argument of `Notify` that asks a guest to release a device. Linux does nothing after "device check" in this case;
-/// `devices::pci::hotplug` says why.
+/// The argument of `Notify` that asks a guest to release a device. Linux does nothing after "device check" in
+/// this case; `devices::pci::hotplug` says why.
 const EJECT_REQUEST: u8 = 3;
 /// `_STA` of a device that is present, enabled, shown and working.
 const WORKS: u8 = 0xf;

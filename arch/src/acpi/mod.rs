@@ -1,5 +1,5 @@
-//! ACPI 6.5 tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, DSDT. They also say
-//! which devices of a PC are absent (8259, PIT, 8042, CMOS clock, VGA), so that a guest does not probe for them.
+//! ACPI 6.5 tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, DSDT. They also say which devices
+//! of a PC are absent (8259, PIT, 8042, CMOS clock, VGA), so that a guest does not probe for them.
 //!
 //! All functions but [`load`] are pure.
 
@@ -133,8 +133,8 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-/// Local APICs and one IOAPIC. The flag PCAT_COMPAT is clear and there are no interrupt source overrides: a GSI is a
-/// pin of the IOAPIC, and no pin has the meaning of an ISA line.
+/// Local APICs and one IOAPIC. The flag PCAT_COMPAT is clear and there are no interrupt source overrides: a
+/// GSI is a pin of the IOAPIC, and no pin has the meaning of an ISA line.
 fn madt(cpus: u8) -> impl Aml {
     // Both addresses are constants below 4 GiB.
     let address = |at: Gpa| u32::try_from(at.0).unwrap_or(u32::MAX);

@@ -1,5 +1,5 @@
-//! The PCI root in ACPI (PCI Firmware 3.3 §4): its configuration space in the MCFG and as a reserved resource, its
-//! windows, interrupt lines and slots in the DSDT.
+//! The PCI root in ACPI (PCI Firmware 3.3 §4): its configuration space in the MCFG and as a reserved
+//! resource, its windows, interrupt lines and slots in the DSDT.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{

@@ -1,5 +1,6 @@
-//! bzImage (Documentation/arch/x86/boot.rst): setup sectors, which hold a header, then the protected-mode kernel. The
-//! kernel is copied to its preferred address and entered at its 64-bit entry. Real-mode code is never run.
+//! bzImage (Documentation/arch/x86/boot.rst): setup sectors, which hold a header, then the protected-mode
+//! kernel. The kernel is copied to its preferred address and entered at its 64-bit entry. Real-mode code is
+//! never run.
 
 use std::fs::File;
 

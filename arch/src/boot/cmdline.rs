@@ -1,5 +1,6 @@
-//! The kernel's command line, as far as the machine has a word in it: parameters of ours go before `--`, behind which
-//! everything is for init, and a parameter that would leave the guest without interrupts is taken out. Pure.
+//! The kernel's command line, as far as the machine has a word in it: parameters of ours go before `--`,
+//! behind which everything is for init, and a parameter that would leave the guest without interrupts is
+//! taken out. Pure.
 
 use std::ops::Range;
 
@@ -17,9 +18,9 @@ pub fn with_parameters(given: &str, parameters: &[String]) -> String {
     all.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// `given` without the parameters that switch off the IOAPIC, and what to say about each, and about others that hide
-/// devices from the guest. A machine that is described by ACPI tables has no other controller for interrupts of its
-/// devices: such parameters come from command lines for other machines.
+/// `given` without the parameters that switch off the IOAPIC, and what to say about each, and about others
+/// that hide devices from the guest. A machine that is described by ACPI tables has no other controller for
+/// interrupts of its devices: such parameters come from command lines for other machines.
 pub fn servable(given: &str, discovery: Discovery, has_pci: bool) -> (String, Vec<String>) {
     let mut line = given.to_owned();
     let mut said = Vec::new();

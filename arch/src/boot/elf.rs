@@ -1,4 +1,5 @@
-//! ELF64 kernels (gABI chapters 4 and 5). The program headers say what is loaded where; a Xen note gives the PVH entry.
+//! ELF64 kernels (gABI chapters 4 and 5). The program headers say what is loaded where; a Xen note gives the
+//! PVH entry.
 //!
 //! Every offset and size is checked. Only headers are read here: the host's kernel copies the segments.
 
@@ -92,9 +93,9 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
     })
 }
 
-/// Copies the part of a segment that the file holds, and clears the rest of the segment. Linux's `vmlinux` holds much
-/// of its cleared memory as zeros, which need neither a copy nor pages of the host: the space of sections without
-/// contents, and zeros at the end of a writable segment, are cleared instead.
+/// Copies the part of a segment that the file holds, and clears the rest of the segment. Linux's `vmlinux`
+/// holds much of its cleared memory as zeros, which need neither a copy nor pages of the host: the space of
+/// sections without contents, and zeros at the end of a writable segment, are cleared instead.
 fn load_segment(
     ram: &Ram,
     file: &File,

@@ -1,6 +1,6 @@
 //! Puts a kernel, its initramfs, its command line and the description of the machine into guest memory, and
-//! says where the boot CPU starts. Linux x86 boot protocol 2.12 and later (Documentation/arch/x86/boot.rst) and
-//! the PVH start of day (Documentation/arch/x86/pvh in Xen's tree, `start_info.h`).
+//! says where the boot CPU starts. Linux x86 boot protocol 2.12 and later (Documentation/arch/x86/boot.rst)
+//! and the PVH start of day (Documentation/arch/x86/pvh in Xen's tree, `start_info.h`).
 //!
 //! [`Ram::copy_from_file`] copies the images. Only headers are parsed here, and each read of them is bounded.
 
@@ -55,8 +55,8 @@ pub struct Entry {
 pub enum Protocol {
     /// PVH: 32-bit protected mode, paging off, flat segments, EBX points to `hvm_start_info`.
     Pvh,
-    /// The 64-bit entry of the Linux boot protocol: long mode, the first 4 GiB mapped one to one, RSI points to
-    /// `boot_params`.
+    /// The 64-bit entry of the Linux boot protocol: long mode, the first 4 GiB mapped one to one, RSI points
+    /// to `boot_params`.
     Linux64,
 }
 
@@ -81,8 +81,8 @@ struct Placed {
     size: u64,
 }
 
-/// Loads everything. May be called again on the same RAM for another boot of the machine: memory that is not written
-/// here keeps what the guest has left in it.
+/// Loads everything. May be called again on the same RAM for another boot of the machine: memory that is not
+/// written here keeps what the guest has left in it.
 pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Entry, Error> {
     let kernel = load_kernel(ram, image.kernel)?;
     let initramfs = match image.initramfs {
@@ -118,9 +118,9 @@ pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Ent
 
 /// The whole BIOS of this machine: `mov dx, port; mov al, value; out dx, al`, then `hlt` for ever.
 ///
-/// Linux on hardware-reduced ACPI wants to reset by EFI, whatever the FADT's reset register; where there is no EFI
-/// it goes on with the BIOS (`reboot_init` and `machine_real_restart` of arch/x86/kernel/reboot.c), unless
-/// `reboot=` on its command line says otherwise.
+/// Linux on hardware-reduced ACPI wants to reset by EFI, whatever the FADT's reset register; where there is
+/// no EFI it goes on with the BIOS (`reboot_init` and `machine_real_restart` of arch/x86/kernel/reboot.c),
+/// unless `reboot=` on its command line says otherwise.
 fn reset_code() -> [u8; 9] {
     let [low, high] = RESET_PORT.to_le_bytes();
     [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
@@ -138,8 +138,8 @@ fn load_kernel(ram: &Ram, file: &File) -> Result<Kernel, Error> {
     }
 }
 
-/// Copies the initramfs to the highest address below the hole and below the kernel's own limit, where it is out of the
-/// kernel's way.
+/// Copies the initramfs to the highest address below the hole and below the kernel's own limit, where it is
+/// out of the kernel's way.
 fn load_initramfs(ram: &Ram, file: &File, kernel: &Kernel) -> Result<Placed, Error> {
     let size = file_size(file).map_err(Error::Initramfs)?.ok_or(Error::InitramfsNotAFile)?;
     if size == 0 {

@@ -1,6 +1,7 @@
-//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), for kernels without ACPI: processors, one
-//! IOAPIC, and pins with the numbers of the ISA interrupts. A machine with ACPI tables has no MP table. The table does not
-//! describe PCI: a kernel without ACPI finds a PCI bus by itself, and the devices there interrupt by messages only.
+//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), for kernels without ACPI: processors,
+//! one IOAPIC, and pins with the numbers of the ISA interrupts. A machine with ACPI tables has no MP table.
+//! The table does not describe PCI: a kernel without ACPI finds a PCI bus by itself, and the devices there
+//! interrupt by messages only.
 
 use crate::layout::{Gpa, IOAPIC, IOAPIC_PINS, LOCAL_APIC};
 use crate::ram::{Error, Ram};

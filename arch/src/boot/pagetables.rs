@@ -1,10 +1,10 @@
-//! The GDT and page tables that the boot CPU starts with (Intel SDM vol. 3, chapters 3 and 4). The kernel replaces both
-//! with its first instructions.
+//! The GDT and page tables that the boot CPU starts with (Intel SDM vol. 3, chapters 3 and 4). The kernel
+//! replaces both with its first instructions.
 
 use crate::layout::{PAGE_SIZE, PAGE_TABLES};
 
-/// Descriptors of the boot GDT, in the order of their selectors: the Linux boot protocol wants flat code at 0x10
-/// and flat data at 0x18, PVH wants flat 32-bit ones and a TSS.
+/// Descriptors of the boot GDT, in the order of their selectors: the Linux boot protocol wants flat code at
+/// 0x10 and flat data at 0x18, PVH wants flat 32-bit ones and a TSS.
 pub const GDT: [u64; 6] = [
     0,
     0x00cf_9b00_0000_ffff, // 0x08: 32-bit code, flat

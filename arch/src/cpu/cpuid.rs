@@ -1,5 +1,6 @@
-//! CPUID of a vCPU. The leaves are those that KVM supports, with two changes: the identity of the vCPU and the machine's
-//! topology (one package, one thread a core) are written in, and features that cannot work are taken out. Pure.
+//! CPUID of a vCPU. The leaves are those that KVM supports, with two changes: the identity of the vCPU and
+//! the machine's topology (one package, one thread a core) are written in, and features that cannot work are
+//! taken out. Pure.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -44,9 +45,11 @@ const SVM: u32 = 1 << 2;
 const NEED_XSAVE: [(u32, u32, [u32; 4]); 4] = [
     // FMA, AVX, F16C.
     (LEAF_FEATURES, 0, [0, 0, 1 << 12 | 1 << 28 | 1 << 29, 0]),
-    // EBX: AVX2, MPX, AVX-512. ECX: PKU and OSPKE, shadow stacks, AVX-512, VAES, VPCLMULQDQ. EDX: AVX-512, AMX.
+    // EBX: AVX2, MPX, AVX-512. ECX: PKU and OSPKE, shadow stacks, AVX-512, VAES, VPCLMULQDQ. EDX: AVX-512,
+    // AMX.
     (LEAF_EXTENDED_FEATURES, 0, [0, 0xdc23_4020, 0x0000_5eda, 0x03c0_010c]),
-    // EAX: AVX-VNNI, AVX-512, AMX, AVX-IFMA. EDX: AVX-VNNI-INT8, AVX-NE-CONVERT, AMX, AVX-VNNI-INT16, AVX10, APX.
+    // EAX: AVX-VNNI, AVX-512, AMX, AVX-IFMA. EDX: AVX-VNNI-INT8, AVX-NE-CONVERT, AMX, AVX-VNNI-INT16, AVX10,
+    // APX.
     (LEAF_EXTENDED_FEATURES, 1, [0x00a0_0030, 0, 0, 0x0028_0530]),
     // XOP, LWP, FMA4.
     (LEAF_FEATURES_AMD, 0, [0, 0, 1 << 11 | 1 << 15 | 1 << 16, 0]),
@@ -62,10 +65,11 @@ const DEFAULT_ADDRESS_BITS: u8 = 36;
 
 /// The leaves of vCPU `index` of `cpus`.
 ///
-/// Taken out: nested virtualisation, SGX and processor trace, which want feature MSRs set, and the architectural
-/// performance counters, whose absence saves a guest their initialisation and its NMI watchdog. KVM's own leaves
-/// stay: with KVM's clock a guest calibrates nothing. A guest without it finds the frequency of the TSC in leaves 0x15,
-/// 0x16 and 0x4000_0010. A KVM that does not offer XSAVE may still offer AVX and its like: these are taken out, too.
+/// Taken out: nested virtualisation, SGX and processor trace, which want feature MSRs set, and the
+/// architectural performance counters, whose absence saves a guest their initialisation and its NMI watchdog.
+/// KVM's own leaves stay: with KVM's clock a guest calibrates nothing. A guest without it finds the frequency
+/// of the TSC in leaves 0x15, 0x16 and 0x4000_0010. A KVM that does not offer XSAVE may still offer AVX and
+/// its like: these are taken out, too.
 pub(super) fn for_vcpu(
     supported: &[kvm_cpuid_entry2],
     tsc_deadline: bool,
@@ -127,7 +131,8 @@ fn tell_frequency(entries: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
     }
 }
 
-/// The TSC's frequency as a fraction of the crystal's. Linux multiplies the crystal's kHz by the numerator in 32 bits.
+/// The TSC's frequency as a fraction of the crystal's. Linux multiplies the crystal's kHz by the numerator in
+/// 32 bits.
 fn ratio(khz: u32) -> (u32, u32) {
     let crystal = u64::from(CRYSTAL_KHZ);
     let candidates = (1..=2000_u64).map(|denominator| {

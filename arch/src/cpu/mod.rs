@@ -1,7 +1,7 @@
 //! vCPUs: what the guest sees of its CPUs, and the state in which they start.
 //!
-//! KVMs differ. Where a KVM refuses a setting, there is one warning, and the setting is left out. No feature MSR is
-//! written. The guest must never be shown a CPU feature that KVM has not reported.
+//! KVMs differ. Where a KVM refuses a setting, there is one warning, and the setting is left out. No feature
+//! MSR is written. The guest must never be shown a CPU feature that KVM has not reported.
 
 mod cpuid;
 mod msr;
@@ -47,8 +47,8 @@ impl HostCpu {
         Ok(Self { cpuid: cpuid.as_slice().to_vec(), tsc_deadline })
     }
 
-    /// `cmdline` with the frequency of the TSC for a kernel that is told not to use KVM's clock. Linux finds the frequency
-    /// in CPUID on Intel processors alone, and this machine has no timer to measure it by.
+    /// `cmdline` with the frequency of the TSC for a kernel that is told not to use KVM's clock. Linux finds
+    /// the frequency in CPUID on Intel processors alone, and this machine has no timer to measure it by.
     #[must_use]
     pub fn with_tsc(kvm: &Kvm, line: String) -> String {
         if !cmdline::has(&line, "no-kvmclock") || cmdline::has(&line, "tsc_early_khz=") {
@@ -78,9 +78,9 @@ pub struct PowerOn {
     sregs: kvm_sregs,
 }
 
-/// Gives a vCPU that never ran its CPUID, its local APIC's pins and its few MSRs. Once per vCPU; `index` is its
-/// APIC id. Wants the in-kernel irqchip to exist. A machine that reboots gets new vCPUs: KVM has no
-/// way back to the first state of an old one.
+/// Gives a vCPU that never ran its CPUID, its local APIC's pins and its few MSRs. Once per vCPU; `index` is
+/// its APIC id. Wants the in-kernel irqchip to exist. A machine that reboots gets new vCPUs: KVM has no way
+/// back to the first state of an old one.
 pub fn configure(vcpu: &VcpuFd, index: u8, host: &HostCpu, platform: &Platform) -> Result<PowerOn, Error> {
     let tsc_khz = or_warn(index, "tell the frequency of the TSC", vcpu.get_tsc_khz());
     let entries = cpuid::for_vcpu(&host.cpuid, host.tsc_deadline, tsc_khz, index, platform.cpus);

@@ -9,8 +9,8 @@ const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
-/// Write-back memory by default, without which Linux disables its page attribute table; and fast strings, without
-/// which it avoids `rep movs` on Intel. Returns the registers that were refused.
+/// Write-back memory by default, without which Linux disables its page attribute table; and fast strings,
+/// without which it avoids `rep movs` on Intel. Returns the registers that were refused.
 pub(super) fn set_initial(vcpu: &VcpuFd, intel: bool) -> Vec<u32> {
     let mut wanted = vec![(MTRR_DEFAULT_TYPE, MTRR_ENABLED | MTRR_WRITE_BACK)];
     if intel {

@@ -88,7 +88,8 @@ pub enum Role {
     Server,
 }
 
-/// A device as data, and its builder: each line is a field, what its method takes, the default, and what is stored.
+/// A device as data, and its builder: each line is a field, what its method takes, the default, and what is
+/// stored.
 macro_rules! device {
     ($(#[$about:meta])* $device:ident { $($(#[$doc:meta])* $field:ident($arg:ty): $type:ty = $default:expr => $stored:expr;)* }) => {
         $(#[$about])*
@@ -119,7 +120,8 @@ macro_rules! device {
 device! {
     /// One virtio device whose queues a vhost-user backend serves.
     VhostUser {
-        /// The name of its type: `blk`, `net`, … or `generic:ID`. An unknown one is refused when the machine is built.
+        /// The name of its type: `blk`, `net`, … or `generic:ID`. An unknown one is refused when the machine
+        /// is built.
         kind(impl Into<String>): String = String::new() => kind.into();
         /// Its name in messages and statistics; the type and a number when absent.
         id(impl Into<String>): Option<String> = None => Some(id.into());
@@ -129,7 +131,8 @@ device! {
         role(Role): Role = Role::Client => role;
         /// How long the backend may take over one request.
         deadline(Duration): Duration = DEFAULT_DEADLINE => deadline;
-        /// How long a backend that is not there, or is lost, is waited for; zero: for ever. Absent: not at all.
+        /// How long a backend that is not there, or is lost, is waited for; zero: for ever. Absent: not at
+        /// all.
         reconnect(Duration): Option<Duration> = None => Some(reconnect);
         /// How many queues, or pairs of queues of a network card.
         queues(u16): Option<u16> = None => Some(queues);
@@ -207,7 +210,8 @@ impl VhostUser {
     /// What is asked of the backend.
     ///
     /// # Errors
-    /// When the type is unknown, a value is out of its range or not for this type, or the values contradict each other.
+    /// When the type is unknown, a value is out of its range or not for this type, or the values contradict
+    /// each other.
     pub fn order(&self) -> Result<Order, Error> {
         let kind = &self.kind;
         let cannot = |what: String| Error::usage(format!("a {kind} device cannot use {what}"));

@@ -35,7 +35,8 @@ pub use transport::peer::Trace;
 /// With PCI devices it is [`DEFAULT_CMDLINE_WITH_PCI`].
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off 8250.nr_uarts=1 cryptomgr.notests";
 
-/// The same for a machine with PCI devices. `pci=noearly`: there are none of the chipsets that need early care.
+/// The same for a machine with PCI devices. `pci=noearly`: there are none of the chipsets that need early
+/// care.
 pub const DEFAULT_CMDLINE_WITH_PCI: &str =
     "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 cryptomgr.notests";
 
@@ -83,19 +84,19 @@ impl Config {
         }
     }
 
-    /// Whether the machine has a PCI bus: only when a device is on it. Looking over an empty one takes a stock kernel
-    /// some 500 exits, and `pci=off` none.
+    /// Whether the machine has a PCI bus: only when a device is on it. Looking over an empty one takes a
+    /// stock kernel some 500 exits, and `pci=off` none.
     #[must_use]
     pub fn has_pci(&self) -> bool {
         !self.vfio_user.is_empty() || self.vhost_user.iter().any(|device| device.transport == Transport::Pci)
     }
 
-    /// Gives an id to each device that has none, and refuses what the configuration alone shows to be wrong, before a
-    /// file is opened or a peer is touched.
+    /// Gives an id to each device that has none, and refuses what the configuration alone shows to be wrong,
+    /// before a file is opened or a peer is touched.
     ///
     /// # Errors
-    /// When there is no vCPU, a device cannot be as it is described, a socket's path cannot be one, two devices have
-    /// one id, or two sockets would listen on one path.
+    /// When there is no vCPU, a device cannot be as it is described, a socket's path cannot be one, two
+    /// devices have one id, or two sockets would listen on one path.
     pub fn settle(&mut self) -> Result<(), Error> {
         if self.cpus == 0 {
             return Err(Error::usage("a machine needs at least one vCPU").hint("give cpus from 1 to 255"));

@@ -1,7 +1,7 @@
 //! The values of the options: sizes, times, and `VALUE,key=value,…` lists.
 //!
-//! A value is bytes, as paths are; whatever is no path must be UTF-8. A comma inside a value is written twice, as for
-//! QEMU: `blk,socket=/run/a,,b` is the path `/run/a,b`.
+//! A value is bytes, as paths are; whatever is no path must be UTF-8. A comma inside a value is written
+//! twice, as for QEMU: `blk,socket=/run/a,,b` is the path `/run/a,b`.
 
 use std::ffi::{OsStr, OsString};
 use std::ops::RangeInclusive;
@@ -216,11 +216,16 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 /// When the size is no size, too small, or no multiple of 2 MiB (of the huge page size, with one).
 pub fn parse_memory(text: &str) -> Result<Memory, Error> {
     let (size, mut keys) = KeyValues::split("--memory", OsStr::new(text))?;
-    let bad = |what: String| Error::usage(what).hint("write a size such as 512M or 2G");
     let Some(size) = size.and_then(|size| size.into_string().ok()) else {
-        return Err(bad("--memory needs a size first".to_owned()));
+        return Err(Error::usage("--memory needs a size first").hint("write a size such as 512M or 2G"));
     };
-    let bytes = parse_size(&size).ok_or_else(|| bad(format!("--memory cannot use the size `{size}`")))?;
+    let bytes = parse_size(&size).ok_or_else(|| {
+        let refused = Error::usage(format!("--memory cannot use the size `{size}`"));
+        match size.strip_suffix('B').filter(|meant| parse_size(meant).is_some()) {
+            Some(meant) => refused.hint(format!("write a size such as {meant}, in powers of 1024")),
+            None => refused.hint("write a size such as 512M or 2G"),
+        }
+    })?;
     let hugepages = keys.parsed("hugepages", "the sizes are 2M and 1G", |size| match size {
         "2M" => Some(Hugepages::Size2M),
         "1G" => Some(Hugepages::Size1G),

@@ -153,6 +153,7 @@ fn a_size_without_a_unit_is_asked_about() {
         let text = String::from_utf8(out).unwrap();
         assert!(text.contains(meant), "{text}");
     }
+    assert!(parse_memory("8GB").is_err(), "decimal, for some");
     assert_eq!(parse_memory("512MiB").unwrap().size, 512 << 20);
 }
 

@@ -1,5 +1,5 @@
-//! A kernel that panics at each start reboots at each start, as the default command line has `panic=-1`. Somebody
-//! should be told instead, after some turns.
+//! A kernel that panics at each start reboots at each start, as the default command line has `panic=-1`.
+//! Somebody should be told instead, after some turns.
 
 use std::time::Duration;
 

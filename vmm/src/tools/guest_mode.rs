@@ -1,7 +1,8 @@
 //! Runs a few instructions in guest mode, because no capability says which instructions a KVM can execute.
 //!
-//! A KVM without hardware virtualisation emulates the guest's kernel code and stops at an instruction that its emulator
-//! does not know. Each probe runs in 64-bit mode at privilege level 0, in a VM of its own, and ends in `hlt`.
+//! A KVM without hardware virtualisation emulates the guest's kernel code and stops at an instruction that
+//! its emulator does not know. Each probe runs in 64-bit mode at privilege level 0, in a VM of its own, and
+//! ends in `hlt`.
 
 use std::sync::Arc;
 

@@ -4,8 +4,8 @@
 //!    30.408 ms  /run/blk.sock > SET_VRING_ENABLE ring=0 num=1 need_reply
 //!    30.482 ms  /run/blk.sock < SET_VRING_ENABLE value=0x0 (59 us)
 //! ```
-//! `>` is ours, `<` the answer; `<<` a request of the backend on its own channel, `>>` our answer to it. Off, it
-//! costs one comparison a message; on, it writes without a buffer, so that a crash loses nothing.
+//! `>` is ours, `<` the answer; `<<` a request of the backend on its own channel, `>>` our answer to it. Off,
+//! it costs one comparison a message; on, it writes without a buffer, so that a crash loses nothing.
 
 use std::fs::File;
 use std::io::Write;

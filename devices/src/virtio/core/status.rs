@@ -79,9 +79,9 @@ impl Status {
         self.0 & !Self::NEEDS_RESET
     }
 
-    /// What writing `written` means in this state. The specification asks for an order of steps, not for a write each:
-    /// several drivers (the crate `virtio-drivers`, `SeaBIOS`) take two steps in one write. `NEEDS_RESET` belongs to the
-    /// device; it is ignored, because drivers write back what they have read.
+    /// What writing `written` means in this state. The specification asks for an order of steps, not for a
+    /// write each: several drivers (the crate `virtio-drivers`, `SeaBIOS`) take two steps in one write.
+    /// `NEEDS_RESET` belongs to the device; it is ignored, because drivers write back what they have read.
     #[must_use]
     pub fn transition(self, written: u8) -> Transition {
         if written == 0 {

@@ -1,6 +1,7 @@
 //! `outboard probe vfio-user`: what a server offers.
 //!
-//! The configuration space is read last, and in naturally aligned dwords: some servers die of any other access.
+//! The configuration space is read last, and in naturally aligned dwords: some servers die of any other
+//! access.
 
 use std::fmt::Write as _;
 use std::path::Path;

@@ -39,7 +39,8 @@ pub struct VhostUserReport {
 /// backends refuse any other than their own.
 const CONFIG_SIZES: [usize; 6] = [256, 96, 60, 44, 24, 8];
 
-/// Asks the backend at `socket`; when it is known what `device` it serves, for no more configuration than that has.
+/// Asks the backend at `socket`; when it is known what `device` it serves, for no more configuration than
+/// that has.
 ///
 /// # Errors
 /// When it cannot be reached or does not speak vhost-user.
@@ -56,7 +57,8 @@ pub fn vhost_user(
 }
 
 fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::peer::Error> {
-    // A backend tells the sizes of its shared memory only after SHMEM is negotiated, which needs BACKEND_SEND_FD.
+    // A backend tells the sizes of its shared memory only after SHMEM is negotiated, which needs
+    // BACKEND_SEND_FD.
     let wanted = Wanted::default().and(ProtocolFeatures::BACKEND_SEND_FD.with(ProtocolFeatures::SHMEM));
     Connection::connect(socket, limits)?.negotiate(&wanted)
 }
