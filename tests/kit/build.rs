@@ -1,4 +1,4 @@
-//! Compiles the bare-metal guest of `payload/` into `OUT_DIR/tiny-kernel.elf`. Needs gcc and binutils,
+//! Compiles the bare-metal guest of `tests/payload/` into `OUT_DIR/tiny-kernel.elf`. Needs gcc and binutils,
 //! nothing else.
 
 use std::env;
@@ -48,9 +48,9 @@ const SOURCES: &[&str] = &[
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let source = Path::new("payload");
+    let source = Path::new("../payload");
     let output = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?).join("tiny-kernel.elf");
-    println!("cargo::rerun-if-changed=payload");
+    println!("cargo::rerun-if-changed=../payload");
     println!("cargo::rerun-if-env-changed=CC");
 
     let compiler = env::var_os("CC").unwrap_or_else(|| "gcc".into());

@@ -1,6 +1,6 @@
 //! The tiny kernel: a bare-metal guest of 10 KiB that drives virtio devices itself. It boots by PVH in
 //! milliseconds on any KVM, also on one that emulates guest kernel code. Its command line says what it does;
-//! `payload/README.md` lists the modes, their arguments and the lines that they print.
+//! `tests/payload/README.md` lists the modes, their arguments and the lines that they print.
 //!
 //! ```
 //! # use outboard_testkit::kernel::{Answers, Blk, CommandLine, Operation};
