@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use zerocopy::IntoBytes;
+use zerocopy::{Immutable, IntoBytes};
 
 use super::connection::{ClientStats, Expected, Link, Receiver, Reply, Shared, Submitted, Then};
 use super::message::{Command, DeviceInfoPayload, Fault, length, parse_front};
@@ -18,6 +18,9 @@ use crate::peer::{Cause, Error, Limits, Peer, Protocol, Step, close_elsewhere};
 
 /// Regions, or interrupt indexes, that a device may claim.
 const COUNT_MOST: u32 = 1024;
+
+/// How often a reply may turn out to be larger than the room that was offered.
+const TRIES: usize = 3;
 
 /// The client's side of one vfio-user connection. Clones share the connection.
 ///
@@ -204,6 +207,33 @@ impl Client {
         self.shared.wait(&submitted, deadline)
     }
 
+    /// Asks again with more room, from `first` to `most` bytes, while the reply says that it needs more: `needed` judges each.
+    pub(super) fn ask_growing<T: IntoBytes + Immutable>(
+        &self,
+        command: Command,
+        (first, most): (u32, u32),
+        payload: impl Fn(u32) -> T,
+        needed: impl Fn(&[u8]) -> Result<u32, Fault>,
+    ) -> Result<Reply, Error> {
+        let deadline = self.deadline();
+        let mut argsz = first;
+        for _ in 0..TRIES {
+            let expected = Expected { most, fds: self.version().ours.fds() };
+            let reply = self.ask_until(command, &[payload(argsz).as_bytes()], &[], expected, &deadline)?;
+            let needed = needed(&reply.payload).map_err(|fault| self.malformed(command, fault))?;
+            if needed <= argsz || needed <= length(reply.payload.len()) {
+                return Ok(reply);
+            }
+            if needed > most {
+                return Err(
+                    self.malformed(command, Fault::Value { field: "argsz", value: u64::from(needed) })
+                );
+            }
+            argsz = needed;
+        }
+        Err(self.malformed(command, Fault::Text("a size that grows with each answer")))
+    }
+
     /// Sends a command that `then` is done after, whether or not there is room in the socket: those who may not wait
     /// for it send one at a time.
     pub(super) fn begin_then(
@@ -248,7 +278,9 @@ fn twin_socket(index: Option<usize>, mut fds: Vec<OwnedFd>) -> Result<Option<Uni
         Ok(Some(UnixStream::from(socket)))
     } else {
         // A socket of another family may linger when it is closed.
-        close_elsewhere(socket);
+        if rustix::net::sockopt::socket_type(&socket).is_ok() {
+            close_elsewhere(socket);
+        }
         Err(Fault::Text("a twin socket that is none"))
     }
 }

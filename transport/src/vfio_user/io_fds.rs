@@ -6,10 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use zerocopy::IntoBytes;
-
 use super::client::Client;
-use super::connection::Expected;
 use super::message::{Command, Fault, IoFdEntry, IoFdsHead, length, parse_front};
 use super::region::RegionInfo;
 use crate::peer::Error;
@@ -22,9 +19,6 @@ const ENTRY_MOST: usize = 256;
 
 /// The largest reply.
 const REPLY_MOST: u32 = 32 << 10;
-
-/// How often the reply may turn out to be larger than the room that was offered.
-const TRIES: usize = 3;
 
 const DATAMATCH: u32 = 1;
 
@@ -154,26 +148,12 @@ impl Client {
     pub fn region_io_fds(&self, region: &RegionInfo) -> Result<Vec<IoFd>, Error> {
         let command = Command::DEVICE_GET_REGION_IO_FDS;
         self.needs_extended(command)?;
-        let deadline = self.deadline();
         let index = region.index.0;
-        let mut argsz = 4096;
-        for _ in 0..TRIES {
-            let ask = IoFdsHead { argsz, flags: 0, index, count: 0 };
-            let expected = Expected { most: REPLY_MOST, fds: self.version().ours.fds() };
-            let reply = self.ask_until(command, &[ask.as_bytes()], &[], expected, &deadline)?;
-            let malformed = |fault| self.malformed(command, fault);
-            let (head, _) = parse_front::<IoFdsHead>(&reply.payload).map_err(malformed)?;
-            let whole = usize::try_from(head.argsz).is_ok_and(|argsz| argsz <= reply.payload.len());
-            if whole || head.argsz <= argsz {
-                let places = parse_io_fds(&reply.payload, index, region.size, reply.fds.len());
-                return attach(&places.map_err(malformed)?, reply.fds).map_err(malformed);
-            }
-            if head.argsz > REPLY_MOST {
-                return Err(malformed(Fault::Value { field: "argsz", value: u64::from(head.argsz) }));
-            }
-            argsz = head.argsz;
-        }
-        Err(self.malformed(command, Fault::Text("a size that grows with each answer")))
+        let payload = |argsz| IoFdsHead { argsz, flags: 0, index, count: 0 };
+        let needed = |payload: &[u8]| parse_front::<IoFdsHead>(payload).map(|(head, _)| head.argsz);
+        let reply = self.ask_growing(command, (4096, REPLY_MOST), payload, needed)?;
+        let places = parse_io_fds(&reply.payload, index, region.size, reply.fds.len());
+        places.and_then(|places| attach(&places, reply.fds)).map_err(|fault| self.malformed(command, fault))
     }
 }
 

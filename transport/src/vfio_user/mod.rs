@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Three kinds of messages: *posted* ones want no reply (`post_write`), *answered later* ones give something to
-//! wait for (`begin_read`, `begin_write`), all others are waited for. Replies are told apart by their id, come in
+//! wait for (`begin_read`), all others are waited for. Replies are told apart by their id, come in
 //! any order, and may be preceded by the server's own commands. After a deadline a late reply is recognised and
 //! discarded; after a malformed message the connection is shut down and never used again.
 //!
@@ -34,7 +34,6 @@ pub use io_fds::{IoFd, IoFdKind, IoFdPlace, parse_io_fds};
 pub use irq::{IrqEvent, IrqIndex, IrqInfo, parse_irq_info};
 pub use message::Feature;
 pub use region::{
-    Area, PendingRead, PendingWrite, RegionIndex, RegionInfo, RegionReply, SmallWrite, mappable,
-    parse_region_info,
+    Area, PendingRead, RegionIndex, RegionInfo, RegionReply, SmallWrite, mappable, parse_region_info,
 };
 pub use version::{Capabilities, Version, capabilities, parse_reply};

@@ -22,9 +22,6 @@ use crate::peer::{Cause, Error};
 /// The largest reply to DEVICE_GET_REGION_INFO that is asked for.
 const INFO_MOST: u32 = 64 << 10;
 
-/// How often the reply may turn out to be larger than the room that was offered.
-const INFO_TRIES: usize = 3;
-
 /// Capabilities in one chain.
 const CHAIN_MOST: usize = 64;
 
@@ -275,31 +272,6 @@ impl PendingRead {
     }
 }
 
-/// A write on its way. Dropped, its reply is discarded when it comes; the write is done all the same.
-#[must_use]
-pub struct PendingWrite {
-    client: Client,
-    ticket: Ticket,
-    access: RegionAccess,
-}
-
-impl PendingWrite {
-    /// Waits for the acknowledgement.
-    ///
-    /// # Errors
-    /// When the server refuses or fails.
-    pub fn wait(self) -> Result<(), Error> {
-        let reply = self.ticket.wait()?;
-        // Some servers say nothing more than yes.
-        if reply.payload.is_empty() {
-            return Ok(());
-        }
-        let malformed = |fault| self.client.malformed(Command::REGION_WRITE, fault);
-        let access: RegionAccess = parse(&reply.payload).map_err(malformed)?;
-        check_echo(&access, &self.access).map_err(malformed)
-    }
-}
-
 /// A reply must be about the access that was asked for, all of it.
 fn check_echo(reply: &RegionAccess, asked: &RegionAccess) -> Result<(), Fault> {
     let fields = [
@@ -320,25 +292,13 @@ impl Client {
     /// When the server refuses, fails, or says what cannot be.
     pub fn region_info(&self, index: RegionIndex) -> Result<RegionInfo, Error> {
         let command = Command::DEVICE_GET_REGION_INFO;
-        let deadline = self.deadline();
-        let mut argsz = length(size_of::<RegionInfoPayload>());
-        for _ in 0..INFO_TRIES {
-            let ask =
-                RegionInfoPayload { argsz, flags: 0, index: index.0, cap_offset: 0, size: 0, offset: 0 };
-            let expected = Expected { most: INFO_MOST, fds: self.version().ours.fds() };
-            let reply = self.ask_until(command, &[ask.as_bytes()], &[], expected, &deadline)?;
-            let malformed = |fault| self.malformed(command, fault);
-            let info = parse_region_info(&reply.payload, index).map_err(malformed)?;
-            let whole = usize::try_from(info.argsz).is_ok_and(|argsz| argsz <= reply.payload.len());
-            if info.argsz <= argsz || whole {
-                return judge(index, info, reply.fds).map_err(malformed);
-            }
-            if info.argsz > INFO_MOST {
-                return Err(malformed(Fault::Value { field: "argsz", value: u64::from(info.argsz) }));
-            }
-            argsz = info.argsz;
-        }
-        Err(self.malformed(command, Fault::Text("a size that grows with each answer")))
+        let payload =
+            |argsz| RegionInfoPayload { argsz, flags: 0, index: index.0, cap_offset: 0, size: 0, offset: 0 };
+        let sizes = (length(size_of::<RegionInfoPayload>()), INFO_MOST);
+        let needed = |payload: &[u8]| parse_region_info(payload, index).map(|info| info.argsz);
+        let reply = self.ask_growing(command, sizes, payload, needed)?;
+        let info = parse_region_info(&reply.payload, index);
+        info.and_then(|info| judge(index, info, reply.fds)).map_err(|fault| self.malformed(command, fault))
     }
 
     /// Reads `data` from `offset` of `region`, in pieces when it is large. Blocks until it is there.
@@ -414,42 +374,31 @@ impl Client {
     /// # Errors
     /// When the server refuses or fails.
     pub fn write(&self, region: RegionIndex, offset: u64, data: &[u8]) -> Result<(), Error> {
+        let command = Command::REGION_WRITE;
         let piece = self.transfer().min(WRITE_PIECE);
         let deadline = self.deadline();
         let mut at = offset;
         for chunk in data.chunks(piece.saturating_mul(WINDOW)) {
             let mut pending = Vec::new();
             for part in chunk.chunks(piece) {
-                pending.push(self.begin_write_until(region, at, part, deadline)?);
+                let access = self.access(command, region, at, part.len())?;
+                let expected = Expected::bytes(length(size_of::<RegionAccess>()));
+                pending.push((
+                    self.begin(command, &[access.as_bytes(), part], &[], expected, deadline)?,
+                    access,
+                ));
                 at = at.wrapping_add(length(piece).into());
             }
-            for write in pending {
-                write.wait()?;
+            for (ticket, access) in pending {
+                let reply = ticket.wait()?;
+                // Some servers say nothing more than yes.
+                if !reply.payload.is_empty() {
+                    let echo = parse(&reply.payload).and_then(|echo| check_echo(&echo, &access));
+                    echo.map_err(|fault| self.malformed(command, fault))?;
+                }
             }
         }
         Ok(())
-    }
-
-    /// Writes `data`, at most what one message transfers, and goes on; the acknowledgement can be waited for.
-    ///
-    /// # Errors
-    /// When the connection ended, or too much is in flight.
-    pub fn begin_write(&self, region: RegionIndex, offset: u64, data: &[u8]) -> Result<PendingWrite, Error> {
-        self.begin_write_until(region, offset, data, self.deadline())
-    }
-
-    fn begin_write_until(
-        &self,
-        region: RegionIndex,
-        offset: u64,
-        data: &[u8],
-        deadline: Deadline,
-    ) -> Result<PendingWrite, Error> {
-        let command = Command::REGION_WRITE;
-        let access = self.access(command, region, offset, data.len())?;
-        let most = length(size_of::<RegionAccess>());
-        let ticket = self.begin(command, &[access.as_bytes(), data], &[], Expected::bytes(most), deadline)?;
-        Ok(PendingWrite { client: self.clone(), ticket, access })
     }
 
     /// Writes `data`, at most what one message transfers, and wants no reply: a failure goes unnoticed. The order
