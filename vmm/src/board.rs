@@ -198,6 +198,7 @@ impl Board {
             serial: Arc::clone(&self.serial),
             hotplug: self.hotplug.clone(),
             peer_memory: Arc::clone(&self.peer_memory),
+            lines: self.bridge.as_ref().and_then(|bridge| bridge.lines().cloned()),
         }
     }
 

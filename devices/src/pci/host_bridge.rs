@@ -123,6 +123,12 @@ impl HostBridge {
         self.windows
     }
 
+    /// The interrupt lines.
+    #[must_use]
+    pub fn lines(&self) -> Option<&Arc<IntxLines>> {
+        self.intx.as_ref().map(|intx| &intx.lines)
+    }
+
     /// The lines, and the GSI that pin INTA of this device leads to.
     #[must_use]
     pub fn pin(&self, number: DeviceNumber) -> Option<(Arc<IntxLines>, u32)> {

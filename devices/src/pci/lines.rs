@@ -8,18 +8,20 @@
 //!                             └──────────────────┘                  the guest has read no status
 //! ```
 //! KVM lowers a line at the guest's end of interrupt, whoever signalled meanwhile; without the memory such a signal
-//! would be lost. It also lowers one that was raised while its pin was masked, when the pin is unmasked, for whoever
-//! still has a reason to raise it again: the guest, which moves interrupts from CPU to CPU like that, has not seen it.
-//! A guest that uses message interrupts never comes here: the thread that watches begins with the first driver that is
-//! ready without them, and ends with the lines.
+//! would be lost. KVM also lowers a line that was raised while its pin was masked, when the pin is unmasked, and leaves it
+//! to whoever still has a reason to raise the line again: the guest, which moves interrupts from CPU to CPU like that, has
+//! not seen the interrupt.
+//!
+//! The control loop calls [`IntxLines::serve`] when [`IntxLines::as_fd`] is readable. A guest that uses message interrupts
+//! never causes that.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, Weak};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::epoll;
 use transport::vhost_user::vring::{Call, Kick};
 
 use crate::lock;
@@ -30,7 +32,7 @@ struct Line {
     /// Signalled by us: raises it.
     raise: Call,
     /// Signalled by the machine: the guest has ended the interrupt.
-    ended: Arc<Kick>,
+    ended: Kick,
     _route: Guard,
     is_high: bool,
     again: bool,
@@ -44,7 +46,7 @@ impl Line {
         let cannot = |error| PortError::new("make an eventfd", error);
         let (raise, ended) = (Call::new().map_err(cannot)?, Kick::new().map_err(cannot)?);
         let route = interrupts.attach_level(raise.as_fd(), gsi, ended.as_fd())?;
-        let (ended, sources) = (Arc::new(ended), BTreeMap::new());
+        let sources = BTreeMap::new();
         Ok(Self { raise, ended, _route: route, is_high: false, again: false, unread: false, sources })
     }
 
@@ -76,64 +78,62 @@ impl Line {
 }
 
 #[derive(Default)]
-struct State {
+struct AllLines {
     /// By GSI.
     lines: BTreeMap<u32, Line>,
     next: u64,
-    watched: bool,
 }
 
 /// All level-triggered lines of a machine. Its lock is held for a few system calls only, never while a function is
 /// called.
 pub struct IntxLines {
     interrupts: Arc<dyn Interrupts>,
-    state: Mutex<State>,
-    /// Wakes the thread that watches.
-    changed: Kick,
+    state: Mutex<AllLines>,
+    /// Readable while a source or an end of interrupt is signalled.
+    signalled: OwnedFd,
 }
 
 impl IntxLines {
     /// All low, and nothing connected.
     ///
     /// # Errors
-    /// When no eventfd can be had.
+    /// When the host has no descriptor left.
     pub fn new(interrupts: Arc<dyn Interrupts>) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { interrupts, state: Mutex::default(), changed: Kick::new()? }))
+        let signalled = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        Ok(Arc::new(Self { interrupts, state: Mutex::default(), signalled }))
     }
 
     /// Has `call` raise the line with this GSI until the guard is dropped. A count already in it counts.
     ///
     /// # Errors
-    /// When the machine refuses the line, or there is no thread to watch it.
+    /// When the machine refuses the line, or `call` cannot be watched.
     pub fn connect(self: &Arc<Self>, gsi: u32, call: Arc<Call>) -> Result<Guard, PortError> {
         let mut state = lock(&self.state);
-        if !state.watched {
-            let (lines, changed) = (Arc::downgrade(self), self.changed.try_clone());
-            let changed = changed.map_err(|error| PortError::new("duplicate an eventfd", error))?;
-            let thread = std::thread::Builder::new().name("intx".to_owned()).stack_size(64 << 10);
-            thread
-                .spawn(move || watch(&lines, &changed))
-                .map_err(|error| PortError::new("start a thread for shared interrupts", error))?;
-            state.watched = true;
-        }
         let id = state.next;
         state.next += 1;
         let line = match state.lines.entry(gsi) {
             Entry::Occupied(line) => line.into_mut(),
-            Entry::Vacant(place) => place.insert(Line::new(gsi, self.interrupts.as_ref())?),
+            Entry::Vacant(place) => {
+                let line = Line::new(gsi, self.interrupts.as_ref())?;
+                self.watch(line.ended.as_fd())?;
+                place.insert(line)
+            }
         };
+        self.watch(call.as_fd())?;
         line.sources.insert(id, call);
-        drop(state);
-        self.wake();
         let lines = Arc::clone(self);
         Ok(Guard::on_drop(move || {
-            let mut state = lock(&lines.state);
-            if let Some(line) = state.lines.get_mut(&gsi) {
-                line.sources.remove(&id);
+            let source = lock(&lines.state).lines.get_mut(&gsi).and_then(|line| line.sources.remove(&id));
+            // The peer has the eventfd as well, so it is not forgotten by being closed here.
+            if let Some(Err(error)) = source.map(|call| epoll::delete(&lines.signalled, &*call)) {
+                log::debug!("a source of a shared interrupt was not watched: {error}");
             }
-            drop(state);
-            lines.wake();
         }))
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>) -> Result<(), PortError> {
+        epoll::add(&self.signalled, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+            .map_err(|error| PortError::new("watch a shared interrupt", error.into()))
     }
 
     /// The guest reads why one of the functions on this line interrupts: it has noticed. Called on a vCPU thread; does not
@@ -144,56 +144,18 @@ impl IntxLines {
         }
     }
 
-    fn wake(&self) {
-        if let Err(error) = self.changed.ring() {
-            log::error!("cannot wake the thread of shared interrupts: {error}");
+    /// Readable when [`IntxLines::serve`] has something to do.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.signalled.as_fd()
+    }
+
+    /// Raises the lines that were signalled, and those whose interrupts were ended too early. Does not wait.
+    pub fn serve(&self) {
+        for (gsi, line) in &mut lock(&self.state).lines {
+            if let Err(error) = line.serve() {
+                log::error!("shared interrupts of GSI {gsi} are lost: {error}");
+            }
         }
-    }
-
-    /// What the thread waits for. No descriptor is duplicated for it: there may be none left, which is no reason for the
-    /// lines to stop.
-    fn watched(&self) -> (Vec<Arc<Call>>, Vec<Arc<Kick>>) {
-        let state = lock(&self.state);
-        let lines = state.lines.values();
-        (
-            lines.clone().flat_map(|line| line.sources.values().cloned()).collect(),
-            lines.map(|line| Arc::clone(&line.ended)).collect(),
-        )
-    }
-
-    fn serve(&self) -> io::Result<()> {
-        lock(&self.state).lines.values_mut().try_for_each(Line::serve)
-    }
-}
-
-impl Drop for IntxLines {
-    fn drop(&mut self) {
-        // The thread finds that there is nothing left.
-        self.wake();
-    }
-}
-
-/// The thread `intx`: serves the lines until they are gone.
-fn watch(lines: &Weak<IntxLines>, changed: &Kick) {
-    while let Some(now) = lines.upgrade() {
-        let (calls, ends) = now.watched();
-        drop(now);
-        let calls = calls.iter().map(|call| call.as_fd());
-        let done = wait(calls.chain(ends.iter().map(|ended| ended.as_fd())), changed);
-        let Some(now) = lines.upgrade() else { return };
-        if let Err(error) = done.and_then(|()| changed.take().map(drop)).and_then(|()| now.serve()) {
-            log::error!("shared interrupts stop: {error}");
-            return;
-        }
-    }
-}
-
-fn wait<'a>(fds: impl Iterator<Item = BorrowedFd<'a>>, changed: &'a Kick) -> io::Result<()> {
-    let all = std::iter::once(changed.as_fd()).chain(fds);
-    let mut fds: Vec<_> = all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-    match poll(&mut fds, None) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(error) => Err(error.into()),
     }
 }
 

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::pci::Hotplug;
+use devices::pci::{Hotplug, IntxLines};
 use devices::serial::Serial;
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
@@ -42,6 +42,8 @@ enum Source {
     InputSpace,
     /// The guest has served the interrupt that tells of hot-plug events.
     EventLine,
+    /// A function signals an interrupt line, or the guest has served one.
+    Lines,
     /// Time to look at the pieces of peers' files that the guest sees.
     PeerMemory,
     /// Bytes for the guest, from standard input.
@@ -68,6 +70,7 @@ pub(crate) struct Served {
     pub(crate) serial: Arc<Serial>,
     pub(crate) hotplug: Option<Arc<Hotplug>>,
     pub(crate) peer_memory: Arc<PeerMemory>,
+    pub(crate) lines: Option<Arc<IntxLines>>,
 }
 
 /// What the loop serves.
@@ -248,12 +251,16 @@ impl Control {
             unwatch(ops, old.lifecycle.wake());
             unwatch(ops, &old.serial.input_space());
             unwatch(ops, &old.peer_memory.timer());
+            old.lines.iter().for_each(|lines| unwatch(ops, &lines.as_fd()));
             old.hotplug.iter().for_each(|hotplug| unwatch(ops, &hotplug.line().lowered()));
         }
         let Some(board) = board else { return };
         self.listen(ops, board.lifecycle.wake(), Source::Request);
         self.listen(ops, &board.serial.input_space(), Source::InputSpace);
         self.listen(ops, &board.peer_memory.timer(), Source::PeerMemory);
+        if let Some(lines) = &board.lines {
+            self.listen(ops, &lines.as_fd(), Source::Lines);
+        }
         if let Some(hotplug) = &board.hotplug {
             self.listen(ops, &hotplug.line().lowered(), Source::EventLine);
         }
@@ -434,6 +441,11 @@ impl MutEventSubscriber for Control {
             Some(Source::EventLine) => {
                 if let Some(hotplug) = self.board.as_ref().and_then(|board| board.hotplug.as_ref()) {
                     hotplug.line_lowered();
+                }
+            }
+            Some(Source::Lines) => {
+                if let Some(lines) = self.board.as_ref().and_then(|board| board.lines.as_ref()) {
+                    lines.serve();
                 }
             }
             Some(Source::PeerMemory) => {

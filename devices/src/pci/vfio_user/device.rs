@@ -307,15 +307,19 @@ impl VfioUserDevice {
         let overlay = &self.shape.overlay;
         let mut dword = [0; 4];
         // Not all functions have an extended space.
-        if at >= overlay.size() || self.link.is_gone() {
+        if at >= overlay.size() {
             return [0xff; 4];
         }
-        if overlay.needs_server(at, 4) {
+        if overlay.needs_server(at, 4) && !self.link.is_gone() {
             self.link.access().read(CONFIG_REGION, at.into(), &mut dword);
         }
         overlay.cover(at, &mut dword);
         let plugged = lock(&self.plugged);
-        let Some(plugged) = plugged.as_ref().filter(|_| !self.link.is_gone()) else { return [0xff; 4] };
+        let Some(plugged) = plugged.as_ref() else { return [0xff; 4] };
+        if self.link.is_gone() {
+            let bar = bar_number(at).filter(|_| self.shape.virtio_status.is_some());
+            return bar.map_or([0xff; 4], |number| plugged.bars.read(number).to_le_bytes());
+        }
         match at {
             offset::COMMAND => {
                 let [low, high, ..] = &mut dword;
@@ -533,7 +537,7 @@ impl Function for VfioUserDevice {
         self.tidy();
     }
 
-    /// A lost virtio function goes on decoding, for the sake of its device status.
+    /// A lost virtio function goes on decoding its BARs and shows where they are, for the sake of its device status.
     fn decoded(&self) -> Vec<Decoded> {
         let is_there = !self.link.is_gone() || self.shape.virtio_status.is_some();
         let plugged = lock(&self.plugged);

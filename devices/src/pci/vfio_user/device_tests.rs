@@ -458,6 +458,7 @@ fn the_status_of_a_lost_virtio_function_reads_0_once_it_was_reset() {
     assert_eq!(guest.bar(2, 0), u32::MAX);
     assert!(guest.device.decoded().iter().any(|bar| bar.base == PLACE), "or no access reaches it");
     assert_eq!((guest.bar(2, STATUS), guest.config(0)), (u32::MAX, u32::MAX));
+    assert_eq!(guest.config(0x1c), u32::try_from(PLACE >> 32).unwrap(), "where it is");
     guest.set_bar(2, STATUS + 4, 0);
     guest.set_bar(2, STATUS, 1);
     assert_eq!(guest.bar(2, STATUS), u32::MAX, "nobody has reset it");

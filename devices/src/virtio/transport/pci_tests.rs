@@ -426,11 +426,9 @@ fn without_msix_the_pin_interrupts_and_msix_takes_over() {
     rig.enable();
     assert_eq!(rig.config(0x3c) >> 8, 1, "INTA");
     rig.start_driver(1);
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
     rig.device.handle().peer_lost("gone");
-    while rig.machine.take_raised() != [(21, 1)] {
-        assert!(std::time::Instant::now() < until, "no interrupt");
-    }
+    rig.bridge.lines().unwrap().serve();
+    assert_eq!(rig.machine.take_raised(), [(21, 1)]);
     assert_eq!(rig.read(ISR, 1), 3);
     assert!(rig.machine.routes().is_empty());
     // Neither the one nor the other.
