@@ -10,8 +10,11 @@ use std::time::{Duration, Instant};
 use outboard_tests::launch::{Ended, Launch, STEP};
 use outboard_tests::payload::CommandLine;
 use outboard_tests::vfio::{Library, Server};
+use outboard_tests::scratch::Scratch;
 use outboard_tests::{need, place, wait};
 use rustix::process::Signal;
+use transport::testing::vfio_user::{Act, Offer, RegionOffer, Script, ScriptedServer};
+use transport::vfio_user::message::Command;
 
 /// A guest that takes these steps with the engine.
 fn launch(server: &Server, more: &str, steps: &[&str]) -> Launch {
@@ -545,4 +548,132 @@ fn options_and_servers_that_do_not_fit_are_refused_with_a_hint() {
     let twice = Launch::payload(&line).arg("--vfio-user").arg(server.device(",id=a"));
     let ended = twice.arg("--vfio-user").arg("socket=/s,id=a").run().with_code(2);
     assert!(ended.log.contains("two devices are called a"), "{ended}");
+}
+
+/// A function whose configuration space has these bytes, and whose BARs 2 and 4 have no memory of the guest.
+fn offer(bytes: &[(usize, &[u8])]) -> Offer {
+    let mut offer = Offer::default();
+    let mut config = vec![0; 0x100];
+    for (at, bytes) in bytes {
+        config[*at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    offer.regions[0] = RegionOffer::absent();
+    offer.regions[4] = RegionOffer { flags: 3, size: 0x1000, memory: vec![0; 0x1000], ..RegionOffer::absent() };
+    offer.regions[7].memory = config;
+    offer
+}
+
+/// Virtio, with its common configuration at the beginning of BAR 4.
+const VIRTIO: [(usize, &[u8]); 4] = [
+    (0, &[0xf4, 0x1a, 0x42, 0x10]),
+    (6, &[0x10]),
+    (0x34, &[0x40]),
+    (0x40, &[9, 0, 16, 1, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0]),
+];
+
+/// A guest that takes these steps with a scripted server's function.
+fn scripted(offer: Offer, script: Script, more: &str, steps: &[&str]) -> (ScriptedServer, Scratch, Launch) {
+    let scratch = Scratch::new();
+    let socket = scratch.path("scripted");
+    let server = ScriptedServer::listen(&socket, offer, script).unwrap();
+    let line = steps.iter().fold(CommandLine::new("pci").arg("timeout", 30), |line, step| line.arg("step", step));
+    let device = format!("socket={},id=scripted,deadline=5000{more}", socket.display());
+    (server, scratch, Launch::payload(&line).arg("--vfio-user").arg(device))
+}
+
+#[test]
+fn a_driver_that_resets_a_lost_virtio_function_is_not_kept_waiting() {
+    need!(place::kvm());
+    // As Linux does when it removes the function: a status of 0 is written, and read until it is 0.
+    let steps = ["r:4:0x14", "u:4:0x14:0xffffffff", "w:4:0x14:0", "u:4:0x14:0", "r:4:0x14", "c:0"];
+    let (server, _scratch, machine) = scripted(offer(&VIRTIO), Script::normal(), "", &steps);
+    let vm = machine.start();
+    vm.expect("value=0x0");
+    server.hang_up();
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(values(&ended), [0, 0, u32::MAX], "{ended}");
+}
+
+#[test]
+fn a_removal_by_the_servers_administrator_is_no_broken_device_and_a_killed_server_is() {
+    need!(place::kvm());
+    let [gone, present, eject] = SLOTS;
+    let (until_lost, is_gone, let_go) = (format!("U:{present}:0"), format!("o:{gone}"), format!("O:{eject}:2"));
+    let steps = ["r:4:0", &until_lost, &is_gone, &let_go, "c:0"];
+    let (server, _scratch, machine) = scripted(offer(&VIRTIO), Script::normal(), "", &steps);
+    let vm = machine.start();
+    vm.expect("value=0x0");
+    // The process that serves the function lives on.
+    server.hang_up();
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(values(&ended), [0, 2, u32::MAX], "{ended}");
+    assert_eq!(ended.stats().text("/devices/0/state"), "removed", "{ended}");
+    assert!(!ended.log.contains("x-DEVICE_BROKEN"), "{ended}");
+
+    let mut engine = Server::engine(&[]);
+    let vm = launch(&engine, "", &["r:4:0", &until_lost, &is_gone]).start();
+    vm.expect("value=0x");
+    engine.kill();
+    let ended = vm.end(STEP).with_code(0);
+    assert_eq!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
+    assert!(ended.log.contains("x-DEVICE_BROKEN device engine"), "{ended}");
+}
+
+#[test]
+fn a_server_that_dies_of_its_reset_is_not_asked_for_it_and_may_at_the_end() {
+    need!(place::kvm());
+    let script = || Script::normal().on(Command::DEVICE_RESET, Act::Close);
+    let (server, _scratch, machine) = scripted(offer(&VIRTIO), script(), "", &["r:4:0"]);
+    let ended = machine.run().with_code(0);
+    assert_eq!((ended.stats().text("/devices/0/state").as_str(), server.count(Command::DEVICE_RESET)), ("idle", 1), "{ended}");
+    assert!(!ended.log.contains("x-DEVICE_BROKEN"), "{ended}");
+    let (server, _scratch, machine) = scripted(offer(&VIRTIO), script(), ",reset=off", &["r:4:0"]);
+    let ended = machine.run().with_code(0);
+    assert_eq!((ended.stats().text("/devices/0/state").as_str(), server.count(Command::DEVICE_RESET)), ("idle", 0), "{ended}");
+}
+
+#[test]
+fn maskings_of_vectors_are_no_requests_and_the_table_may_be_in_a_bar_of_ports() {
+    need!(place::kvm());
+    // As SPDK has it: the register of BAR 4 reads as I/O. MSI-X of four vectors, table and pending bits in BAR 4.
+    let msix: [(usize, &[u8]); 5] = [
+        (0, &[0x34, 0x12, 0x78, 0x56]),
+        (6, &[0x10]),
+        (0x20, &[1]),
+        (0x34, &[0x40]),
+        (0x40, &[0x11, 0, 3, 0, 4, 0, 0, 0, 4, 8, 0, 0]),
+    ];
+    let steps = ["c:0x40", "w:4:0xc:0", "w:4:0xc:1", "w:4:0xc:0", "r:4:0xc", "r:4:0x800", "r:2:0", "w:2:4:1", "c:0x20"];
+    let (_server, _scratch, machine) = scripted(offer(&msix), Script::normal(), "", &steps);
+    let ended = machine.run().with_code(0);
+    let told = values(&ended);
+    assert_eq!((told[0], &told[1..4]), (0x0003_0011, [0, 0, 0].as_slice()), "{ended}");
+    assert_eq!(told[4] & 0xf, 0, "memory of 32 bits: {ended}");
+    assert_eq!(ended.stats().number("/devices/0/requests_through_vmm"), 2, "{ended}");
+    assert_eq!(trapped(&ended, 4), (2, 3), "{ended}");
+}
+
+#[test]
+fn functions_share_the_interrupt_routes_that_the_host_has() {
+    need!(place::kvm());
+    let scratch = Scratch::new();
+    let msix: [(usize, &[u8]); 4] = [
+        (0, &[0x34, 0x12, 0x78, 0x56]),
+        (6, &[0x10]),
+        (0x34, &[0x40]),
+        (0x40, &[0x11, 0, 0xff, 7, 2, 0, 0, 0, 2, 0, 1, 0]),
+    ];
+    let line = CommandLine::new("pci").arg("step", "c:0x40");
+    let (mut servers, mut launch) = (Vec::new(), Launch::payload(&line));
+    for number in 0..31 {
+        let mut offer = offer(&msix);
+        offer.irqs[2] = 2048;
+        let socket = scratch.path(&format!("s{number}"));
+        servers.push(ScriptedServer::listen(&socket, offer, Script::normal()).unwrap());
+        launch = launch.arg("--vfio-user").arg(format!("socket={},deadline=20000", socket.display()));
+    }
+    let ended = launch.run().with_code(0);
+    // 4 096 routes, some of which are pins.
+    assert_eq!((values(&ended)[0] >> 16 & 0x7ff) + 1, 130, "{ended}");
+    assert_eq!(ended.log.matches("the host has no more interrupt routes").count(), 31, "{ended}");
 }
