@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use outboard_tests::launch::{Ended, Launch, STEP};
 use outboard_tests::payload::CommandLine;
-use outboard_tests::vfio::{Library, Server};
 use outboard_tests::scratch::Scratch;
+use outboard_tests::vfio::{Library, Server};
 use outboard_tests::{need, place, wait};
 use rustix::process::Signal;
 use transport::testing::vfio_user::{Act, Offer, RegionOffer, Script, ScriptedServer};
@@ -558,7 +558,8 @@ fn offer(bytes: &[(usize, &[u8])]) -> Offer {
         config[*at..at + bytes.len()].copy_from_slice(bytes);
     }
     offer.regions[0] = RegionOffer::absent();
-    offer.regions[4] = RegionOffer { flags: 3, size: 0x1000, memory: vec![0; 0x1000], ..RegionOffer::absent() };
+    offer.regions[4] =
+        RegionOffer { flags: 3, size: 0x1000, memory: vec![0; 0x1000], ..RegionOffer::absent() };
     offer.regions[7].memory = config;
     offer
 }
@@ -576,7 +577,8 @@ fn scripted(offer: Offer, script: Script, more: &str, steps: &[&str]) -> (Script
     let scratch = Scratch::new();
     let socket = scratch.path("scripted");
     let server = ScriptedServer::listen(&socket, offer, script).unwrap();
-    let line = steps.iter().fold(CommandLine::new("pci").arg("timeout", 30), |line, step| line.arg("step", step));
+    let line =
+        steps.iter().fold(CommandLine::new("pci").arg("timeout", 30), |line, step| line.arg("step", step));
     let device = format!("socket={},id=scripted,deadline=5000{more}", socket.display());
     (server, scratch, Launch::payload(&line).arg("--vfio-user").arg(device))
 }
@@ -598,7 +600,8 @@ fn a_driver_that_resets_a_lost_virtio_function_is_not_kept_waiting() {
 fn a_removal_by_the_servers_administrator_is_no_broken_device_and_a_killed_server_is() {
     need!(place::kvm());
     let [gone, present, eject] = SLOTS;
-    let (until_lost, is_gone, let_go) = (format!("U:{present}:0"), format!("o:{gone}"), format!("O:{eject}:2"));
+    let (until_lost, is_gone, let_go) =
+        (format!("U:{present}:0"), format!("o:{gone}"), format!("O:{eject}:2"));
     let steps = ["r:4:0", &until_lost, &is_gone, &let_go, "c:0"];
     let (server, _scratch, machine) = scripted(offer(&VIRTIO), Script::normal(), "", &steps);
     let vm = machine.start();
@@ -625,11 +628,19 @@ fn a_server_that_dies_of_its_reset_is_not_asked_for_it_and_may_at_the_end() {
     let script = || Script::normal().on(Command::DEVICE_RESET, Act::Close);
     let (server, _scratch, machine) = scripted(offer(&VIRTIO), script(), "", &["r:4:0"]);
     let ended = machine.run().with_code(0);
-    assert_eq!((ended.stats().text("/devices/0/state").as_str(), server.count(Command::DEVICE_RESET)), ("idle", 1), "{ended}");
+    assert_eq!(
+        (ended.stats().text("/devices/0/state"), server.count(Command::DEVICE_RESET)),
+        ("idle", 1),
+        "{ended}"
+    );
     assert!(!ended.log.contains("x-DEVICE_BROKEN"), "{ended}");
     let (server, _scratch, machine) = scripted(offer(&VIRTIO), script(), ",reset=off", &["r:4:0"]);
     let ended = machine.run().with_code(0);
-    assert_eq!((ended.stats().text("/devices/0/state").as_str(), server.count(Command::DEVICE_RESET)), ("idle", 0), "{ended}");
+    assert_eq!(
+        (ended.stats().text("/devices/0/state"), server.count(Command::DEVICE_RESET)),
+        ("idle", 0),
+        "{ended}"
+    );
 }
 
 #[test]
@@ -643,7 +654,17 @@ fn maskings_of_vectors_are_no_requests_and_the_table_may_be_in_a_bar_of_ports() 
         (0x34, &[0x40]),
         (0x40, &[0x11, 0, 3, 0, 4, 0, 0, 0, 4, 8, 0, 0]),
     ];
-    let steps = ["c:0x40", "w:4:0xc:0", "w:4:0xc:1", "w:4:0xc:0", "r:4:0xc", "r:4:0x800", "r:2:0", "w:2:4:1", "c:0x20"];
+    let steps = [
+        "c:0x40",
+        "w:4:0xc:0",
+        "w:4:0xc:1",
+        "w:4:0xc:0",
+        "r:4:0xc",
+        "r:4:0x800",
+        "r:2:0",
+        "w:2:4:1",
+        "c:0x20",
+    ];
     let (_server, _scratch, machine) = scripted(offer(&msix), Script::normal(), "", &steps);
     let ended = machine.run().with_code(0);
     let told = values(&ended);

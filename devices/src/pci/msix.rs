@@ -75,18 +75,6 @@ impl Msix {
         u16::try_from(self.entries.len()).unwrap_or(MAX_VECTORS)
     }
 
-    /// Bytes of the table.
-    #[must_use]
-    pub fn table_length(&self) -> u64 {
-        u64::from(self.count()) * ENTRY
-    }
-
-    /// Bytes of the pending bits.
-    #[must_use]
-    pub fn pba_length(&self) -> u64 {
-        u64::from(self.count().div_ceil(64)) * 8
-    }
-
     /// The capability's body from offset 2 on, for [`super::ConfigSpace::add_capability`], with table and pending
     /// bits at these 8-aligned offsets of their BARs; and the mask of what of it can be written.
     #[must_use]

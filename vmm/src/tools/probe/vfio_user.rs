@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 use transport::peer::{Cause, Limits};
 use transport::vfio_user::migration::FeatureUse;
-use transport::vfio_user::{Client, Feature, IoFdKind, IrqIndex, RegionIndex, RegionInfo};
+use transport::vfio_user::{Client, Feature, IoFdKind, IoFdPlace, IrqIndex, RegionIndex, RegionInfo};
 
 use crate::error::Error;
 
@@ -88,15 +88,13 @@ pub struct Region {
     pub doorbells: Vec<Doorbell>,
 }
 
-/// One sub-region of DEVICE_GET_REGION_IO_FDS.
+/// A write that the server hears of by an eventfd, without a message: a sub-region of DEVICE_GET_REGION_IO_FDS.
 #[derive(Clone, Debug, Serialize)]
 pub struct Doorbell {
     /// Where in the region.
     pub offset: u64,
     /// Bytes of a write; 0 for any.
     pub size: u64,
-    /// `ioeventfd`, `ioregionfd` or `shadow`.
-    pub kind: &'static str,
     /// The value that rings it; any without.
     pub value: Option<u64>,
 }
@@ -219,10 +217,11 @@ fn region(
     let flags = ["read", "write", "mmap", "capabilities"].into_iter().enumerate();
     let flags = flags.filter(|(bit, _)| found.flags >> bit & 1 != 0).map(|(_, name)| name).collect();
     // Only BARs have doorbells; a refusal is how most servers say that there are none.
-    let mut doorbells = Vec::new();
+    let mut fds = Vec::new();
     if index < 6 {
-        doorbells = unless_refused(client.region_io_fds(found), &mut Vec::new())?.unwrap_or_default();
+        fds = unless_refused(client.region_io_fds(found), &mut Vec::new())?.unwrap_or_default();
     }
+    let places: Vec<_> = fds.iter().map(|fd| fd.place).collect();
     if found.flags & 4 != 0 && found.areas.is_empty() {
         quirks.push(format!("says that region {index} can be mapped, and nothing of it can"));
     }
@@ -232,20 +231,22 @@ fn region(
         size: found.size,
         flags,
         areas: found.areas.iter().map(|area| (area.offset, area.size)).collect(),
-        doorbells: doorbells
-            .into_iter()
-            .map(|bell| Doorbell {
-                offset: bell.place.offset,
-                size: bell.place.size,
-                kind: match bell.place.kind {
-                    IoFdKind::Ioeventfd => "ioeventfd",
-                    IoFdKind::Ioregionfd => "ioregionfd",
-                    IoFdKind::Shadow { .. } => "shadow",
-                },
-                value: bell.place.value(),
-            })
-            .collect(),
+        doorbells: doorbells(index, &places, quirks),
     })
+}
+
+/// Those that the kernel can ring. The writes of shadow ioeventfds and ioregionfds are messages all the same.
+fn doorbells(index: u32, places: &[IoFdPlace], quirks: &mut Vec<String>) -> Vec<Doorbell> {
+    let (bells, others): (Vec<_>, Vec<_>) =
+        places.iter().partition(|place| matches!(place.kind, IoFdKind::Ioeventfd));
+    if !others.is_empty() {
+        let count = others.len();
+        quirks.push(format!(
+            "has {count} descriptor(s) for region {index} that are no doorbells, and are not used"
+        ));
+    }
+    let bell = |place: &IoFdPlace| Doorbell { offset: place.offset, size: place.size, value: place.value() };
+    bells.into_iter().map(bell).collect()
 }
 
 fn region_name(index: u32) -> String {
@@ -380,4 +381,20 @@ fn describe(report: &VfioUserReport) -> String {
         line("note", quirk);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shadow_ioeventfds_and_ioregionfds_are_no_doorbells() {
+        let place = |offset, kind| IoFdPlace { offset, size: 4, fd: 0, kind, flags: 0, datamatch: 0 };
+        let kinds = [IoFdKind::Shadow { fd: 1, offset: 0 }, IoFdKind::Ioeventfd, IoFdKind::Ioregionfd];
+        let places: Vec<_> = (0..).step_by(4).zip(kinds).map(|(offset, kind)| place(offset, kind)).collect();
+        let mut quirks = Vec::new();
+        let offsets: Vec<_> = doorbells(0, &places, &mut quirks).iter().map(|bell| bell.offset).collect();
+        assert_eq!(offsets, [4]);
+        assert!(quirks[0].contains("2 descriptor(s) for region 0"), "{quirks:?}");
+    }
 }
