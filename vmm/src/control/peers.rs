@@ -16,6 +16,7 @@ use devices::virtio::attendant::Job;
 use devices::virtio::backend::requests::{Answers, OwnChannel};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+use transport::peer::Cause;
 use transport::vfio_user::{self, Receiver};
 use transport::vhost_user::message::{Iotlb, ShmemArea, Uuid};
 use transport::vhost_user::{BackendRequests, NotifierArea, Refused, Served};
@@ -225,7 +226,10 @@ impl Shared {
                 Ok(vfio_user::Served::HungUp) => None,
                 // The control loop sees the connection hung up, and tidies up.
                 Err(error) => {
-                    device.link.give_up(&error.to_string());
+                    match error.cause() {
+                        Cause::Closed => device.link.hung_up(),
+                        _ => device.link.give_up(&error.to_string()),
+                    }
                     None
                 }
             },
