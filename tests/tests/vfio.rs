@@ -572,15 +572,15 @@ const VIRTIO: [(usize, &[u8]); 4] = [
     (0x40, &[9, 0, 16, 1, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0]),
 ];
 
-/// A guest that takes these steps with a scripted server's function.
-fn scripted(offer: Offer, script: Script, more: &str, steps: &[&str]) -> (ScriptedServer, Scratch, Launch) {
+/// A guest that takes these steps with a scripted server's function. The folder goes last: the server ends by its socket.
+fn scripted(offer: Offer, script: Script, more: &str, steps: &[&str]) -> (Scratch, ScriptedServer, Launch) {
     let scratch = Scratch::new();
     let socket = scratch.path("scripted");
     let server = ScriptedServer::listen(&socket, offer, script).unwrap();
     let line =
         steps.iter().fold(CommandLine::new("pci").arg("timeout", 30), |line, step| line.arg("step", step));
     let device = format!("socket={},id=scripted,deadline=5000{more}", socket.display());
-    (server, scratch, Launch::payload(&line).arg("--vfio-user").arg(device))
+    (scratch, server, Launch::payload(&line).arg("--vfio-user").arg(device))
 }
 
 #[test]
@@ -588,7 +588,7 @@ fn a_driver_that_resets_a_lost_virtio_function_is_not_kept_waiting() {
     need!(place::kvm());
     // As Linux does when it removes the function: a status of 0 is written, and read until it is 0.
     let steps = ["r:4:0x14", "u:4:0x14:0xffffffff", "w:4:0x14:0", "u:4:0x14:0", "r:4:0x14", "c:0"];
-    let (server, _scratch, machine) = scripted(offer(&VIRTIO), Script::normal(), "", &steps);
+    let (_scratch, server, machine) = scripted(offer(&VIRTIO), Script::normal(), "", &steps);
     let vm = machine.start();
     vm.expect("value=0x0");
     server.hang_up();
@@ -603,7 +603,7 @@ fn a_removal_by_the_servers_administrator_is_no_broken_device_and_a_killed_serve
     let (until_lost, is_gone, let_go) =
         (format!("U:{present}:0"), format!("o:{gone}"), format!("O:{eject}:2"));
     let steps = ["r:4:0", &until_lost, &is_gone, &let_go, "c:0"];
-    let (server, _scratch, machine) = scripted(offer(&VIRTIO), Script::normal(), "", &steps);
+    let (_scratch, server, machine) = scripted(offer(&VIRTIO), Script::normal(), "", &steps);
     let vm = machine.start();
     vm.expect("value=0x0");
     // The process that serves the function lives on.
@@ -626,7 +626,7 @@ fn a_removal_by_the_servers_administrator_is_no_broken_device_and_a_killed_serve
 fn a_server_that_dies_of_its_reset_is_not_asked_for_it_and_may_at_the_end() {
     need!(place::kvm());
     let script = || Script::normal().on(Command::DEVICE_RESET, Act::Close);
-    let (server, _scratch, machine) = scripted(offer(&VIRTIO), script(), "", &["r:4:0"]);
+    let (_scratch, server, machine) = scripted(offer(&VIRTIO), script(), "", &["r:4:0"]);
     let ended = machine.run().with_code(0);
     assert_eq!(
         (ended.stats().text("/devices/0/state"), server.count(Command::DEVICE_RESET)),
@@ -634,7 +634,7 @@ fn a_server_that_dies_of_its_reset_is_not_asked_for_it_and_may_at_the_end() {
         "{ended}"
     );
     assert!(!ended.log.contains("x-DEVICE_BROKEN"), "{ended}");
-    let (server, _scratch, machine) = scripted(offer(&VIRTIO), script(), ",reset=off", &["r:4:0"]);
+    let (_scratch, server, machine) = scripted(offer(&VIRTIO), script(), ",reset=off", &["r:4:0"]);
     let ended = machine.run().with_code(0);
     assert_eq!(
         (ended.stats().text("/devices/0/state"), server.count(Command::DEVICE_RESET)),
@@ -665,7 +665,7 @@ fn maskings_of_vectors_are_no_requests_and_the_table_may_be_in_a_bar_of_ports() 
         "w:2:4:1",
         "c:0x20",
     ];
-    let (_server, _scratch, machine) = scripted(offer(&msix), Script::normal(), "", &steps);
+    let (_scratch, _server, machine) = scripted(offer(&msix), Script::normal(), "", &steps);
     let ended = machine.run().with_code(0);
     let told = values(&ended);
     assert_eq!((told[0], &told[1..4]), (0x0003_0011, [0, 0, 0].as_slice()), "{ended}");
