@@ -16,7 +16,7 @@ use transport::vhost_user::vring::Call;
 
 use super::function::{COMMAND_OURS, FunctionShape};
 use super::interrupts::{self, Calls, Delivery, Place};
-use super::server::{CONFIG_REGION, Done, Irq, Server, ServerAccess, ServerLink, Writes};
+use super::server::{CONFIG_REGION, Done, Gone, Irq, Server, ServerAccess, ServerLink, Writes};
 use super::survey::{Region, Reset};
 use crate::lock;
 use crate::pci::bar::{BarError, Command};
@@ -189,7 +189,8 @@ impl VfioUserDevice {
         }
         let access = self.link.access();
         self.switch_off(&access);
-        if self.reset == Reset::Used && access.reset() == Done::No {
+        let is_reset = self.reset == Reset::Unused || access.reset() == Done::Yes;
+        if !is_reset && self.link.gone() != Some(&Gone::Ended) {
             log::warn!("device {} was not reset (reset=off never asks for it)", self.link.name());
         }
     }

@@ -180,10 +180,12 @@ impl ServerLink {
     /// The connection was closed while nothing was asked. A server that lives on has been told to serve the device no
     /// longer, one that died has failed. Does not wait.
     pub fn hung_up(&self) {
-        if !self.is_gone() && self.server.is_alive() {
-            return self.end(Gone::Removed);
+        match (self.ending.load(Ordering::Acquire), self.is_gone()) {
+            (_, true) => {}
+            (true, false) => self.end(Gone::Ended),
+            (false, false) if self.server.is_alive() => self.end(Gone::Removed),
+            (false, false) => self.give_up("the server closed the connection"),
         }
-        self.give_up("the server closed the connection");
     }
 
     /// The machine ends. Called before the last access.
