@@ -16,9 +16,22 @@ pub mod virtio;
 #[cfg(test)]
 mod testing;
 
+use std::error::Error;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Locks; a panic of another holder does not spread, as each of our states is valid at every step.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The causes of `error`, outermost first, in one line.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
 }

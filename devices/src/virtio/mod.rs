@@ -16,7 +16,7 @@ pub mod backend;
 pub mod core;
 pub mod recovery;
 pub mod ring;
-mod served;
+pub mod served;
 pub mod transport;
 pub mod types;
 

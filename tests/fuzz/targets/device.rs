@@ -2,7 +2,8 @@
 //! likes on the other.
 #![no_main]
 
-use devices::virtio::backend::vhost_user::{Order, open};
+use devices::virtio::backend::vhost_user::{Order};
+use devices::virtio::recovery::candidate::{open};
 use devices::virtio::transport::mmio::{MmioDevice, Place};
 use devices::virtio::types::table::{DeviceType, Wishes};
 use devices::virtio::{OnLoss, Parts, PhaseReport};

@@ -1,7 +1,8 @@
 use super::*;
 use std::time::{Duration, Instant};
 
-use devices::virtio::backend::vhost_user::{Order, VhostUser, open};
+use devices::virtio::backend::vhost_user::{Order, VhostUser};
+use devices::virtio::recovery::candidate::open;
 use devices::virtio::types::table::{DeviceType, Wishes};
 use rustix::fs::{MemfdFlags, memfd_create};
 use transport::peer::Limits;

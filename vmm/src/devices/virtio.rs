@@ -8,11 +8,12 @@ use devices::hang_up::HangUp;
 use devices::pci::host_bridge::InsertError;
 use devices::ports::Ports;
 use devices::virtio::attendant::{Attendant, Job};
-use devices::virtio::backend::vhost_user::{self, Opened};
-use devices::virtio::core::registers::SharedMemory;
+use devices::virtio::backend::vhost_user::OpenError;
+use devices::virtio::recovery::candidate::{self, Opened};
 use devices::virtio::recovery::search::{Meeting, Search};
 use devices::virtio::ring::address::Iommu;
 use devices::virtio::transport::mmio::{self, MmioDevice, Place};
+use devices::virtio::types::model::SharedMemory;
 use devices::virtio::{self, DeviceHandle, OnLoss, Parts, PciDevice, PhaseReport, Trapped};
 use transport::memory::{GuestAddr, MemoryMap};
 use transport::peer::socket::Listener;
@@ -89,7 +90,7 @@ impl VirtioDevice {
             }
             Err((stream, name)) => (None, Connection::from_stream(stream, name, &limits)),
         };
-        let opened = connection.map_err(vhost_user::OpenError::from);
+        let opened = connection.map_err(OpenError::from);
         if config.reconnect.is_some() {
             order = order.recoverable();
         }
@@ -100,7 +101,7 @@ impl VirtioDevice {
         if let Some(iommu) = config.iommu.or(order.wants_iommu().then_some(Iommu::Identity)) {
             order = order.behind(Arc::new(iommu.map(memory)));
         }
-        let opened = opened.and_then(|connection| vhost_user::open(connection, &order));
+        let opened = opened.and_then(|connection| candidate::open(connection, &order));
         let Opened { mut model, backend, channel, hang_up, reconnect, outlets } =
             opened.map_err(|error| {
                 let hint = error.hint();
@@ -111,12 +112,14 @@ impl VirtioDevice {
             place_shared_memory(&id, &mut model.shared_memory, windows)?;
         }
         let no_fd = |error| Error::host(cannot()).because(error);
+        let service = devices::virtio::served::service_of(&model);
         let parts = Parts {
             name: id.to_string(),
             model,
             backend: Box::new(backend),
             outlets,
             memory: memory.clone(),
+            service,
         };
         let handle = DeviceHandle::new(parts).map_err(no_fd)?;
         if meeting.is_some() && config.reconnect.is_some() {

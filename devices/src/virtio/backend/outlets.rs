@@ -16,7 +16,7 @@ use transport::vhost_user::{NotifierArea, Refused};
 
 use crate::lock;
 use crate::ports::{Access, DeviceMemory, FileRange, Guard, OnVanished, PortError};
-use crate::virtio::core::registers::SharedMemory;
+use crate::virtio::types::model::SharedMemory;
 
 /// Why a backend's piece is not shown.
 #[derive(Debug, thiserror::Error)]
@@ -267,7 +267,7 @@ impl Tenancy {
 
     fn refuse(&self, what: &str, area: &ShmemArea, error: &MapError) -> Refused {
         let ShmemArea { shmid, shm_offset, len, .. } = area;
-        let why = crate::virtio::core::device::chain(error);
+        let why = crate::chain(error);
         log::debug!("not done: {what} {len:#x} bytes at {shm_offset:#x} of shared memory {shmid}: {why}");
         Refused
     }

@@ -15,7 +15,8 @@ use zerocopy::IntoBytes;
 use crate::testing::memory;
 use crate::virtio::PhaseReport;
 use crate::virtio::backend::vhost_user::tests::{Guest, eventually, order};
-use crate::virtio::backend::vhost_user::{OpenError, Opened, Order, open};
+use crate::virtio::backend::vhost_user::{OpenError, Order};
+use crate::virtio::recovery::candidate::{Opened, open};
 use crate::virtio::ring::address::Iommu;
 
 const LIMIT: Duration = Duration::from_secs(5);

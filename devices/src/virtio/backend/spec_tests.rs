@@ -8,8 +8,9 @@ use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::Connection;
 use transport::vhost_user::request::Request;
 
+use crate::virtio::backend::vhost_user::OpenError;
 use crate::virtio::backend::vhost_user::tests::Guest;
-use crate::virtio::backend::vhost_user::{OpenError, Opened, open};
+use crate::virtio::recovery::candidate::{Opened, open};
 use crate::virtio::{OnLoss, PhaseReport};
 
 const LIMIT: Duration = Duration::from_secs(5);

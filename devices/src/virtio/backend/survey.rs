@@ -9,13 +9,8 @@ use transport::peer::Error;
 use transport::vhost_user::features::{ProtocolFeatures, bit};
 use transport::vhost_user::{Connection, IovaMap, Session};
 
-use crate::hang_up::HangUp;
-use crate::virtio::backend::outlets::Outlets;
-use crate::virtio::backend::requests::OwnChannel;
 use crate::virtio::backend::spec::Order;
-use crate::virtio::backend::vhost_user::VhostUser;
-use crate::virtio::core::registers::SharedMemory;
-use crate::virtio::recovery::candidate::Reconnect;
+use crate::virtio::types::model::SharedMemory;
 use crate::virtio::types::table::{Model, ModelError, Offer};
 
 /// Bytes of shared memory that a device may have: more, no guest could map.
@@ -75,36 +70,6 @@ impl OpenError {
     }
 }
 
-/// A backend that was asked what it is, and the device to make of it.
-pub struct Opened {
-    /// What the guest will see.
-    pub model: Model,
-    /// Serves the queues.
-    pub backend: VhostUser,
-    /// The backend's own requests, when it may make any: to be served from now on.
-    pub channel: Option<OwnChannel>,
-    /// Readable as soon as the connection is gone, and again for that of each later backend.
-    pub hang_up: Arc<HangUp>,
-    /// For when it is lost.
-    pub reconnect: Reconnect,
-    /// What it reaches by requests of its own.
-    pub outlets: Outlets,
-}
-
-/// Asks the backend what it offers and makes a device of that. Waits for a deadline at most for each thing that it asks:
-/// features, configuration, and what few devices have: shared memory, an MTU, a display.
-///
-/// # Errors
-/// When the backend fails, or does not fit the order.
-pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
-    let survey = Survey::of(connection, order)?;
-    let outlets = Outlets::new(survey.shared.clone());
-    let reconnect = Reconnect::new(order, &survey, outlets.clone()).map_err(OpenError::Fd)?;
-    let hang_up = reconnect.hang_up();
-    let (Attended { model, backend }, channel) = reconnect.attend(survey)?;
-    Ok(Opened { model, backend, channel, hang_up, reconnect, outlets })
-}
-
 /// What a backend says of itself.
 pub(crate) struct Survey {
     pub(crate) session: Session,
@@ -113,12 +78,6 @@ pub(crate) struct Survey {
     pub(crate) config_size: usize,
     /// The sizes of its shared memory regions, by id.
     pub(crate) shared: Vec<u64>,
-}
-
-/// A backend that stands ready, and the device that could be made of it.
-pub(crate) struct Attended {
-    pub(crate) model: Model,
-    pub(crate) backend: VhostUser,
 }
 
 impl Survey {

@@ -15,7 +15,7 @@ use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Lost, Session};
 use crate::lock;
 use crate::virtio::backend::outlets::Tenancy;
 pub use crate::virtio::backend::spec::Order;
-pub use crate::virtio::backend::survey::{OpenError, Opened, open};
+pub use crate::virtio::backend::survey::OpenError;
 use crate::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop, failed};
 
 /// The connection, by what it can do.

@@ -17,6 +17,7 @@ use crate::bus::BusDevice;
 use crate::virtio::OnLoss;
 use crate::virtio::PhaseReport;
 use crate::virtio::backend::requests::OwnChannel;
+use crate::virtio::recovery::candidate::{Opened, open};
 
 /// Enough for what goes well, on a machine that has other things to do.
 const DEADLINE: Duration = Duration::from_secs(1);

@@ -15,6 +15,7 @@ use crate::bus::BusDevice;
 use crate::hang_up::HangUp;
 use crate::testing::{Recorder, memory};
 use crate::virtio::backend::requests::OwnChannel;
+use crate::virtio::recovery::candidate::{Opened, open};
 use crate::virtio::transport::mmio::{MmioDevice, Place};
 use crate::virtio::{DeviceHandle, DeviceType, OnLoss, Parts, PhaseReport, Wishes};
 
@@ -131,8 +132,15 @@ impl Guest {
     ) -> (Self, Option<OwnChannel>, Arc<HangUp>) {
         let Opened { model, backend, channel, hang_up, outlets, .. } = opened;
         let (machine, ram) = (Recorder::default(), memory());
-        let parts =
-            Parts { name: "disk0".into(), model, backend: Box::new(backend), memory: ram.clone(), outlets };
+        let service = crate::virtio::served::service_of(&model);
+        let parts = Parts {
+            name: "disk0".into(),
+            model,
+            backend: Box::new(backend),
+            memory: ram.clone(),
+            outlets,
+            service,
+        };
         let place = Place { base: GuestAddr(BASE), gsi: 5 };
         let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), place, &machine.ports()).unwrap();
         device.handle().on_loss(on_loss);

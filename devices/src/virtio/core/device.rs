@@ -18,12 +18,12 @@ use transport::vhost_user::{InflightArea, Refused};
 use crate::ports::{Guard, PortError};
 use crate::virtio::backend::outlets::{Outlet, Outlets};
 use crate::virtio::backend::{Backend, BackendError, failed};
+use crate::virtio::core::face::Face;
 use crate::virtio::core::queues::Wiring;
 use crate::virtio::core::registers::{Effect, Identity, Refusal, Reg, Registers};
+use crate::virtio::core::service::Service;
 use crate::virtio::core::state::{OnLoss, Phase};
 use crate::virtio::core::vacancy::Seeker;
-use crate::virtio::served::Control;
-use crate::virtio::transport::Face;
 use crate::virtio::types::table::{ConfigSource, DeviceType, Model};
 
 pub use crate::virtio::core::handle::DeviceHandle;
@@ -72,8 +72,8 @@ pub struct Device {
     pub(crate) phase: Phase,
     pub(crate) on_loss: OnLoss,
     pub(crate) seeker: Option<Seeker>,
-    /// The queue that we serve.
-    pub(crate) control: Option<Control>,
+    /// What serves a queue in the place of the backend.
+    pub(crate) service: Option<Box<dyn Service>>,
     /// The machine has ended: no other backend may come.
     pub(crate) retired: bool,
     trapped: Trapped,
@@ -96,18 +96,8 @@ pub struct Parts {
     pub outlets: Outlets,
     /// Guest memory.
     pub memory: MemoryMap,
-}
-
-/// The causes of `error`, outermost first, in one line.
-pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
+    /// What serves the last queue in the place of the backend.
+    pub service: Option<Box<dyn Service>>,
 }
 
 impl Device {
@@ -116,10 +106,9 @@ impl Device {
     /// # Errors
     /// When eventfds run out.
     pub fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { name, model, backend, outlets, memory } = parts;
+        let Parts { name, model, backend, outlets, memory, service } = parts;
         let Model { device_type, features, queues, queue_size, config, config_source, shared_memory } = model;
-        let control = Control::of(device_type.service(), queues);
-        let wiring = Wiring::new(queues, control.as_ref().map(Control::queue))?;
+        let wiring = Wiring::new(queues)?;
         outlets.set_calls(wiring.clone_calls()?);
         let config_call = Call::new()?;
         let registers = Registers::new(Identity {
@@ -146,7 +135,7 @@ impl Device {
             phase: Phase::Idle,
             on_loss: OnLoss::default(),
             seeker: None,
-            control,
+            service,
             retired: false,
             trapped: Trapped::default(),
             activations: 0,

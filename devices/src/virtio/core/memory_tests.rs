@@ -12,8 +12,8 @@ use transport::vhost_user::{Connection, ProtocolFeatures};
 
 use crate::testing::RAM;
 use crate::virtio::PhaseReport;
-use crate::virtio::backend::vhost_user::open;
 use crate::virtio::backend::vhost_user::tests::{Daemon, Guest, order};
+use crate::virtio::recovery::candidate::open;
 use crate::virtio::ring::address::Iommu;
 
 const MORE: u64 = 0x1_0000_0000;

@@ -7,13 +7,12 @@ use transport::memory::GuestAddr;
 use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
 use crate::ports::{Guard, PortError};
-use crate::virtio::core::queue::{QueueError, QueueState};
+use crate::virtio::core::face::Face;
 use crate::virtio::core::registers::Registers;
 use crate::virtio::core::state::Begin;
-use crate::virtio::recovery::watch::{Verdict, judge};
 use crate::virtio::ring::address::Space;
-use crate::virtio::ring::resume::{Notes, Orphan, Past, ResumeError};
-use crate::virtio::transport::Face;
+use crate::virtio::ring::queue::{QueueError, QueueState};
+use crate::virtio::ring::split::{Notes, Orphan, Past, ResumeError, Verdict, judge};
 
 /// Why the queues cannot be connected.
 #[derive(Debug, thiserror::Error)]
@@ -87,9 +86,34 @@ impl OwnedRing {
 }
 
 impl Wiring {
-    pub(crate) fn new(queues: u16, ours: Option<u16>) -> io::Result<Self> {
+    pub(crate) fn new(queues: u16) -> io::Result<Self> {
         let pair = |_| Ok(Pair { kick: Kick::new()?, call: Call::new()?, past: Past::default() });
-        Ok(Self { pairs: (0..queues).map(pair).collect::<io::Result<_>>()?, ours })
+        Ok(Self { pairs: (0..queues).map(pair).collect::<io::Result<_>>()?, ours: None })
+    }
+
+    /// From now on this queue is served in the place of the backend. It takes its kicks by the eventfd of the last one,
+    /// wherever it is.
+    pub(crate) fn set_ours(&mut self, queue: u16) {
+        self.ours = Some(queue);
+    }
+
+    pub(crate) fn ours(&self) -> Option<u16> {
+        self.ours
+    }
+
+    /// The last queue.
+    pub(crate) fn last(&self) -> u16 {
+        u16::try_from(self.pairs.len().saturating_sub(1)).unwrap_or(u16::MAX)
+    }
+
+    /// The pair whose eventfd takes the kicks of this queue.
+    fn kicked(&self, queue: u16) -> Option<&Pair> {
+        if self.ours == Some(queue) { self.pairs.last() } else { self.pairs.get(usize::from(queue)) }
+    }
+
+    /// Has the queue of ours looked at.
+    pub(crate) fn kick_ours(&self) -> io::Result<()> {
+        self.ours.map_or(Ok(()), |queue| self.kick(queue))
     }
 
     /// The queues that the driver enabled.
@@ -113,7 +137,10 @@ impl Wiring {
         for (index, queue, _) in self.enabled(registers) {
             queue.validate(index, layout, space)?;
         }
-        let connect = |(index, _, pair): (u16, _, &Pair)| face.connect(index, &pair.kick, &pair.call);
+        let connect = |(index, _, pair): (u16, _, &Pair)| {
+            let kicked = self.kicked(index).unwrap_or(pair);
+            face.connect(index, &kicked.kick, &pair.call)
+        };
         Ok(self.enabled(registers).map(connect).collect::<Result<_, _>>()?)
     }
 
@@ -178,7 +205,7 @@ impl Wiring {
 
     /// Passes on a kick that did not end in the kernel.
     pub(crate) fn kick(&self, queue: u16) -> io::Result<()> {
-        self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.ring())
+        self.kicked(queue).map_or(Ok(()), |pair| pair.kick.ring())
     }
 
     /// Has every queue looked at that the driver enabled: a kick may have been suppressed.
@@ -188,7 +215,7 @@ impl Wiring {
 
     /// Takes the kicks of a queue that is ours.
     pub(crate) fn take_kick(&self, queue: u16) -> io::Result<()> {
-        self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.kick.take().map(drop))
+        self.kicked(queue).map_or(Ok(()), |pair| pair.kick.take().map(drop))
     }
 
     /// Descriptors of the kicks of these queues.

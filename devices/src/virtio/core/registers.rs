@@ -5,8 +5,9 @@
 use transport::memory::GuestAddr;
 use transport::vhost_user::features::{DeviceFeatures, DriverFeatures, WITHHELD, bit};
 
-use crate::virtio::core::queue::{QueueState, RingLayout};
 use crate::virtio::core::status::{Status, Step, Transition};
+use crate::virtio::ring::queue::{QueueState, RingLayout};
+use crate::virtio::types::model::SharedMemory;
 
 /// Which half of a 64-bit register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -103,15 +104,6 @@ pub enum Refusal {
     ReadOnly,
     /// The access is beyond the configuration, or is not 1, 2, 4 or 8 bytes wide.
     ConfigBounds,
-}
-
-/// A range of guest addresses that device and driver share (§2.10).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SharedMemory {
-    /// Where the guest finds it.
-    pub base: GuestAddr,
-    /// Bytes.
-    pub length: u64,
 }
 
 /// What a device is, before any driver came.

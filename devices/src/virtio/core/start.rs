@@ -6,14 +6,15 @@ use transport::vhost_user::Refused;
 use transport::vhost_user::features::bit;
 use transport::vhost_user::vring::Ring;
 
+use crate::chain;
 use crate::ports::Guard;
 use crate::virtio::backend::{Backend, BackendError, MemoryChange, Start, Stop};
-use crate::virtio::core::device::{Device, Plugged, chain};
+use crate::virtio::core::device::{Device, Plugged};
 use crate::virtio::core::queues::{ConnectError, OwnedRing, RingsError};
 use crate::virtio::core::registers::Registers;
 use crate::virtio::core::state::{Begin, Phase, Waiting};
 use crate::virtio::ring::address::Space;
-use crate::virtio::ring::resume::Notes;
+use crate::virtio::ring::split::Notes;
 
 /// Why the queues did not start.
 enum StartError {
@@ -59,6 +60,9 @@ impl Device {
         }
         // A driver that writes registers sees them through a transport.
         let Some(Plugged { transport, .. }) = &self.plugged else { return };
+        if let (Some(service), Some(features)) = (&self.service, self.registers.accepted()) {
+            self.wiring.set_ours(service.queue(features));
+        }
         let connected = self.wiring.connect(&self.registers, transport.as_ref(), self.space());
         match connected.map_err(StartError::from).and_then(|guards| self.start(guards)) {
             Ok(()) => {}
@@ -72,15 +76,15 @@ impl Device {
     fn start(&mut self, guards: Vec<Guard>) -> Result<(), StartError> {
         if let Phase::Vacant(vacancy) = &mut self.phase {
             vacancy.queues = Some(Waiting { guards, begin: Begin::Fresh });
-            self.reset_control();
+            self.reset_service();
             return Ok(());
         }
         match self.start_at(&Begin::Fresh) {
             Ok(()) => {
                 self.activations += 1;
                 self.phase = Phase::Running(guards);
-                self.reset_control();
-                self.begin_control();
+                self.reset_service();
+                self.begin_service();
                 Ok(())
             }
             Err(lost @ StartError::Lost(_)) => {
@@ -94,17 +98,12 @@ impl Device {
 
     /// The backend starts the queues where `begin` says.
     fn start_at(&mut self, begin: &Begin) -> Result<(), StartError> {
-        let Self { registers, wiring, memory, backend, control, inflight, .. } = self;
+        let Self { registers, wiring, memory, backend, inflight, .. } = self;
         let Some(features) = registers.accepted() else {
             return Err(StartError::Driver(
                 "the driver was ready before the features were agreed".to_owned(),
             ));
         };
-        if control.as_ref().is_some_and(|control| control.is_elsewhere(features)) {
-            return Err(StartError::Driver(
-                "the driver takes VIRTIO_NET_F_CTRL_VQ without VIRTIO_NET_F_MQ".to_owned(),
-            ));
-        }
         if *begin == Begin::Fresh {
             *inflight = None;
         }
@@ -154,7 +153,7 @@ impl Device {
     fn restart(&mut self, begin: &Begin) {
         match self.start_at(begin) {
             Ok(()) => {
-                self.begin_control();
+                self.begin_service();
                 if let Err(error) = self.wiring.kick_all(&self.registers) {
                     log::warn!("{}: cannot kick: {error}", self.name);
                 }
@@ -212,7 +211,7 @@ impl Device {
                 self.resets += 1;
                 // No new kick, no further interrupt, then the backend.
                 drop(guards);
-                self.end_control();
+                self.end_service();
                 self.stop();
                 self.drain();
             }

@@ -1,10 +1,11 @@
 //! A device loses its backend, and asks for another one. The search and its success are in
-//! [`crate::virtio::recovery`]. Called with the device's lock held; waits for nobody.
+//! the chapter `recovery`. Called with the device's lock held; waits for nobody.
 
 use std::time::Duration;
 
+use crate::chain;
 use crate::virtio::backend::BackendError;
-use crate::virtio::core::device::{Device, chain};
+use crate::virtio::core::device::Device;
 use crate::virtio::core::start::space;
 use crate::virtio::core::state::{Begin, OnLoss, Phase, Vacancy, Waiting, Work};
 

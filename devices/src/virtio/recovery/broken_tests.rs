@@ -34,6 +34,7 @@ fn rig() -> Rig {
         backend: Box::new(Scripted::default()),
         outlets: Outlets::default(),
         memory: memory(),
+        service: None,
     };
     let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
     let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), place, &machine.ports()).unwrap();

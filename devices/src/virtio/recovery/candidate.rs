@@ -21,10 +21,11 @@ use crate::virtio::backend::is_silence;
 use crate::virtio::backend::outlets::Outlets;
 use crate::virtio::backend::requests::{Answers, OwnChannel};
 use crate::virtio::backend::spec::Order;
-use crate::virtio::backend::survey::{Attended, OpenError, Survey};
+use crate::virtio::backend::survey::{OpenError, Survey};
 use crate::virtio::backend::vhost_user::VhostUser;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::recovery::vacancy::{Candidate, FillError, Misfit};
+use crate::virtio::types::model::Model;
 
 /// Why a backend that was connected to does not serve the device.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +62,42 @@ impl ReconnectError {
             Self::Fill { source, .. } => !matches!(source, FillError::Failed(_)),
         }
     }
+}
+
+/// A backend that was asked what it is, and the device to make of it.
+pub struct Opened {
+    /// What the guest will see.
+    pub model: Model,
+    /// Serves the queues.
+    pub backend: VhostUser,
+    /// The backend's own requests, when it may make any: to be served from now on.
+    pub channel: Option<OwnChannel>,
+    /// Readable as soon as the connection is gone, and again for that of each later backend.
+    pub hang_up: Arc<HangUp>,
+    /// For when it is lost.
+    pub reconnect: Reconnect,
+    /// What it reaches by requests of its own.
+    pub outlets: Outlets,
+}
+
+/// Asks the backend what it offers and makes a device of that. Waits for a deadline at most for each thing that it asks:
+/// features, configuration, and what few devices have: shared memory, an MTU, a display.
+///
+/// # Errors
+/// When the backend fails, or does not fit the order.
+pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> {
+    let survey = Survey::of(connection, order)?;
+    let outlets = Outlets::new(survey.shared.clone());
+    let reconnect = Reconnect::new(order, &survey, outlets.clone()).map_err(OpenError::Fd)?;
+    let hang_up = reconnect.hang_up();
+    let (Attended { model, backend }, channel) = reconnect.attend(survey)?;
+    Ok(Opened { model, backend, channel, hang_up, reconnect, outlets })
+}
+
+/// A backend that stands ready, and the device that could be made of it.
+pub(crate) struct Attended {
+    pub(crate) model: Model,
+    pub(crate) backend: VhostUser,
 }
 
 /// What is needed to replace the backend of one device, for the whole life of that device. Shared
@@ -105,7 +142,7 @@ impl Reconnect {
     /// Lets the backend at the other end of `connection` serve `device`, which is recovering or broken. Whoever
     /// answers the backends' own requests gets its channel before its rings start, by `serve`.
     ///
-    /// Waits as [`open`](crate::virtio::backend::survey::open) does, and for the start, without the device's lock: for a thread of its own.
+    /// Waits as [`open`] does, and for the start, without the device's lock: for a thread of its own.
     ///
     /// # Errors
     /// When the backend fails: the device goes on waiting, try again later. Or when it does not fit, or

@@ -11,8 +11,8 @@ use transport::vhost_user::request::Request;
 
 use super::*;
 use crate::bus::BusDevice;
-use crate::virtio::backend::vhost_user::open;
 use crate::virtio::backend::vhost_user::tests::{Daemon, Guest, eventually, order};
+use crate::virtio::recovery::candidate::open;
 use crate::virtio::{OnLoss, PhaseReport};
 
 const DEADLINE: Duration = Duration::from_millis(2500);

@@ -21,13 +21,14 @@ use transport::vhost_user::InflightArea;
 use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Ring;
 
+use crate::chain;
 use crate::virtio::backend::{Backend, BackendError, Start};
-use crate::virtio::core::device::{Device, chain};
+use crate::virtio::core::device::Device;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::queues::{OwnedRing, RingsError};
 use crate::virtio::core::start::space;
 use crate::virtio::core::state::{Begin, Phase, Vacancy, Work};
-use crate::virtio::ring::resume::{Notes, ResumeError};
+use crate::virtio::ring::split::{Notes, ResumeError};
 use crate::virtio::types::table::{ConfigSource, Model};
 
 /// A backend that was asked what it is.
@@ -301,7 +302,7 @@ impl Device {
         if let Some(queues) = vacancy.queues {
             self.phase = Phase::Running(queues.guards);
             self.activations += u64::from(queues.begin == Begin::Fresh);
-            self.begin_control();
+            self.begin_service();
             if queues.begin == Begin::CutOff {
                 self.announce();
             }
@@ -313,7 +314,7 @@ impl Device {
         if model.config_source == ConfigSource::Backend && self.show_config(model.config) {
             self.interrupt_config();
         }
-        self.forget_sessions();
+        self.service_replaced();
         self.show_registers();
     }
 }

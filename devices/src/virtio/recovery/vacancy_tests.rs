@@ -31,8 +31,14 @@ struct Rig {
 fn rig_of(model: Model) -> Rig {
     let (machine, first, ram) = (Recorder::default(), Scripted::default(), memory());
     let backend = Box::new(first.clone());
-    let parts =
-        Parts { name: "disk0".into(), model, backend, memory: ram.clone(), outlets: Outlets::default() };
+    let parts = Parts {
+        name: "disk0".into(),
+        model,
+        backend,
+        memory: ram.clone(),
+        outlets: Outlets::default(),
+        service: None,
+    };
     let device = MmioDevice::new(
         &DeviceHandle::new(parts).unwrap(),
         Place { base: GuestAddr(BASE), gsi: 5 },

@@ -15,7 +15,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::virtio::ring::resume::{Contents, Indexes};
+use crate::virtio::ring::split::{Contents, Indexes};
 
 /// What is known of one queue.
 #[derive(Debug, Clone, Copy)]

@@ -2,4 +2,5 @@
 
 pub mod address;
 pub(crate) mod in_flight;
-pub(crate) mod resume;
+pub mod queue;
+pub(crate) mod split;

@@ -5,10 +5,6 @@ use std::ops::Range;
 
 use transport::vhost_user::RingSwitch;
 
-/// VIRTIO_NET_F_CTRL_VQ and VIRTIO_NET_F_MQ.
-pub(crate) const CTRL_VQ: u32 = 17;
-pub(crate) const MQ: u32 = 22;
-
 /// VIRTIO_NET_CTRL_MQ and VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET.
 const SET_PAIRS: [u8; 2] = [4, 0];
 

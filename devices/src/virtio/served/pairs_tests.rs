@@ -1,4 +1,5 @@
 use super::*;
+use crate::virtio::types::table::{CTRL_VQ, MQ};
 
 use std::time::Duration;
 
@@ -7,8 +8,9 @@ use transport::testing::{Act, Offer, Script, ScriptedBackend};
 use transport::vhost_user::request::Request;
 use transport::vhost_user::{Connection, ProtocolFeatures};
 
+use crate::virtio::backend::vhost_user::Order;
 use crate::virtio::backend::vhost_user::tests::Guest;
-use crate::virtio::backend::vhost_user::{Opened, Order, open};
+use crate::virtio::recovery::candidate::{Opened, open};
 use crate::virtio::types::table::{DeviceType, Wishes};
 use crate::virtio::{OnLoss, PhaseReport};
 
@@ -103,7 +105,12 @@ fn serve(guest: &Guest) {
 
 /// Asks for so many pairs: the answer. `number` counts the requests from 0.
 fn ask(guest: &Guest, number: u16, pairs: u16) -> u8 {
-    let at = place(CONTROL);
+    ask_at(guest, CONTROL, number, pairs)
+}
+
+/// The same on this queue.
+fn ask_at(guest: &Guest, queue: u16, number: u16, pairs: u16) -> u8 {
+    let at = place(queue);
     guest.store(at + 0x3000, &[&SET_PAIRS[..], &pairs.to_le_bytes(), &[0xff]].concat());
     let descriptor = |index: u64, offset: u64, length: u32, flags: u16| {
         let bytes =
@@ -165,11 +172,31 @@ fn driver_has_as_many_rings_served_as_it_asks_for() {
     serve(&guest);
     assert_eq!(switched(&backend)[before + 6..], [(0, 1), (1, 1)]);
     assert_eq!((guest.device.handle().phase(), backend.breaches()), (PhaseReport::Running, vec![]));
+}
+
+#[test]
+fn driver_that_takes_the_control_queue_alone_finds_it_behind_one_pair() {
+    let (backend, opened) = card(Script::normal());
+    let (guest, _channel, _hang_up) = Guest::new(opened);
+    let handle = guest.device.handle();
     start(&guest, 1 << CTRL_VQ, 3);
-    assert!(
-        matches!(guest.device.handle().phase(), PhaseReport::NeedsReset(_)),
-        "its control queue is elsewhere"
-    );
+    assert_eq!(handle.phase(), PhaseReport::Running);
+    assert_eq!(switched(&backend), [(0, 1), (1, 1)], "the backend has no ring 2");
+    let kicks = handle.kicks_to_serve().unwrap();
+    kicks[0].1.take().unwrap();
+    assert!(guest.machine.guest_writes(0xd000_0050, 2));
+    assert_eq!(kicks[0].1.take().unwrap(), 1, "its kicks come to us");
+    guest.machine.take_interrupts();
+    assert_eq!(ask_at(&guest, 2, 0, 2), ERROR, "the driver did not take several pairs");
+    assert_eq!(guest.machine.take_interrupts(), 1);
+    assert_eq!(switched(&backend).len(), 2);
+    // For the next driver it is a ring of the backend's again.
+    start(&guest, BOTH, 5);
+    kicks[0].1.take().unwrap();
+    assert!(guest.machine.guest_writes(0xd000_0050, 2));
+    assert_eq!(kicks[0].1.take().unwrap(), 0);
+    assert_eq!(ask(&guest, 0, 2), OK);
+    assert_eq!((handle.phase(), backend.breaches()), (PhaseReport::Running, vec![]));
 }
 
 #[test]

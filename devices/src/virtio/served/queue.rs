@@ -6,9 +6,9 @@ use std::sync::atomic::{Ordering, fence};
 
 use transport::memory::GuestAddr;
 
-use crate::virtio::core::queue::QueueState;
 use crate::virtio::ring::address::Space;
-use crate::virtio::ring::resume::{ENTRIES, Part};
+use crate::virtio::ring::queue::QueueState;
+use crate::virtio::ring::split::{ENTRIES, Part};
 
 /// The most that a request may hold.
 const REQUEST_MAX: usize = 4096;

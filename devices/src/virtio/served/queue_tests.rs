@@ -11,8 +11,9 @@ use transport::vhost_user::{Connection, ProtocolFeatures};
 
 use crate::testing::{RAM, memory_without_a_file};
 use crate::virtio::PhaseReport;
+use crate::virtio::backend::vhost_user::Order;
 use crate::virtio::backend::vhost_user::tests::Guest;
-use crate::virtio::backend::vhost_user::{Order, open};
+use crate::virtio::recovery::candidate::open;
 use crate::virtio::types::table::{DeviceType, Wishes};
 
 const DESC: u64 = 0x1000;

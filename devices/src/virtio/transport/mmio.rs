@@ -14,9 +14,9 @@ use crate::bus::BusDevice;
 use crate::ports::{Doorbells, Guard, Interrupts, PortError, Ports, RegisterPage, Route, WriteMatch};
 use crate::virtio::backend::outlets::FixedOutlet;
 use crate::virtio::core::device::PlugError;
+use crate::virtio::core::face::Face;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::registers::{Half, Reg, Registers};
-use crate::virtio::transport::Face;
 
 /// Length of a device's range of addresses: one page.
 pub const LENGTH: u64 = 0x1000;

@@ -30,6 +30,7 @@ fn rig_of(model: Model) -> Rig {
         backend: Box::new(backend.clone()),
         memory: memory(),
         outlets: Outlets::default(),
+        service: None,
     };
     let device = MmioDevice::new(&DeviceHandle::new(parts).unwrap(), PLACE, &machine.ports()).unwrap();
     lock(&backend.0).config = (1..=60).collect();
@@ -471,6 +472,7 @@ fn machine_that_refuses_the_interrupt_refuses_the_device_and_keeps_nothing() {
         backend: Box::new(backend),
         memory: memory(),
         outlets: Outlets::default(),
+        service: None,
     };
     let error =
         MmioDevice::new(&DeviceHandle::new(parts).unwrap(), PLACE, &machine.ports()).map(|_| ()).unwrap_err();

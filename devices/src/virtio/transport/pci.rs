@@ -29,9 +29,9 @@ use crate::pci::{
 };
 use crate::ports::{Guard, PortError, Ports, WriteWidth};
 use crate::virtio::core::device::{Device, PlugError};
+use crate::virtio::core::face::Face;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::registers::{Half, Reg, Registers};
-use crate::virtio::transport::Face;
 use crate::virtio::transport::pci_state::{NO_VECTOR, NOTIFY, PAGE, Source, State, notify_offset};
 use crate::virtio::transport::pci_windows::{BarOutlet, Layout};
 

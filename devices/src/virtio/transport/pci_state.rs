@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use transport::vhost_user::vring::Call;
 
+use crate::chain;
 use crate::pci::bar::Command;
 use crate::pci::{ConfigSpace, ConnectionId, FixtureId, Fixtures, IntxLines, Msix, msix};
 use crate::ports::{Guard, PortError};
-use crate::virtio::core::device::chain;
 use crate::virtio::core::status::Status;
 
 /// A page.

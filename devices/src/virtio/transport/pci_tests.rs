@@ -10,7 +10,7 @@ use crate::ports::{Route, WriteMatch};
 use crate::testing::{Outcome, Recorder, Scripted, Shown, disk, memory};
 use crate::virtio::backend::outlets::{FixedOutlet, Outlet, Outlets};
 use crate::virtio::backend::requests::Answers;
-use crate::virtio::core::registers::SharedMemory;
+use crate::virtio::types::model::SharedMemory;
 use crate::virtio::types::table::Model;
 use crate::virtio::{Parts, PhaseReport};
 
@@ -48,6 +48,7 @@ fn rig_with(model: Model, outlets: Outlets) -> Rig {
         backend: Box::new(backend.clone()),
         memory: memory(),
         outlets: outlets.clone(),
+        service: None,
     };
     let device = Arc::new(
         PciDevice::new(&DeviceHandle::new(parts).unwrap(), bridge.free().unwrap(), &bridge, &machine.ports())
@@ -321,8 +322,14 @@ fn halves_of_large_regions_are_told_and_too_many_or_too_large_ones_refused() {
     let make = |model| {
         let (machine, bridge) = (Recorder::default(), HostBridge::new(WINDOWS));
         let backend = Box::new(Scripted::default());
-        let parts =
-            Parts { name: "disk0".into(), model, backend, memory: memory(), outlets: Outlets::default() };
+        let parts = Parts {
+            name: "disk0".into(),
+            model,
+            backend,
+            memory: memory(),
+            outlets: Outlets::default(),
+            service: None,
+        };
         PciDevice::new(&DeviceHandle::new(parts).unwrap(), bridge.free().unwrap(), &bridge, &machine.ports())
             .map(drop)
     };

@@ -9,8 +9,8 @@ use crate::lock;
 use crate::pci::{BarIndex, BarKind, BarSpec, Fixture};
 use crate::ports::{Access, FileRange, Guard, OnVanished, PortError};
 use crate::virtio::backend::outlets::Outlet;
-use crate::virtio::core::registers::SharedMemory;
 use crate::virtio::transport::pci_state::{PAGE, State, notify_offset};
+use crate::virtio::types::model::SharedMemory;
 
 /// VIRTIO_PCI_CAP_SHARED_MEMORY_CFG
 const SHARED_MEMORY_CFG: u8 = 8;

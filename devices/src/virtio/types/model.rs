@@ -1,16 +1,25 @@
 //! What the guest will see: made of a type, of what a backend offers, and of what the user wishes. Must never show
 //! the driver a feature whose configuration field is not there.
 
+use transport::memory::GuestAddr;
 use transport::vhost_user::features::{DeviceFeatures, bit};
 
-use crate::virtio::core::device::Device;
-use crate::virtio::core::queue::MAX_QUEUE_SIZE;
-use crate::virtio::core::registers::SharedMemory;
-use crate::virtio::served::Service;
-use crate::virtio::served::pairs;
+use crate::virtio::ring::queue::MAX_QUEUE_SIZE;
 use crate::virtio::types::table::{
-    DeviceType, MAX_QUEUES, MTU_PLACE, NET_F_MAC, NET_F_MTU, NoConfig, TAG_SIZE,
+    CTRL_VQ, DeviceType, MAX_QUEUES, MQ, MTU_PLACE, NET_F_MAC, NET_F_MTU, NoConfig, Served, TAG_SIZE,
 };
+
+/// What a device whose last queue is ours cannot take from a backend: queues of ours are split ones.
+const UNSERVED: u64 = 1 << bit::RING_PACKED;
+
+/// A range of guest addresses that device and driver share (§2.10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedMemory {
+    /// Where the guest finds it.
+    pub base: GuestAddr,
+    /// Bytes.
+    pub length: u64,
+}
 
 /// What a backend has, once it was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,23 +138,23 @@ impl DeviceType {
         if !features.has(bit::VERSION_1) {
             return Err(ModelError::Legacy);
         }
-        if self.service == Service::Pairs {
-            let needs = 1 << pairs::CTRL_VQ | 1 << pairs::MQ;
+        if self.served == Served::Pairs {
+            let needs = 1 << CTRL_VQ | 1 << MQ;
             if features.bits() & needs != needs || queue_num.is_none_or(|pairs| pairs < 2) {
                 log::warn!("the net backend has no several pairs of queues: drivers use one");
                 features = DeviceFeatures::from_bits(features.bits() & !needs);
-                self.service = Service::Nothing;
+                self.served = Served::Nothing;
             }
         }
-        let ours = u16::from(self.service != Service::Nothing);
+        let ours = u16::from(self.served != Served::Nothing);
         // Whole pairs, and one queue more.
-        let most = if self.service == Service::Pairs { MAX_QUEUES - 1 } else { MAX_QUEUES };
+        let most = if self.served == Served::Pairs { MAX_QUEUES - 1 } else { MAX_QUEUES };
         let of_backend = |n: u16| n.saturating_mul(self.queue_unit).saturating_add(ours).min(most);
         let served = queue_num.map_or(most, of_backend);
         let ported = self.queues_for_ports(features, config.as_deref().unwrap_or_default());
         let lacking = self.last_queue.is_some_and(|feature| !features.has(feature));
         let needs = self.queues.saturating_sub(u16::from(lacking));
-        let wished = wishes.queues.map(|n| if self.service == Service::Pairs { n / 2 * 2 + 1 } else { n });
+        let wished = wishes.queues.map(|n| if self.served == Served::Pairs { n / 2 * 2 + 1 } else { n });
         let queues = wished.unwrap_or(ported.unwrap_or(needs).min(served.max(needs)));
         if served < queues.min(needs) {
             return Err(ModelError::TooFewQueues { kind: self.name, has: served, needs });
@@ -193,7 +202,7 @@ impl DeviceType {
     /// Takes out the features whose configuration fields we do not have: a driver would read zeroes.
     fn visible(&self, features: DeviceFeatures, config_size: usize) -> DeviceFeatures {
         let lacking = self.features.iter().filter(|f| usize::from(f.config_end) > config_size);
-        let unserved = if self.service == Service::Nothing { 0 } else { Device::UNSERVED };
+        let unserved = if self.served == Served::Nothing { 0 } else { UNSERVED };
         DeviceFeatures::from_bits(lacking.fold(features.bits() & !unserved, |bits, f| bits & !(1 << f.bit)))
     }
 

@@ -7,9 +7,6 @@ use transport::vhost_user::features::{
     DeviceFeatures, DriverFeatures, ProtocolFeatures, UnknownFeature, Wanted,
 };
 
-use crate::virtio::served::Service;
-use crate::virtio::served::pairs;
-
 pub use crate::virtio::types::model::{ConfigSource, Model, ModelError, Offer, Wishes};
 
 /// The most queues that a vhost-user message can name.
@@ -28,6 +25,21 @@ pub(super) const NET_F_MAC: u32 = 5;
 const FILE_SYSTEM: u32 = 26;
 /// Entries of a queue unless the type or the user says otherwise.
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+
+/// VIRTIO_NET_F_CTRL_VQ and VIRTIO_NET_F_MQ.
+pub(crate) const CTRL_VQ: u32 = 17;
+pub(crate) const MQ: u32 = 22;
+
+/// What the last queue of a device is for, where the VMM serves it in the place of the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// The backend serves it.
+    Nothing,
+    /// A crypto device's sessions are opened and closed.
+    Sessions,
+    /// A network card's driver says how many pairs of queues it uses.
+    Pairs,
+}
 
 /// Whether a feature that the backend offers reaches the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,7 +158,7 @@ pub struct DeviceType {
     writable: Writable,
     pub(super) features: &'static [Feature],
     /// What the last queue is for, when it is ours to serve.
-    pub(super) service: Service,
+    pub(super) served: Served,
     /// Where the number of screens is: one, when a backend leaves it to the front end as QEMU's does (§5.7.4).
     pub(super) screens: Option<usize>,
     /// The MTU that a network card shows, in place of the backend's.
@@ -171,7 +183,7 @@ const fn row(name: &'static str, id: u32, queues: u16, config_size: u16) -> Devi
         ports: None,
         writable: Writable::Fields(&[]),
         features: &[],
-        service: Service::Nothing,
+        served: Served::Nothing,
         screens: None,
         mtu: None,
         mac: None,
@@ -299,7 +311,7 @@ const TYPES: &[DeviceType] = &[
     DeviceType { writable: Writable::Window(&[writable(0, 1), writable(1, 1)]), ..row("input", 18, 2, 136) },
     row("vsock", 19, 3, 8),
     DeviceType {
-        service: Service::Sessions,
+        served: Served::Sessions,
         no_config: NoConfig::Instead(CRYPTO_CONFIG),
         queue_count: Some(QueueCountField { offset: 4, width: 4, others: 1, group: 1, feature: None }),
         ..row("crypto", 20, 2, 56)
@@ -488,15 +500,15 @@ impl DeviceType {
     }
 
     /// What the last queue is for, when it is ours to serve.
-    pub(crate) fn service(&self) -> Service {
-        self.service
+    pub(crate) fn served(&self) -> Served {
+        self.served
     }
 
     /// The same type as the user wishes it: a network card with more than one pair of queues has a control queue besides, by
     /// which its driver says how many it uses.
     pub(crate) fn wished(self, wishes: &Wishes) -> Self {
         let several = self.id == NET && wishes.queues.is_some_and(|queues| queues >= 4);
-        if several { Self { service: Service::Pairs, ..self } } else { self }
+        if several { Self { served: Served::Pairs, ..self } } else { self }
     }
 
     /// Whether writing `data` at `offset` of `config` says nothing new.
@@ -554,10 +566,10 @@ impl DeviceType {
         for feature in self.features.iter().filter(|f| f.passage == Passage::OnRequest) {
             text.push_str(&format!("-bit{}", feature.bit));
         }
-        if self.service == Service::Pairs {
-            text.push_str(&format!("+bit{}+bit{}", pairs::CTRL_VQ, pairs::MQ));
+        if self.served == Served::Pairs {
+            text.push_str(&format!("+bit{}+bit{}", CTRL_VQ, MQ));
         }
-        if self.service == Service::Sessions {
+        if self.served == Served::Sessions {
             // Its configuration is the front end's: the reference front end never asks, and DPDK, which offers CONFIG with
             // any type, hangs up when it is asked.
             text.push_str("-config");
@@ -576,7 +588,7 @@ impl DeviceType {
             text.extend(sign);
         }
         let own = match self.id {
-            _ if self.service == Service::Sessions => ProtocolFeatures::CRYPTO_SESSION,
+            _ if self.served == Served::Sessions => ProtocolFeatures::CRYPTO_SESSION,
             NET => ProtocolFeatures::MTU.with(ProtocolFeatures::RARP),
             _ => ProtocolFeatures::NONE,
         };

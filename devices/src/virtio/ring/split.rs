@@ -7,9 +7,9 @@ use std::io;
 use transport::memory::{GuestAddr, MemoryMap};
 use transport::vhost_user::vring::RingBase;
 
-use crate::virtio::core::queue::{QueueState, RingLayout};
 use crate::virtio::ring::address::Space;
 use crate::virtio::ring::in_flight::History;
+use crate::virtio::ring::queue::{QueueState, RingLayout};
 
 /// Who knows what the lost backend had in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +46,29 @@ pub(crate) struct Contents {
     pub(crate) available: Vec<u16>,
     /// The ids in the used ring.
     pub(crate) used: Vec<u32>,
+}
+
+/// What one ring says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Unmoved,
+    GoesOn,
+    BeganAnew,
+}
+
+/// Judges a ring that was handed over at `base` and stands at `now`.
+///
+/// Since then `now.used - base` buffers were used of at most `now.available - base`, counted around. A
+/// backend that began at 0 has a used index that is itself such a count.
+pub(crate) fn judge(base: u16, now: Indexes) -> Verdict {
+    let most = now.available.wrapping_sub(base);
+    if now.used == base {
+        Verdict::Unmoved
+    } else if now.used.wrapping_sub(base) > most && now.used <= most {
+        Verdict::BeganAnew
+    } else {
+        Verdict::GoesOn
+    }
 }
 
 /// Why nobody can go on with a ring.
@@ -318,6 +341,29 @@ mod tests {
             let queue = QueueState { device: GuestAddr(device), ..queue() };
             let result = resume(&queue, &memory_without_a_file(), Notes::Rings);
             assert!(matches!(result, Err(ResumeError::Memory { .. })), "{device:#x}");
+        }
+    }
+
+    fn at(base: u16, available: u16, used: u16) -> Verdict {
+        judge(base, Indexes { available, used })
+    }
+
+    #[test]
+    fn ring_that_goes_on_is_told_from_one_that_began_anew() {
+        assert_eq!(at(100, 103, 100), Verdict::Unmoved);
+        assert_eq!(at(100, 103, 101), Verdict::GoesOn);
+        assert_eq!(at(100, 103, 103), Verdict::GoesOn);
+        assert_eq!(at(100, 103, 1), Verdict::BeganAnew);
+        assert_eq!(at(5000, 5256, 256), Verdict::BeganAnew);
+        assert_eq!(at(65534, 3, 65535), Verdict::GoesOn);
+        assert_eq!(at(65534, 3, 2), Verdict::GoesOn);
+        assert_eq!(at(40000, 40009, 2), Verdict::BeganAnew);
+    }
+
+    #[test]
+    fn ring_that_begins_at_0_anyhow_cannot_begin_anew() {
+        for used in 0..=9 {
+            assert_ne!(at(0, 9, used), Verdict::BeganAnew);
         }
     }
 }

@@ -1,0 +1,155 @@
+//! A queue that the VMM serves in the place of the backend, and kicks that it passes on. Called on the attendant's thread,
+//! with the device's lock held for one request and so for one deadline of the backend at most. Must never be called on a
+//! vCPU.
+
+use std::io;
+
+use transport::vhost_user::features::DriverFeatures;
+use transport::vhost_user::vring::Kick;
+
+use crate::virtio::backend::{Backend, BackendError, failed};
+use crate::virtio::core::device::Device;
+use crate::virtio::core::handle::DeviceHandle;
+use crate::virtio::core::state::Phase;
+
+/// What serves such a queue.
+pub trait Service: Send {
+    /// The queue, for a driver that took `features`.
+    fn queue(&self, features: DriverFeatures) -> u16;
+
+    /// The driver has set the queues up anew.
+    fn reset(&mut self);
+
+    /// A backend runs the queues: the first one, or another one.
+    fn started(&mut self);
+
+    /// The driver resets a device that runs.
+    fn end(&mut self, backend: &mut dyn Backend);
+
+    /// Another backend took over. Says why the driver cannot go on, if so.
+    fn replaced(&mut self) -> Option<&'static str>;
+
+    /// Whether requests are answered without a backend: a driver may wait for the answer, turning, and all that would
+    /// change the guest's network waits behind it.
+    fn answers_alone(&self) -> bool;
+
+    /// Serves one request of `device`. Says whether there is more to do.
+    ///
+    /// # Errors
+    /// When the queue is none.
+    fn serve(&mut self, device: &mut Device, queue: u16) -> io::Result<bool>;
+}
+
+impl DeviceHandle {
+    /// The queues whose kicks want [`DeviceHandle::serve_kick`]: none when the device's backend serves them all by
+    /// eventfd. They stay the same for the device's whole life.
+    ///
+    /// # Errors
+    /// When no descriptor is to be had.
+    pub fn kicks_to_serve(&self) -> io::Result<Vec<(u16, Kick)>> {
+        self.with(|device| {
+            let ours = device.service.is_some();
+            let all = device.backend.notifies_in_band();
+            let last = device.wiring.last();
+            device.wiring.clone_kicks(|queue| all || ours && queue == last)
+        })
+    }
+
+    /// A kick rang that the VMM serves or passes on. May wait for the backend, within its deadline.
+    pub fn serve_kick(&self, queue: u16) {
+        self.with(|device| {
+            if device.service.is_some() && queue == device.wiring.last() {
+                device.serve_ours();
+            } else {
+                device.forward_kick(queue);
+            }
+        });
+    }
+}
+
+impl Device {
+    pub(crate) fn reset_service(&mut self) {
+        self.service.iter_mut().for_each(|service| service.reset());
+    }
+
+    /// A backend runs the queues: what was asked meanwhile is done.
+    pub(crate) fn begin_service(&mut self) {
+        if let Some(service) = &mut self.service {
+            service.started();
+            self.continue_service();
+        }
+    }
+
+    /// The queues run (again): what came before that waits.
+    fn continue_service(&self) {
+        if let Err(error) = self.wiring.kick_ours() {
+            log::warn!("{}: cannot kick its control queue: {error}", self.name);
+        }
+    }
+
+    pub(crate) fn end_service(&mut self) {
+        let Self { service: Some(service), backend, .. } = self else { return };
+        service.end(backend.as_mut());
+    }
+
+    /// Another backend took over, which may not know what the driver relies on.
+    pub(crate) fn service_replaced(&mut self) {
+        if let Some(why) = self.service.as_mut().and_then(|service| service.replaced()) {
+            self.stop_and_need_reset(why.to_owned());
+        }
+    }
+
+    /// Whether kicks of this queue count though the device is broken: its requests are refused.
+    pub(crate) fn refuses(&self, queue: u16) -> bool {
+        let alone = self.service.as_ref().is_some_and(|service| service.answers_alone());
+        self.phase.is_broken() && alone && self.wiring.ours() == Some(queue)
+    }
+
+    fn serve_ours(&mut self) {
+        let Some(queue) = self.wiring.ours() else { return };
+        if let Err(error) = self.wiring.take_kick(queue) {
+            log::warn!("{}: cannot read its control queue's eventfd: {error}", self.name);
+        }
+        let serves = match &self.phase {
+            Phase::Running(_) => true,
+            Phase::Vacant(vacancy) => {
+                let alone = self.service.as_ref().is_some_and(|service| service.answers_alone());
+                alone && (vacancy.told || vacancy.queues.is_some())
+            }
+            Phase::Idle | Phase::Suspended(_) | Phase::NeedsReset(_) => false,
+        };
+        let Some(mut service) = self.service.take_if(|_| serves) else { return };
+        let served = service.serve(self, queue);
+        self.service = Some(service);
+        match served {
+            Ok(false) => {}
+            Ok(true) => self.continue_service(),
+            Err(error) if self.phase.is_broken() => log::debug!("{}: {error}", self.name),
+            Err(error) => self.stop_and_need_reset(format!("queue {queue} cannot be served: {error}")),
+        }
+        self.show_registers();
+    }
+
+    fn forward_kick(&mut self, queue: u16) {
+        if let Err(error) = self.wiring.take_kick(queue) {
+            log::warn!("{}: cannot read the eventfd of queue {queue}: {error}", self.name);
+        }
+        if !matches!(self.phase, Phase::Running(_)) {
+            return;
+        }
+        match self.backend.live().and_then(|live| live.kick_in_band(queue).map_err(failed)) {
+            Ok(()) => {}
+            Err(lost @ BackendError::Lost(_)) => self.lose_by(&lost),
+            Err(BackendError::Refused(_)) => self.note("the backend refused a kick"),
+        }
+        self.show_registers();
+    }
+
+    /// The driver, or the backend, left the queues in a state from which only a reset leads on.
+    pub(crate) fn stop_and_need_reset(&mut self, why: String) {
+        if self.stop() {
+            self.need_reset(why);
+        }
+        self.show_registers();
+    }
+}
