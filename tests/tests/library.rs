@@ -158,6 +158,21 @@ fn a_socket_pair_whose_other_end_says_nothing_fails_at_the_deadline() {
 }
 
 #[test]
+fn statistics_are_answered_while_a_machine_runs() {
+    need!(place::kvm());
+    let disk = MemoryDisk::new(1 << 20);
+    let line = CommandLine::blk(Blk { requests: 100, ..Blk::default() }).end(Ending::Hang);
+    let machine = TestMachine::boot(line).vhost_user("blk", &disk.socket()).start();
+    machine.expect("errors=0");
+    let stats = machine.stats();
+    assert_eq!((stats.devices[0].id.as_str(), stats.devices[0].requests_through_vmm), ("blk0", 0));
+    assert!(stats.exits > 0);
+    machine.quit();
+    machine.expect_event("the end", |event| *event == Event::Ended(End::Quit));
+    assert_eq!(machine.end().outcome.end, End::Quit);
+}
+
+#[test]
 fn another_thread_ends_a_machine() {
     need!(place::kvm());
     let machine = TestMachine::boot(CommandLine::hello().end(Ending::Hang)).start();
@@ -237,7 +252,8 @@ fn nothing_stays_open_after_a_machine_that_failed_to_start_or_has_run() {
     assert_eq!(machines(), 0);
 }
 
-/// A guest that does one step a key waits for a backend that hangs; the machine answers, and ends when it is asked to.
+/// A guest that does one step a key waits for a backend that hangs; the machine answers, and ends when it is
+/// asked to.
 #[test]
 fn statistics_are_told_and_the_machine_ends_while_a_backend_hangs() {
     need!(place::kvm());

@@ -5,14 +5,16 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::path::Path;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, Once};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use arch::layout::{virtio_mmio_slot, virtio_mmio_slot_beside_pci};
 use vmm::config::{Config, Image, OnReset, Serial, Socket, Transport, VhostUser};
+use vmm::stats::Stats;
 use vmm::tools::trace::Tracer;
-use vmm::{Error, Handle, Machine, Outcome};
+use vmm::{Error, Event, Handle, Machine, Outcome};
 
 use crate::kernel::{Answers, CommandLine, tiny_kernel};
 use crate::served::lock;
@@ -106,8 +108,10 @@ impl TestMachine {
         self.config.cmdline = Some(self.command_line().to_string());
         let machine = Machine::build(self.config)?;
         let handle = machine.handle();
+        let events = handle.events();
         let thread = thread::spawn(move || machine.run());
-        Ok(RunningMachine { thread: Some(thread), handle, console: self.console, trace: self.trace })
+        let (console, trace) = (self.console, self.trace);
+        Ok(RunningMachine { thread: Some(thread), handle, events, console, trace })
     }
 
     /// Runs the machine until the guest ends it.
@@ -158,6 +162,7 @@ impl fmt::Debug for TestMachine {
 pub struct RunningMachine {
     thread: Option<JoinHandle<Result<Outcome, Error>>>,
     handle: Handle,
+    events: Receiver<Event>,
     console: Arc<Mutex<Vec<u8>>>,
     trace: Arc<Mutex<Vec<u8>>>,
 }
@@ -190,6 +195,32 @@ impl RunningMachine {
     pub fn expect_within(&self, wanted: &str, limit: Duration) {
         let found = wait::poll(limit, || self.console().contains(wanted).then_some(()));
         assert!(found.is_some(), "{wanted:?} did not come on the console");
+    }
+
+    /// Waits for the next event that `wanted` says yes to. Those before it are dropped.
+    ///
+    /// # Panics
+    /// When there is none in time.
+    pub fn expect_event(&self, what: &str, wanted: impl Fn(&Event) -> bool) -> Event {
+        let mut others = Vec::new();
+        let found = wait::poll(STEP, || {
+            let event = self.events.try_recv().ok()?;
+            if wanted(&event) {
+                return Some(event);
+            }
+            others.push(event);
+            None
+        });
+        found.unwrap_or_else(|| panic!("{what}: no such event; the others were {others:?}"))
+    }
+
+    /// What has been counted so far.
+    ///
+    /// # Panics
+    /// When the machine has ended.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.handle.stats().expect("the machine runs")
     }
 
     /// Asks the machine to end, as Ctrl-A x does.
