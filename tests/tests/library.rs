@@ -316,3 +316,33 @@ fn a_reset_by_the_guest_is_an_event() {
     assert!(thread.join().unwrap().stats.boots > 3);
     assert_eq!(events.try_iter().last(), Some(Event::Ended(End::Quit)));
 }
+
+#[test]
+fn a_backend_that_is_lost_and_found_and_one_that_is_lost_for_good_are_events() {
+    need!(place::kvm());
+    for keys in [true, false] {
+        let mut disk = need!(StorageDaemon::start(1 << 20));
+        let mut config = Config::new(Image::Bytes(outboard_testkit::kernel::tiny_kernel().into()));
+        config.cmdline = Some(CommandLine::new("hello").arg("end", "hang").to_string());
+        let mut backend = device("blk", Socket::Path(disk.socket()));
+        backend.reconnect = keys.then_some(Duration::ZERO);
+        config.vhost_user.push(backend);
+        let machine = Machine::build(config).unwrap();
+        let (handle, events) = (machine.handle(), machine.handle().events());
+        let thread = thread::spawn(move || machine.run().unwrap());
+        let next = || events.recv_timeout(Duration::from_secs(60)).unwrap();
+        disk.kill();
+        let id = || "blk0".to_owned();
+        if keys {
+            assert_eq!(next(), Event::DeviceLost { id: id() });
+            disk.restart();
+            assert_eq!(next(), Event::DeviceRecovered { id: id() });
+        } else {
+            let why = "the backend closed the connection".to_owned();
+            assert_eq!(next(), Event::DeviceBroken { id: id(), why });
+        }
+        handle.quit();
+        thread.join().unwrap();
+        assert_eq!(next(), Event::Ended(End::Quit));
+    }
+}

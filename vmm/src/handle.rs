@@ -2,8 +2,11 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::virtio::PhaseReport;
 
 use crate::machine::End;
 use crate::stats::Stats;
@@ -40,15 +43,39 @@ const EVENTS: usize = 4096;
 
 /// Who hears of events.
 #[derive(Debug, Default)]
-pub(crate) struct Listeners(Mutex<Vec<SyncSender<Event>>>);
+pub(crate) struct Listeners {
+    senders: Mutex<Vec<SyncSender<Event>>>,
+    /// The machine ends: devices lose their peers by that.
+    ending: AtomicBool,
+}
 
 impl Listeners {
     /// Tells everybody. Called on any thread; never waits.
     pub(crate) fn tell(&self, event: &Event) {
-        let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut listeners = self.senders.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain(|listener| {
             !matches!(listener.try_send(event.clone()), Err(TrySendError::Disconnected(_)))
         });
+    }
+}
+
+impl Listeners {
+    /// Tells everybody what became of a device, unless the machine ends.
+    pub(crate) fn tell_of(&self, id: &str, state: PhaseReport) {
+        if self.ending.load(Ordering::Relaxed) {
+            return;
+        }
+        let id = id.to_owned();
+        self.tell(&match state {
+            PhaseReport::Broken(why) => Event::DeviceBroken { id, why },
+            PhaseReport::Recovering(_) => Event::DeviceLost { id },
+            _ => Event::DeviceRecovered { id },
+        });
+    }
+
+    /// From now on it is no news that a device loses its peer.
+    pub(crate) fn end(&self) {
+        self.ending.store(true, Ordering::Relaxed);
     }
 }
 
@@ -66,6 +93,8 @@ pub(crate) enum Command {
 pub(crate) struct Mailbox {
     commands: Receiver<Command>,
     wake: UnixStream,
+    /// Who hears of events.
+    pub(crate) listeners: Arc<Listeners>,
 }
 
 impl Mailbox {
@@ -92,14 +121,14 @@ pub struct Handle {
 }
 
 impl Handle {
-    pub(crate) fn new() -> io::Result<(Self, Mailbox, Arc<Listeners>)> {
+    pub(crate) fn new() -> io::Result<(Self, Mailbox)> {
         let (ours, wake) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         wake.set_nonblocking(true)?;
         let (sender, commands) = channel();
         let listeners = Arc::new(Listeners::default());
         let handle = Handle { commands: sender, wake: Arc::new(ours), listeners: Arc::clone(&listeners) };
-        Ok((handle, Mailbox { commands, wake }, listeners))
+        Ok((handle, Mailbox { commands, wake, listeners }))
     }
 
     /// False when the machine has ended.
@@ -128,7 +157,7 @@ impl Handle {
     /// What happens to the machine from now on. A receiver that leaves 4096 events waiting misses those that follow.
     pub fn events(&self) -> Receiver<Event> {
         let (sender, events) = sync_channel(EVENTS);
-        self.listeners.0.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        self.listeners.senders.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
         events
     }
 }
@@ -139,19 +168,20 @@ mod tests {
 
     #[test]
     fn every_listener_hears_until_it_is_gone_or_full() {
-        let (handle, _mailbox, listeners) = Handle::new().unwrap();
+        let (handle, mailbox) = Handle::new().unwrap();
+        let listeners = &mailbox.listeners;
         let (one, two) = (handle.events(), handle.events());
         listeners.tell(&Event::GuestReset);
         drop(two);
         (0..2 * EVENTS).for_each(|_| listeners.tell(&Event::Ended(End::Quit)));
-        assert_eq!(listeners.0.lock().unwrap().len(), 1);
+        assert_eq!(listeners.senders.lock().unwrap().len(), 1);
         assert_eq!(one.recv().unwrap(), Event::GuestReset);
         assert_eq!(one.try_iter().count(), EVENTS - 1);
     }
 
     #[test]
     fn commands_arrive_in_order_and_a_machine_that_is_gone_is_told_of() {
-        let (handle, mut mailbox, _listeners) = Handle::new().unwrap();
+        let (handle, mut mailbox) = Handle::new().unwrap();
         (0..3).for_each(|_| handle.quit());
         assert_eq!(mailbox.take().len(), 3);
         let another = handle.clone();

@@ -28,7 +28,7 @@ use crate::devices::virtio::{Surroundings, VirtioDevice};
 use crate::devices::windows::Windows;
 use crate::devices::{DeviceId, DeviceList};
 use crate::error::Error;
-use crate::handle::{Event, Handle, Listeners, Mailbox};
+use crate::handle::{Event, Handle, Mailbox};
 use crate::host::kvm;
 use crate::host::mapping::Mapping;
 use crate::life::gate::Request;
@@ -99,7 +99,6 @@ pub struct Machine {
     signals: Signals,
     handle: Handle,
     mailbox: Mailbox,
-    listeners: Arc<Listeners>,
     startup: Startup,
 }
 
@@ -191,7 +190,11 @@ impl Machine {
         let mut windows = Windows::above(memory.end().raw(), host_cpu.physical_address_bits(), pci);
         let mut devices = DeviceList::default();
         let trace = config.trace.as_ref();
-        let mut machine = Surroundings { memory: &memory, peers: &peers, trace, windows: &mut windows };
+        let (handle, mailbox) =
+            Handle::new().map_err(|error| Error::internal("cannot make a socket pair").because(error))?;
+        let listeners = &mailbox.listeners;
+        let mut machine =
+            Surroundings { memory: &memory, peers: &peers, trace, windows: &mut windows, listeners };
         for (index, device) in config.vhost_user.into_iter().enumerate() {
             let device = VirtioDevice::connect(index, device, &mut machine)?;
             devices.push(device);
@@ -210,7 +213,7 @@ impl Machine {
         let virtio = devices.iter().filter(|device| device.transport() == Transport::Pci).count();
         let shares = vfio::shares(&wanted, kvm::message_routes(&kvm).saturating_sub(virtio * VIRTIO_VECTORS));
         for (candidate, vectors) in candidates.into_iter().zip(shares) {
-            let (device, receiver) = candidate.admit(vectors)?;
+            let (device, receiver) = candidate.admit(vectors, listeners)?;
             let function = device.function();
             peers.listen(Heard::Server(receiver, Arc::clone(function))).map_err(no_thread)?;
             if function.shape.pin.is_some() {
@@ -222,8 +225,6 @@ impl Machine {
 
         // 5. The console, now that little can fail, and the hardware.
         let console = Console::open(&config.serial)?;
-        let (handle, mailbox, listeners) =
-            Handle::new().map_err(|error| Error::internal("cannot make a socket pair").because(error))?;
         let lasting = Lasting {
             kvm,
             host_cpu,
@@ -248,7 +249,6 @@ impl Machine {
             signals: Signals::default(),
             handle,
             mailbox,
-            listeners,
             startup,
         })
     }
@@ -268,7 +268,8 @@ impl Machine {
     /// # Errors
     /// When the host fails, or a reboot cannot be carried out.
     pub fn run(self) -> Result<Outcome, Error> {
-        let Machine { lasting, mut board, console, signals, mailbox, listeners, startup, .. } = self;
+        let Machine { lasting, mut board, console, signals, mailbox, startup, .. } = self;
+        let listeners = Arc::clone(&mailbox.listeners);
         let mut reboots = self.reboots;
         let devices = &lasting.devices;
         let ledger = Ledger::new(startup, lasting.counters.clone(), devices.clone());
@@ -297,6 +298,9 @@ impl Machine {
                 }
                 request => Some(End::from(request)),
             };
+            if end.is_some() {
+                listeners.end();
+            }
             let unplugged = devices.apart(if end.is_none() {
                 |device| device.unplug()
             } else {

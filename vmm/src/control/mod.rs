@@ -193,6 +193,7 @@ impl Loop {
         let control = self.control.borrow();
         let late = control.ending.as_ref().is_some_and(|(_, since)| since.elapsed() > GRACE);
         if late && !std::mem::replace(&mut self.cut, true) {
+            control.mailbox.listeners.end();
             control.ledger.settle();
             control.devices.iter().for_each(|device| device.cut());
         }

@@ -14,6 +14,7 @@ use devices::pci::vfio_user::server::Gone;
 use devices::pci::vfio_user::{self, Surveyed, VfioUserDevice};
 use devices::pci::{DeviceNumber, Function};
 use devices::ports::Ports;
+use devices::virtio::PhaseReport;
 use transport::memory::MemoryMap;
 use transport::peer::Limits;
 use transport::vfio_user::{Client, Receiver};
@@ -21,6 +22,7 @@ use transport::vfio_user::{Client, Receiver};
 use crate::config::{Socket, Transport, VfioUser};
 use crate::devices::{DeviceId, MachineDevice, Notice, Site};
 use crate::error::{Error, Fault};
+use crate::handle::Listeners;
 use crate::stats::{DeviceStats, PciStats, PeerStats};
 
 /// A server that was asked what its function is.
@@ -62,7 +64,11 @@ impl Candidate {
     }
 
     /// The device, with no more message vectors than `vectors`. The receiver wants to be served from now on.
-    pub(crate) fn admit(self, vectors: u16) -> Result<(VfioDevice, Receiver), Error> {
+    pub(crate) fn admit(
+        self,
+        vectors: u16,
+        listeners: &Arc<Listeners>,
+    ) -> Result<(VfioDevice, Receiver), Error> {
         let Candidate { id, number, surveyed } = self;
         let Surveyed { server, mut shape, regions, reset, receiver, hang_up: connection } = surveyed;
         shape.limit_vectors(vectors);
@@ -73,7 +79,7 @@ impl Candidate {
         let hang_up = HangUp::new().map_err(|error| cannot().because(error))?;
         hang_up.watch(&connection).map_err(|error| cannot().because(error))?;
         let hotplug = Mutex::default();
-        Ok((VfioDevice { id, number, device, hang_up, hotplug }, receiver))
+        Ok((VfioDevice { id, number, device, hang_up, hotplug, listeners: Arc::clone(listeners) }, receiver))
     }
 }
 
@@ -83,6 +89,8 @@ pub(crate) struct VfioDevice {
     number: DeviceNumber,
     device: Arc<VfioUserDevice>,
     hang_up: HangUp,
+    /// Who hears that the server is lost.
+    listeners: Arc<Listeners>,
     /// Of the present board.
     hotplug: Mutex<Option<Arc<Hotplug>>>,
 }
@@ -147,6 +155,9 @@ impl MachineDevice for VfioDevice {
         self.hang_up.take();
         self.device.link.hung_up();
         self.device.tidy();
+        if let Some(Gone::Broken(why)) = self.device.link.gone() {
+            self.listeners.tell_of(self.device.link.name(), PhaseReport::Broken(why.clone()));
+        }
         if let Some(hotplug) = &*self.hotplug.lock().unwrap_or_else(PoisonError::into_inner) {
             hotplug.lost(self.number);
         }

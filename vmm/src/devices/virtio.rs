@@ -26,6 +26,7 @@ use crate::control::peers::Peers;
 use crate::devices::windows::Windows;
 use crate::devices::{DeviceId, MachineDevice, Notice, Site};
 use crate::error::{Error, Fault};
+use crate::handle::Listeners;
 use crate::stats::{DeviceStats, PeerStats};
 
 /// What a device finds when it is made.
@@ -38,6 +39,8 @@ pub(crate) struct Surroundings<'m> {
     pub(crate) trace: Option<&'m Arc<dyn Trace>>,
     /// Where shared memory of virtio-mmio devices goes.
     pub(crate) windows: &'m mut Windows,
+    /// Who hears what becomes of the device.
+    pub(crate) listeners: &'m Arc<Listeners>,
 }
 
 /// A virtio device, for the machine's whole life.
@@ -64,7 +67,7 @@ impl VirtioDevice {
         config: VhostUser,
         machine: &mut Surroundings<'_>,
     ) -> Result<Self, Error> {
-        let Surroundings { memory, peers, trace, windows } = machine;
+        let Surroundings { memory, peers, trace, windows, listeners } = machine;
         let mut order = config.order()?;
         let kind = order.device_type.name();
         let id = DeviceId::from(config.id.unwrap_or_default());
@@ -125,6 +128,8 @@ impl VirtioDevice {
         if meeting.is_some() && config.reconnect.is_some() {
             handle.on_loss(OnLoss::Recover);
         }
+        let (name, hear) = (id.clone(), Arc::clone(listeners));
+        handle.listen(Box::new(move |state| hear.tell_of(&name.to_string(), state)));
         let kicks = handle.kicks_to_serve().map_err(no_fd)?;
         let serves = Arc::clone(peers);
         let serve = move |channel| {

@@ -55,6 +55,9 @@ pub(crate) struct Plugged {
     _config_route: Guard,
 }
 
+/// Hears what becomes of a device. Called with the device's lock; must not wait.
+pub type Listener = Box<dyn Fn(PhaseReport) + Send>;
+
 /// A device lives as long as the machine. A board plugs it into a transport and unplugs it again.
 pub struct Device {
     pub(crate) name: String,
@@ -71,6 +74,7 @@ pub struct Device {
     config_call: Call,
     pub(crate) phase: Phase,
     pub(crate) on_loss: OnLoss,
+    pub(crate) listener: Option<Listener>,
     pub(crate) seeker: Option<Seeker>,
     /// What serves a queue in the place of the backend.
     pub(crate) service: Option<Box<dyn Service>>,
@@ -134,6 +138,7 @@ impl Device {
             config_call,
             phase: Phase::Idle,
             on_loss: OnLoss::default(),
+            listener: None,
             seeker: None,
             service,
             retired: false,
@@ -323,6 +328,13 @@ impl Device {
     /// What is to become of the device when its peer is lost, from now on.
     pub fn on_loss(&mut self, on_loss: OnLoss) {
         self.on_loss = on_loss;
+    }
+
+    /// Tells the listener that the device has lost its backend, broken, or found a backend again.
+    pub(crate) fn tell(&self) {
+        if let Some(listener) = &self.listener {
+            listener(self.phase());
+        }
     }
 
     /// A connection of the device has ended: its backend is lost, unless that was the connection of an earlier one.

@@ -8,7 +8,7 @@ use transport::memory::MemoryMap;
 use transport::vhost_user::Refused;
 
 use crate::lock;
-use crate::virtio::core::device::{Device, Parts};
+use crate::virtio::core::device::{Device, Listener, Parts};
 use crate::virtio::core::registers::Reg;
 use crate::virtio::core::report::{DeviceStats, PhaseReport};
 use crate::virtio::core::state::OnLoss;
@@ -91,6 +91,11 @@ impl DeviceHandle {
     /// See [`Device::on_loss`].
     pub fn on_loss(&self, on_loss: OnLoss) {
         self.with(|device| device.on_loss(on_loss));
+    }
+
+    /// Tells `listener` when the device loses its backend, breaks, or finds a backend again.
+    pub fn listen(&self, listener: Listener) {
+        self.with(|device| device.listener = Some(listener));
     }
 
     /// See [`Device::connection_ended`].

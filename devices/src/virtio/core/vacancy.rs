@@ -115,6 +115,7 @@ impl Device {
             return self.break_down(why);
         }
         log::warn!("device {} waits for another backend: {why}", self.name);
+        self.tell();
         self.backend.disconnect();
         if cut_off {
             self.cut_off();
@@ -146,5 +147,6 @@ impl Device {
         self.backend.disconnect();
         self.registers.mark_broken();
         self.interrupt_config();
+        self.tell();
     }
 }

@@ -316,6 +316,7 @@ impl Device {
         }
         self.service_replaced();
         self.show_registers();
+        self.tell();
     }
 }
 
