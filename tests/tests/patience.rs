@@ -228,3 +228,23 @@ fn a_machine_ends_at_once_while_sixteen_backends_hang() {
         assert!((0..16).all(|n| stats.text(&format!("/devices/{n}/state")) == "idle"), "{ended}");
     }
 }
+
+#[test]
+fn the_time_in_which_the_machine_itself_was_stopped_is_not_its_backends_silence() {
+    need!(place::kvm());
+    let disk = need!(StorageDaemon::start(4 * MIB));
+    let mut guest = Driven::at_work(&disk, "deadline=3000");
+    disk.signal(Signal::STOP);
+    guest.vm.send(b"c");
+    std::thread::sleep(Duration::from_millis(500));
+    guest.vm.signal(Signal::STOP);
+    std::thread::sleep(DEADLINE + Duration::from_millis(500));
+    guest.vm.signal(Signal::CONT);
+    // The backend goes on later than the machine.
+    std::thread::sleep(Duration::from_millis(500));
+    disk.signal(Signal::CONT);
+    guest.find("key c ");
+    guest.everything_is_quick();
+    let ended = guest.end();
+    assert_eq!(ended.stats().text("/devices/0/state"), "idle", "{ended}");
+}

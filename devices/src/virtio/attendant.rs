@@ -213,7 +213,7 @@ impl Attendant {
         // A backend that took over: until when, and when it is looked at again.
         let mut watch: Option<(Deadline, Instant)> = None;
         loop {
-            let due = [quest.as_ref().map(|quest| quest.due), watch.map(|(_, due)| due)];
+            let due = [quest.as_ref().map(|quest| quest.due), watch.as_ref().map(|(_, due)| *due)];
             match self.next(due.into_iter().flatten().min()) {
                 Next::End => return,
                 Next::Job(Job::Search(effort)) => {
@@ -246,7 +246,7 @@ impl Attendant {
                     }
                 }
             }
-            if let Some((deadline, _)) = watch.filter(|(_, due)| *due <= now) {
+            if let Some((deadline, _)) = watch.take_if(|(_, due)| *due <= now) {
                 let unproven = self.device.judge_successor() == Standing::Unproven;
                 let again = unproven && deadline.remaining().is_some();
                 watch = again.then(|| Instant::now().checked_add(LOOK)).flatten().map(|due| (deadline, due));

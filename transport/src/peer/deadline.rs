@@ -5,6 +5,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,17 +15,36 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 /// The longest limit that is honoured; longer ones are cut to it, so that arithmetic on time cannot overflow.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The end of one exchange with a peer.
-#[derive(Clone, Copy, Debug)]
+/// How long a wait lasts before the clock is looked at again.
+const GLANCE: Duration = Duration::from_millis(100);
+
+/// A look at the clock that comes so much later than it should: this process was stopped meanwhile, or had no processor.
+const ABSENCE: Duration = Duration::from_millis(250);
+
+/// How often the peer is looked at once more when the deadline has passed: enough for a reply that comes in parts, and no
+/// more, for a peer that never stops sending.
+const LATE_LOOKS: u8 = 16;
+
+/// The end of one exchange with a peer. Time in which this process did not run does not count: it is not the peer's silence.
+#[derive(Clone, Debug)]
 pub struct Deadline {
     started: Instant,
     limit: Duration,
+    late: Arc<Late>,
+}
+
+#[derive(Debug, Default)]
+struct Late {
+    /// For how many microseconds this process was absent.
+    absent: AtomicU64,
+    /// How often the peer was looked at after the deadline.
+    looks: AtomicU8,
 }
 
 impl Deadline {
     /// A deadline `limit` from now (at most a day).
     pub fn after(limit: Duration) -> Self {
-        Self { started: Instant::now(), limit: limit.min(LONGEST) }
+        Self { started: Instant::now(), limit: limit.min(LONGEST), late: Arc::default() }
     }
 
     /// The whole time that was granted.
@@ -33,7 +54,18 @@ impl Deadline {
 
     /// What is left; `None` once the deadline has passed.
     pub fn remaining(&self) -> Option<Duration> {
-        self.limit.checked_sub(self.started.elapsed()).filter(|left| !left.is_zero())
+        let absent = Duration::from_micros(self.late.absent.load(Ordering::Relaxed));
+        let present = self.started.elapsed().saturating_sub(absent);
+        self.limit.checked_sub(present).filter(|left| !left.is_zero())
+    }
+
+    /// Looks at the clock, after a wait from `begun` that was to last that long.
+    fn look(&self, begun: Instant, pause: Duration) {
+        let late = begun.elapsed().saturating_sub(pause);
+        if late > ABSENCE {
+            let late = u64::try_from(late.as_micros()).unwrap_or(u64::MAX);
+            self.late.absent.fetch_add(late, Ordering::Relaxed);
+        }
     }
 }
 
@@ -68,11 +100,19 @@ pub fn wait_writable(fd: BorrowedFd<'_>, deadline: &Deadline) -> io::Result<Wait
 
 fn wait(fd: BorrowedFd<'_>, events: PollFlags, deadline: &Deadline) -> io::Result<Waited> {
     loop {
-        let Some(left) = deadline.remaining() else { return Ok(Waited::TimedOut) };
-        let timeout = Timespec::try_from(left).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // What has arrived counts before the deadline does.
+        let left = deadline.remaining();
+        let (begun, pause) = (Instant::now(), left.unwrap_or_default().min(GLANCE));
+        let timeout = Timespec::try_from(pause).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let mut fds = [PollFd::from_borrowed_fd(fd, events)];
-        match poll(&mut fds, Some(&timeout)) {
+        let polled = poll(&mut fds, Some(&timeout));
+        deadline.look(begun, pause);
+        match polled {
+            Ok(0) if left.is_none() => return Ok(Waited::TimedOut),
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) if left.is_none() && deadline.late.looks.fetch_add(1, Ordering::Relaxed) >= LATE_LOOKS => {
+                return Ok(Waited::TimedOut);
+            }
             Ok(_) => return Ok(Waited::Ready),
             Err(errno) => return Err(errno.into()),
         }
@@ -106,6 +146,26 @@ mod tests {
         drop(d);
         assert_eq!(wait_readable(c.as_fd(), &deadline).unwrap(), Waited::Ready);
         assert!(deadline.remaining().is_some());
+    }
+
+    #[test]
+    fn what_arrived_before_the_deadline_was_looked_at_counts() {
+        let (a, mut b) = UnixStream::pair().unwrap();
+        let deadline = Deadline::after(Duration::from_millis(100));
+        b.write_all(b"x").unwrap();
+        std::thread::sleep(Duration::from_millis(150));
+        assert_eq!(wait_readable(a.as_fd(), &deadline).unwrap(), Waited::Ready);
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_sending_gains_nothing_once_the_deadline_has_passed() {
+        let (a, mut b) = UnixStream::pair().unwrap();
+        b.write_all(b"x").unwrap();
+        let deadline = Deadline::after(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(30));
+        let ready =
+            (0..100).filter(|_| wait_readable(a.as_fd(), &deadline).unwrap() == Waited::Ready).count();
+        assert_eq!(ready, usize::from(LATE_LOOKS));
     }
 
     #[test]

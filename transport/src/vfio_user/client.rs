@@ -93,7 +93,7 @@ impl Client {
     /// The same connection, with one deadline for all that is asked of it: for operations that belong together.
     #[must_use]
     pub fn until(&self, deadline: &Deadline) -> Self {
-        Self { until: Some(*deadline), ..self.clone() }
+        Self { until: Some(deadline.clone()), ..self.clone() }
     }
 
     /// For how long each method blocks at most.
@@ -167,7 +167,7 @@ impl Client {
     }
 
     pub(super) fn deadline(&self) -> Deadline {
-        self.until.unwrap_or_else(|| Deadline::after(self.deadline))
+        self.until.clone().unwrap_or_else(|| Deadline::after(self.deadline))
     }
 
     pub(super) fn error(&self, command: Command, cause: Cause) -> Error {

@@ -147,7 +147,13 @@ impl Client {
             {
                 super::client::Ticket::wait(oldest)?;
             }
-            pending.push_back(self.begin(command, &[set.as_bytes()], part, Expected::bytes(0), deadline)?);
+            pending.push_back(self.begin(
+                command,
+                &[set.as_bytes()],
+                part,
+                Expected::bytes(0),
+                deadline.clone(),
+            )?);
         }
         // All are heard, so that none is late; the first refusal counts.
         let outcomes: Vec<_> = pending.into_iter().map(super::client::Ticket::wait).collect();

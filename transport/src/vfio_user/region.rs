@@ -312,7 +312,7 @@ impl Client {
         for chunk in data.chunks_mut(piece.saturating_mul(WINDOW)) {
             let mut pending = Vec::new();
             for part in chunk.chunks_mut(piece) {
-                pending.push((self.begin_read_until(region, at, part.len(), deadline)?, part));
+                pending.push((self.begin_read_until(region, at, part.len(), deadline.clone())?, part));
                 at = at.wrapping_add(length(piece).into());
             }
             for (read, part) in pending {
@@ -384,7 +384,7 @@ impl Client {
                 let access = self.access(command, region, at, part.len())?;
                 let expected = Expected::bytes(length(size_of::<RegionAccess>()));
                 pending.push((
-                    self.begin(command, &[access.as_bytes(), part], &[], expected, deadline)?,
+                    self.begin(command, &[access.as_bytes(), part], &[], expected, deadline.clone())?,
                     access,
                 ));
                 at = at.wrapping_add(length(piece).into());

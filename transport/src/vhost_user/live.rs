@@ -111,7 +111,8 @@ impl Session {
         rings: &[Ring<'_>],
         (plan, iova_map): (&[VringAddr], Option<&IovaMap>),
     ) -> Result<Option<Arc<InflightArea>>, Error> {
-        let deadline = self.channel.deadline();
+        let told = memory.regions().iter().map(SharedRegion::size).fold(0, u64::saturating_add);
+        let deadline = self.channel.deadline_of_memory(told);
         let has_status = self.channel.negotiated().contains(ProtocolFeatures::STATUS);
         let (log, kept) = (self.log.clone(), self.inflight.take());
         let channel = &mut self.channel;
@@ -307,7 +308,7 @@ impl LiveSession {
 
     /// Adds a region of guest memory. Needs CONFIGURE_MEM_SLOTS. Whole multiples of 2 MiB are understood by all.
     pub fn add_region(&mut self, region: &SharedRegion) -> Result<(), Error> {
-        let deadline = self.session.channel.deadline();
+        let deadline = self.session.channel.deadline_of_memory(region.size());
         mem_table::add(&mut self.session.channel, region, &deadline)
     }
 
