@@ -17,7 +17,8 @@ use crate::ports::{
     RegisterPage, Route, WriteMatch,
 };
 use crate::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop};
-use crate::virtio::types::table::{ConfigSource, DeviceType, Model};
+use crate::virtio::types::model::{ConfigSource, Model};
+use crate::virtio::types::table::DeviceType;
 
 /// Guest RAM of the tests: one region from 0.
 pub(crate) const RAM: u64 = 0x40_0000;

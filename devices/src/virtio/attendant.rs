@@ -4,19 +4,18 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::{Shutdown, shutdown};
 use transport::peer::deadline::Deadline;
 use transport::vhost_user::Refused;
 use transport::vhost_user::message::Uuid;
 
 use crate::virtio::core::handle::DeviceHandle;
-use crate::virtio::core::vacancy::Effort;
-use crate::virtio::recovery::search::{Attempted, Quest, Search};
+use crate::virtio::core::state::Effort;
+use crate::virtio::recovery::search::{Attempted, Quest, Search, Trial};
 use crate::virtio::recovery::watch::Standing;
 
 /// What an attendant is asked to do. A lookup that is dropped is for its asker to refuse.
@@ -48,10 +47,6 @@ impl Job {
 struct Mailbox {
     jobs: VecDeque<Job>,
     ended: bool,
-    /// The connection of the attempt under way.
-    tried: Option<OwnedFd>,
-    /// We ended that connection: what came of the attempt says nothing of the peer.
-    interrupted: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -60,6 +55,8 @@ pub struct Attendant {
     name: String,
     device: DeviceHandle,
     search: Option<Search>,
+    /// The attempt to reach a backend that is under way.
+    trial: Trial,
     mailbox: Mutex<Mailbox>,
     changed: Condvar,
 }
@@ -77,16 +74,6 @@ enum Next {
     End,
 }
 
-/// While this lives, the connection that is tried ends with [`Attendant::interrupt`].
-#[must_use]
-pub(crate) struct Exchange<'a>(&'a Attendant);
-
-impl Drop for Exchange<'_> {
-    fn drop(&mut self) {
-        self.0.lock().tried = None;
-    }
-}
-
 /// How long a backend that took over is watched, and how often it is looked at.
 const WATCH: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(20);
@@ -97,7 +84,7 @@ impl Attendant {
     pub fn new(name: String, device: DeviceHandle, search: Option<Search>) -> Arc<Self> {
         let limit = search.as_ref().map(|search| search.limits.deadline());
         let (mailbox, changed) = (Mutex::default(), Condvar::new());
-        let attendant = Arc::new(Self { name, device, search, mailbox, changed });
+        let attendant = Arc::new(Self { name, device, search, trial: Trial::default(), mailbox, changed });
         if let Some(limit) = limit {
             let weak = Arc::downgrade(&attendant);
             let ask =
@@ -139,23 +126,14 @@ impl Attendant {
 
     /// Ends the attempt to reach a backend that is under way. Does not wait.
     pub fn interrupt(&self) {
-        let mut mailbox = self.lock();
-        if let Some(socket) = mailbox.tried.take() {
-            mailbox.interrupted = true;
-            hang_up(&socket);
-        }
-    }
-
-    /// Whether the last attempt was interrupted.
-    pub(crate) fn was_interrupted(&self) -> bool {
-        self.lock().interrupted
+        self.trial.interrupt();
     }
 
     /// Has the thread end after the job that is under way. Does not wait.
     pub fn stop(&self) {
         let mut mailbox = self.lock();
         mailbox.ended = true;
-        mailbox.tried.take().iter().for_each(hang_up);
+        self.trial.end();
         let jobs = std::mem::take(&mut mailbox.jobs);
         drop(mailbox);
         drop(jobs);
@@ -169,23 +147,6 @@ impl Attendant {
         if thread.is_some_and(|thread| thread.join().is_err()) {
             log::error!("the attendant of device {} panicked", self.name);
         }
-    }
-
-    pub(crate) fn is_ended(&self) -> bool {
-        self.lock().ended
-    }
-
-    /// Has `connection` end when the attendant is interrupted, until what this gives is dropped.
-    pub(crate) fn interruptible(&self, connection: BorrowedFd<'_>) -> Exchange<'_> {
-        let mut mailbox = self.lock();
-        mailbox.interrupted = false;
-        match connection.try_clone_to_owned() {
-            Ok(socket) if mailbox.ended => hang_up(&socket),
-            Ok(socket) => mailbox.tried = Some(socket),
-            // Only the deadlines of the exchange end it then.
-            Err(error) => log::debug!("a search for a backend cannot be cut short: {error}"),
-        }
-        Exchange(self)
     }
 
     /// Waits for a job, until `due` at most.
@@ -236,7 +197,7 @@ impl Attendant {
             if let (Some(search), Some(waiting)) =
                 (&self.search, quest.as_mut().filter(|quest| quest.due <= now))
             {
-                match search.attempt(waiting, &self.device, self) {
+                match search.attempt(waiting, &self.device, &self.trial) {
                     Attempted::Again => {}
                     Attempted::GivenUp => quest = None,
                     Attempted::Found => {
@@ -252,11 +213,5 @@ impl Attendant {
                 watch = again.then(|| Instant::now().checked_add(LOOK)).flatten().map(|due| (deadline, due));
             }
         }
-    }
-}
-
-fn hang_up(socket: &OwnedFd) {
-    if let Err(error) = shutdown(socket.as_fd(), Shutdown::Both) {
-        log::debug!("the connection that was tried is gone already: {error}");
     }
 }

@@ -27,4 +27,5 @@ pub use self::core::state::OnLoss;
 pub use self::recovery::candidate::Reconnect;
 pub use self::transport::mmio::MmioDevice;
 pub use self::transport::pci::PciDevice;
-pub use self::types::table::{DeviceType, Wishes};
+pub use self::types::model::Wishes;
+pub use self::types::table::DeviceType;

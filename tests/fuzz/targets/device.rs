@@ -5,7 +5,8 @@
 use devices::virtio::backend::vhost_user::{Order};
 use devices::virtio::recovery::candidate::{open};
 use devices::virtio::transport::mmio::{MmioDevice, Place};
-use devices::virtio::types::table::{DeviceType, Wishes};
+use devices::virtio::types::table::{DeviceType};
+use devices::virtio::types::model::{Wishes};
 use devices::virtio::{OnLoss, Parts, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::driver::{all_of_its_page, step, true_to_its_page};

@@ -10,7 +10,8 @@ use std::time::Duration;
 use devices::pci::vfio_user::Wishes as FunctionWishes;
 use devices::virtio::backend::spec::{Display, Order};
 use devices::virtio::ring::address::Iommu;
-use devices::virtio::types::table::{DeviceType, Wishes};
+use devices::virtio::types::model::Wishes;
+use devices::virtio::types::table::DeviceType;
 
 use crate::error::Error;
 

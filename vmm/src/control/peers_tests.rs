@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 
 use devices::virtio::backend::vhost_user::{Order, VhostUser};
 use devices::virtio::recovery::candidate::open;
-use devices::virtio::types::table::{DeviceType, Wishes};
+use devices::virtio::types::model::Wishes;
+use devices::virtio::types::table::DeviceType;
 use rustix::fs::{MemfdFlags, memfd_create};
 use transport::peer::Limits;
 use transport::testing::{Offer, Script, ScriptedBackend};

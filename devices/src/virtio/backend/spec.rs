@@ -12,7 +12,8 @@ use transport::peer::socket;
 use transport::vhost_user::IovaMap;
 use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
 
-use crate::virtio::types::table::{DeviceType, Wishes};
+use crate::virtio::types::model::Wishes;
+use crate::virtio::types::table::DeviceType;
 
 /// What a user wants of a vhost-user device.
 #[derive(Debug, Clone)]

@@ -11,7 +11,7 @@ use transport::vhost_user::{Connection, IovaMap, Session};
 
 use crate::virtio::backend::spec::Order;
 use crate::virtio::types::model::SharedMemory;
-use crate::virtio::types::table::{Model, ModelError, Offer};
+use crate::virtio::types::model::{Model, ModelError, Offer};
 
 /// Bytes of shared memory that a device may have: more, no guest could map.
 const SHARED_MEMORY_MAX: u64 = 1 << 40;

@@ -269,7 +269,7 @@ fn configuration_change_of_the_backend_reaches_the_guest() {
 
 #[test]
 fn device_that_gives_a_silent_backend_up_has_another_one_searched_for_at_once() {
-    use crate::virtio::core::vacancy::Effort;
+    use crate::virtio::core::state::Effort;
     use std::sync::atomic::{AtomicU32, Ordering};
     for on_loss in [OnLoss::Recover, OnLoss::Break] {
         let rig = rig(Script::normal().on(Request::SET_MEM_TABLE, Act::Silent));

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use transport::memory::MemoryMap;
-use transport::vhost_user::features::ProtocolFeatures;
+use transport::vhost_user::features::{DriverFeatures, ProtocolFeatures};
 use transport::vhost_user::message::Uuid;
 use transport::vhost_user::vring::Call;
 use transport::vhost_user::{InflightArea, Refused};
@@ -21,12 +21,10 @@ use crate::virtio::backend::{Backend, BackendError, failed};
 use crate::virtio::core::face::Face;
 use crate::virtio::core::queues::Wiring;
 use crate::virtio::core::registers::{Effect, Identity, Refusal, Reg, Registers};
-use crate::virtio::core::service::Service;
-use crate::virtio::core::state::{OnLoss, Phase};
-use crate::virtio::core::vacancy::Seeker;
-use crate::virtio::types::table::{ConfigSource, DeviceType, Model};
+use crate::virtio::core::state::{OnLoss, Phase, Seeker};
+use crate::virtio::types::model::{ConfigSource, Model};
+use crate::virtio::types::table::DeviceType;
 
-pub use crate::virtio::core::handle::DeviceHandle;
 pub use crate::virtio::core::report::{DeviceStats, PhaseReport, Trapped};
 
 /// "OUTB": who made the device, for drivers that ask.
@@ -57,6 +55,35 @@ pub(crate) struct Plugged {
 
 /// Hears what becomes of a device. Called with the device's lock; must not wait.
 pub type Listener = Box<dyn Fn(PhaseReport) + Send>;
+
+/// What serves a queue in the place of the backend. Called on the attendant's thread, with the device's lock held for one
+/// request and so for one deadline of the backend at most.
+pub trait Service: Send {
+    /// The queue, for a driver that took `features`.
+    fn queue(&self, features: DriverFeatures) -> u16;
+
+    /// The driver has set the queues up anew.
+    fn reset(&mut self);
+
+    /// A backend runs the queues: the first one, or another one.
+    fn started(&mut self);
+
+    /// The driver resets a device that runs.
+    fn end(&mut self, backend: &mut dyn Backend);
+
+    /// Another backend took over. Says why the driver cannot go on, if so.
+    fn replaced(&mut self) -> Option<&'static str>;
+
+    /// Whether requests are answered without a backend: a driver may wait for the answer, turning, and all that would
+    /// change the guest's network waits behind it.
+    fn answers_alone(&self) -> bool;
+
+    /// Serves one request of `device`. Says whether there is more to do.
+    ///
+    /// # Errors
+    /// When the queue is none.
+    fn serve(&mut self, device: &mut Device, queue: u16) -> io::Result<bool>;
+}
 
 /// A device lives as long as the machine. A board plugs it into a transport and unplugs it again.
 pub struct Device {

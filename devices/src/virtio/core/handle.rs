@@ -11,9 +11,9 @@ use crate::lock;
 use crate::virtio::core::device::{Device, Listener, Parts};
 use crate::virtio::core::registers::Reg;
 use crate::virtio::core::report::{DeviceStats, PhaseReport};
+use crate::virtio::core::state::Ask;
 use crate::virtio::core::state::OnLoss;
 use crate::virtio::core::status::Status;
-use crate::virtio::core::vacancy::Ask;
 
 /// A device shared by the bus (vCPU threads), its attendant and the control loop.
 ///

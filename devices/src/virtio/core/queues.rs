@@ -3,10 +3,12 @@
 
 use std::io;
 
-use transport::memory::GuestAddr;
+use transport::memory::{GuestAddr, MemoryMap};
+use transport::vhost_user::features::bit;
 use transport::vhost_user::vring::{Call, Kick, Ring, RingBase};
 
 use crate::ports::{Guard, PortError};
+use crate::virtio::backend::Backend;
 use crate::virtio::core::face::Face;
 use crate::virtio::core::registers::Registers;
 use crate::virtio::core::state::Begin;
@@ -83,6 +85,12 @@ impl OwnedRing {
             error: None,
         }
     }
+}
+
+/// Where the driver's addresses lead.
+pub(crate) fn space<'a>(registers: &Registers, memory: &'a MemoryMap, backend: &'a dyn Backend) -> Space<'a> {
+    let translated = registers.accepted().is_some_and(|features| features.has(bit::ACCESS_PLATFORM));
+    Space { memory, translations: backend.translations().filter(|_| translated) }
 }
 
 impl Wiring {

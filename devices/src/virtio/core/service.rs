@@ -4,41 +4,12 @@
 
 use std::io;
 
-use transport::vhost_user::features::DriverFeatures;
 use transport::vhost_user::vring::Kick;
 
-use crate::virtio::backend::{Backend, BackendError, failed};
+use crate::virtio::backend::{BackendError, failed};
 use crate::virtio::core::device::Device;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::state::Phase;
-
-/// What serves such a queue.
-pub trait Service: Send {
-    /// The queue, for a driver that took `features`.
-    fn queue(&self, features: DriverFeatures) -> u16;
-
-    /// The driver has set the queues up anew.
-    fn reset(&mut self);
-
-    /// A backend runs the queues: the first one, or another one.
-    fn started(&mut self);
-
-    /// The driver resets a device that runs.
-    fn end(&mut self, backend: &mut dyn Backend);
-
-    /// Another backend took over. Says why the driver cannot go on, if so.
-    fn replaced(&mut self) -> Option<&'static str>;
-
-    /// Whether requests are answered without a backend: a driver may wait for the answer, turning, and all that would
-    /// change the guest's network waits behind it.
-    fn answers_alone(&self) -> bool;
-
-    /// Serves one request of `device`. Says whether there is more to do.
-    ///
-    /// # Errors
-    /// When the queue is none.
-    fn serve(&mut self, device: &mut Device, queue: u16) -> io::Result<bool>;
-}
 
 impl DeviceHandle {
     /// The queues whose kicks want [`DeviceHandle::serve_kick`]: none when the device's backend serves them all by

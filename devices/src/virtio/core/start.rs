@@ -3,15 +3,13 @@
 
 use transport::memory::MemoryMap;
 use transport::vhost_user::Refused;
-use transport::vhost_user::features::bit;
 use transport::vhost_user::vring::Ring;
 
 use crate::chain;
 use crate::ports::Guard;
-use crate::virtio::backend::{Backend, BackendError, MemoryChange, Start, Stop};
+use crate::virtio::backend::{BackendError, MemoryChange, Start, Stop};
 use crate::virtio::core::device::{Device, Plugged};
-use crate::virtio::core::queues::{ConnectError, OwnedRing, RingsError};
-use crate::virtio::core::registers::Registers;
+use crate::virtio::core::queues::{ConnectError, OwnedRing, RingsError, space};
 use crate::virtio::core::state::{Begin, Phase, Waiting};
 use crate::virtio::ring::address::Space;
 use crate::virtio::ring::split::Notes;
@@ -39,12 +37,6 @@ impl From<RingsError> for StartError {
     fn from(error: RingsError) -> Self {
         Self::Lasting(chain(&error))
     }
-}
-
-/// Where the driver's addresses lead.
-pub(crate) fn space<'a>(registers: &Registers, memory: &'a MemoryMap, backend: &'a dyn Backend) -> Space<'a> {
-    let translated = registers.accepted().is_some_and(|features| features.has(bit::ACCESS_PLATFORM));
-    Space { memory, translations: backend.translations().filter(|_| translated) }
 }
 
 impl Device {

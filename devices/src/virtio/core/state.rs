@@ -75,6 +75,26 @@ pub(crate) enum Work {
     Start,
 }
 
+/// How long a search lasts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effort {
+    /// For a recovering device: as long as the user allows.
+    Long,
+    /// For a broken device: one attempt.
+    Once,
+}
+
+/// Has a search begun soon, on a thread that may wait. False when there is no such thread. Called with the device's lock
+/// held; must not wait.
+pub type Ask = Box<dyn Fn(Effort) -> bool + Send>;
+
+/// How a device asks for a backend to be searched for.
+pub(crate) struct Seeker {
+    /// How long a driver's FEATURES_OK may wait for the outcome of a search.
+    pub(crate) limit: Duration,
+    pub(crate) ask: Ask,
+}
+
 /// Queues of a driver that is ready: the guest's kicks gather in their eventfds.
 pub(crate) struct Waiting {
     pub(crate) guards: Vec<Guard>,

@@ -6,28 +6,8 @@ use std::time::Duration;
 use crate::chain;
 use crate::virtio::backend::BackendError;
 use crate::virtio::core::device::Device;
-use crate::virtio::core::start::space;
-use crate::virtio::core::state::{Begin, OnLoss, Phase, Vacancy, Waiting, Work};
-
-/// How long a search lasts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Effort {
-    /// For a recovering device: as long as the user allows.
-    Long,
-    /// For a broken device: one attempt.
-    Once,
-}
-
-/// Has a search begun soon, on a thread that may wait. False when there is no such thread. Called with the device's lock
-/// held; must not wait.
-pub type Ask = Box<dyn Fn(Effort) -> bool + Send>;
-
-/// How a device asks for a backend to be searched for.
-pub(crate) struct Seeker {
-    /// How long a driver's FEATURES_OK may wait for the outcome of a search.
-    limit: Duration,
-    ask: Ask,
-}
+use crate::virtio::core::queues::space;
+use crate::virtio::core::state::{Ask, Begin, Effort, OnLoss, Phase, Seeker, Vacancy, Waiting, Work};
 
 /// How long a driver waits once after a restart of the machine: far longer than a backend takes that answers.
 const GRACE: Duration = Duration::from_millis(200);

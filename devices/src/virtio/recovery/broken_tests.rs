@@ -11,7 +11,7 @@ use crate::bus::BusDevice;
 use crate::testing::{Recorder, Scripted, disk, memory};
 use crate::virtio::backend::outlets::Outlets;
 use crate::virtio::core::device::Parts;
-use crate::virtio::core::vacancy::Effort;
+use crate::virtio::core::state::Effort;
 use crate::virtio::transport::mmio::{MmioDevice, Place};
 use crate::virtio::{OnLoss, PhaseReport};
 

@@ -1,21 +1,23 @@
 //! Where a backend is found, and one attempt to find it again. Called on the thread of the device's attendant, without
 //! the device's lock: neither a vCPU nor the control loop waits for a backend that is away.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use rustix::net::{Shutdown, shutdown};
 use transport::peer::deadline::Deadline;
 use transport::peer::socket::Attempts;
 use transport::peer::socket::Listener;
 use transport::peer::{Error, Limits};
 use transport::vhost_user::Connection;
 
-use crate::virtio::attendant::Attendant;
+use crate::lock;
 use crate::virtio::backend::requests::OwnChannel;
 use crate::virtio::backend::survey::OpenError;
 use crate::virtio::core::handle::DeviceHandle;
-use crate::virtio::core::vacancy::Effort;
+use crate::virtio::core::state::Effort;
 use crate::virtio::recovery::candidate::{Reconnect, ReconnectError};
 use crate::virtio::recovery::vacancy::UnderWay;
 
@@ -81,6 +83,73 @@ pub struct Search {
     pub serve: Box<dyn Fn(OwnChannel) + Send + Sync>,
 }
 
+/// The connection of the attempt that is under way, for others to end it.
+#[derive(Debug, Default)]
+pub(crate) struct Trial(Mutex<Tried>);
+
+#[derive(Debug, Default)]
+struct Tried {
+    connection: Option<OwnedFd>,
+    /// No attempt is to be made any more.
+    ended: bool,
+    /// We ended the connection: what came of the attempt says nothing of the peer.
+    interrupted: bool,
+}
+
+impl Trial {
+    /// Has `connection` end with [`Trial::interrupt`], until the guard is dropped.
+    fn of(&self, connection: BorrowedFd<'_>) -> Exchange<'_> {
+        let mut tried = lock(&self.0);
+        tried.interrupted = false;
+        match connection.try_clone_to_owned() {
+            Ok(socket) if tried.ended => hang_up(&socket),
+            Ok(socket) => tried.connection = Some(socket),
+            // Only the deadlines of the exchange end it then.
+            Err(error) => log::debug!("a search for a backend cannot be cut short: {error}"),
+        }
+        Exchange(self)
+    }
+
+    /// Ends the attempt that is under way. Does not wait.
+    pub(crate) fn interrupt(&self) {
+        let mut tried = lock(&self.0);
+        if let Some(socket) = tried.connection.take() {
+            tried.interrupted = true;
+            hang_up(&socket);
+        }
+    }
+
+    /// The same, and every attempt that comes after it.
+    pub(crate) fn end(&self) {
+        lock(&self.0).ended = true;
+        self.interrupt();
+    }
+
+    fn was_interrupted(&self) -> bool {
+        lock(&self.0).interrupted
+    }
+
+    fn is_ended(&self) -> bool {
+        lock(&self.0).ended
+    }
+}
+
+/// While this lives, others may end the attempt.
+#[must_use]
+struct Exchange<'t>(&'t Trial);
+
+impl Drop for Exchange<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.0).connection = None;
+    }
+}
+
+fn hang_up(socket: &OwnedFd) {
+    if let Err(error) = shutdown(socket, Shutdown::Both) {
+        log::debug!("the connection that was tried is gone already: {error}");
+    }
+}
+
 /// A search under way.
 pub(crate) struct Quest {
     effort: Effort,
@@ -101,20 +170,15 @@ impl Search {
     }
 
     /// One attempt on behalf of `device`.
-    pub(crate) fn attempt(
-        &self,
-        quest: &mut Quest,
-        device: &DeviceHandle,
-        attendant: &Attendant,
-    ) -> Attempted {
+    pub(crate) fn attempt(&self, quest: &mut Quest, device: &DeviceHandle, trial: &Trial) -> Attempted {
         let _under_way = UnderWay(device);
-        let error = match self.try_once(quest.effort, device, attendant) {
+        let error = match self.try_once(quest.effort, device, trial) {
             Ok(()) => return Attempted::Found,
             Err(error) => error,
         };
         if quest.effort == Effort::Once {
             // An attempt that we interrupted ourselves does not tell whether the peer answers.
-            let silent = (!attendant.was_interrupted()).then(|| error.is_silence());
+            let silent = (!trial.was_interrupted()).then(|| error.is_silence());
             device.search_failed(&error, silent);
             return Attempted::GivenUp;
         }
@@ -136,26 +200,21 @@ impl Search {
         }
     }
 
-    fn try_once(
-        &self,
-        effort: Effort,
-        device: &DeviceHandle,
-        attendant: &Attendant,
-    ) -> Result<(), ReconnectError> {
-        let connection = self.meet(effort, attendant).map_err(OpenError::from)?;
-        let _exchange = attendant.interruptible(connection.as_fd());
+    fn try_once(&self, effort: Effort, device: &DeviceHandle, trial: &Trial) -> Result<(), ReconnectError> {
+        let connection = self.meet(effort, trial).map_err(OpenError::from)?;
+        let _exchange = trial.of(connection.as_fd());
         self.reconnect.attempt(device, connection, |channel| (self.serve)(channel))
     }
 
     /// A connection. A recovering device is looked after again soon; a driver waits for that of a broken one, for a
     /// deadline of the peer.
-    fn meet(&self, effort: Effort, attendant: &Attendant) -> Result<Connection, Error> {
+    fn meet(&self, effort: Effort, trial: &Trial) -> Result<Connection, Error> {
         let patience = if effort == Effort::Once { self.limits.deadline() } else { GLANCE };
         let deadline = Deadline::after(patience);
         loop {
             let left = deadline.remaining().unwrap_or_default();
             match self.meeting.meet(&self.limits, left.min(GLANCE)) {
-                Err(error) if left > GLANCE && error.is_silence() && !attendant.is_ended() => {}
+                Err(error) if left > GLANCE && error.is_silence() && !trial.is_ended() => {}
                 outcome => return outcome,
             }
         }

@@ -25,11 +25,11 @@ use crate::chain;
 use crate::virtio::backend::{Backend, BackendError, Start};
 use crate::virtio::core::device::Device;
 use crate::virtio::core::handle::DeviceHandle;
+use crate::virtio::core::queues::space;
 use crate::virtio::core::queues::{OwnedRing, RingsError};
-use crate::virtio::core::start::space;
 use crate::virtio::core::state::{Begin, Phase, Vacancy, Work};
 use crate::virtio::ring::split::{Notes, ResumeError};
-use crate::virtio::types::table::{ConfigSource, Model};
+use crate::virtio::types::model::{ConfigSource, Model};
 
 /// A backend that was asked what it is.
 pub struct Candidate {

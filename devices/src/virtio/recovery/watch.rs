@@ -4,7 +4,7 @@
 
 use crate::virtio::core::device::Device;
 use crate::virtio::core::handle::DeviceHandle;
-use crate::virtio::core::start::space;
+use crate::virtio::core::queues::space;
 use crate::virtio::core::state::Phase;
 
 /// What is known of a successor.

@@ -15,7 +15,22 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::virtio::ring::split::{Contents, Indexes};
+/// Both indexes of a ring at one time, the used one a little earlier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Indexes {
+    pub(crate) available: u16,
+    pub(crate) used: u16,
+}
+
+/// A ring as it stood at one time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Contents {
+    pub(crate) indexes: Indexes,
+    /// The heads in the available ring.
+    pub(crate) available: Vec<u16>,
+    /// The ids in the used ring.
+    pub(crate) used: Vec<u32>,
+}
 
 /// What is known of one queue.
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@ use transport::memory::{GuestAddr, MemoryMap};
 use transport::vhost_user::vring::RingBase;
 
 use crate::virtio::ring::address::Space;
-use crate::virtio::ring::in_flight::History;
+use crate::virtio::ring::in_flight::{Contents, History, Indexes};
 use crate::virtio::ring::queue::{QueueState, RingLayout};
 
 /// Who knows what the lost backend had in flight.
@@ -20,13 +20,6 @@ pub(crate) enum Notes {
     Rings,
 }
 
-/// Both indexes of a ring at one time, the used one a little earlier.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Indexes {
-    pub(crate) available: u16,
-    pub(crate) used: u16,
-}
-
 /// What is remembered of a ring that a backend serves.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Past {
@@ -36,16 +29,6 @@ pub(crate) struct Past {
     pub(crate) cut: Option<Contents>,
     /// Where a backend took over that has yet to show that it goes on there.
     pub(crate) handed_over: Option<u16>,
-}
-
-/// A ring as it stood at one time.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Contents {
-    pub(crate) indexes: Indexes,
-    /// The heads in the available ring.
-    pub(crate) available: Vec<u16>,
-    /// The ids in the used ring.
-    pub(crate) used: Vec<u32>,
 }
 
 /// What one ring says.

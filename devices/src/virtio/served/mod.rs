@@ -14,13 +14,14 @@ use transport::vhost_user::features::DriverFeatures;
 
 use crate::virtio::backend::{Backend, BackendError, failed};
 use crate::virtio::core::device::Device;
-use crate::virtio::core::service::Service;
-use crate::virtio::core::start::space;
+use crate::virtio::core::device::Service;
+use crate::virtio::core::queues::space;
 use crate::virtio::core::state::Phase;
 use crate::virtio::served::crypto::{Asked, Done, Sessions, parse};
 use crate::virtio::served::pairs::Pairs;
 use crate::virtio::served::queue::{Chain, ControlQueue, Rings};
-use crate::virtio::types::table::{CTRL_VQ, MQ, Model, Served};
+use crate::virtio::types::model::Model;
+use crate::virtio::types::table::{CTRL_VQ, MQ, Served};
 
 /// VIRTIO_F_EVENT_IDX.
 const EVENT_IDX: u32 = 29;

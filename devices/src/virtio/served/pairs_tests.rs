@@ -11,7 +11,8 @@ use transport::vhost_user::{Connection, ProtocolFeatures};
 use crate::virtio::backend::vhost_user::Order;
 use crate::virtio::backend::vhost_user::tests::Guest;
 use crate::virtio::recovery::candidate::{Opened, open};
-use crate::virtio::types::table::{DeviceType, Wishes};
+use crate::virtio::types::model::Wishes;
+use crate::virtio::types::table::DeviceType;
 use crate::virtio::{OnLoss, PhaseReport};
 
 const BOTH: u32 = 1 << CTRL_VQ | 1 << MQ;

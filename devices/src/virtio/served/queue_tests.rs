@@ -14,7 +14,8 @@ use crate::virtio::PhaseReport;
 use crate::virtio::backend::vhost_user::Order;
 use crate::virtio::backend::vhost_user::tests::Guest;
 use crate::virtio::recovery::candidate::open;
-use crate::virtio::types::table::{DeviceType, Wishes};
+use crate::virtio::types::model::Wishes;
+use crate::virtio::types::table::DeviceType;
 
 const DESC: u64 = 0x1000;
 const AVAIL: u64 = 0x2000;

@@ -5,7 +5,7 @@ use crate::lock;
 use crate::ports::WriteAddress;
 use crate::testing::{Outcome, Recorder, Scripted, disk, memory};
 use crate::virtio::backend::outlets::Outlets;
-use crate::virtio::types::table::Model;
+use crate::virtio::types::model::Model;
 use crate::virtio::{DeviceType, Parts, PhaseReport};
 
 const BASE: u64 = 0xd000_0000;

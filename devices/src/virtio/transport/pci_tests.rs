@@ -10,8 +10,8 @@ use crate::ports::{Route, WriteMatch};
 use crate::testing::{Outcome, Recorder, Scripted, Shown, disk, memory};
 use crate::virtio::backend::outlets::{FixedOutlet, Outlet, Outlets};
 use crate::virtio::backend::requests::Answers;
+use crate::virtio::types::model::Model;
 use crate::virtio::types::model::SharedMemory;
-use crate::virtio::types::table::Model;
 use crate::virtio::{Parts, PhaseReport};
 
 const WINDOWS: Windows = Windows {

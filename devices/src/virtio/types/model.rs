@@ -6,7 +6,7 @@ use transport::vhost_user::features::{DeviceFeatures, bit};
 
 use crate::virtio::ring::queue::MAX_QUEUE_SIZE;
 use crate::virtio::types::table::{
-    CTRL_VQ, DeviceType, MAX_QUEUES, MQ, MTU_PLACE, NET_F_MAC, NET_F_MTU, NoConfig, Served, TAG_SIZE,
+    CTRL_VQ, DeviceType, MAX_QUEUES, MQ, MTU_PLACE, NET, NET_F_MAC, NET_F_MTU, NoConfig, Served, TAG_SIZE,
 };
 
 /// What a device whose last queue is ours cannot take from a backend: queues of ours are split ones.
@@ -128,6 +128,18 @@ impl Wishes {
 }
 
 impl DeviceType {
+    /// The same type as the user wishes it: a network card with more than one pair of queues has a control queue besides, by
+    /// which its driver says how many it uses.
+    pub(crate) fn wished(mut self, wishes: &Wishes) -> Self {
+        let several = self.id == NET && wishes.queues.is_some_and(|queues| queues >= 4);
+        {
+            if several {
+                self.served = Served::Pairs;
+            }
+            self
+        }
+    }
+
     /// Makes a device of what the backend offers and the user wishes.
     ///
     /// # Errors

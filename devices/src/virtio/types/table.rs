@@ -7,8 +7,6 @@ use transport::vhost_user::features::{
     DeviceFeatures, DriverFeatures, ProtocolFeatures, UnknownFeature, Wanted,
 };
 
-pub use crate::virtio::types::model::{ConfigSource, Model, ModelError, Offer, Wishes};
-
 /// The most queues that a vhost-user message can name.
 pub const MAX_QUEUES: u16 = 256;
 /// The largest configuration space that a vhost-user message can carry.
@@ -17,7 +15,7 @@ pub const MAX_CONFIG_SIZE: u16 = 256;
 pub(super) const TAG_SIZE: usize = 36;
 /// The type that has an MTU (§5.1.4), the feature that says so and the place in its configuration; and the feature
 /// that says that it has an address.
-const NET: u32 = 1;
+pub(super) const NET: u32 = 1;
 pub(super) const NET_F_MTU: u32 = 3;
 pub(super) const MTU_PLACE: std::ops::Range<usize> = 10..12;
 pub(super) const NET_F_MAC: u32 = 5;
@@ -502,13 +500,6 @@ impl DeviceType {
     /// What the last queue is for, when it is ours to serve.
     pub(crate) fn served(&self) -> Served {
         self.served
-    }
-
-    /// The same type as the user wishes it: a network card with more than one pair of queues has a control queue besides, by
-    /// which its driver says how many it uses.
-    pub(crate) fn wished(self, wishes: &Wishes) -> Self {
-        let several = self.id == NET && wishes.queues.is_some_and(|queues| queues >= 4);
-        if several { Self { served: Served::Pairs, ..self } } else { self }
     }
 
     /// Whether writing `data` at `offset` of `config` says nothing new.

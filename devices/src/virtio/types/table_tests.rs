@@ -1,4 +1,5 @@
 use super::*;
+use crate::virtio::types::model::{ConfigSource, ModelError, Offer, Wishes};
 
 const V1: u64 = 1 << 32;
 
