@@ -119,7 +119,11 @@ impl Incoming {
         let got = outcome.as_ref().map_or(0, |received| received.bytes);
         self.buffer.truncate(have.saturating_add(got));
         match outcome {
-            Ok(Received { fault: Some(fault), .. }) => Err(Cause::Malformed(fault)),
+            // A region's file that is not taken is a region without a file: it can be read and written by messages. Where
+            // the descriptor cannot be missing, the command says so.
+            Ok(Received { fault: Some(fault), .. }) if !matches!(fault, Fault::Descriptor) => {
+                Err(Cause::Malformed(fault))
+            }
             Ok(received) if received.bytes == 0 && have == 0 => Ok(Read::HungUp),
             Ok(received) if received.bytes == 0 => Err(Cause::ClosedMidMessage),
             Ok(_) => Ok(Read::Some),
