@@ -211,7 +211,8 @@ impl State {
             };
             let have = self.partial.len();
             self.partial.resize(due, 0);
-            let received = fds::receive(self.socket.as_fd(), &mut self.partial[have..], fds::Room::Many, &mut self.fds);
+            let received =
+                fds::receive(self.socket.as_fd(), &mut self.partial[have..], fds::Room::Many, &mut self.fds);
             let got = received.map_or(0, |received| received.bytes);
             self.partial.truncate(have + got);
             if got == 0 {

@@ -98,7 +98,9 @@ impl State {
     fn drain(&mut self) {
         let mut bytes = [0; 65536];
         for socket in std::iter::once(&self.socket).chain(&self.twin) {
-            while fds::receive(socket.as_fd(), &mut bytes, fds::Room::Many, &mut Vec::new()).is_ok_and(|got| got.bytes > 0) {}
+            while fds::receive(socket.as_fd(), &mut bytes, fds::Room::Many, &mut Vec::new())
+                .is_ok_and(|got| got.bytes > 0)
+            {}
         }
     }
 

@@ -2,8 +2,8 @@
 //! likes on the other.
 #![no_main]
 
-use devices::virtio::backend::vhost_user::{Order};
-use devices::virtio::recovery::candidate::{open};
+use devices::virtio::backend::vhost_user::Order;
+use devices::virtio::recovery::candidate::open;
 use devices::virtio::transport::mmio::{MmioDevice, Place};
 use devices::virtio::types::table::{DeviceType};
 use devices::virtio::types::model::{Wishes};
