@@ -48,10 +48,10 @@ pub fn step(input: &mut Input, device: &MmioDevice, machine: &Recorder) {
             device.read(input.number() % 0xff0, &mut [0; 16]);
         }
         144..160 => device.handle().with(|device| device.config_changed()),
-        160..168 => device.handle().with(|device| device.machine_reset()),
+        160..168 => device.handle().machine_reset(),
         168..170 => device.handle().with(|device| device.peer_lost("it went")),
-        170..172 => device.handle().with(|device| device.shutdown()),
-        172 => drop(device.handle().with(|device| device.take_backend())),
+        170..172 => device.handle().unplug(),
+        172 => device.handle().end(),
         _ => drop(device.handle().stats()),
     }
 }

@@ -4,7 +4,8 @@
 use std::sync::{Arc, Mutex};
 
 use devices::bus::{Bus, BusDevice, Claim};
-use devices::reset::{DebugExit, I8042, ResetPort};
+use devices::pvpanic::PvPanic;
+use devices::reset::{I8042, ResetPort};
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
 
@@ -30,7 +31,7 @@ fuzz_target!(|data: &[u8]| {
     let (mut bus, seen) = (Bus::new(), Noted::default());
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     let ports: [Box<dyn BusDevice>; 3] =
-        [Box::new(ResetPort::new(|_| {})), Box::new(I8042::new(|_| {})), Box::new(DebugExit::new(|_| {}))];
+        [Box::new(ResetPort::new(|_| {})), Box::new(I8042::new(|_| {})), Box::new(PvPanic::new(|| {}))];
     while !input.is_empty() {
         let (op, at) = (input.byte() % 4, input.number());
         if op == 0 && ranges.len() < 16 {

@@ -4,10 +4,11 @@
 
 use devices::virtio::backend::vhost_user::Order;
 use devices::virtio::recovery::candidate::open;
+use devices::virtio::served::service_of;
 use devices::virtio::transport::mmio::{MmioDevice, Place};
-use devices::virtio::types::table::{DeviceType};
-use devices::virtio::types::model::{Wishes};
-use devices::virtio::{OnLoss, Parts, PhaseReport};
+use devices::virtio::types::model::Wishes;
+use devices::virtio::types::table::DeviceType;
+use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::driver::{all_of_its_page, step, true_to_its_page};
 use fuzz::input::Input;
@@ -48,12 +49,15 @@ fn drive(data: &[u8]) {
     let machine = Recorder::default();
     let parts = Parts {
         name: "fuzz".into(),
+        service: service_of(&opened.model),
         model: opened.model,
         backend: Box::new(opened.backend),
+        outlets: opened.outlets,
         memory: guest_memory(),
     };
     let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
-    let device = MmioDevice::new(parts, place, &machine.ports()).expect("a machine that refuses nothing");
+    let device = DeviceHandle::new(parts).expect("eventfds");
+    let device = MmioDevice::new(&device, place, &machine.ports()).expect("a machine that refuses nothing");
     let recovers = driver.rarely(2);
     device.handle().on_loss(if recovers { OnLoss::Recover } else { OnLoss::Break });
     let mut peers = Vec::new();

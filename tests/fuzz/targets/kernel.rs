@@ -76,14 +76,20 @@ fn boot(ram: &Ram, data: &[u8]) {
             assert!(entry.parameters < HIGH_MEMORY);
             // The boot structures are as they should be, whatever was loaded.
             let mut rsdp = [0; 8];
-            ram.read_at(Gpa(0xe_0000), &mut rsdp).expect("inside");
+            read(ram, Gpa(0xe_0000), &mut rsdp);
             assert_eq!(&rsdp, b"RSD PTR ");
             if entry.protocol == Protocol::Pvh {
                 let mut magic = [0; 4];
-                ram.read_at(entry.parameters, &mut magic).expect("inside");
+                read(ram, entry.parameters, &mut magic);
                 assert_eq!(u32::from_le_bytes(magic), 0x336e_c578);
             }
         }
         Err(error) => drop((error.to_string(), error.hint())),
     }
+}
+
+/// Reads low memory, which begins at offset 0 of the file.
+fn read(ram: &Ram, at: Gpa, bytes: &mut [u8]) {
+    let memory = File::from(ram.fd().try_clone().expect("a descriptor"));
+    memory.read_exact_at(bytes, at.0).expect("inside");
 }

@@ -5,12 +5,14 @@
 
 use std::sync::{Arc, Mutex};
 
+use devices::virtio::backend::outlets::Outlets;
 use devices::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
 use devices::virtio::recovery::take_over::Candidate;
+use devices::virtio::served::service_of;
 use devices::virtio::transport::mmio::{MmioDevice, Place};
-use devices::virtio::types::table::{DeviceType};
 use devices::virtio::types::model::{ConfigSource, Model};
-use devices::virtio::{OnLoss, Parts, PhaseReport};
+use devices::virtio::types::table::DeviceType;
+use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::driver::{all_of_its_page, step, true_to_its_page};
 use fuzz::input::Input;
@@ -102,9 +104,17 @@ fn drive(data: &[u8]) {
     let fate = Arc::new(Mutex::new(Input::new(&input.bytes(48))));
     let backend = Box::new(Shaky { fate: Arc::clone(&fate), running: false, gone: false });
     let model = model(&mut input, kind, queues);
-    let parts = Parts { name: "fuzz".into(), model, backend, memory: memory.clone() };
+    let parts = Parts {
+        name: "fuzz".into(),
+        service: service_of(&model),
+        model,
+        backend,
+        outlets: Outlets::default(),
+        memory: memory.clone(),
+    };
     let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
-    let Ok(device) = MmioDevice::new(parts, place, &machine.ports()) else {
+    let device = DeviceHandle::new(parts).expect("eventfds");
+    let Ok(device) = MmioDevice::new(&device, place, &machine.ports()) else {
         return assert_eq!(machine.counts(), (0, 0), "what was registered is undone");
     };
     let recovers = input.rarely(2);

@@ -2,8 +2,9 @@
 //! keeps what the specification promises.
 #![no_main]
 
-use devices::virtio::core::registers::{Effect, Half, Identity, Reg, Registers, SharedMemory};
+use devices::virtio::core::registers::{Effect, Half, Identity, Reg, Registers};
 use devices::virtio::core::status::Status;
+use devices::virtio::types::model::SharedMemory;
 use fuzz::input::Input;
 use libfuzzer_sys::fuzz_target;
 use transport::memory::GuestAddr;

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use devices::bus::BusDevice;
 use devices::pci::{HostBridge, Window, Windows};
 use devices::ports::{Access, FileRange, WriteAddress};
+use devices::virtio::backend::outlets::Outlets;
 use devices::virtio::backend::{Backend, BackendError, BackendStats, Start};
-use devices::virtio::core::registers::SharedMemory;
-use devices::virtio::types::table::{DeviceType};
-use devices::virtio::types::model::{ConfigSource, Model};
-use devices::virtio::{Parts, PciDevice, PhaseReport};
+use devices::virtio::served::service_of;
+use devices::virtio::types::model::{ConfigSource, Model, SharedMemory};
+use devices::virtio::types::table::DeviceType;
+use devices::virtio::{DeviceHandle, Parts, PciDevice, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
 use fuzz::input::Input;
 use fuzz::ports::Recorder;
@@ -93,10 +94,17 @@ fn drive(data: &[u8]) {
         config_source: ConfigSource::Backend,
         shared_memory: vec![None, Some(SharedMemory { base: GuestAddr(0), length: REGION })],
     };
-    let parts =
-        Parts { name: "fuzz".into(), model, backend: Box::new(Works::default()), memory: guest_memory() };
+    let parts = Parts {
+        name: "fuzz".into(),
+        service: service_of(&model),
+        model,
+        backend: Box::new(Works::default()),
+        outlets: Outlets::default(),
+        memory: guest_memory(),
+    };
     let number = bridge.free().expect("there is room");
-    let Ok(device) = PciDevice::new(parts, number, &bridge, &machine.ports()) else {
+    let device = DeviceHandle::new(parts).expect("eventfds");
+    let Ok(device) = PciDevice::new(&device, number, &bridge, &machine.ports()) else {
         return assert_eq!(machine.counts(), (0, 0), "what was registered is undone");
     };
     let (handle, windows) = (device.handle(), device.windows().expect("it has a region"));
