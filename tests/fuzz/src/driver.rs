@@ -2,15 +2,51 @@
 
 use devices::bus::BusDevice;
 use devices::virtio::PhaseReport;
-use devices::virtio::transport::mmio::MmioDevice;
+use devices::virtio::transport::mmio::{MmioDevice, Place};
+use transport::memory::GuestAddr;
 
 use crate::input::Input;
 use crate::ports::Recorder;
 
+/// Where the device is on every board.
+pub const PLACE: Place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
+
 /// One step: something that a driver does, or something that happens to the device.
-pub fn step(input: &mut Input, device: &MmioDevice, machine: &Recorder) {
+pub fn step(input: &mut Input, device: &mut MmioDevice, machine: &Recorder) {
+    let act = input.byte();
+    match act {
+        // The machine restarts: the next board has the same device.
+        172 => {
+            device.handle().unplug();
+            plug_again(device, machine);
+        }
+        // The machine ends: nothing is asked of the device after that.
+        173 => {
+            device.handle().end();
+            plug_again(device, machine);
+            input.rest();
+        }
+        act => step_on_board(act, input, device, machine),
+    }
+}
+
+/// Puts a device that has left its board on the next one, at power-on.
+fn plug_again(device: &mut MmioDevice, machine: &Recorder) {
+    assert_eq!(machine.counts(), (0, 0), "what was registered for the last board is there still");
+    let handle = device.handle();
+    assert!(
+        !matches!(handle.phase(), PhaseReport::Running | PhaseReport::Suspended),
+        "queues without a board"
+    );
+    let plug = || MmioDevice::new(&handle, PLACE, &machine.ports());
+    // A machine refuses once at most.
+    *device = plug().or_else(|_| plug()).expect("a machine that refuses nothing");
+    assert_eq!(machine.page_u32(0x70), 0, "the status at power-on");
+}
+
+fn step_on_board(act: u8, input: &mut Input, device: &MmioDevice, machine: &Recorder) {
     let write = |offset: u64, value: u32| device.write(offset, &value.to_le_bytes());
-    match input.byte() {
+    match act {
         // What a driver does; alone and in order it leads to DRIVER_OK.
         op @ 0..64 => match op % 8 {
             0 => write(0x70, machine.page_u32(0x70)),
@@ -47,11 +83,12 @@ pub fn step(input: &mut Input, device: &MmioDevice, machine: &Recorder) {
         128..144 => {
             device.read(input.number() % 0xff0, &mut [0; 16]);
         }
-        144..160 => device.handle().with(|device| device.config_changed()),
+        144..160 => device.handle().config_changed(),
         160..168 => device.handle().machine_reset(),
-        168..170 => device.handle().with(|device| device.peer_lost("it went")),
-        170..172 => device.handle().unplug(),
-        172 => device.handle().end(),
+        168..170 => device.handle().peer_lost("it went"),
+        170 => device.handle().suspend(),
+        171 => device.handle().resume(),
+        174..176 => device.handle().serve_kick(u16::from(input.byte() % 5)),
         _ => drop(device.handle().stats()),
     }
 }
@@ -81,13 +118,15 @@ pub fn true_to_its_page(device: &MmioDevice, machine: &Recorder) {
         assert_eq!(shown, is, "the page differs from the registers at {at:#x}");
     }
     let phase = device.handle().phase();
-    if !matches!(phase, PhaseReport::Running | PhaseReport::Recovering(_)) {
+    if !matches!(phase, PhaseReport::Running | PhaseReport::Suspended | PhaseReport::Recovering(_)) {
         // The sink of the acknowledgements, and the interrupt of the configuration.
         assert_eq!(machine.counts(), (1, 1), "{phase:?}");
     }
     let status = machine.page_u32(0x70);
     match phase {
-        PhaseReport::Running => assert_eq!(status & 0xf, 0xf, "queues run without a driver"),
+        PhaseReport::Running | PhaseReport::Suspended => {
+            assert_eq!(status & 0xf, 0xf, "queues run without a driver");
+        }
         PhaseReport::NeedsReset(why) => assert_eq!(status & 0x40, 0x40, "{why}"),
         _ => {}
     }

@@ -5,18 +5,17 @@
 use devices::virtio::backend::vhost_user::Order;
 use devices::virtio::recovery::candidate::open;
 use devices::virtio::served::service_of;
-use devices::virtio::transport::mmio::{MmioDevice, Place};
+use devices::virtio::transport::mmio::MmioDevice;
 use devices::virtio::types::model::Wishes;
 use devices::virtio::types::table::DeviceType;
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
-use fuzz::driver::{all_of_its_page, step, true_to_its_page};
+use fuzz::driver::{PLACE, all_of_its_page, step, true_to_its_page};
 use fuzz::input::Input;
 use fuzz::peer::Peer;
 use fuzz::ports::Recorder;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
-use transport::memory::GuestAddr;
 
 fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));
@@ -55,14 +54,15 @@ fn drive(data: &[u8]) {
         outlets: opened.outlets,
         memory: guest_memory(),
     };
-    let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
-    let device = DeviceHandle::new(parts).expect("eventfds");
-    let device = MmioDevice::new(&device, place, &machine.ports()).expect("a machine that refuses nothing");
+    let handle = DeviceHandle::new(parts).expect("eventfds");
+    let mut device =
+        MmioDevice::new(&handle, PLACE, &machine.ports()).expect("a machine that refuses nothing");
+    drop(handle);
     let recovers = driver.rarely(2);
     device.handle().on_loss(if recovers { OnLoss::Recover } else { OnLoss::Break });
     let mut peers = Vec::new();
     while !driver.is_empty() {
-        step(&mut driver, &device, &machine);
+        step(&mut driver, &mut device, &machine);
         if matches!(device.handle().phase(), PhaseReport::Recovering(_)) && peers.len() < 4 {
             // The next one plays the next part of the input.
             let (peer, connection) = Peer::new(Input::new(&input.bytes(400)));

@@ -6,30 +6,41 @@
 use std::sync::{Arc, Mutex};
 
 use devices::virtio::backend::outlets::Outlets;
-use devices::virtio::backend::{Backend, BackendError, BackendStats, Begin, Start};
-use devices::virtio::recovery::take_over::Candidate;
+use devices::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop};
+use devices::virtio::recovery::vacancy::Candidate;
 use devices::virtio::served::service_of;
-use devices::virtio::transport::mmio::{MmioDevice, Place};
+use devices::virtio::transport::mmio::MmioDevice;
 use devices::virtio::types::model::{ConfigSource, Model};
 use devices::virtio::types::table::DeviceType;
 use devices::virtio::{DeviceHandle, OnLoss, Parts, PhaseReport};
 use fuzz::descriptors::{guest_memory, none_left};
-use fuzz::driver::{all_of_its_page, step, true_to_its_page};
+use fuzz::driver::{PLACE, all_of_its_page, step, true_to_its_page};
 use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
-use transport::memory::{GuestAddr, MemoryMap};
-use transport::vhost_user::DeviceFeatures;
+use transport::memory::MemoryMap;
+use transport::vhost_user::{DeviceFeatures, InflightArea, IovaMap, LiveSession, RingBase, Session};
 
 /// A backend that works until its input says otherwise, and checks how it is used.
 struct Shaky {
     fate: Arc<Mutex<Input>>,
     running: bool,
     gone: bool,
+    /// Where the queues began that run.
+    bases: Vec<RingBase>,
+    /// Where they stand: they have to go on there.
+    stood: Option<Vec<RingBase>>,
 }
 
+/// Where a packed ring begins.
+const PACKED: RingBase = RingBase(1 << 31 | 1 << 15);
+
 impl Shaky {
+    fn new(fate: &Arc<Mutex<Input>>) -> Box<Self> {
+        Box::new(Self { fate: Arc::clone(fate), running: false, gone: false, bases: Vec::new(), stood: None })
+    }
+
     fn fate(&self) -> Result<(), BackendError> {
         assert!(!self.gone, "a backend that was given up is asked for something");
         match self.fate.lock().expect("no panic").byte() {
@@ -41,33 +52,79 @@ impl Shaky {
 }
 
 impl Backend for Shaky {
-    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError> {
+    fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError> {
         assert!(!self.running, "started twice");
         for ring in start.rings {
             assert!(ring.size > 0 && ring.size <= 256);
             for at in [ring.descriptor, ring.available, ring.used] {
                 assert!(start.memory.user_addr(at, 4).is_some(), "a ring outside memory");
             }
-            assert!(start.begin == Begin::Fresh || ring.base.0 <= 0xffff, "{:?}", ring.base);
+            let packed = start.features.has(34);
+            let good = if packed { ring.base == PACKED } else { ring.base.0 <= 0xffff };
+            assert!(good || self.stood.is_some(), "{:?}", ring.base);
         }
+        self.bases = start.rings.iter().map(|ring| ring.base).collect();
+        if let Some(stood) = self.stood.take() {
+            assert_eq!(self.bases, stood, "queues go on where they stood");
+        }
+        assert!(start.inflight.is_none(), "an inflight area that no backend gave");
         self.fate()?;
         self.running = true;
-        Ok(())
+        Ok(None)
     }
 
-    fn stop(&mut self) -> Result<(), BackendError> {
-        self.running = false;
-        self.fate()
+    fn stop(&mut self, how: Stop) -> Result<Vec<RingBase>, BackendError> {
+        let ran = std::mem::replace(&mut self.running, false);
+        self.fate()?;
+        if how == Stop::Reset {
+            self.stood = None;
+            return Ok(Vec::new());
+        }
+        assert!(ran, "what stands is to stand");
+        // Each queue has got somewhere meanwhile.
+        let on = |base: &RingBase| RingBase(base.0 ^ 0x15);
+        let stood: Vec<RingBase> = self.bases.iter().map(on).collect();
+        self.stood = Some(stood.clone());
+        Ok(stood)
     }
 
-    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
+    fn config(&mut self, written: Option<(u32, &[u8])>) -> Result<Vec<u8>, BackendError> {
+        if let Some((offset, bytes)) = written {
+            assert!(offset as usize + bytes.len() <= 60);
+        }
         self.fate()?;
         Ok(self.fate.lock().expect("no panic").bytes(80))
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
-        assert!(offset as usize + bytes.len() <= 60);
-        self.read_config()
+    fn change_memory(&mut self, _: &MemoryMap) -> Result<MemoryChange, BackendError> {
+        self.fate()?;
+        Ok(MemoryChange::NeedsRestart)
+    }
+
+    fn live(&mut self) -> Result<&mut LiveSession, BackendError> {
+        Err(BackendError::Refused("no session".into()))
+    }
+
+    fn standing(&mut self) -> Result<&mut Session, BackendError> {
+        Err(BackendError::Refused("no session".into()))
+    }
+
+    fn translations(&self) -> Option<&IovaMap> {
+        None
+    }
+
+    fn notifies_in_band(&self) -> bool {
+        false
+    }
+
+    fn takes_inflight(&self) -> bool {
+        false
+    }
+
+    /// Asked where only the driver can say what was in flight. Nobody moves the rings meanwhile, so the device would wait
+    /// for seconds: the backend lets it do so now and then.
+    fn has_hung_up(&self) -> bool {
+        self.gone || !self.fate.lock().expect("no panic").rarely(16)
     }
 
     fn disconnect(&mut self) {
@@ -102,7 +159,7 @@ fn drive(data: &[u8]) {
     let (kind, memory) = (input.pick(&["blk", "net"]), guest_memory());
     // The backends' part comes first, so that the driver's stays where it is.
     let fate = Arc::new(Mutex::new(Input::new(&input.bytes(48))));
-    let backend = Box::new(Shaky { fate: Arc::clone(&fate), running: false, gone: false });
+    let backend = Shaky::new(&fate);
     let model = model(&mut input, kind, queues);
     let parts = Parts {
         name: "fuzz".into(),
@@ -112,18 +169,19 @@ fn drive(data: &[u8]) {
         outlets: Outlets::default(),
         memory: memory.clone(),
     };
-    let place = Place { base: GuestAddr(0xd000_0000), gsi: 5 };
-    let device = DeviceHandle::new(parts).expect("eventfds");
-    let Ok(device) = MmioDevice::new(&device, place, &machine.ports()) else {
+    let handle = DeviceHandle::new(parts).expect("eventfds");
+    let Ok(mut device) = MmioDevice::new(&handle, PLACE, &machine.ports()) else {
         return assert_eq!(machine.counts(), (0, 0), "what was registered is undone");
     };
+    drop(handle);
     let recovers = input.rarely(2);
     device.handle().on_loss(if recovers { OnLoss::Recover } else { OnLoss::Break });
     while !input.is_empty() {
         match input.byte() {
             0..16 => successor(&mut input, &device, kind, queues, &fate),
             16..32 => progress(&mut input, &memory),
-            _ => step(&mut input, &device, &machine),
+            32..36 => drop(device.handle().change_memory(&memory)),
+            _ => step(&mut input, &mut device, &machine),
         }
         true_to_its_page(&device, &machine);
     }
@@ -150,8 +208,8 @@ fn model(input: &mut Input, kind: &str, queues: u16) -> Model {
 /// Another backend comes, wanted or not.
 fn successor(input: &mut Input, device: &MmioDevice, kind: &str, queues: u16, fate: &Arc<Mutex<Input>>) {
     let waited = matches!(device.handle().phase(), PhaseReport::Recovering(_));
-    let backend = Box::new(Shaky { fate: Arc::clone(fate), running: false, gone: false });
-    let taken = device.handle().take_over(Candidate { model: model(input, kind, queues), backend });
+    let backend = Shaky::new(fate);
+    let taken = device.handle().fill(Candidate { model: model(input, kind, queues), backend });
     assert!(waited || taken.is_err(), "a backend that nobody waits for is taken");
 }
 

@@ -7,10 +7,9 @@ use std::sync::Arc;
 
 use devices::bus::BusDevice;
 use devices::pci::{HostBridge, Window, Windows};
-use devices::ports::{Access, FileRange, WriteAddress};
-use devices::virtio::backend::outlets::Outlets;
-use devices::virtio::backend::{Backend, BackendError, BackendStats, Start};
-use devices::virtio::served::service_of;
+use devices::ports::WriteAddress;
+use devices::virtio::backend::outlets::{Outlets, Tenancy};
+use devices::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop};
 use devices::virtio::types::model::{ConfigSource, Model, SharedMemory};
 use devices::virtio::types::table::DeviceType;
 use devices::virtio::{DeviceHandle, Parts, PciDevice, PhaseReport};
@@ -19,8 +18,9 @@ use fuzz::input::Input;
 use fuzz::ports::Recorder;
 use fuzz::seeds::offer;
 use libfuzzer_sys::fuzz_target;
-use transport::memory::GuestAddr;
-use transport::vhost_user::DeviceFeatures;
+use transport::memory::{GuestAddr, MemoryMap};
+use transport::vhost_user::message::ShmemArea;
+use transport::vhost_user::{DeviceFeatures, InflightArea, IovaMap, LiveSession, RingBase, Session};
 
 const PAGE: u64 = 4096;
 /// Bytes of the shared memory region.
@@ -32,35 +32,62 @@ const WINDOWS: Windows = Windows {
     io: Window { base: 0xc000, size: 0x4000 },
 };
 
-/// A backend that works.
-#[derive(Default)]
-struct Works(bool);
+/// A backend that works: whether it runs, and what it may do while it does.
+struct Works(bool, Tenancy);
 
 impl Backend for Works {
-    fn start(&mut self, start: &Start<'_>) -> Result<(), BackendError> {
+    fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError> {
         assert!(!std::mem::replace(&mut self.0, true), "started twice");
         for ring in start.rings {
             assert!(ring.size > 0 && ring.size <= 256);
         }
-        Ok(())
+        self.1.begin();
+        Ok(None)
     }
 
-    fn stop(&mut self) -> Result<(), BackendError> {
-        self.0 = false;
-        Ok(())
+    fn stop(&mut self, _: Stop) -> Result<Vec<RingBase>, BackendError> {
+        self.disconnect();
+        Ok(Vec::new())
     }
 
-    fn read_config(&mut self) -> Result<Vec<u8>, BackendError> {
+    fn config(&mut self, written: Option<(u32, &[u8])>) -> Result<Vec<u8>, BackendError> {
+        if let Some((offset, bytes)) = written {
+            assert!(offset as usize + bytes.len() <= 60);
+        }
         Ok(vec![7; 60])
     }
 
-    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
-        assert!(offset as usize + bytes.len() <= 60);
-        self.read_config()
+    fn change_memory(&mut self, _: &MemoryMap) -> Result<MemoryChange, BackendError> {
+        Ok(MemoryChange::Done)
+    }
+
+    fn live(&mut self) -> Result<&mut LiveSession, BackendError> {
+        Err(BackendError::Refused("no session".into()))
+    }
+
+    fn standing(&mut self) -> Result<&mut Session, BackendError> {
+        Err(BackendError::Refused("no session".into()))
+    }
+
+    fn translations(&self) -> Option<&IovaMap> {
+        None
+    }
+
+    fn notifies_in_band(&self) -> bool {
+        false
+    }
+
+    fn takes_inflight(&self) -> bool {
+        false
+    }
+
+    fn has_hung_up(&self) -> bool {
+        false
     }
 
     fn disconnect(&mut self) {
         self.0 = false;
+        self.1.end();
     }
 
     fn stats(&self) -> BackendStats {
@@ -94,21 +121,25 @@ fn drive(data: &[u8]) {
         config_source: ConfigSource::Backend,
         shared_memory: vec![None, Some(SharedMemory { base: GuestAddr(0), length: REGION })],
     };
+    let outlets = Outlets::new(vec![0, REGION]);
+    let tenancy = outlets.tenancy();
     let parts = Parts {
         name: "fuzz".into(),
-        service: service_of(&model),
         model,
-        backend: Box::new(Works::default()),
-        outlets: Outlets::default(),
+        backend: Box::new(Works(false, tenancy.clone())),
+        outlets,
         memory: guest_memory(),
+        service: None,
     };
+    let handle = DeviceHandle::new(parts).expect("eventfds");
     let number = bridge.free().expect("there is room");
-    let device = DeviceHandle::new(parts).expect("eventfds");
-    let Ok(device) = PciDevice::new(&device, number, &bridge, &machine.ports()) else {
+    let Ok(device) = PciDevice::new(&handle, number, &bridge, &machine.ports()) else {
         return assert_eq!(machine.counts(), (0, 0), "what was registered is undone");
     };
-    let (handle, windows) = (device.handle(), device.windows().expect("it has a region"));
-    let file = Arc::new(guest_memory().regions()[0].fd().try_clone_to_owned().expect("a descriptor"));
+    let memory = guest_memory();
+    let file = memory.regions()[0].fd();
+    let area =
+        |at: u64| ShmemArea { shmid: 1, padding: [0; 7], fd_offset: 0, shm_offset: at, len: PAGE, flags: 1 };
     let mut shown = Vec::new();
     bridge.insert(Some(number), Arc::new(device)).expect("there is room");
     let (ecam, memory) = (bridge.ecam(), bridge.memory(WINDOWS.memory32));
@@ -117,14 +148,21 @@ fn drive(data: &[u8]) {
             16 => {
                 // What the backend asks for is on whole pages, and inside the region.
                 let at = u64::from(input.byte() % 5) * PAGE;
-                let piece = FileRange { fd: Arc::clone(&file), offset: 0, size: PAGE };
-                shown.extend(windows.show(1, at, &piece, Access::ReadWrite, Arc::new(|| {})));
+                let file = file.try_clone_to_owned().expect("a descriptor");
+                if tenancy.map(&area(at), file).is_ok() {
+                    assert_eq!(handle.phase(), PhaseReport::Running, "what does not run may show nothing");
+                    shown.push(at);
+                }
             }
-            17 => drop(shown.pop()),
+            17 => {
+                // It may be gone since, with the queues.
+                let _ = shown.pop().map(|at| tenancy.unmap(&area(at)));
+            }
             what => step(what, &mut input, ecam.as_ref(), memory.as_ref()),
         }
         assert_inside(ecam.as_ref(), &machine.shown());
         let running = matches!(handle.phase(), PhaseReport::Running);
+        assert!(running || machine.shown().is_empty());
         let doorbells = machine.doorbells();
         assert!(doorbells.len() <= 2 && (running || doorbells.is_empty()));
         for doorbell in doorbells {
@@ -134,8 +172,11 @@ fn drive(data: &[u8]) {
             assert!(matches!(at.0 & 0x1_ffff, 0x1_0000 | 0x1_1000));
         }
     }
-    drop((handle, windows, shown));
+    tenancy.end();
     assert!(machine.shown().is_empty());
+    handle.end();
+    assert_eq!(machine.counts(), (0, 0));
+    drop((handle, tenancy));
     drop((ecam, memory));
     bridge.clear();
     drop(bridge);

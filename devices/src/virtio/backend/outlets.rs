@@ -183,7 +183,8 @@ impl Outlets {
     }
 
     /// Another connection takes the place of the last one, whose part ends.
-    pub(crate) fn tenancy(&self) -> Tenancy {
+    #[must_use]
+    pub fn tenancy(&self) -> Tenancy {
         let mut state = lock(&self.0);
         let shown = state.take_down();
         state.tenant = state.tenant.wrapping_add(1);
@@ -200,13 +201,13 @@ impl Outlets {
 
 impl Tenancy {
     /// The queues are about to run: the backend may act.
-    pub(crate) fn begin(&self) {
+    pub fn begin(&self) {
         let mut state = lock(&self.state.0);
         state.running |= state.tenant == self.number;
     }
 
     /// The queues have stopped, or the connection has ended: everything goes.
-    pub(crate) fn end(&self) {
+    pub fn end(&self) {
         let mut state = lock(&self.state.0);
         if state.tenant == self.number {
             let shown = state.take_down();
