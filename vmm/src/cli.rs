@@ -20,8 +20,9 @@ use crate::config::{
 use crate::console::outlet::Outlet;
 use crate::console::terminal;
 use crate::error::{Error, Fault};
+use crate::handle::End;
 use crate::life::signals::{Signals, survive_file_size_limit};
-use crate::machine::{End, Machine, Outcome};
+use crate::machine::{Machine, Outcome};
 use crate::tools::trace::Tracer;
 use crate::tools::{check, probe};
 

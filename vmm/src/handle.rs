@@ -8,8 +8,51 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::virtio::PhaseReport;
 
-use crate::machine::End;
+use crate::life::gate::Request;
 use crate::stats::Stats;
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest powered it off.
+    PowerOff,
+    /// The guest reset it, and the configuration makes that the end.
+    Reset,
+    /// The user or a [`Handle`] asked for it.
+    Quit,
+    /// A signal asked for it.
+    Signal(i32),
+    /// The guest crashed; the first line says how, the others show the registers.
+    Crash(String),
+    /// The guest's kernel panicked, and said so by the pvpanic device.
+    Panicked,
+}
+
+impl End {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            End::PowerOff => "power-off",
+            End::Reset => "reset",
+            End::Quit => "quit",
+            End::Signal(_) => "signal",
+            End::Crash(_) => "crash",
+            End::Panicked => "panicked",
+        }
+    }
+}
+
+impl From<Request> for End {
+    fn from(request: Request) -> Self {
+        match request {
+            Request::Reset => End::Reset,
+            Request::PowerOff => End::PowerOff,
+            Request::Quit => End::Quit,
+            Request::Signal(signal) => End::Signal(signal),
+            Request::Crash(report) => End::Crash(report),
+            Request::Panicked => End::Panicked,
+        }
+    }
+}
 
 /// What happened to a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -46,5 +46,5 @@ pub mod stats;
 pub mod tools;
 
 pub use error::Error;
-pub use handle::{Event, Handle};
-pub use machine::{End, Machine, Outcome};
+pub use handle::{End, Event, Handle};
+pub use machine::{Machine, Outcome};

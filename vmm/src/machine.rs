@@ -22,63 +22,21 @@ use crate::config::{Config, Image, OnReset, Transport};
 use crate::console::Console;
 use crate::console::transmit::Transmit;
 use crate::control::Loop;
-use crate::control::peers::{Heard, Peers};
+use crate::control::ledger::Ledger;
+use crate::devices::peers::{Heard, Peers};
 use crate::devices::vfio::{self, Candidate};
 use crate::devices::virtio::{Surroundings, VirtioDevice};
 use crate::devices::windows::Windows;
 use crate::devices::{DeviceId, DeviceList};
 use crate::error::Error;
-use crate::handle::{Event, Handle, Mailbox};
+use crate::handle::{End, Event, Handle, Mailbox};
 use crate::host::kvm;
 use crate::host::mapping::Mapping;
 use crate::life::gate::Request;
 use crate::life::reboots::Reboots;
 use crate::life::signals::Signals;
 use crate::life::vcpu::VcpuCounters;
-use crate::stats::{Ledger, Startup, Stats};
-
-/// How a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The guest powered it off.
-    PowerOff,
-    /// The guest reset it, and the configuration makes that the end.
-    Reset,
-    /// The user or a [`Handle`] asked for it.
-    Quit,
-    /// A signal asked for it.
-    Signal(i32),
-    /// The guest crashed; the first line says how, the others show the registers.
-    Crash(String),
-    /// The guest's kernel panicked, and said so by the pvpanic device.
-    Panicked,
-}
-
-impl End {
-    fn name(&self) -> &'static str {
-        match self {
-            End::PowerOff => "power-off",
-            End::Reset => "reset",
-            End::Quit => "quit",
-            End::Signal(_) => "signal",
-            End::Crash(_) => "crash",
-            End::Panicked => "panicked",
-        }
-    }
-}
-
-impl From<Request> for End {
-    fn from(request: Request) -> Self {
-        match request {
-            Request::Reset => End::Reset,
-            Request::PowerOff => End::PowerOff,
-            Request::Quit => End::Quit,
-            Request::Signal(signal) => End::Signal(signal),
-            Request::Crash(report) => End::Crash(report),
-            Request::Panicked => End::Panicked,
-        }
-    }
-}
+use crate::stats::{Startup, Stats};
 
 /// What remains of a machine.
 #[derive(Clone, Debug)]

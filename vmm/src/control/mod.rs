@@ -5,8 +5,7 @@
 //! the guest, devices that are unplugged) it waits for by turns of this loop: signals, input and commands are served
 //! meanwhile.
 
-pub(crate) mod peers;
-mod shared_objects;
+pub(crate) mod ledger;
 
 use std::cell::RefCell;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,13 +24,13 @@ use rustix::time::{
 };
 
 use crate::console::{Console, Input, Readable};
+use crate::control::ledger::Ledger;
 use crate::devices::{DeviceList, Notice};
 use crate::error::Error;
 use crate::handle::{Command, Mailbox};
 use crate::host::peer_memory::PeerMemory;
 use crate::life::gate::{Lifecycle, Request};
 use crate::life::signals::{Asked, Signals};
-use crate::stats::Ledger;
 
 /// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

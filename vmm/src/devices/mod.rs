@@ -1,5 +1,7 @@
 //! The machine's devices: made once, plugged into the board of each boot.
 
+pub(crate) mod peers;
+mod shared_objects;
 pub(crate) mod vfio;
 pub(crate) mod virtio;
 pub(crate) mod windows;

@@ -22,7 +22,7 @@ use transport::vhost_user::Connection;
 use transport::vhost_user::vring::Kick;
 
 use crate::config::{Role, Socket, Transport, VhostUser};
-use crate::control::peers::Peers;
+use crate::devices::peers::Peers;
 use crate::devices::windows::Windows;
 use crate::devices::{DeviceId, MachineDevice, Notice, Site};
 use crate::error::{Error, Fault};

@@ -124,6 +124,9 @@ pub(crate) fn release_text() {
     }
 }
 
+/// Bytes of a page of the guest, and of the host.
+pub(crate) const PAGE: u64 = 4096;
+
 const PAGE_BYTES: usize = 4096;
 
 fn length(size: u64) -> Result<usize, PortError> {

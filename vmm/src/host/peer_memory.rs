@@ -23,8 +23,8 @@ use rustix::time::{
 };
 use transport::memory::GuestAddr;
 
+use crate::host::mapping::PAGE;
 use crate::host::mapping::PeerMapping;
-use crate::host::ports::PAGE;
 use crate::host::slots::{Slot, Slots};
 
 /// How a file gets its pages.

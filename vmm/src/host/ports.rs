@@ -19,6 +19,7 @@ use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
 
 use crate::host::descriptors::{Ioeventfd, eventfd, ioeventfd};
 use crate::host::mapping::Mapping;
+use crate::host::mapping::PAGE;
 use crate::host::peer_memory::PeerMemory;
 use crate::host::slots::{Slot, Slots};
 
@@ -146,9 +147,6 @@ impl DeviceMemory for KvmPorts {
         self.peer_memory.show(piece, at, access, vanished)
     }
 }
-
-/// Bytes of a page of the guest, and of the host.
-pub(crate) const PAGE: u64 = 4096;
 
 /// One page that the guest reads without an exit.
 struct Page {

@@ -21,7 +21,7 @@ use transport::vfio_user::{self, Receiver};
 use transport::vhost_user::message::{Iotlb, ShmemArea, Uuid};
 use transport::vhost_user::{BackendRequests, NotifierArea, Refused, Served};
 
-use crate::control::shared_objects::{Owner, SharedObjects};
+use crate::devices::shared_objects::{Owner, SharedObjects};
 
 /// The handle on the thread; ends it when dropped.
 pub(crate) struct Peers {
