@@ -121,8 +121,8 @@ fn a_function_works_after_all_that_happens_to_a_machine() {
     need!(place::kvm());
     for library in Library::all() {
         let server = library.engine(&[]);
-        // After a reset of the function its driver places the BARs anew. The machine is reset until the server
-        // has counted so many resets.
+        // After a reset of the function its driver places the BARs anew. The machine is reset until the
+        // server has counted so many resets.
         for (what, disruption) in [
             ("nothing", &[][..]),
             (

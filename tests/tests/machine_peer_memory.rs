@@ -1,6 +1,6 @@
-//! Memory of peers that goes away under a running guest whose interrupts are on. With hardware paging KVM fetches such a
-//! page asynchronously, ignores that it cannot be had, and enters the guest again, for ever: so these tests belong where
-//! KVM has hardware paging, on this host or in the lab.
+//! Memory of peers that goes away under a running guest whose interrupts are on. With hardware paging KVM
+//! fetches such a page asynchronously, ignores that it cannot be had, and enters the guest again, for ever:
+//! so these tests belong where KVM has hardware paging, on this host or in the lab.
 
 // Functions beside the tests fail as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

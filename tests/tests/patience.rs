@@ -197,13 +197,15 @@ fn a_silent_one_in_the_place_of_a_dead_backend_holds_its_guest_once_at_most() {
     }
 }
 
-/// How soon a machine ends though its backends hang: 200 ms on a quiet host. The backends' deadline is much longer.
+/// How soon a machine ends though its backends hang: 200 ms on a quiet host. The backends' deadline is much
+/// longer.
 const AT_ONCE: Duration = Duration::from_millis(1500);
 
 #[test]
 fn a_machine_ends_at_once_while_sixteen_backends_hang() {
     need!(place::kvm());
-    // The guest is at work; it waits for a backend; the machine reboots and waits for the backends' rings to stop.
+    // The guest is at work; it waits for a backend; the machine reboots and waits for the backends' rings to
+    // stop.
     for key in [None, Some('c'), Some('x')] {
         let disks = need!(StorageDaemon::serving_all(&vec![vec![0; MIB]; 16]));
         let line = first_devices("drive", 1).arg("depth", 1).arg("accept", CONFIG_WCE).arg("timeout", 60);

@@ -572,7 +572,8 @@ const VIRTIO: [(usize, &[u8]); 4] = [
     (0x40, &[9, 0, 16, 1, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0]),
 ];
 
-/// A guest that takes these steps with a scripted server's function. The folder goes last: the server ends by its socket.
+/// A guest that takes these steps with a scripted server's function. The folder goes last: the server ends by
+/// its socket.
 fn scripted(offer: Offer, script: Script, more: &str, steps: &[&str]) -> (Scratch, ScriptedServer, Launch) {
     let scratch = Scratch::new();
     let socket = scratch.path("scripted");
@@ -646,7 +647,8 @@ fn a_server_that_dies_of_its_reset_is_not_asked_for_it_and_may_at_the_end() {
 #[test]
 fn maskings_of_vectors_are_no_requests_and_the_table_may_be_in_a_bar_of_ports() {
     need!(place::kvm());
-    // As SPDK has it: the register of BAR 4 reads as I/O. MSI-X of four vectors, table and pending bits in BAR 4.
+    // As SPDK has it: the register of BAR 4 reads as I/O. MSI-X of four vectors, table and pending bits in
+    // BAR 4.
     let msix: [(usize, &[u8]); 5] = [
         (0, &[0x34, 0x12, 0x78, 0x56]),
         (6, &[0x10]),

@@ -121,8 +121,8 @@ impl Backend for Shaky {
         false
     }
 
-    /// Asked where only the driver can say what was in flight. Nobody moves the rings meanwhile, so the device would wait
-    /// for seconds: the backend lets it do so now and then.
+    /// Asked where only the driver can say what was in flight. Nobody moves the rings meanwhile, so the
+    /// device would wait for seconds: the backend lets it do so now and then.
     fn has_hung_up(&self) -> bool {
         self.gone || !self.fate.lock().expect("no panic").rarely(16)
     }

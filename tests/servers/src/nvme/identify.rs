@@ -8,7 +8,8 @@ pub const SIZE: usize = 4096;
 /// Outstanding event requests, less one.
 pub const EVENTS: u8 = 3;
 
-/// The namespace's identifier. A guest takes one namespace of an identifier, so that of each process is another.
+/// The namespace's identifier. A guest takes one namespace of an identifier, so that of each process is
+/// another.
 fn guid() -> [u8; 16] {
     let mut guid = *b"outboard-ns-....";
     guid[12..].copy_from_slice(&std::process::id().to_be_bytes());
