@@ -140,14 +140,17 @@ fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));
 });
 
-/// A driver that starts the device, loses its backend, gets another one, resets; with a device that recovers
-/// and one that breaks.
+/// A driver that starts the device, is paused, restarts its machine, loses its backend, gets another one, resets; with
+/// a device that recovers and one that breaks.
 fn seeds() -> Vec<Vec<u8>> {
     let own = |op: u8| vec![0xff, op];
     let queue = |n: u8| [&[0xff, 3, n], [0; 7].as_slice()].concat();
     let start = [own(1), vec![0xff, 2, 0], queue(0), queue(1), own(4)].concat();
     let lost = [&[0xff, 168, 0, 0], own(7).as_slice(), &start].concat();
-    let story = [start.clone(), own(144), vec![0xff, 96, 0, 0, 0], lost, vec![0, 0], own(172)].concat();
+    let stood = [own(170), own(171), vec![32], own(172), start.clone()].concat();
+    let story =
+        [start.clone(), stood, own(144), vec![0xff, 96, 0, 0, 0], lost, vec![0, 0], own(172), own(173)]
+            .concat();
     [0, 1].map(|recovers| [&[1, 0, 0, 0, 0, recovers], story.as_slice()].concat()).to_vec()
 }
 

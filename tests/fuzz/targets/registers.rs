@@ -2,7 +2,7 @@
 //! keeps what the specification promises.
 #![no_main]
 
-use devices::virtio::core::registers::{Effect, Half, Identity, Reg, Registers};
+use devices::virtio::core::registers::{Effect, Half, Identity, Refusal, Reg, Registers};
 use devices::virtio::core::status::Status;
 use devices::virtio::types::model::SharedMemory;
 use fuzz::input::Input;
@@ -77,6 +77,14 @@ fuzz_target!(|data: &[u8]| {
                 let effect = registers.write(reg, value);
                 judge(&before, &registers, reg, effect);
                 match effect {
+                    // The write goes as far as DRIVER, and no further.
+                    Effect::Refused(Refusal::UnacceptableFeatures | Refusal::DeviceBroken) => {
+                        let driver = u32::from(Status::ACKNOWLEDGE | Status::DRIVER);
+                        let with_driver =
+                            |(reg, was): (&Reg, u32)| if *reg == Reg::Status { was | driver } else { was };
+                        let expected: Vec<u32> = REGISTERS.iter().zip(old).map(with_driver).collect();
+                        assert_eq!(all(&registers), expected, "FEATURES_OK was refused");
+                    }
                     Effect::Refused(_) => assert_eq!(all(&registers), old, "{reg:?} was refused"),
                     Effect::Notify(queue) => assert!(usize::from(queue) < registers.queues().len()),
                     Effect::Activate => assert_eq!(registers.status().bits() & !Status::NEEDS_RESET, 0xf),
