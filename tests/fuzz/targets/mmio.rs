@@ -140,8 +140,8 @@ fuzz_target!(init: offer(&seeds()), |data: &[u8]| {
     none_left(|| drive(data));
 });
 
-/// A driver that starts the device, is paused, restarts its machine, loses its backend, gets another one, resets; with
-/// a device that recovers and one that breaks.
+/// A driver that starts the device, is paused, restarts its machine, loses its backend, gets another one,
+/// resets; with a device that recovers and one that breaks.
 fn seeds() -> Vec<Vec<u8>> {
     let own = |op: u8| vec![0xff, op];
     let queue = |n: u8| [&[0xff, 3, n], [0; 7].as_slice()].concat();
