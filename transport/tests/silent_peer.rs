@@ -81,6 +81,12 @@ fn a_slow_answer_within_the_deadline_is_fine() {
         let (outcome, _) = life_with(offer(), script, Duration::from_secs(2));
         outcome.unwrap();
     }
+    // Asking what a backend is takes several requests: each has the deadline for itself.
+    let asked = [Request::GET_FEATURES, Request::GET_PROTOCOL_FEATURES, Request::SET_OWNER];
+    let slow = |script: Script, request| script.on_nth(request, 0, Act::Delay(DEADLINE * 2 / 3));
+    let (outcome, took) = life_with(offer(), asked.into_iter().fold(Script::normal(), slow), DEADLINE);
+    outcome.unwrap();
+    assert!(took > DEADLINE, "{took:?}");
     let script = Script::normal().on(Request::GET_CONFIG, Act::Drip(Duration::ZERO));
     life_with(offer(), script, Duration::from_secs(2)).0.unwrap();
 }

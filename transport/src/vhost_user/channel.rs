@@ -87,9 +87,9 @@ impl Channel {
     }
 
     /// The deadline of an operation that tells the backend of memory. Some backends populate all of it before they answer
-    /// anything else, which takes 0.6 to 1.3 seconds a GiB.
+    /// anything else, which takes 0.6 to 1.3 seconds a GiB on a quiet host: 4 seconds a GiB are granted.
     pub(crate) fn deadline_of_memory(&self, bytes: u64) -> Deadline {
-        let populated = Duration::from_millis(2 * (bytes >> 20));
+        let populated = Duration::from_millis(4 * (bytes >> 20));
         Deadline::after(self.limits.deadline().saturating_add(populated))
     }
 

@@ -29,8 +29,8 @@ fn entry(region: &SharedRegion) -> MemRegion {
 }
 
 /// Asks how many regions the backend can hold.
-pub(super) fn slots(channel: &mut Channel, deadline: &Deadline) -> Result<usize, Error> {
-    let slots = channel.ask_u64(Request::GET_MAX_MEM_SLOTS, deadline)?;
+pub(super) fn slots(channel: &mut Channel) -> Result<usize, Error> {
+    let slots = channel.ask_u64(Request::GET_MAX_MEM_SLOTS, &channel.deadline())?;
     Ok(usize::try_from(slots.min(SLOTS_MAX)).unwrap_or(TABLE_MAX))
 }
 

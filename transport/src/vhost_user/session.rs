@@ -87,33 +87,37 @@ impl Connection {
 
     /// Learns what the backend offers and agrees on protocol features.
     ///
-    /// Blocks for one deadline at most. Sends nothing that is not negotiated.
+    /// Each request has a deadline of its own. Sends nothing that is not negotiated.
     pub fn negotiate(mut self, wanted: &Wanted) -> Result<Session, Error> {
         let channel = &mut self.channel;
-        let deadline = channel.deadline();
-        let offered = channel.ask_u64(Request::GET_FEATURES, &deadline)?;
+        let offered = channel.ask_u64(Request::GET_FEATURES, &channel.deadline())?;
         let mut protocol_offered = ProtocolFeatures::NONE;
         if DeviceFeatures::from_bits(offered).has(bit::PROTOCOL_FEATURES) && wanted.speaks_protocol_features()
         {
             channel.set_protocol_offered();
-            let bits = channel.ask_u64(Request::GET_PROTOCOL_FEATURES, &deadline)?;
+            let bits = channel.ask_u64(Request::GET_PROTOCOL_FEATURES, &channel.deadline())?;
             protocol_offered = ProtocolFeatures::from_bits(bits);
             let agreed = ProtocolFeatures::negotiate(wanted.protocol(), protocol_offered);
             // REPLY_ACK begins with the next message.
-            channel.exchange(Request::SET_PROTOCOL_FEATURES, &agreed.bits().to_ne_bytes(), &[], &deadline)?;
+            channel.exchange(
+                Request::SET_PROTOCOL_FEATURES,
+                &agreed.bits().to_ne_bytes(),
+                &[],
+                &channel.deadline(),
+            )?;
             channel.set_negotiated(agreed);
         }
-        channel.exchange(Request::SET_OWNER, &[], &[], &deadline)?;
+        channel.exchange(Request::SET_OWNER, &[], &[], &channel.deadline())?;
         let queue_num = match channel.negotiated().contains(ProtocolFeatures::MQ) {
-            true => Some(queue_num(channel, &deadline)?),
+            true => Some(queue_num(channel)?),
             false => None,
         };
         let mem_slots = match channel.negotiated().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            true => mem_table::slots(channel, &deadline)?,
+            true => mem_table::slots(channel)?,
             false => 0,
         };
         let backend = match channel.negotiated().contains(ProtocolFeatures::BACKEND_REQ) {
-            true => Some(open_backend_channel(channel, &deadline)?),
+            true => Some(open_backend_channel(channel)?),
             false => None,
         };
         Ok(Session {
@@ -138,15 +142,15 @@ impl AsFd for Connection {
     }
 }
 
-fn queue_num(channel: &mut Channel, deadline: &Deadline) -> Result<u16, Error> {
-    let value = channel.ask_u64(Request::GET_QUEUE_NUM, deadline)?;
+fn queue_num(channel: &mut Channel) -> Result<u16, Error> {
+    let value = channel.ask_u64(Request::GET_QUEUE_NUM, &channel.deadline())?;
     match u16::try_from(value) {
         Ok(count) if count > 0 => Ok(count),
         _ => Err(channel.malformed(Request::GET_QUEUE_NUM, Fault::Value { field: "queue count", value })),
     }
 }
 
-fn open_backend_channel(channel: &mut Channel, deadline: &Deadline) -> Result<BackendChannel, Error> {
+fn open_backend_channel(channel: &mut Channel) -> Result<BackendChannel, Error> {
     const REQUEST: Request = Request::SET_BACKEND_REQ_FD;
     let local = |source| Cause::Io(source);
     let (ours, theirs) = UnixStream::pair().map_err(|source| channel.error(REQUEST, local(source)))?;
@@ -154,7 +158,7 @@ fn open_backend_channel(channel: &mut Channel, deadline: &Deadline) -> Result<Ba
     let backend = BackendChannel::new(ours, peer, channel.negotiated(), trace)
         .map_err(|source| channel.error(REQUEST, local(source)))?;
     channel.owns(&backend);
-    channel.exchange(REQUEST, &[], &[theirs.as_fd()], deadline)?;
+    channel.exchange(REQUEST, &[], &[theirs.as_fd()], &channel.deadline())?;
     Ok(backend)
 }
 
