@@ -7,6 +7,7 @@ use std::ops::Range;
 use super::capabilities::u32_at;
 use super::function::{InBar, MsixShape};
 use crate::pci::bar::BarError;
+use crate::pci::config_space::offset;
 use crate::pci::{BarIndex, BarKind, BarSpec, Bars, Space, Windows};
 
 /// The largest BAR that a guest is offered: a TiB.
@@ -125,6 +126,12 @@ pub fn mappable(bar: &BarShape, areas: &[(u64, u64)], msix: Option<&MsixShape>) 
     }
     merged.truncate(MOST);
     merged
+}
+
+/// The number of the BAR register at a dword.
+pub(super) fn bar_number(at: u16) -> Option<u8> {
+    let number = u8::try_from(at.checked_sub(offset::BARS)? / 4).ok()?;
+    (number < 6).then_some(number)
 }
 
 #[cfg(test)]

@@ -14,9 +14,12 @@ use std::sync::{Arc, Mutex, Weak};
 
 use transport::vhost_user::vring::Call;
 
+use super::bars::bar_number;
 use super::function::{COMMAND_OURS, FunctionShape};
 use super::interrupts::{self, Calls, Delivery, Place};
-use super::server::{CONFIG_REGION, Done, Gone, Irq, Server, ServerAccess, ServerLink, Writes};
+use super::server::{
+    AccessCounter, AccessCounts, CONFIG_REGION, Done, Gone, Irq, Server, ServerAccess, ServerLink, Writes,
+};
 use super::survey::{Region, Reset};
 use crate::lock;
 use crate::pci::bar::{BarError, Command};
@@ -47,22 +50,6 @@ struct PluggedFunction {
     bars: Bars,
     fixtures: Vec<Fixtures>,
     delivery: Delivery,
-}
-
-/// Accesses of the guest that came to userspace.
-#[derive(Debug, Default)]
-struct AccessCounter {
-    reads: AtomicU64,
-    writes: AtomicU64,
-}
-
-/// What was counted over the device's life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct AccessCounts {
-    /// Reads and writes of BARs 0 to 5, and of the configuration space, that came to userspace.
-    pub regions: [(u64, u64); 7],
-    /// Reads and writes of BARs that the server was asked for.
-    pub requests: u64,
 }
 
 /// A server's function.
@@ -485,12 +472,6 @@ impl VfioUserDevice {
             _ => {}
         }
     }
-}
-
-/// The number of the BAR register at a dword.
-fn bar_number(at: u16) -> Option<u8> {
-    let number = u8::try_from(at.checked_sub(offset::BARS)? / 4).ok()?;
-    (number < 6).then_some(number)
 }
 
 impl Function for VfioUserDevice {

@@ -321,3 +321,19 @@ fn chain(error: &(dyn Error + 'static)) -> String {
     }
     text
 }
+
+/// Accesses of the guest that came to userspace.
+#[derive(Debug, Default)]
+pub(super) struct AccessCounter {
+    pub(super) reads: AtomicU64,
+    pub(super) writes: AtomicU64,
+}
+
+/// What was counted over the device's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AccessCounts {
+    /// Reads and writes of BARs 0 to 5, and of the configuration space, that came to userspace.
+    pub regions: [(u64, u64); 7],
+    /// Reads and writes of BARs that the server was asked for.
+    pub requests: u64,
+}
