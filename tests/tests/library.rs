@@ -264,7 +264,7 @@ fn statistics_are_told_and_the_machine_ends_while_a_backend_hangs() {
     let mut config = Config::new(Image::Bytes(outboard_testkit::kernel::tiny_kernel().into()));
     config.cmdline = Some(line.device(0xd000_0000, 5).to_string());
     config.memory.size = 32 << 20;
-    config.serial = Serial::Socket(path.clone());
+    config.serial = Serial::Socket(path.clone(), Default::default());
     let mut backend = device("blk", Socket::Path(disk.socket()));
     backend.deadline = Duration::from_secs(60);
     config.vhost_user.push(backend);

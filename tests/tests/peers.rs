@@ -60,7 +60,7 @@ fn a_dead_backend_does_not_keep_the_machine_from_ending() {
 }
 
 #[test]
-fn a_stopped_backend_delays_the_end_by_no_more_than_its_deadline() {
+fn a_stopped_backend_delays_no_end_and_its_device_ends_as_it_was() {
     need!(place::kvm());
     let disk = need!(StorageDaemon::start(4 * MIB));
     let device = format!("blk,socket={},deadline=1500", disk.socket().display());
@@ -74,8 +74,10 @@ fn a_stopped_backend_delays_the_end_by_no_more_than_its_deadline() {
     let took = begun.elapsed();
     kill_process(daemon, Signal::CONT).unwrap();
     let ended = ended.with_code(143);
-    assert!(took < Duration::from_millis(1500) + wait::patience(Duration::from_secs(1)), "{took:?}\n{ended}");
-    assert!(ended.log.contains("did not answer GET_VRING_BASE within 1500 ms"), "{ended}");
+    // The exchanges of a machine that ends are cut, which is no fault of the backend.
+    assert!(took < wait::patience(Duration::from_secs(1)), "{took:?}\n{ended}");
+    assert!(!ended.log.contains("broken"), "{ended}");
+    assert_ne!(ended.stats().text("/devices/0/state"), "broken", "{ended}");
 }
 
 #[test]

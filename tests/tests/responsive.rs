@@ -110,8 +110,10 @@ fn statistics_are_answered_and_a_machine_is_ended_while_its_disks_hang() {
             disk.deadline = DEADLINE;
             machine.device(disk)
         });
-        let machine =
-            machine.driving(0..DISKS).reboots().with(|config| config.serial = Serial::Socket(socket.clone()));
+        let machine = machine
+            .driving(0..DISKS)
+            .reboots()
+            .with(|config| config.serial = Serial::Socket(socket.clone(), Default::default()));
         let machine = machine.start();
         let mut console = UnixStream::connect(&socket).unwrap();
         console.set_read_timeout(Some(wait::patience(STEP))).unwrap();

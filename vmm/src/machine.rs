@@ -160,7 +160,7 @@ impl Machine {
         let mut candidates = Vec::new();
         for (device, number) in config.vfio_user.into_iter().zip(numbers) {
             let id = DeviceId::from(device.id.clone().unwrap_or_default());
-            let limits = Limits::new(device.deadline);
+            let limits = Limits::new(device.deadline).admitting(device.admission);
             let limits = match &config.trace {
                 Some(trace) => limits.traced(Arc::clone(trace)),
                 None => limits,

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::socket::Admission;
 use super::trace::Trace;
 
-/// The deadline of one peer, and who watches its messages.
+/// The deadline of one peer, who watches its messages, and whose process it may be.
 #[derive(Clone)]
 pub struct Limits {
     deadline: Duration,
     trace: Option<Arc<dyn Trace>>,
+    admission: Admission,
 }
 
 impl Default for Limits {
@@ -22,7 +24,7 @@ impl Default for Limits {
 impl Limits {
     /// `deadline` bounds each operation on the peer, however many messages it takes and however slowly they come.
     pub fn new(deadline: Duration) -> Self {
-        Self { deadline, trace: None }
+        Self { deadline, trace: None, admission: Admission::default() }
     }
 
     /// Reports every message to `trace`.
@@ -30,6 +32,17 @@ impl Limits {
     pub fn traced(mut self, trace: Arc<dyn Trace>) -> Self {
         self.trace = Some(trace);
         self
+    }
+
+    /// Whose an abstract name may be that is connected to.
+    #[must_use]
+    pub fn admitting(mut self, admission: Admission) -> Self {
+        self.admission = admission;
+        self
+    }
+
+    pub(crate) fn admission(&self) -> Admission {
+        self.admission
     }
 
     /// The bound of each operation.

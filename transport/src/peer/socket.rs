@@ -34,14 +34,34 @@ pub(crate) fn stream_socket() -> io::Result<OwnedFd> {
     Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
 }
 
+/// Whom a socket is for, beside our user and root.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// The permission bits of the socket's file, in place of 0600 (0666 with `user`, as whoever connects is checked).
+    pub mode: Option<u32>,
+    /// The number of one user more.
+    pub user: Option<u32>,
+}
+
+impl Admission {
+    /// True when the process at the other end runs as one of these users, as far as the kernel knew when it connected or
+    /// listened.
+    fn admits(self, socket: impl AsFd) -> bool {
+        let peer = rustix::net::sockopt::socket_peercred(socket).map(|peer| peer.uid);
+        peer.is_ok_and(|user| {
+            user.is_root() || user == rustix::process::geteuid() || self.user == Some(user.as_raw())
+        })
+    }
+}
+
 /// Connects to `path` before `deadline`. The stream is non-blocking.
-pub fn connect(path: &Path, deadline: &Deadline) -> io::Result<UnixStream> {
+pub fn connect(path: &Path, deadline: &Deadline, admission: Admission) -> io::Result<UnixStream> {
     let address = address(path)?;
     let socket = stream_socket()?;
     loop {
         match rustix::net::connect(socket.as_fd(), &address) {
             // A path has an owner and a mode. An abstract name has neither: whoever was first has it.
-            Ok(()) if address.abstract_name().is_some() && !is_ours_or_roots(&socket) => {
+            Ok(()) if address.abstract_name().is_some() && !admission.admits(&socket) => {
                 let what = "the socket of this abstract name belongs to another user";
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
             }
@@ -81,21 +101,20 @@ pub struct Listener {
     name: PathBuf,
     /// Device and inode of the path, so that only our own file is removed.
     file: Option<(u64, u64)>,
+    admission: Admission,
     /// The log knows that somebody was turned away.
     turned_away: Once,
-}
-
-/// True when the process at the other end runs as our user or as root, as far as the kernel knew when it connected or
-/// listened.
-fn is_ours_or_roots(socket: impl AsFd) -> bool {
-    let peer = rustix::net::sockopt::socket_peercred(socket).map(|peer| peer.uid);
-    peer.is_ok_and(|user| user.is_root() || user == rustix::process::geteuid())
 }
 
 impl Listener {
     /// Listens on `path` (`@name` for an abstract one), for our user and root: the file has mode 0600 whatever the umask. A
     /// stale socket file, on which nobody listens, is replaced.
     pub fn bind(path: &Path) -> io::Result<Self> {
+        Self::bind_for(path, Admission::default())
+    }
+
+    /// The same, for those whom `admission` names.
+    pub fn bind_for(path: &Path, admission: Admission) -> io::Result<Self> {
         let address = address(path)?;
         let socket = stream_socket()?;
         match rustix::net::bind(&socket, &address) {
@@ -109,10 +128,11 @@ impl Listener {
         let file = is_file.then(|| identity(path)).transpose()?;
         if let Some(file) = file {
             // Nobody can have connected before: nobody listens yet.
-            rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR)?;
+            let mode = admission.mode.unwrap_or(if admission.user.is_some() { 0o666 } else { 0o600 });
+            rustix::fs::chmod(path, Mode::from_raw_mode(mode))?;
             OURS.lock().unwrap_or_else(PoisonError::into_inner).push((path.to_owned(), file));
         }
-        let listener = Self { socket, name: path.to_owned(), file, turned_away: Once::new() };
+        let listener = Self { socket, name: path.to_owned(), file, admission, turned_away: Once::new() };
         // One peer; a second one may wait its turn.
         rustix::net::listen(&listener.socket, 1)?;
         Ok(listener)
@@ -128,7 +148,7 @@ impl Listener {
     pub fn accept(&self, deadline: &Deadline) -> io::Result<UnixStream> {
         loop {
             match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(stream) if is_ours_or_roots(&stream) => return Ok(UnixStream::from(stream)),
+                Ok(stream) if self.admission.admits(&stream) => return Ok(UnixStream::from(stream)),
                 Ok(_) => self.turned_away.call_once(|| {
                     log::warn!(
                         "a process of another user connected to {} and was turned away (logged once)",
@@ -176,7 +196,8 @@ fn is_stale(path: &Path) -> bool {
         return false;
     }
     let soon = Deadline::after(BACKLOG_PAUSE);
-    connect(path, &soon).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    connect(path, &soon, Admission::default())
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 fn is_bound(path: &Path) -> bool {
@@ -234,12 +255,18 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("outboard-socket-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("s");
-        assert_eq!(connect(&path, &soon()).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(
+            connect(&path, &soon(), Admission::default()).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
         drop(UnixListener::bind(&path).unwrap());
-        assert_eq!(connect(&path, &soon()).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(
+            connect(&path, &soon(), Admission::default()).unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
         let long = dir.join("x".repeat(120));
         assert_eq!(
-            connect(&long, &soon()).unwrap_err().raw_os_error(),
+            connect(&long, &soon(), Admission::default()).unwrap_err().raw_os_error(),
             Some(Errno::NAMETOOLONG.raw_os_error())
         );
         std::fs::remove_dir_all(&dir).unwrap();
@@ -251,11 +278,11 @@ mod tests {
         let listener = stream_socket().unwrap();
         rustix::net::bind(&listener, &address(Path::new(&name)).unwrap()).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
-        let _first = connect(Path::new(&name), &soon()).unwrap();
+        let _first = connect(Path::new(&name), &soon(), Admission::default()).unwrap();
         let begin = Instant::now();
         let mut streams = Vec::new();
         let error = loop {
-            match connect(Path::new(&name), &soon()) {
+            match connect(Path::new(&name), &soon(), Admission::default()) {
                 Ok(stream) => streams.push(stream),
                 Err(error) => break error,
             }
@@ -273,7 +300,7 @@ mod tests {
         let listener = Listener::bind(&path).unwrap();
         assert_eq!(Listener::bind(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         assert_eq!(listener.accept(&soon()).unwrap_err().kind(), io::ErrorKind::TimedOut);
-        let _peer = connect(&path, &soon()).unwrap();
+        let _peer = connect(&path, &soon(), Admission::default()).unwrap();
         listener.accept(&soon()).unwrap();
         drop(listener);
         assert!(!path.exists(), "the path goes with the listener");
@@ -284,13 +311,23 @@ mod tests {
     }
 
     #[test]
-    fn a_listeners_path_is_for_its_user_alone() {
+    fn a_listeners_path_is_for_its_user_alone_unless_it_is_opened() {
         use std::os::unix::fs::PermissionsExt;
         let dir = std::env::temp_dir().join(format!("outboard-mode-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("s");
         let _listener = Listener::bind(&path).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path), 0o600);
+        for (admission, wanted) in [
+            (Admission { mode: Some(0o660), user: None }, 0o660),
+            (Admission { mode: None, user: Some(4711) }, 0o666),
+            (Admission { mode: Some(0o620), user: Some(4711) }, 0o620),
+        ] {
+            let path = dir.join(format!("{wanted:o}"));
+            let _listener = Listener::bind_for(&path, admission).unwrap();
+            assert_eq!(mode(&path), wanted);
+        }
         std::fs::remove_dir_all(&dir).unwrap();
     }
 
@@ -311,7 +348,7 @@ mod tests {
     fn abstract_names_leave_nothing_behind() {
         let name = format!("@outboard-abstract-{}", std::process::id());
         let listener = Listener::bind(Path::new(&name)).unwrap();
-        let _peer = connect(Path::new(&name), &soon()).unwrap();
+        let _peer = connect(Path::new(&name), &soon(), Admission::default()).unwrap();
         listener.accept(&soon()).unwrap();
         drop(listener);
         assert!(Listener::bind(Path::new(&name)).is_ok());

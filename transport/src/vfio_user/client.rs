@@ -56,7 +56,7 @@ impl Client {
     pub fn connect(path: &Path, limits: &Limits) -> Result<Self, Error> {
         let peer = Peer::new(Protocol::VfioUser, path.to_string_lossy());
         let deadline = Deadline::after(limits.deadline());
-        let stream = socket::connect(path, &deadline)
+        let stream = socket::connect(path, &deadline, limits.admission())
             .map_err(|source| Error::new(&peer, Step::Connect, Cause::Unreachable(source)))?;
         Self::agree(stream, peer, limits)
     }

@@ -43,7 +43,7 @@ impl Connection {
     /// As [`Connection::connect`], but waits for a place in the listener's queue for as long as `deadline` says.
     pub fn connect_before(path: &Path, limits: &Limits, deadline: &Deadline) -> Result<Self, Error> {
         let peer = Peer::new(Protocol::VhostUser, path.to_string_lossy());
-        let stream = socket::connect(path, deadline)
+        let stream = socket::connect(path, deadline, limits.admission())
             .map_err(|source| Error::new(&peer, Step::Connect, Cause::Unreachable(source)))?;
         Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }

@@ -13,6 +13,8 @@ use devices::virtio::ring::address::Iommu;
 use devices::virtio::types::model::Wishes;
 use devices::virtio::types::table::DeviceType;
 
+use transport::peer::socket::Admission;
+
 use crate::error::Error;
 
 /// How long a peer may take over one request, unless `deadline=` says otherwise.
@@ -130,6 +132,8 @@ device! {
         transport(Transport): Transport = Transport::Mmio => transport;
         /// Who connects to whom.
         role(Role): Role = Role::Client => role;
+        /// Who else may be at the other end of a socket on which we listen, or of an abstract name.
+        admission(Admission): Admission = Admission::default() => admission;
         /// How long the backend may take over one request.
         deadline(Duration): Duration = DEFAULT_DEADLINE => deadline;
         /// How long a backend that is not there, or is lost, is waited for; zero: for ever. Absent: not at
@@ -161,6 +165,8 @@ device! {
     VfioUser {
         /// Its name in messages and statistics; `vfio-user` and a number when absent.
         id(impl Into<String>): Option<String> = None => Some(id.into());
+        /// Who else may be at the other end of an abstract name.
+        admission(Admission): Admission = Admission::default() => admission;
         /// How long the server may take over one request.
         deadline(Duration): Duration = DEFAULT_DEADLINE => deadline;
         /// How its BARs are written, and the like.

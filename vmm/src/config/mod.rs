@@ -24,6 +24,7 @@ pub use devices::{DEFAULT_DEADLINE, Role, Socket, Transport, VfioUser, VhostUser
 pub use parse::{parse_memory, parse_serial, parse_vfio_user, parse_vhost_user};
 pub use toml_file::load as load_toml;
 pub use transport::peer::Trace;
+pub use transport::peer::socket::Admission;
 
 /// The kernel command line when none is given.
 ///
@@ -126,7 +127,7 @@ impl Config {
                 listening.extend((role == Role::Server).then_some(path));
             }
         }
-        if let Serial::Socket(path) = &self.serial {
+        if let Serial::Socket(path, _) = &self.serial {
             devices::check_socket_path(path)?;
             listening.push(path);
         }
@@ -193,8 +194,8 @@ pub enum Serial {
     Null,
     /// Appended to nothing: the file is created or truncated.
     File(PathBuf),
-    /// A unix socket that we listen on; one client at a time.
-    Socket(PathBuf),
+    /// A unix socket that we listen on, and whom it is for; one client at a time.
+    Socket(PathBuf, Admission),
     /// A sink of the caller's, such as [`Serial::buffer`].
     Sink(Arc<Mutex<dyn Write + Send>>),
 }
@@ -213,7 +214,7 @@ impl fmt::Debug for Serial {
             Serial::Stdio => f.write_str("Stdio"),
             Serial::Null => f.write_str("Null"),
             Serial::File(path) => f.debug_tuple("File").field(path).finish(),
-            Serial::Socket(path) => f.debug_tuple("Socket").field(path).finish(),
+            Serial::Socket(path, _) => f.debug_tuple("Socket").field(path).finish(),
             Serial::Sink(_) => f.write_str("Sink"),
         }
     }

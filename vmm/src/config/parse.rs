@@ -17,6 +17,8 @@ use devices::pci::vfio_user::survey::Reset;
 use devices::virtio::backend::spec::Display;
 use devices::virtio::ring::address::Iommu;
 
+use transport::peer::socket::Admission;
+
 use super::devices::{Role, Socket, Transport, VfioUser, VhostUser, check_socket_path};
 use super::{Memory, Serial};
 use crate::error::Error;
@@ -158,6 +160,17 @@ impl KeyValues {
         }
     }
 
+    /// Whom a socket is for: `mode=` of a socket on which we listen, and `allow-user=`.
+    fn admission(&mut self, listens: bool) -> Result<Admission, Error> {
+        let octal = |text: &str| u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+        let mode = match listens {
+            true => self.parsed("mode", "mode is three octal digits, such as 660", octal)?,
+            false => None,
+        };
+        let user = self.parsed("allow-user", "write a user's name as in /etc/passwd, or its number", user)?;
+        Ok(Admission { mode, user })
+    }
+
     /// A device's name.
     fn id(&mut self) -> Result<Option<String>, Error> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
@@ -200,6 +213,16 @@ fn parse_size(text: &str) -> Option<u64> {
 /// A number of nothing but digits.
 fn whole<T: FromStr>(digits: &str) -> Option<T> {
     digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())?
+}
+
+/// The number of a user, who is given by number or by a name of `/etc/passwd`.
+fn user(text: &str) -> Option<u32> {
+    let named = || {
+        let users = std::fs::read_to_string("/etc/passwd").ok()?;
+        let mut fields = users.lines().map(|line| line.split(':'));
+        fields.find_map(|mut fields| if fields.next() == Some(text) { whole(fields.nth(1)?) } else { None })
+    };
+    whole(text).or_else(named)
 }
 
 /// `02:00:00:00:00:01`.
@@ -253,7 +276,7 @@ pub fn parse_memory(text: &str) -> Result<Memory, Error> {
     Ok(Memory { size: bytes, hugepages: hugepages.unwrap_or_default() })
 }
 
-/// `--serial stdio|null|file=PATH|socket=PATH`.
+/// `--serial stdio|null|file=PATH|socket=PATH[,mode=OCTAL][,allow-user=USER]`.
 ///
 /// # Errors
 /// When it is none of these.
@@ -269,9 +292,13 @@ pub fn parse_serial(text: impl AsRef<OsStr>) -> Result<Serial, Error> {
         Ok(Serial::Null)
     } else if let Some(path) = path("file=") {
         Ok(Serial::File(path))
-    } else if let Some(path) = path("socket=") {
+    } else if text.as_bytes().starts_with(b"socket=") {
+        let (_, mut keys) = KeyValues::split("--serial", text)?;
+        let path = PathBuf::from(keys.bytes("socket").unwrap_or_default());
         check_socket_path(&path)?;
-        Ok(Serial::Socket(path))
+        let admission = keys.admission(true)?;
+        keys.end()?;
+        Ok(Serial::Socket(path, admission))
     } else {
         Err(Error::usage(format!("--serial cannot use `{}`", text.display()))
             .hint("write stdio, null, file=PATH or socket=PATH"))
@@ -314,6 +341,7 @@ pub fn parse_vhost_user(text: impl AsRef<OsStr>) -> Result<VhostUser, Error> {
     if keys.switch("server")? == Some(true) {
         device.role = Role::Server;
     }
+    device.admission = keys.admission(device.role == Role::Server)?;
     let iommu = |text: &str| if text == "off" { Some(None) } else { text.parse::<Iommu>().ok().map(Some) };
     device.iommu = keys.parsed("iommu", "write iommu=identity, or leave it out", iommu)?.flatten();
     if let Some(socket) = keys.bytes("gpu-socket") {
@@ -342,6 +370,7 @@ pub fn parse_vfio_user(text: impl AsRef<OsStr>) -> Result<VfioUser, Error> {
     let mut device = VfioUser::new(keys.socket(option, example)?);
     device.id = keys.id()?;
     device.deadline = keys.time("deadline", "ms", DEADLINES)?.unwrap_or(device.deadline);
+    device.admission = keys.admission(false)?;
     let posted = keys.switch("posted-writes")?;
     device.wishes.reset = keys.switch("reset")?.filter(|reset| !reset).map(|_| Reset::Unused);
     device.wishes.writes = posted.map(|posted| if posted { Writes::Posted } else { Writes::Answered });

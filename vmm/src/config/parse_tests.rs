@@ -33,6 +33,19 @@ fn vhost_user_takes_every_key() {
 }
 
 #[test]
+fn sockets_that_we_make_say_whom_they_are_for() {
+    let device = parse_vhost_user("net,socket=/s,server=on,mode=660,allow-user=4711").unwrap();
+    assert_eq!(device.admission, Admission { mode: Some(0o660), user: Some(4711) });
+    let device = parse_vhost_user("net,socket=@s,allow-user=root").unwrap();
+    assert_eq!(device.admission, Admission { mode: None, user: Some(0) });
+    let Serial::Socket(path, admission) = parse_serial("socket=/a,,b,mode=666").unwrap() else {
+        panic!("no socket")
+    };
+    assert_eq!((path, admission.mode), (PathBuf::from("/a,b"), Some(0o666)));
+    assert!(parse_serial("socket=/a,colour=red").unwrap_err().to_string().contains("no key `colour`"));
+}
+
+#[test]
 fn vhost_user_refuses_what_it_cannot_do() {
     for (text, part) in [
         ("blk", "needs a socket"),
@@ -58,6 +71,10 @@ fn vhost_user_refuses_what_it_cannot_do() {
         ("blk,socket=fd=x", "no inherited descriptor"),
         ("blk,/s", "only its first item"),
         ("blk,socket=/s,features=-nonsense", "features=-nonsense"),
+        ("blk,socket=/s,mode=666", "has no key `mode`"),
+        ("blk,socket=/s,server=on,mode=999", "mode=999"),
+        ("blk,socket=/s,server=on,mode=1777", "mode=1777"),
+        ("blk,socket=/s,allow-user=nobody-has-this-name", "allow-user=nobody-has-this-name"),
     ] {
         let error = parse_vhost_user(text).unwrap_err();
         assert!(error.to_string().contains(part), "{text}: {error}");
@@ -181,14 +198,18 @@ fn the_configuration_alone_shows_equal_ids_long_paths_and_equal_listeners() {
         ),
         (vec![VhostUser::blk("/a").id("nvme0")], Serial::Null, "two devices are called nvme0"),
         (vec![VhostUser::blk(&long)], Serial::Null, "has 108 bytes"),
-        (vec![], Serial::Socket(long.into()), "has 108 bytes"),
+        (vec![], Serial::Socket(long.into(), Admission::default()), "has 108 bytes"),
         (vec![VhostUser::blk("")], Serial::Null, "is empty"),
         (
             vec![VhostUser::blk("/a").server(), VhostUser::net("/a").server()],
             Serial::Null,
             "would listen on /a",
         ),
-        (vec![VhostUser::blk("/a").server()], Serial::Socket("/a".into()), "would listen on /a"),
+        (
+            vec![VhostUser::blk("/a").server()],
+            Serial::Socket("/a".into(), Admission::default()),
+            "would listen on /a",
+        ),
         (vec![VhostUser::new("floppy", "/a")], Serial::Null, "no virtio device type"),
         (vec![VhostUser::fs("/a").tag("x".repeat(37))], Serial::Null, "tag="),
         (vec![VhostUser::blk("/a").features("-nonsense")], Serial::Null, "features=-nonsense"),

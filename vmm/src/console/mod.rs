@@ -89,9 +89,9 @@ impl Console {
                 let file = file.or_else(|_| io::stdin().as_fd().try_clone_to_owned()).map_err(cannot)?;
                 (Transmit::to_outlet(outlet), Source::Stdin { file: File::from(file), is_terminal })
             }
-            Serial::Socket(path) => {
-                let listener =
-                    Listener::bind(path).map_err(|error| Error::listening("the console", path, error))?;
+            Serial::Socket(path, admission) => {
+                let listener = Listener::bind_for(path, *admission)
+                    .map_err(|error| Error::listening("the console", path, error))?;
                 (Transmit::to_outlet(Outlet::nowhere()), Source::Socket { listener, client: None })
             }
         };
@@ -203,12 +203,13 @@ impl Drop for Console {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Admission;
     use std::io::Write;
 
     #[test]
     fn input_that_the_guest_does_not_take_waits() {
         let path = std::env::temp_dir().join(format!("outboard-console-{}", std::process::id()));
-        let mut console = Console::open(&Serial::Socket(path.clone())).unwrap();
+        let mut console = Console::open(&Serial::Socket(path.clone(), Admission::default())).unwrap();
         assert!(!console.accept(), "there is no client yet");
         let client = UnixStream::connect(&path).unwrap();
         assert!(console.accept());

@@ -72,14 +72,14 @@ impl VirtioDevice {
         let kind = order.device_type.name();
         let id = DeviceId::from(config.id.unwrap_or_default());
         let cannot = || format!("cannot start device {id}");
-        let mut limits = Limits::new(config.deadline);
+        let mut limits = Limits::new(config.deadline).admitting(config.admission);
         if let Some(trace) = trace {
             limits = limits.traced(Arc::clone(trace));
         }
         let met = match (config.socket, config.role) {
             (Socket::Path(path), Role::Client) => Ok(Meeting::Client(path)),
             (Socket::Path(path), Role::Server) => {
-                let listener = Listener::bind(&path);
+                let listener = Listener::bind_for(&path, config.admission);
                 let whom = || format!("the backend of {id}");
                 Ok(Meeting::Server(listener.map_err(|error| Error::listening(&whom(), &path, error))?))
             }
@@ -210,6 +210,7 @@ impl MachineDevice for VirtioDevice {
     }
 
     fn cut(&self) {
+        self.handle.note_cut();
         self.attendant.stop();
         self.hang_up.cut();
     }

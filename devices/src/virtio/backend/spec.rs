@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use transport::peer::deadline::Deadline;
-use transport::peer::socket;
+use transport::peer::socket::{self, Admission};
 use transport::vhost_user::IovaMap;
 use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, bit};
 
@@ -129,7 +129,7 @@ impl Display {
     pub(crate) fn socket(&self, limit: Duration) -> io::Result<OwnedFd> {
         match self {
             Self::Path(path) => {
-                let stream = socket::connect(path, &Deadline::after(limit))?;
+                let stream = socket::connect(path, &Deadline::after(limit), Admission::default())?;
                 // Ours never wait, but backends write pictures in one go, larger than what a socket holds.
                 stream.set_nonblocking(false)?;
                 Ok(stream.into())

@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use transport::memory::MemoryMap;
 use transport::vhost_user::features::{DriverFeatures, ProtocolFeatures};
@@ -107,6 +108,8 @@ pub struct Device {
     pub(crate) service: Option<Box<dyn Service>>,
     /// The machine has ended: no other backend may come.
     pub(crate) retired: bool,
+    /// The machine ends, and has cut the connection to the backend.
+    pub(crate) cut: Arc<AtomicBool>,
     trapped: Trapped,
     pub(crate) activations: u64,
     pub(crate) resets: u64,
@@ -169,6 +172,7 @@ impl Device {
             seeker: None,
             service,
             retired: false,
+            cut: Arc::default(),
             trapped: Trapped::default(),
             activations: 0,
             resets: 0,

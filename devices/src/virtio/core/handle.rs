@@ -1,6 +1,7 @@
 //! A device shared between threads: its lock, and the two waits of a driver for the attendant's work.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ struct Shared {
     device: Mutex<Device>,
     /// A search or a start is over.
     changed: Condvar,
+    /// The device's own flag that its connection was cut by us.
+    cut: Arc<AtomicBool>,
 }
 
 impl DeviceHandle {
@@ -35,12 +38,19 @@ impl DeviceHandle {
     /// # Errors
     /// See [`Device::new`].
     pub fn new(parts: Parts) -> io::Result<Self> {
-        Ok(Self(Arc::new(Shared { device: Mutex::new(Device::new(parts)?), changed: Condvar::new() })))
+        let device = Device::new(parts)?;
+        let cut = Arc::clone(&device.cut);
+        Ok(Self(Arc::new(Shared { device: Mutex::new(device), changed: Condvar::new(), cut })))
     }
 
     /// Does something with the device, under its lock.
     pub fn with<T>(&self, act: impl FnOnce(&mut Device) -> T) -> T {
         act(&mut lock(&self.0.device))
+    }
+
+    /// The machine ends and cuts the connection: its loss is no news. Takes no lock.
+    pub fn note_cut(&self) {
+        self.0.cut.store(true, Ordering::Release);
     }
 
     /// See [`Device::write`]. A write of the status field may wait for work of the attendant first, without the lock:

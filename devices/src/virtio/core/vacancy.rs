@@ -1,6 +1,7 @@
 //! A device loses its backend, and asks for another one. The search and its success are in
 //! the chapter `recovery`. Called with the device's lock held; waits for nobody.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::chain;
@@ -117,7 +118,10 @@ impl Device {
         if self.phase.is_broken() {
             return;
         }
-        log::error!("device {} is broken: {why}", self.name);
+        match self.cut.load(Ordering::Acquire) {
+            true => log::debug!("device {} ends with its machine: {why}", self.name),
+            false => log::error!("device {} is broken: {why}", self.name),
+        }
         let patience = match &self.phase {
             Phase::Vacant(vacancy) => vacancy.patience,
             _ => self.patience(false),
