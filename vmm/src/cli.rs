@@ -91,8 +91,8 @@ struct Run {
     /// cryptomgr.notests"]
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
-    /// Guest RAM, a multiple of 2M; hugepages=2M or 1G takes reserved huge pages [default: 256M]
-    #[arg(long, value_name = "SIZE[,hugepages=SIZE]")]
+    /// Guest RAM, a multiple of 2M; hugepages=2M or 1G takes reserved huge pages, dump=on puts it into core dumps [default: 256M]
+    #[arg(long, value_name = "SIZE[,KEY=VALUE]")]
     memory: Option<String>,
     /// Number of vCPUs, 1 to 255 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]

@@ -131,7 +131,7 @@ impl Machine {
             let hint = error.hint();
             Error::host("cannot allocate guest memory").because(error).hints(hint)
         })?;
-        let ram_mappings = map(&ram)?;
+        let ram_mappings = map(&ram, config.memory.dump)?;
         let memory = memory_map(&ram, &ram_mappings)?;
         startup.ram = elapsed(begun);
 
@@ -421,12 +421,19 @@ fn describe(config: &Config, host: &HostCpu, functions: &[DeviceNumber]) -> Resu
     })
 }
 
-fn map(ram: &Ram) -> Result<Vec<Mapping>, Error> {
+fn map(ram: &Ram, dump: bool) -> Result<Vec<Mapping>, Error> {
     let fd: &OwnedFd = ram.fd();
     let regions = ram.regions().iter();
-    let mappings: Result<_, _> =
+    let mappings: Result<Vec<_>, _> =
         regions.map(|region| Mapping::shared(fd, region.offset, region.size)).collect();
-    mappings.map_err(|error| Error::host("cannot map guest memory").because(error))
+    let mappings: Vec<Mapping> =
+        mappings.map_err(|error| Error::host("cannot map guest memory").because(error))?;
+    for mapping in mappings.iter().filter(|_| !dump) {
+        if let Err(error) = mapping.leave_out_of_cores() {
+            log::warn!("core dumps of this process would hold guest memory: {error}");
+        }
+    }
+    Ok(mappings)
 }
 
 /// Guest RAM as peers are told of it.

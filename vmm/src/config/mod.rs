@@ -177,11 +177,13 @@ pub struct Memory {
     pub size: u64,
     /// The kind of pages behind it.
     pub hugepages: Hugepages,
+    /// Whether a core dump of the process holds it.
+    pub dump: bool,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Memory { size: 256 << 20, hugepages: Hugepages::Off }
+        Memory { size: 256 << 20, hugepages: Hugepages::Off, dump: false }
     }
 }
 

@@ -233,7 +233,7 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     numbers?.try_into().ok()
 }
 
-/// `--memory SIZE[,hugepages=2M|1G]`.
+/// `--memory SIZE[,hugepages=2M|1G][,dump=on]`.
 ///
 /// # Errors
 /// When the size is no size, too small, or no multiple of 2 MiB (of the huge page size, with one).
@@ -254,6 +254,7 @@ pub fn parse_memory(text: &str) -> Result<Memory, Error> {
         "1G" => Some(Hugepages::Size1G),
         _ => None,
     })?;
+    let dump = keys.switch("dump")?.unwrap_or(false);
     keys.end()?;
     let (step, name) = match hugepages {
         Some(Hugepages::Size1G) => (1 << 30, "1 GiB"),
@@ -273,7 +274,7 @@ pub fn parse_memory(text: &str) -> Result<Memory, Error> {
         return Err(Error::usage(format!("--memory {size} is too little for a machine"))
             .hint(format!("give at least {}M", arch::layout::RAM_MIN >> 20)));
     }
-    Ok(Memory { size: bytes, hugepages: hugepages.unwrap_or_default() })
+    Ok(Memory { size: bytes, hugepages: hugepages.unwrap_or_default(), dump })
 }
 
 /// `--serial stdio|null|file=PATH|socket=PATH[,mode=OCTAL][,allow-user=USER]`.

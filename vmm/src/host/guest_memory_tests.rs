@@ -68,3 +68,18 @@ fn huge_pages_are_written_and_a_hole_in_them_is_no_signal() {
     assert!(memory.write(2 << 20, &data).is_err());
     assert!(memory.store_index((2 << 20) + 2, 1).is_err());
 }
+
+#[test]
+fn memory_that_is_left_out_of_cores_says_so_to_the_kernel() {
+    let file: OwnedFd = memfd_create("left-out-of-cores", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 0x2000).unwrap();
+    let memory = Mapping::shared(&file, 0, 0x2000).unwrap();
+    let flags = || {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let ours = maps.split_once("memfd:left-out-of-cores").unwrap().1.to_owned();
+        ours.lines().find(|line| line.starts_with("VmFlags:")).unwrap().to_owned()
+    };
+    assert!(!flags().contains(" dd"));
+    memory.leave_out_of_cores().unwrap();
+    assert!(flags().contains(" dd"), "{}", flags());
+}

@@ -43,6 +43,16 @@ impl Mapping {
         region.map(|region| Mapping(Arc::new(region))).map_err(|error| cannot_map(size, error))
     }
 
+    /// Leaves this memory out of core dumps of the process.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn leave_out_of_cores(&self) -> io::Result<()> {
+        let (begin, length) = (self.0.as_ptr().cast(), self.0.size());
+        // SAFETY: the range is this mapping; the advice changes nothing but what a core dump holds.
+        Ok(unsafe { madvise(begin, length, Advice::LinuxDontDump) }?)
+    }
+
     /// The mapped region, for volatile access.
     pub fn region(&self) -> &MmapRegion {
         &self.0
