@@ -1,8 +1,10 @@
-//! Descriptors of peers: which kinds are kept, and how the others are closed.
+//! Descriptors that a peer sends: which kinds are kept, and how the others are closed.
 //!
-//! A file system that the peer serves (FUSE, or an overlay on it) makes `fstat` and `close` wait for the peer, and no
-//! signal ends that wait. So nothing is asked of a descriptor before the kernel alone has told what it is, and a descriptor
-//! that is refused is closed by a thread that does nothing else.
+//! The peer may itself serve a file system (FUSE, or an overlay on FUSE). `fstat` and `close` on a file of
+//! such a file system wait for the peer, and no signal ends that wait. Two rules follow:
+//!
+//! 1. No call is made on a descriptor before the kernel alone has told its kind.
+//! 2. A refused descriptor is closed by a thread that does nothing else.
 
 use std::io::Read;
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
@@ -10,7 +12,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{OnceLock, mpsc};
 
-/// File systems of the host itself: their files wait for no peer. An overlay is none, as it may lie on anything.
+/// File systems of the host whose files never wait for a peer. An overlay is not listed, as any file system
+/// may lie below.
 const LOCAL: [&str; 13] = [
     "tmpfs",
     "ramfs",
@@ -27,20 +30,24 @@ const LOCAL: [&str; 13] = [
     "erofs",
 ];
 
-/// Names that the kernel gives to files without a path, and that are safe to close. A path begins with a slash.
+/// Names that the kernel gives to files without a path and that are safe to close. A path would begin with a
+/// slash.
 const NAMELESS: [&str; 5] =
     ["anon_inode:[eventfd]", "anon_inode:[vfio-device]", "anon_inode:[userfaultfd]", "socket:[", "pipe:["];
 
-/// Bytes of a mount table that are read.
+/// The most bytes of a mount table that are read.
 const MOUNTS_MOST: u64 = 4 << 20;
 
-/// Refused descriptors that may wait to be closed; beyond that, no peer gets a descriptor through at all.
+/// The most refused descriptors that may wait to be closed. While more wait, no descriptor of any peer is
+/// accepted.
 const BACKLOG_MOST: usize = 64;
 
-/// True when nothing that is done with `fd` waits for a peer: it is a file of memory, a file of a file system of the host,
-/// an eventfd, a socket, a pipe, or a device's or a page fault's own descriptor. Asks the kernel, and never the file.
+/// True when no operation on `fd` waits for a peer: `fd` is a memory file, a file of a host file system, an
+/// eventfd, a socket, a pipe, a dma-buf, a VFIO device or a userfaultfd. Asks the kernel only; never calls
+/// into the file.
 pub(super) fn is_harmless(fd: BorrowedFd<'_>) -> bool {
-    // memfd, tmpfs and hugetlbfs answer; FUSE, overlays and disks do not, and are not asked by the kernel.
+    // memfd, tmpfs and hugetlbfs have seals. FUSE, overlays and disks have none, and the kernel does not ask
+    // them.
     if rustix::fs::fcntl_get_seals(fd).is_ok() {
         return true;
     }
@@ -51,11 +58,12 @@ pub(super) fn is_harmless(fd: BorrowedFd<'_>) -> bool {
     }
     let Ok(about) = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")) else { return false };
     let value = |key: &str| about.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
-    // A dma-buf lies in no mount of ours. Only the kernel writes these lines.
+    // A dma-buf lies in no mount of ours. Only the kernel writes these lines, so they can be trusted.
     value("exp_name:").is_some() || value("mnt_id:").is_some_and(is_local)
 }
 
-/// True when the mount with this id is of a file system of the host. A mount of another namespace is not known.
+/// True when mount `mount` is a host file system. A mount of another mount namespace is unknown, so it is
+/// not.
 fn is_local(mount: &str) -> bool {
     let mut mounts = String::new();
     let table = std::fs::File::open("/proc/self/mountinfo");
@@ -70,12 +78,12 @@ fn is_local(mount: &str) -> bool {
 /// Descriptors that wait to be closed.
 static BACKLOG: AtomicUsize = AtomicUsize::new(0);
 
-/// True when so many refused descriptors cannot be closed that no more are let in.
+/// True when so many refused descriptors wait to be closed that no further ones are accepted.
 pub(super) fn is_overrun() -> bool {
     BACKLOG.load(Ordering::Relaxed) >= BACKLOG_MOST
 }
 
-/// Closes `fd`, which may take for ever, on the thread `closer`.
+/// Closes `fd` on the thread `closer`, as the close may never return.
 pub(crate) fn close_elsewhere(fd: OwnedFd) {
     static CLOSER: OnceLock<Option<mpsc::Sender<OwnedFd>>> = OnceLock::new();
     let closer = CLOSER.get_or_init(|| {
@@ -97,7 +105,7 @@ pub(crate) fn close_elsewhere(fd: OwnedFd) {
         Some(closer) => closer.send(fd).err().map(|unsent| unsent.0),
         None => Some(fd),
     };
-    // Without the thread the descriptor stays open: to close it here could wait for the peer.
+    // Without the thread the descriptor stays open: closing it here could wait for the peer.
     if let Some(fd) = left {
         log::debug!("descriptor {} stays open", fd.into_raw_fd());
     }

@@ -1,7 +1,7 @@
-//! Bounded waits: a point in time, and `poll` that never goes past it.
+//! Bounded waits: a deadline, and `poll` that never waits past it.
 //!
-//! Must never wait without a limit, whatever the peer does: the deadline belongs to the whole exchange, so a
-//! peer that drips one byte at a time gains nothing.
+//! Must never wait without a limit, whatever the peer does. One deadline covers a whole exchange, so a peer
+//! that sends one byte at a time gains no time.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,20 +12,22 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-/// The longest limit that is honoured; longer ones are cut to it, so that arithmetic on time cannot overflow.
+/// The longest limit. Longer ones are shortened to it, so that arithmetic on time cannot overflow.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How long a wait lasts before the clock is looked at again.
+/// The longest single `poll`: the clock is read again after it.
 const GLANCE: Duration = Duration::from_millis(100);
 
-/// A look at the clock that comes so much later than it should: this process was stopped meanwhile, or had no processor.
+/// When a `poll` returns this much later than its timeout, this process was stopped or had no processor
+/// meanwhile.
 const ABSENCE: Duration = Duration::from_millis(250);
 
-/// How often the peer is looked at once more when the deadline has passed: enough for a reply that comes in parts, and no
-/// more, for a peer that never stops sending.
+/// How many times a ready socket still counts as ready after the deadline. It is enough for an answer that
+/// arrived in parts, and ends the wait for a peer that never stops sending.
 const LATE_LOOKS: u8 = 16;
 
-/// The end of one exchange with a peer. Time in which this process did not run does not count: it is not the peer's silence.
+/// The end of one exchange with a peer. Time in which this process did not run is not counted, as the peer
+/// did not cause it.
 #[derive(Clone, Debug)]
 pub struct Deadline {
     started: Instant,
@@ -35,9 +37,9 @@ pub struct Deadline {
 
 #[derive(Debug, Default)]
 struct Late {
-    /// For how many microseconds this process was absent.
+    /// Microseconds in which this process did not run.
     absent: AtomicU64,
-    /// How often the peer was looked at after the deadline.
+    /// How many times a socket was found ready after the deadline.
     looks: AtomicU8,
 }
 
@@ -47,19 +49,20 @@ impl Deadline {
         Self { started: Instant::now(), limit: limit.min(LONGEST), late: Arc::default() }
     }
 
-    /// The whole time that was granted.
+    /// The limit from the start of the exchange.
     pub fn limit(&self) -> Duration {
         self.limit
     }
 
-    /// What is left; `None` once the deadline has passed.
+    /// The time that is left; `None` once the deadline has passed.
     pub fn remaining(&self) -> Option<Duration> {
         let absent = Duration::from_micros(self.late.absent.load(Ordering::Relaxed));
         let present = self.started.elapsed().saturating_sub(absent);
         self.limit.checked_sub(present).filter(|left| !left.is_zero())
     }
 
-    /// Looks at the clock, after a wait from `begun` that was to last that long.
+    /// Measures a wait that began at `begun` and was to last `pause`, and notes the excess as absence of this
+    /// process.
     fn look(&self, begun: Instant, pause: Duration) {
         let late = begun.elapsed().saturating_sub(pause);
         if late > ABSENCE {
@@ -69,8 +72,9 @@ impl Deadline {
     }
 }
 
-/// Sees to it that the next read or write of `fd` returns: for what a peer has a descriptor of, too, and may have made
-/// blocking. A peer that changes it back in the instant before the call makes us wait; see [`super::eventfd`].
+/// Makes the next read or write of `fd` return at once, also when a peer shares the open file and has made it
+/// blocking. The peer can still make it blocking again right before the call, and the call waits then; see
+/// [`super::eventfd`].
 pub(crate) fn never_block(fd: impl AsFd) -> io::Result<()> {
     let flags = fcntl_getfl(&fd)?;
     if !flags.contains(OFlags::NONBLOCK) {
@@ -100,7 +104,7 @@ pub fn wait_writable(fd: BorrowedFd<'_>, deadline: &Deadline) -> io::Result<Wait
 
 fn wait(fd: BorrowedFd<'_>, events: PollFlags, deadline: &Deadline) -> io::Result<Waited> {
     loop {
-        // What has arrived counts before the deadline does.
+        // Bytes that have arrived count, even when the deadline has passed before this `poll`.
         let left = deadline.remaining();
         let (begun, pause) = (Instant::now(), left.unwrap_or_default().min(GLANCE));
         let timeout = Timespec::try_from(pause).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;

@@ -1,4 +1,5 @@
-//! What went wrong with a peer: who it is, at which step, and why; and a hint for the common cases.
+//! The error type of both protocols: which peer failed, at which step, for which cause, with a hint for
+//! common cases.
 
 use std::fmt;
 use std::io;
@@ -18,12 +19,12 @@ pub enum Protocol {
     VfioUser,
 }
 
-/// The process at the other end of a socket, as errors and log lines call it.
+/// The process at the other end of a socket, as errors and log lines name it.
 #[derive(Clone, Debug)]
 pub struct Peer(Arc<(Protocol, String)>);
 
 impl Peer {
-    /// `name` is usually the path of the socket.
+    /// Makes a peer; `name` is usually the path of its socket.
     pub fn new(protocol: Protocol, name: impl Into<String>) -> Self {
         Self(Arc::new((protocol, name.into())))
     }
@@ -53,7 +54,8 @@ impl fmt::Display for Peer {
 pub struct MessageName {
     /// The number in the header.
     pub code: u32,
-    /// The name; what a number is called (`request`, `command`) where the specification has no such code.
+    /// `Ok` with the name, or `Err` with the kind of number (`request`, `command`) when the specification has
+    /// no such code.
     pub name: Result<&'static str, &'static str>,
 }
 
@@ -66,16 +68,16 @@ impl fmt::Display for MessageName {
     }
 }
 
-/// What was being done when a peer failed.
+/// What we did when a peer failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Reaching the peer's socket.
     Connect,
     /// Waiting for the peer to connect to our socket.
     Accept,
-    /// A request of ours and its answer.
+    /// Sending one of our requests and waiting for its answer.
     Request(MessageName),
-    /// A request of the peer.
+    /// Serving a request of the peer.
     PeerRequest(MessageName),
     /// Moving the device's state through a pipe.
     StateTransfer,
@@ -110,23 +112,23 @@ pub enum Cause {
     ClosedMidMessage,
     /// The socket failed.
     Io(io::Error),
-    /// The message cannot be an answer to this request, or a request.
+    /// The message is not a possible answer to this request, or not a possible request.
     Malformed(Fault),
-    /// The peer said no, with this code.
+    /// The peer refused, with this code.
     Refused(u64),
     /// The feature was not negotiated, so nothing was sent.
     NotNegotiated,
     /// An earlier failure ended the connection; nothing was sent.
     AlreadyLost,
-    /// The request that we were asked to send makes no sense; nothing was sent.
+    /// The request was not possible, so nothing was sent.
     Invalid(&'static str),
     /// Our own side of a transfer failed; the peer did nothing wrong.
     Local(io::Error),
-    /// The peer's offer does not fit; the text says how.
+    /// What the peer offers is not compatible; the text says why.
     Incompatible(String),
 }
 
-/// A failure of one peer. Cheap to clone: everybody who waits for the same connection gets it.
+/// A failure of one peer. Cheap to clone, as each thread that waits on the same connection gets a copy.
 #[derive(Clone, Debug)]
 pub struct Error(Arc<Parts>);
 
@@ -147,18 +149,18 @@ impl Error {
         self.0.peer.name()
     }
 
-    /// What was being done.
+    /// The step that failed.
     pub fn step(&self) -> Step {
         self.0.step
     }
 
-    /// Why it failed.
+    /// The cause of the failure.
     pub fn cause(&self) -> &Cause {
         &self.0.cause
     }
 
-    /// True when the device should be given up: its connection has ended, or its peer hangs. A refusal, a missing
-    /// feature and a mistake of ours leave the connection as it was.
+    /// True when the device is lost: its connection has ended, or its peer hangs. After a refusal, a missing
+    /// feature or a mistake of ours, the connection can still be used.
     pub fn is_fatal(&self) -> bool {
         !matches!(
             self.0.cause,
@@ -170,13 +172,14 @@ impl Error {
         )
     }
 
-    /// True when waiting for the peer to (re)start may help: its socket is absent, refuses, or is busy.
+    /// True when waiting for the peer to start (again) may help: its socket is absent, refuses connections,
+    /// or is busy.
     pub fn is_absent(&self) -> bool {
         matches!(&self.0.cause, Cause::Unreachable(source) if matches!(source.kind(),
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut))
     }
 
-    /// True when the peer did not answer, or read, or take our connection, in time.
+    /// True when the peer did not answer, did not read, or did not accept our connection in time.
     pub fn is_silence(&self) -> bool {
         match &self.0.cause {
             Cause::Silent(_) | Cause::NotReading(_) => true,
@@ -185,7 +188,7 @@ impl Error {
         }
     }
 
-    /// What the user may try, for the common cases.
+    /// A suggestion to the user, for the common cases.
     pub fn hint(&self) -> Option<&'static str> {
         let Parts { peer, step, cause } = &*self.0;
         let asked = match step {
@@ -225,7 +228,8 @@ fn vhost_user_hint(step: Step, asked: Option<&str>, cause: &Cause) -> Option<&'s
 }
 
 fn vfio_user_hint(step: Step, asked: Option<&str>, cause: &Cause) -> Option<&'static str> {
-    // A program that does not speak vfio-user seems to answer a command that does not exist.
+    // A program that does not speak vfio-user usually seems to answer with a command code that does not
+    // exist.
     let is_unknown = matches!(step, Step::Request(_)) && asked.is_none();
     Some(match (cause, asked) {
         (Cause::Silent(_), Some("VERSION")) => "is the server already serving another machine?",
@@ -246,7 +250,7 @@ fn vfio_user_hint(step: Step, asked: Option<&str>, cause: &Cause) -> Option<&'st
     })
 }
 
-/// What the user may try when the socket `name` cannot be reached.
+/// A suggestion to the user when the socket `name` cannot be reached.
 fn unreachable_hint(source: &io::Error, name: &str, protocol: Protocol) -> Option<&'static str> {
     if source.raw_os_error() == Some(Errno::PROTOTYPE.raw_os_error()) {
         return Some("it is a socket of another kind: those of backends and servers are stream sockets");
@@ -277,7 +281,7 @@ fn unreachable_hint(source: &io::Error, name: &str, protocol: Protocol) -> Optio
     })
 }
 
-/// The kernel refuses a connection to everything on which nobody listens: the file at the path tells more.
+/// The kernel refuses a connection to any path without a listener. The file at the path tells the reason.
 fn refused_hint(name: &str) -> &'static str {
     if name.starts_with('@') {
         return "nobody listens on this abstract name: start its owner first, in the same network namespace";

@@ -1,4 +1,4 @@
-//! What bounds a connection, who watches it, and what it counted.
+//! The deadline of a connection, its trace, the processes that may be its peer, and its counters.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::socket::Admission;
 use super::trace::Trace;
 
-/// The deadline of one peer, who watches its messages, and whose process it may be.
+/// The deadline of one peer, the trace of its messages, and the users whose process it may be.
 #[derive(Clone)]
 pub struct Limits {
     deadline: Duration,
@@ -22,7 +22,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// `deadline` bounds each operation on the peer, however many messages it takes and however slowly they come.
+    /// `deadline` bounds each operation on the peer, for all messages of the operation together.
     pub fn new(deadline: Duration) -> Self {
         Self { deadline, trace: None, admission: Admission::default() }
     }
@@ -34,7 +34,7 @@ impl Limits {
         self
     }
 
-    /// Whose an abstract name may be that is connected to.
+    /// Sets the users whose process may own an abstract socket name that we connect to.
     #[must_use]
     pub fn admitting(mut self, admission: Admission) -> Self {
         self.admission = admission;
@@ -45,7 +45,7 @@ impl Limits {
         self.admission
     }
 
-    /// The bound of each operation.
+    /// The limit of each operation.
     pub fn deadline(&self) -> Duration {
         self.deadline
     }
@@ -64,15 +64,15 @@ impl std::fmt::Debug for Limits {
 /// Counters of one connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Messages sent, but for those that nothing answers by their kind (posted writes).
+    /// Messages sent, except for posted writes, which ask for no reply.
     pub sent: u64,
     /// Answers that were waited for and came, refusals included.
     pub answers: u64,
-    /// Waits that failed: a deadline passed, the peer hung up, or its answer was malformed.
+    /// Waits that failed: the deadline passed, the peer closed the connection, or its answer was malformed.
     pub failures: u64,
-    /// The longest wait for an answer, whether it came or not.
+    /// The longest wait for an answer, failed waits included.
     pub worst_wait: Duration,
-    /// All waits together.
+    /// The sum of all waits.
     pub total_wait: Duration,
 }
 

@@ -1,6 +1,6 @@
-//! How a peer's unix socket is reached: by path or abstract name, connecting or listening.
+//! How a peer's unix socket is reached: by path or abstract name, by connecting or listening.
 //!
-//! Must never wait past the deadline: a full backlog is waited for in small steps.
+//! Must never wait past the deadline. A socket with a full backlog is tried again in small steps.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,7 +17,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::peer::deadline::{Deadline, Waited, wait_readable};
 
-/// How long to wait before looking again at a socket whose backlog is full: unix sockets do not tell.
+/// The pause before a socket whose backlog is full is tried again: a unix socket does not report room in its
+/// backlog.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(10);
 
 /// The address of `path`; one that begins with `@` is an abstract name.
@@ -34,18 +35,18 @@ pub(crate) fn stream_socket() -> io::Result<OwnedFd> {
     Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
 }
 
-/// Whom a socket is for, beside our user and root.
+/// Who may be at the other end of a socket, besides our own user and root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Admission {
-    /// The permission bits of the socket's file, in place of 0600 (0666 with `user`, as whoever connects is checked).
+    /// The permission bits of the socket's file. The default is 0600, or 0666 with `user`, as each connection
+    /// is checked.
     pub mode: Option<u32>,
-    /// The number of one user more.
+    /// The id of one further user.
     pub user: Option<u32>,
 }
 
 impl Admission {
-    /// True when the process at the other end runs as one of these users, as far as the kernel knew when it connected or
-    /// listened.
+    /// True when the process at the other end ran as one of these users when it connected or listened.
     fn admits(self, socket: impl AsFd) -> bool {
         let peer = rustix::net::sockopt::socket_peercred(socket).map(|peer| peer.uid);
         peer.is_ok_and(|user| {
@@ -60,7 +61,8 @@ pub fn connect(path: &Path, deadline: &Deadline, admission: Admission) -> io::Re
     let socket = stream_socket()?;
     loop {
         match rustix::net::connect(socket.as_fd(), &address) {
-            // A path has an owner and a mode. An abstract name has neither: whoever was first has it.
+            // A path has an owner and a mode. An abstract name has neither: any process may have taken it
+            // first.
             Ok(()) if address.abstract_name().is_some() && !admission.admits(&socket) => {
                 let what = "the socket of this abstract name belongs to another user";
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
@@ -76,10 +78,11 @@ pub fn connect(path: &Path, deadline: &Deadline, admission: Admission) -> io::Re
     }
 }
 
-/// The paths of this process's listeners, with device and inode.
+/// The paths of this process's listeners, each with the device and inode of its file.
 static OURS: Mutex<Vec<(PathBuf, (u64, u64))>> = Mutex::new(Vec::new());
 
-/// Removes the paths of all listeners, as far as they are still ours: for a process that ends on the spot.
+/// Removes the paths of all listeners whose files are still ours. For a process that exits without dropping
+/// its listeners.
 pub fn remove_paths() {
     for (path, file) in std::mem::take(&mut *OURS.lock().unwrap_or_else(PoisonError::into_inner)) {
         remove(&path, file);
@@ -94,26 +97,26 @@ fn remove(path: &Path, file: (u64, u64)) {
     }
 }
 
-/// A socket on which we wait for the peer, as OVS and DPDK like it. Its path goes away with it.
+/// A socket on which we wait for the peer, as OVS and DPDK use it. Dropping the listener removes its path.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     name: PathBuf,
-    /// Device and inode of the path, so that only our own file is removed.
+    /// Device and inode of the file at the path: no file but our own is removed.
     file: Option<(u64, u64)>,
     admission: Admission,
-    /// The log knows that somebody was turned away.
+    /// Makes the log warn only once about processes that were turned away.
     turned_away: Once,
 }
 
 impl Listener {
-    /// Listens on `path` (`@name` for an abstract one), for our user and root: the file has mode 0600 whatever the umask. A
-    /// stale socket file, on which nobody listens, is replaced.
+    /// Listens on `path` (`@name` for an abstract socket), for our user and root: the file has mode 0600
+    /// whatever the umask. Replaces a stale socket file, which is one without a listener.
     pub fn bind(path: &Path) -> io::Result<Self> {
         Self::bind_for(path, Admission::default())
     }
 
-    /// The same, for those whom `admission` names.
+    /// As [`Listener::bind`], also for the user and with the mode in `admission`.
     pub fn bind_for(path: &Path, admission: Admission) -> io::Result<Self> {
         let address = address(path)?;
         let socket = stream_socket()?;
@@ -127,13 +130,13 @@ impl Listener {
         let is_file = address.abstract_name().is_none();
         let file = is_file.then(|| identity(path)).transpose()?;
         if let Some(file) = file {
-            // Nobody can have connected before: nobody listens yet.
+            // No process can have connected before this: nobody listens yet.
             let mode = admission.mode.unwrap_or(if admission.user.is_some() { 0o666 } else { 0o600 });
             rustix::fs::chmod(path, Mode::from_raw_mode(mode))?;
             OURS.lock().unwrap_or_else(PoisonError::into_inner).push((path.to_owned(), file));
         }
         let listener = Self { socket, name: path.to_owned(), file, admission, turned_away: Once::new() };
-        // One peer; a second one may wait its turn.
+        // A backlog of one: besides the peer, one further connection may wait.
         rustix::net::listen(&listener.socket, 1)?;
         Ok(listener)
     }
@@ -143,7 +146,7 @@ impl Listener {
         &self.name
     }
 
-    /// Waits for the peer until `deadline`; [`io::ErrorKind::TimedOut`] when it does not come. The stream is
+    /// Waits for the peer until `deadline`; [`io::ErrorKind::TimedOut`] when no peer connects. The stream is
     /// non-blocking. Processes of other users are turned away.
     pub fn accept(&self, deadline: &Deadline) -> io::Result<UnixStream> {
         loop {
@@ -187,11 +190,11 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     Ok((found.dev(), found.ino()))
 }
 
-/// True when `path` is a socket on which nobody listens.
+/// True when `path` is a socket without a listener.
 fn is_stale(path: &Path) -> bool {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    // Trying to connect disturbs whoever listens, so the kernel's list is asked first; it has the sockets of this
-    // network namespace only.
+    // A connection attempt disturbs a listener, so the kernel's list of sockets is asked first. That list has
+    // only the sockets of this network namespace.
     if !is_socket || is_bound(path) {
         return false;
     }
@@ -213,7 +216,7 @@ const PAUSE_FIRST: Duration = Duration::from_millis(10);
 /// The longest pause between two attempts.
 const PAUSE_MOST: Duration = Duration::from_secs(1);
 
-/// When to try to reach a backend again: at once, then less and less often, until the user's time is over.
+/// When to try again to reach a backend: at once, then with growing pauses, until the user's limit is over.
 #[derive(Clone, Copy, Debug)]
 pub struct Attempts {
     until: Option<Instant>,
@@ -223,12 +226,12 @@ pub struct Attempts {
 impl Attempts {
     /// Tries for `limit` from now; `None` for ever.
     pub fn lasting(limit: Option<Duration>) -> Self {
-        // A limit beyond the end of time is none.
+        // A limit beyond the range of the clock is no limit.
         let until = limit.and_then(|limit| Instant::now().checked_add(limit));
         Self { until, pause: PAUSE_FIRST }
     }
 
-    /// How long to wait before the next attempt; `None` when the time is over.
+    /// The pause before the next attempt; `None` when the limit is over.
     pub fn next_pause(&mut self) -> Option<Duration> {
         let left = match self.until {
             None => PAUSE_MOST,

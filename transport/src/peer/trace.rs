@@ -1,4 +1,4 @@
-//! Watching the messages of a connection: a hook that costs one comparison when nobody watches.
+//! The trace of a connection's messages: a hook that costs one comparison when no trace is set.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,33 +8,33 @@ use super::error::{MessageName, Peer};
 /// Who sent a traced message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// We: a request.
+    /// We sent a request.
     Request,
-    /// The peer: the answer to it.
+    /// The peer answered it.
     Answer,
-    /// The peer: a request of its own.
+    /// The peer sent a request of its own.
     PeerRequest,
-    /// We: the answer to it.
+    /// We answered it.
     OurAnswer,
 }
 
 /// One message. Its `Display` is one line for people.
 pub struct TraceEvent<'a> {
-    /// Who is at the other end.
+    /// The peer at the other end.
     pub peer: &'a Peer,
     /// Who sent the message.
     pub direction: Direction,
-    /// What the message is, or what it answers.
+    /// The message, or the request that it answers.
     pub message: MessageName,
     /// The message's header as it is on the wire.
     pub header: &'a [u8],
-    /// What follows the header on the wire.
+    /// The payload as it is on the wire.
     pub payload: &'a [u8],
-    /// Both for people: each field after a space.
+    /// Header and payload as text: each field after a space.
     pub fields: &'a dyn fmt::Display,
-    /// How many descriptors came or went with it.
+    /// The number of descriptors that travelled with it.
     pub fds: usize,
-    /// For answers of the peer: the time since the request was sent. Zero otherwise.
+    /// For answers of the peer: the time since the request was sent. Zero for all others.
     pub took: Duration,
 }
 
@@ -57,8 +57,8 @@ impl fmt::Display for TraceEvent<'_> {
     }
 }
 
-/// Someone who watches messages. Called on whichever thread exchanges them, so it should be quick.
+/// The receiver of traced messages. Called on any thread that exchanges messages, so it should be quick.
 pub trait Trace: Send + Sync {
-    /// A message was sent or received whole.
+    /// Called after a message was sent or received completely.
     fn message(&self, event: &TraceEvent<'_>);
 }

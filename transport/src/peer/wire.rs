@@ -1,6 +1,7 @@
-//! What both protocols share of reading and printing bytes: payloads of a fixed size, and what can be wrong with a message.
+//! Reading and printing bytes, for both protocols: payloads of a fixed size, and what can be wrong with a
+//! message.
 //!
-//! All numbers are native endian. Must never allocate: it looks at what was received.
+//! All numbers are native endian. Must never allocate.
 
 use std::fmt;
 
@@ -12,50 +13,50 @@ pub enum Fault {
     /// Version, direction or reserved bits are wrong.
     #[error("with flags {0:#x}")]
     Flags(u32),
-    /// It belongs to another request.
+    /// The message belongs to another request.
     #[error("with a message of request {0}")]
     Request(u32),
-    /// The payload has a size that this message cannot have.
+    /// The size of the payload is not possible for this message.
     #[error("with {got} bytes where {} are due", Between(*.least, *.most))]
     Size {
-        /// Bytes that came, or were announced.
+        /// Bytes that came or were announced.
         got: u32,
-        /// The fewest that make sense.
+        /// The fewest bytes that are possible.
         least: u32,
-        /// The most that make sense.
+        /// The most bytes that are possible.
         most: u32,
     },
-    /// More or fewer fds than the message has.
+    /// More or fewer fds came than the message has.
     #[error("with {got} file descriptors where {} are due", Between(u32::from(*.least), u32::from(*.most)))]
     Fds {
         /// Fds that came.
         got: usize,
-        /// The fewest that make sense.
+        /// The fewest fds that are possible.
         least: u8,
-        /// The most that make sense.
+        /// The most fds that are possible.
         most: u8,
     },
-    /// Fds came for which there was no room, as none was due. How many, the kernel does not say.
+    /// Fds came although none was due. The kernel dropped them and does not tell their number.
     #[error("with file descriptors where none are due")]
     StrayFds,
-    /// This process had no room for the fds.
+    /// This process could not receive all fds, as it has too many open.
     #[error("with file descriptors that this process had no room for")]
     FdsTruncated,
-    /// A descriptor could make whoever touches it wait for the peer.
+    /// A descriptor is of a kind on which an operation could wait for the peer.
     #[error("with a file descriptor of a kind that is not accepted")]
     Descriptor,
-    /// A field holds what it must not.
+    /// A field holds a value that is not allowed.
     #[error("with {field} {value:#x}")]
     Value {
         /// The field's name.
         field: &'static str,
-        /// What it holds.
+        /// Its value.
         value: u64,
     },
-    /// It answers nothing that was asked (vfio-user: its id is not in use).
+    /// The message answers no request (in vfio-user: its id is not in use).
     #[error("with an answer to nothing (message id {0:#x})")]
     Unasked(u16),
-    /// A text in it is not what it must be; the words say how.
+    /// Something else is not what it must be; the text says what.
     #[error("with {0}")]
     Text(&'static str),
 }
@@ -80,12 +81,12 @@ pub fn parse_front<T: FromBytes>(bytes: &[u8]) -> Result<(T, &[u8]), Fault> {
     T::read_from_prefix(bytes).map_err(|_| Fault::Size { got: length(bytes.len()), least, most: u32::MAX })
 }
 
-/// A length as the wire counts it; saturates, so that an absurd one is refused and not wrapped.
+/// A length as a message holds it. It saturates, so that an absurd length is refused and never wraps.
 pub(crate) fn length(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
-/// Prints the front of a payload that is not decoded any further.
+/// Prints the first bytes of a payload that is not decoded any further.
 pub(crate) fn describe_bytes(f: &mut fmt::Formatter<'_>, payload: &[u8]) -> fmt::Result {
     const MOST: usize = 32;
     if payload.is_empty() {

@@ -1,5 +1,5 @@
-//! The client: a handle on the connection that any thread may use, and the commands that have no chapter of their
-//! own.
+//! The vfio-user client: a handle on the connection that any thread may use. Holds the commands that have no
+//! file of their own (DEVICE_GET_INFO, DEVICE_RESET).
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,18 +16,20 @@ use crate::peer::deadline::Deadline;
 use crate::peer::socket;
 use crate::peer::{Cause, Error, Limits, Peer, Protocol, Step, close_elsewhere};
 
-/// Regions, or interrupt indexes, that a device may claim.
+/// The most regions, and the most interrupt indexes, that a device may claim.
 const COUNT_MOST: u32 = 1024;
 
-/// How often a reply may turn out to be larger than the room that was offered.
+/// How many times a command is sent whose reply turns out larger than the room that was offered.
 const TRIES: usize = 3;
 
-/// The client's side of one vfio-user connection. Clones share the connection.
+/// The client's side of one vfio-user connection. Clones share the connection, which ends with the last
+/// clone.
 ///
-/// Called on any thread; each method blocks for the deadline of its [`Limits`] at most, all its messages together,
-/// unless it says otherwise. Several threads may wait at once: who waits reads the socket on behalf of all, and
-/// serves the server's own commands meanwhile. Where nobody waits, the [`Receiver`] does that; without one, the
-/// server is heard when something is asked. The connection ends with the last clone.
+/// Called on any thread. Each method blocks for the deadline of its [`Limits`] at most, for all its messages
+/// together, unless its documentation says otherwise. Several threads may wait at once. One of the waiting
+/// threads reads the socket for all of them, and serves the server's own commands meanwhile. While no thread
+/// waits, the [`Receiver`] reads. Without a receiver, the socket is read only while a command waits for its
+/// reply.
 #[derive(Clone)]
 pub struct Client {
     pub(super) shared: Arc<Shared>,
@@ -37,7 +39,7 @@ pub struct Client {
     until: Option<Deadline>,
 }
 
-/// Ends the connection, which a receiver and pending replies keep as well.
+/// Ends the connection with the last [`Client`]: receivers and pending replies also hold [`Shared`].
 struct Open(Arc<Shared>);
 
 impl Drop for Open {
@@ -49,10 +51,11 @@ impl Drop for Open {
 }
 
 impl Client {
-    /// Connects to the server at `path` (`@name` for an abstract one) and agrees on version and capabilities.
+    /// Connects to the server at `path` (`@name` for an abstract socket) and negotiates version and
+    /// capabilities.
     ///
     /// # Errors
-    /// When it cannot be reached, does not answer, or does not fit.
+    /// When the server cannot be reached, does not answer, or is not compatible.
     pub fn connect(path: &Path, limits: &Limits) -> Result<Self, Error> {
         let peer = Peer::new(Protocol::VfioUser, path.to_string_lossy());
         let deadline = Deadline::after(limits.deadline());
@@ -61,10 +64,10 @@ impl Client {
         Self::agree(stream, peer, limits)
     }
 
-    /// The same on a socket that is connected already; `peer` names the server in errors.
+    /// As [`Client::connect`], on a socket that is already connected; `peer` names the server in errors.
     ///
     /// # Errors
-    /// When the server does not answer, or does not fit.
+    /// When the server does not answer, or is not compatible.
     pub fn from_stream(stream: UnixStream, peer: &str, limits: &Limits) -> Result<Self, Error> {
         Self::agree(stream, Peer::new(Protocol::VfioUser, peer), limits)
     }
@@ -81,7 +84,7 @@ impl Client {
         let twin = twin_socket(twin, fds).map_err(|fault| lost(Cause::Malformed(fault)))?;
         if let Some(twin) = twin {
             let link = Link::new(twin).map_err(|source| lost(Cause::Local(source)))?;
-            // Nobody else knows this connection yet.
+            // `set` cannot fail: no other thread knows this connection yet.
             let _first = shared.twin.set(link);
         }
         let _first = shared.version.set(version);
@@ -90,13 +93,14 @@ impl Client {
         Ok(Self { shared, _open: open, version, deadline: limits.deadline(), until: None })
     }
 
-    /// The same connection, with one deadline for all that is asked of it: for operations that belong together.
+    /// The same connection with one deadline for all its commands together, for operations that belong
+    /// together.
     #[must_use]
     pub fn until(&self, deadline: &Deadline) -> Self {
         Self { until: Some(deadline.clone()), ..self.clone() }
     }
 
-    /// For how long each method blocks at most.
+    /// The longest time that a method blocks.
     pub fn limit(&self) -> Duration {
         self.deadline
     }
@@ -106,12 +110,12 @@ impl Client {
         self.shared.peer.name()
     }
 
-    /// What was agreed on.
+    /// The negotiated version and capabilities.
     pub fn version(&self) -> &Version {
         &self.version
     }
 
-    /// What happened on the connection so far.
+    /// The counters of the connection.
     pub fn stats(&self) -> ClientStats {
         self.shared.stats()
     }
@@ -121,19 +125,20 @@ impl Client {
         self.shared.is_lost()
     }
 
-    /// The half that reads while nobody waits, for a thread that polls. There can be one at a time.
+    /// The receiving half, which reads while no thread waits, for a thread that polls. Only one may exist at
+    /// a time.
     ///
     /// # Errors
-    /// When there is one already, or no descriptor can be had.
+    /// When a receiver exists already, or no descriptor is available.
     pub fn receiver(&self) -> Result<Receiver, Error> {
         Receiver::new(&self.shared)
     }
 
-    /// A descriptor whose hang-up says that the connection has ended, from either side. Poll it for hang-ups only:
-    /// it is readable whenever a message comes.
+    /// A descriptor that reports a hang-up when either side ends the connection. Poll it for hang-ups only:
+    /// it is readable whenever a message arrives.
     ///
     /// # Errors
-    /// When no descriptor can be had.
+    /// When no descriptor is available.
     pub fn hang_up(&self) -> Result<OwnedFd, Error> {
         let socket = self.shared.main.socket.try_clone();
         socket
@@ -141,12 +146,12 @@ impl Client {
             .map_err(|source| Error::new(&self.shared.peer, Step::Idle, Cause::Local(source)))
     }
 
-    /// Ends the connection, for all clones: whoever waits is told at once.
+    /// Ends the connection for all clones. Waiting threads get an error at once.
     pub fn shut_down(&self) {
         self.shared.end();
     }
 
-    /// What the device is.
+    /// Reads the description of the device.
     ///
     /// # Errors
     /// When the server refuses, fails, or claims more than 1024 regions or interrupt indexes.
@@ -158,7 +163,7 @@ impl Client {
         parse_device_info(&reply.payload).map_err(|fault| self.malformed(command, fault))
     }
 
-    /// Resets the device. Maps and interrupts stay.
+    /// Resets the device. DMA maps and interrupts stay.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -178,7 +183,8 @@ impl Client {
         self.shared.malformed(command, fault)
     }
 
-    /// Refuses to send what would derail a server of the protocol's first form.
+    /// Fails with [`Cause::NotNegotiated`] for a server of version 0.0, which an unknown command would put
+    /// out of step.
     pub(super) fn needs_extended(&self, command: Command) -> Result<(), Error> {
         if self.version.is_extended() { Ok(()) } else { Err(self.error(command, Cause::NotNegotiated)) }
     }
@@ -194,7 +200,7 @@ impl Client {
         self.ask_until(command, payload, fds, expected, &self.deadline())
     }
 
-    /// The same with a deadline that several commands share.
+    /// As [`Client::ask`], with a deadline that several commands share.
     pub(super) fn ask_until(
         &self,
         command: Command,
@@ -207,7 +213,8 @@ impl Client {
         self.shared.wait(&submitted, deadline)
     }
 
-    /// Asks again with more room, from `first` to `most` bytes, while the reply says that it needs more: `needed` judges each.
+    /// Sends the command with room for `first` bytes of reply, and again with more room, up to `most` bytes,
+    /// while `needed` finds that the reply needs more.
     pub(super) fn ask_growing<T: IntoBytes + Immutable>(
         &self,
         command: Command,
@@ -234,8 +241,8 @@ impl Client {
         Err(self.malformed(command, Fault::Text("a size that grows with each answer")))
     }
 
-    /// Sends a command that `then` is done after, whether or not there is room in the socket: those who may not wait
-    /// for it send one at a time.
+    /// Sends a command whose reply is passed to `then`, even when the socket has no room. A caller that may
+    /// not wait for room must have one such command in flight at a time.
     pub(super) fn begin_then(
         &self,
         command: Command,
@@ -246,7 +253,7 @@ impl Client {
         self.shared.submit_now(command, payload, &[], expected, Some(then)).map(drop)
     }
 
-    /// Sends a command whose reply is waited for later.
+    /// Sends a command whose reply [`Ticket::wait`] waits for.
     pub(super) fn begin(
         &self,
         command: Command,
@@ -260,8 +267,8 @@ impl Client {
     }
 }
 
-/// Picks the twin socket out of a VERSION reply's fds. An fd that was not announced, or an announcement without
-/// its fd, is a fault: the server's commands would go unheard.
+/// Finds the twin socket among the fds of a VERSION reply. An fd that was not announced, or an announcement
+/// without an fd, is a fault: the server's commands would never be read.
 fn twin_socket(index: Option<usize>, mut fds: Vec<OwnedFd>) -> Result<Option<UnixStream>, Fault> {
     let got = fds.len();
     let Some(index) = index else {
@@ -277,7 +284,7 @@ fn twin_socket(index: Option<usize>, mut fds: Vec<OwnedFd>) -> Result<Option<Uni
     if is_stream && is_unix {
         Ok(Some(UnixStream::from(socket)))
     } else {
-        // A socket of another family may linger when it is closed.
+        // Closing a socket of another address family may block (SO_LINGER), so another thread closes it.
         if rustix::net::sockopt::socket_type(&socket).is_ok() {
             close_elsewhere(socket);
         }
@@ -285,30 +292,30 @@ fn twin_socket(index: Option<usize>, mut fds: Vec<OwnedFd>) -> Result<Option<Uni
     }
 }
 
-/// What a device says of itself.
+/// The device's description from DEVICE_GET_INFO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
-    /// Bit 0: it can be reset; bit 1: it is a PCI device.
+    /// Bit 0: the device can be reset; bit 1: it is a PCI device.
     pub flags: u32,
-    /// Regions.
+    /// The number of regions.
     pub regions: u32,
-    /// Interrupt indexes.
+    /// The number of interrupt indexes.
     pub irqs: u32,
 }
 
 impl DeviceInfo {
-    /// DEVICE_RESET may be sent.
+    /// True when DEVICE_RESET may be sent.
     pub fn can_reset(&self) -> bool {
         self.flags & 1 != 0
     }
 
-    /// It is a PCI device.
+    /// True for a PCI device.
     pub fn is_pci(&self) -> bool {
         self.flags & 2 != 0
     }
 }
 
-/// Reads the payload of a DEVICE_GET_INFO reply. Pure: for fuzzing, too.
+/// Reads the payload of a DEVICE_GET_INFO reply. Pure, so that it can be fuzzed.
 pub fn parse_device_info(payload: &[u8]) -> Result<DeviceInfo, Fault> {
     let (info, _) = parse_front::<DeviceInfoPayload>(payload)?;
     for (field, value) in [("region count", info.regions), ("interrupt index count", info.irqs)] {
@@ -319,7 +326,7 @@ pub fn parse_device_info(payload: &[u8]) -> Result<DeviceInfo, Fault> {
     Ok(DeviceInfo { flags: info.flags, regions: info.regions, irqs: info.irqs })
 }
 
-/// A command on its way. Dropped without being waited for, its reply is discarded when it comes.
+/// A command that was sent and not yet answered. When it is dropped, its reply is discarded on arrival.
 #[must_use]
 pub(super) struct Ticket {
     shared: Arc<Shared>,

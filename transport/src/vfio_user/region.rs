@@ -1,7 +1,9 @@
-//! vfio-user DEVICE_GET_REGION_INFO, REGION_READ, REGION_WRITE, REGION_WRITE_MULTI.
+//! vfio-user DEVICE_GET_REGION_INFO, REGION_READ, REGION_WRITE, REGION_WRITE_MULTI: what a region is, and
+//! access to it.
 //!
-//! What a region claims is judged here as far as the message itself goes; what it means for a PCI device is judged
-//! by the device. Capability chains are followed forward only, so that they end.
+//! This file checks a region's description for consistency with the message and with the region's file. The
+//! PCI device checks what the region means. A capability chain is followed forward only, so that every chain
+//! ends.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -19,13 +21,13 @@ use crate::memory::PAGE;
 use crate::peer::deadline::Deadline;
 use crate::peer::{Cause, Error};
 
-/// The largest reply to DEVICE_GET_REGION_INFO that is asked for.
+/// The largest DEVICE_GET_REGION_INFO reply that is asked for, in bytes.
 const INFO_MOST: u32 = 64 << 10;
 
-/// Capabilities in one chain.
+/// The most capabilities in one chain.
 const CHAIN_MOST: usize = 64;
 
-/// Mappable areas of one region, after those that touch are joined.
+/// The most mappable areas of one region, after areas that touch are joined.
 const AREAS_MOST: usize = 256;
 
 const FLAG_READ: u32 = 1;
@@ -34,14 +36,15 @@ const FLAG_MMAP: u32 = 4;
 const FLAG_CAPS: u32 = 8;
 const CAP_SPARSE_MMAP: u16 = 1;
 
-/// The largest number of bytes in flight for one read or write that is cut up.
+/// The most messages in flight for one read or write that is split into pieces.
 const WINDOW: usize = 8;
 
-/// Bytes of data in one message of a large write: what the kernel keeps in one piece, header included. libvfio-user reads
-/// what follows a header with one call, and takes what is not there yet for lost.
+/// Bytes of data in one message of a large write. The kernel delivers a message of this size, header
+/// included, in one piece. libvfio-user reads the payload behind a header with one call and treats bytes that
+/// have not arrived yet as lost.
 const WRITE_PIECE: usize = 16 << 10;
 
-/// Which region: as in kernel VFIO PCI, 0-5 BARs, 6 ROM, 7 configuration space, 8 VGA.
+/// A region's index, as in kernel VFIO PCI: 0-5 BARs, 6 ROM, 7 configuration space, 8 VGA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionIndex(pub u32);
 
@@ -57,45 +60,46 @@ impl RegionIndex {
 /// A part of a region that may be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Area {
-    /// Where it begins in the region.
+    /// First byte in the region.
     pub offset: u64,
     /// Bytes.
     pub size: u64,
-    /// Where it begins in the region's file.
+    /// First byte in the region's file.
     pub file_offset: u64,
 }
 
-/// What a region is.
+/// A region's description, judged, with its file.
 #[derive(Debug)]
 pub struct RegionInfo {
-    /// Which.
+    /// The region's index.
     pub index: RegionIndex,
-    /// Bit 0 read, 1 write, 2 mmap, 3 capabilities, as the server says.
+    /// The server's flags: bit 0 read, 1 write, 2 mmap, 3 capabilities.
     pub flags: u32,
-    /// Bytes; 0 for a region that the device does not have. Any number: nothing was allocated for it.
+    /// Bytes; 0 for a region that the device does not have. The number is not bounded, as nothing is
+    /// allocated for it.
     pub size: u64,
     /// Where the region begins in its file.
     pub offset: u64,
-    /// What may be mapped: whole pages inside the region and its file, in order, apart from each other. Empty
-    /// without a file.
+    /// The parts that may be mapped: whole pages inside the region and its file, sorted, never touching each
+    /// other. Empty when the region has no file.
     pub areas: Vec<Area>,
-    /// The file.
+    /// The region's file, if the server sent one.
     pub fd: Option<OwnedFd>,
 }
 
 impl RegionInfo {
-    /// It may be read.
+    /// True when the server lets the region be read.
     pub fn is_readable(&self) -> bool {
         self.flags & FLAG_READ != 0
     }
 
-    /// It may be written.
+    /// True when the server lets the region be written.
     pub fn is_writable(&self) -> bool {
         self.flags & FLAG_WRITE != 0
     }
 }
 
-/// A reply to DEVICE_GET_REGION_INFO, decoded and judged, without its file.
+/// A DEVICE_GET_REGION_INFO reply, decoded and judged, without the region's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegionReply {
     /// Bytes that the server needs for the whole reply.
@@ -110,10 +114,11 @@ pub struct RegionReply {
     pub areas: Option<Vec<(u64, u64)>>,
 }
 
-/// Reads the payload of a DEVICE_GET_REGION_INFO reply for region `index`. Pure: for fuzzing, too.
+/// Reads the payload of a DEVICE_GET_REGION_INFO reply for region `index`. Pure, so that it can be fuzzed.
 ///
 /// # Errors
-/// When it is about another region, or its capability chain leaves the payload, turns back, or does not end.
+/// When the reply is about another region, or its capability chain leaves the payload, turns back, or does
+/// not end.
 pub fn parse_region_info(payload: &[u8], index: RegionIndex) -> Result<RegionReply, Fault> {
     let (info, _) = parse_front::<RegionInfoPayload>(payload)?;
     if info.index != index.0 {
@@ -124,7 +129,7 @@ pub fn parse_region_info(payload: &[u8], index: RegionIndex) -> Result<RegionRep
         return Err(Fault::Value { field: "argsz", value: u64::from(info.argsz) });
     }
     let whole = usize::try_from(info.argsz).is_ok_and(|argsz| argsz <= payload.len());
-    // Without room for the capabilities there are none, whatever the flag says.
+    // A reply that was cut short has no room for capabilities: the flag that announces them is ignored then.
     let areas = if info.flags & FLAG_CAPS != 0 && whole { chain(payload, info.cap_offset)? } else { None };
     Ok(RegionReply { argsz: info.argsz, flags: info.flags, size: info.size, offset: info.offset, areas })
 }
@@ -138,7 +143,7 @@ fn chain(payload: &[u8], first: u32) -> Result<Option<Vec<(u64, u64)>>, Fault> {
         if next == 0 {
             return Ok(areas);
         }
-        // Forward only, and past the head of the one before: such a chain ends.
+        // Each capability must begin behind the head of the one before, so every chain ends.
         if next < after || !next.is_multiple_of(4) {
             return Err(outside(next));
         }
@@ -162,11 +167,12 @@ fn chain(payload: &[u8], first: u32) -> Result<Option<Vec<(u64, u64)>>, Fault> {
     Err(Fault::Text("a chain of capabilities that does not end"))
 }
 
-/// What of a region may be mapped: `areas` (the whole region when there are none) clipped to whole pages, to the
-/// region and to `held` bytes of its file; in order and joined where they touch.
+/// Computes the mappable parts of a region: `areas` (the whole region when the reply has none) clipped to
+/// whole pages, to the region and to the `held` bytes of its file. The result is sorted, and areas that touch
+/// are joined.
 ///
 /// # Errors
-/// When an area's place in the file wraps, or too many are left.
+/// When an area's offset in the file wraps, or too many areas are left.
 pub fn mappable(reply: &RegionReply, held: Option<u64>) -> Result<Vec<Area>, Fault> {
     let down = |number: u64| number & !(PAGE - 1);
     let wrapped = Fault::Value { field: "region offset", value: reply.offset };
@@ -204,7 +210,7 @@ pub fn mappable(reply: &RegionReply, held: Option<u64>) -> Result<Vec<Area>, Fau
     Ok(areas)
 }
 
-/// How much a file holds, when it is one that can be mapped; `None` for a file without an end (a device).
+/// The number of bytes that a mappable file holds; `None` for a file without an end (a device).
 fn file_end(fd: BorrowedFd<'_>) -> Result<Option<u64>, Fault> {
     let stat = rustix::fs::fstat(fd).map_err(|_| Fault::Text("a file that cannot be looked at"))?;
     match FileType::from_raw_mode(stat.st_mode) {
@@ -215,13 +221,13 @@ fn file_end(fd: BorrowedFd<'_>) -> Result<Option<u64>, Fault> {
     }
 }
 
-/// What tells files apart: device and inode.
+/// Device and inode: equal for two descriptors of the same file.
 fn identity(fd: &OwnedFd) -> Option<(u64, u64)> {
     let stat = rustix::fs::fstat(fd).ok()?;
     Some((stat.st_dev, stat.st_ino))
 }
 
-/// A write of 8 bytes at most, one of several in a message.
+/// A write of at most 8 bytes, several of which fit into one REGION_WRITE_MULTI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SmallWrite {
     region: RegionIndex,
@@ -231,7 +237,7 @@ pub struct SmallWrite {
 }
 
 impl SmallWrite {
-    /// `data` at `offset` of `region`; `None` when it is empty or more than 8 bytes.
+    /// A write of `data` at `offset` of `region`; `None` when `data` is empty or longer than 8 bytes.
     pub fn new(region: RegionIndex, offset: u64, data: &[u8]) -> Option<Self> {
         let mut bytes = [0; 8];
         bytes.get_mut(..data.len())?.copy_from_slice(data);
@@ -244,7 +250,7 @@ impl SmallWrite {
     }
 }
 
-/// A read on its way. Dropped, its reply is discarded when it comes.
+/// A read that was sent and not yet answered. When it is dropped, its reply is discarded on arrival.
 #[must_use]
 pub struct PendingRead {
     client: Client,
@@ -253,8 +259,8 @@ pub struct PendingRead {
 }
 
 impl PendingRead {
-    /// Waits for the data and stores it in `data`, which has the size that was asked for. Blocks until the deadline
-    /// that began with [`Client::begin_read`].
+    /// Waits for the reply and stores the bytes in `data`, whose length must be the size that was asked for.
+    /// Blocks until the deadline that began with [`Client::begin_read`].
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -272,7 +278,7 @@ impl PendingRead {
     }
 }
 
-/// A reply must be about the access that was asked for, all of it.
+/// Checks that a reply is about exactly the access that was asked for.
 fn check_echo(reply: &RegionAccess, asked: &RegionAccess) -> Result<(), Fault> {
     let fields = [
         ("region", u64::from(reply.region), u64::from(asked.region)),
@@ -286,10 +292,11 @@ fn check_echo(reply: &RegionAccess, asked: &RegionAccess) -> Result<(), Fault> {
 }
 
 impl Client {
-    /// What region `index` is: once more with more room when the server needs it for its capabilities.
+    /// Reads the description of region `index`. Asks once more, with more room, when the server needs it for
+    /// capabilities.
     ///
     /// # Errors
-    /// When the server refuses, fails, or says what cannot be.
+    /// When the server refuses or fails, or its description is not possible.
     pub fn region_info(&self, index: RegionIndex) -> Result<RegionInfo, Error> {
         let command = Command::DEVICE_GET_REGION_INFO;
         let payload =
@@ -301,7 +308,8 @@ impl Client {
         info.and_then(|info| judge(index, info, reply.fds)).map_err(|fault| self.malformed(command, fault))
     }
 
-    /// Reads `data` from `offset` of `region`, in pieces when it is large. Blocks until it is there.
+    /// Reads `data.len()` bytes from `offset` of `region`, in several messages when they are many. Blocks
+    /// until all came.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -322,21 +330,25 @@ impl Client {
         Ok(())
     }
 
-    /// Asks for `size` bytes from `offset` of `region`, at most what one message transfers, and goes on.
+    /// Sends a read of `size` bytes from `offset` of `region`, at most as many as one message transfers. Does
+    /// not wait for the reply: [`PendingRead::wait`] does.
     ///
     /// # Errors
-    /// When the connection ended, or too much is in flight.
+    /// When the connection has ended, or too much is in flight.
     pub fn begin_read(&self, region: RegionIndex, offset: u64, size: usize) -> Result<PendingRead, Error> {
         self.begin_read_until(region, offset, size, self.deadline())
     }
 
-    /// Asks for `size` bytes from `offset` of `region`, at most what one message transfers, and goes on: neither the
-    /// room in the socket nor the reply is waited for. `then` gets the data, on whatever thread reads the reply: it must
-    /// not block, nor ask the server. A server that refuses or goes leaves it undone, and dropped. A server that does not
-    /// read gets it after all else: the caller keeps few of these in flight.
+    /// Sends a read of `size` bytes from `offset` of `region`, at most as many as one message transfers.
+    /// Waits neither for room in the socket nor for the reply.
+    ///
+    /// `then` is called with the data on the thread that reads the reply. It must not block and must not send
+    /// a command to the server. When the server refuses, or the connection ends, `then` is dropped without
+    /// being called. The command waits behind all earlier messages when the server does not read, so the
+    /// caller must keep only a few of these in flight.
     ///
     /// # Errors
-    /// When the connection ended, or too much is in flight: then nothing was sent.
+    /// When the connection has ended, or too much is in flight. Nothing was sent then.
     pub fn read_then(
         &self,
         region: RegionIndex,
@@ -369,7 +381,8 @@ impl Client {
         Ok(PendingRead { client: self.clone(), ticket, access })
     }
 
-    /// Writes `data` to `offset` of `region`, in pieces when it is large. Blocks until all is acknowledged.
+    /// Writes `data` to `offset` of `region`, in several messages when it is long. Blocks until all are
+    /// acknowledged.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -391,7 +404,7 @@ impl Client {
             }
             for (ticket, access) in pending {
                 let reply = ticket.wait()?;
-                // Some servers say nothing more than yes.
+                // Some servers reply without a payload.
                 if !reply.payload.is_empty() {
                     let echo = parse(&reply.payload).and_then(|echo| check_echo(&echo, &access));
                     echo.map_err(|fault| self.malformed(command, fault))?;
@@ -401,12 +414,13 @@ impl Client {
         Ok(())
     }
 
-    /// Writes `data`, at most what one message transfers, and wants no reply: a failure goes unnoticed. The order
-    /// among all commands of one thread is kept. Waits, until the deadline at most, only while very many of them
-    /// have not gone out; with REGION_WRITE_MULTI, small ones are joined meanwhile.
+    /// Writes `data`, at most as much as one message transfers, and asks for no reply: a failure of the write
+    /// goes unnoticed. Commands of one thread stay in order. The call waits, until the deadline at most, only
+    /// while very many bytes wait for room in the socket. Meanwhile small writes are joined into
+    /// REGION_WRITE_MULTI where the server takes it.
     ///
     /// # Errors
-    /// When the connection ended, or the server does not read.
+    /// When the connection has ended, or the server does not read.
     pub fn post_write(&self, region: RegionIndex, offset: u64, data: &[u8]) -> Result<(), Error> {
         let deadline = self.deadline();
         if let Some(write) = SmallWrite::new(region, offset, data) {
@@ -418,10 +432,10 @@ impl Client {
         self.shared.post_message(command, &[access.as_bytes(), data], &deadline)
     }
 
-    /// Writes all of `writes`, in messages of up to 200. Blocks until all are acknowledged.
+    /// Writes all of `writes`, at most 200 in one message. Blocks until all messages are acknowledged.
     ///
     /// # Errors
-    /// When the server does not take REGION_WRITE_MULTI, refuses, or fails.
+    /// When the server does not take REGION_WRITE_MULTI, refuses it, or fails.
     pub fn write_multi(&self, writes: &[SmallWrite]) -> Result<(), Error> {
         let command = Command::REGION_WRITE_MULTI;
         let deadline = self.deadline();
@@ -438,10 +452,10 @@ impl Client {
         Ok(())
     }
 
-    /// The same without a reply.
+    /// As [`Client::write_multi`], but asks for no reply.
     ///
     /// # Errors
-    /// When the server does not take REGION_WRITE_MULTI, or does not read, or the connection ended.
+    /// When the server does not take REGION_WRITE_MULTI or does not read, or the connection has ended.
     pub fn post_write_multi(&self, writes: &[SmallWrite]) -> Result<(), Error> {
         let deadline = self.deadline();
         for part in self.bursts(writes)? {
@@ -459,7 +473,7 @@ impl Client {
         Ok(writes.chunks(MULTI_MOST))
     }
 
-    /// Bytes that one message transfers.
+    /// The most bytes that one message transfers.
     fn transfer(&self) -> usize {
         usize::try_from(self.version().agreed.max_data_xfer_size).unwrap_or(usize::MAX).max(1)
     }
@@ -488,10 +502,10 @@ fn burst(writes: &[SmallWrite]) -> (u64, Vec<u8>) {
     (u64::try_from(writes.len()).unwrap_or(u64::MAX), bytes)
 }
 
-/// What a whole reply and its fds make of a region.
+/// Makes a [`RegionInfo`] of a complete reply and its fds.
 ///
-/// libvfio-user sends the region's file once for each of its areas. An area whose fd is of another file than the
-/// first one is not mapped: the extension by which areas have files of their own is not asked for.
+/// libvfio-user sends the region's file once for each of its areas. An area whose fd belongs to another file
+/// than the first fd is not mapped: we do not ask for the extension by which areas have files of their own.
 fn judge(index: RegionIndex, mut reply: RegionReply, fds: Vec<OwnedFd>) -> Result<RegionInfo, Fault> {
     let most = reply.areas.as_ref().map_or(1, |areas| areas.len().max(1));
     if fds.len() > most {

@@ -1,9 +1,12 @@
-//! Going live and stopping: the second half of the typestate.
+//! Starting and stopping rings: the second half of the typestate (the first half is [`super::session`]).
 //!
-//! Order of messages, as every known backend takes it: \[SET_STATUS 3\], SET_FEATURES, \[SET_STATUS 0xb\],
-//! \[GET/SET_INFLIGHT_FD\], SET_MEM_TABLE, \[SET_LOG_BASE\], for each ring NUM, ADDR, BASE, \[ERR\], CALL, KICK,
-//! ENABLE, \[IOTLB_MSG\], \[SET_STATUS 0xf\], one round trip, and one kick a ring. All of it within one deadline.
-//! Stopping: GET_VRING_BASE for each ring, \[IOTLB_MSG\], \[SET_STATUS 0, or at a reset RESET_DEVICE\], likewise.
+//! Order of messages at the start, which every known backend accepts: \[SET_STATUS 3\], SET_FEATURES,
+//! \[SET_STATUS 0xb\], \[GET/SET_INFLIGHT_FD\], SET_MEM_TABLE, \[SET_LOG_BASE\], for each ring NUM, ADDR,
+//! BASE, \[ERR\], CALL, KICK, ENABLE, then \[IOTLB_MSG\], \[SET_STATUS 0xf\], one round trip, and one kick
+//! for each ring. One deadline covers all of them.
+//!
+//! Order at the stop: GET_VRING_BASE for each ring, \[IOTLB_MSG\], \[SET_STATUS 0, or RESET_DEVICE at a
+//! reset\]. Again one deadline covers all of them.
 //!
 //! Must never send GET_VRING_BASE to a ring that was not started.
 
@@ -37,11 +40,11 @@ mod status {
 }
 
 impl Session {
-    /// Gives the backend memory and rings and starts them.
+    /// Gives the backend guest memory and rings, and starts the rings.
     ///
-    /// Blocks for one deadline at most, all messages together. The rings' eventfds are lent for the call; the
-    /// backend keeps its own descriptors of them until the rings stop. A ring that is laid out wrongly gives the
-    /// session back inside [`Lost`].
+    /// Blocks for one deadline at most, for all messages together. The rings' eventfds are borrowed for the
+    /// call; the backend keeps its own descriptors of them until the rings stop. When a ring's layout is
+    /// wrong, nothing is sent, and [`Lost`] holds the session.
     pub fn go_live(
         mut self,
         features: DriverFeatures,
@@ -56,14 +59,14 @@ impl Session {
         match self.start(features, memory, rings, (&plan, iova_map.as_deref())) {
             Ok(inflight) => Ok(LiveSession { session: self, features, addresses: plan, inflight, iova_map }),
             Err(error) => {
-                // Even a mere refusal leaves the device half started.
+                // Even a refusal leaves the device half started, so the connection cannot be used on.
                 self.channel.abandon();
                 Err(Lost { error, session: None })
             }
         }
     }
 
-    /// Everything that can be judged before the first message.
+    /// Makes every check that is possible before the first message.
     fn plan(
         &self,
         features: DriverFeatures,
@@ -96,7 +99,8 @@ impl Session {
         Ok(plan)
     }
 
-    /// The translations of a device behind an IOMMU: as they were given, or every address to itself.
+    /// The translations of a device behind an IOMMU: the given map, or the identity map. `None` without
+    /// ACCESS_PLATFORM.
     fn iova_map(&self, features: DriverFeatures, memory: &MemoryMap) -> Option<Arc<IovaMap>> {
         if !features.has(bit::ACCESS_PLATFORM) {
             return None;
@@ -129,22 +133,25 @@ impl Session {
         };
         mem_table::send(channel, memory, &deadline)?;
         if let Some(log) = &log {
-            // Rust backends log into what SET_LOG_BASE found in the memory table, and forget it at the next one.
+            // Rust backends apply SET_LOG_BASE to the current memory table only, and forget it at the next
+            // table.
             set_log_base(channel, log, &deadline)?;
         }
         for (ring, address) in rings.iter().zip(plan) {
             start_ring(channel, ring, address, &deadline)?;
         }
         if let Some(map) = iova_map {
-            // From the first of them on it may miss the others.
+            // The backend may miss a range as soon as the first range is announced, so misses are answered
+            // from here on.
             self.translating.store(true, Ordering::Release);
             iotlb::announce(channel, map, &deadline)?;
         }
         if has_status {
             set_status(channel, status::DRIVER_OK, &deadline)?;
         }
-        // Some backends register a ring's kick only after they took ENABLE off the socket: a kick before that is
-        // lost, and so would be what the guest put into the ring meanwhile.
+        // Some backends register a ring's kick only after they read ENABLE from the socket. A kick before
+        // that would be lost, and with it the buffers that the guest put into the ring meanwhile. The answer
+        // to one request proves that ENABLE was read.
         let round_trip = if has_status { Request::GET_STATUS } else { Request::GET_FEATURES };
         channel.ask_u64(round_trip, &deadline)?;
         for ring in rings {
@@ -159,16 +166,17 @@ impl Session {
     }
 }
 
-/// Whether a started ring is processed with effect.
+/// Whether a started ring is enabled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingSwitch {
-    /// Processed.
+    /// The backend processes the ring.
     Enabled,
-    /// Processed without side effects: net drops what the guest sends, and delivers nothing.
+    /// The backend processes the ring without side effects: net drops what the guest sends, and delivers
+    /// nothing.
     Disabled,
 }
 
-/// How rings come to a stop.
+/// How rings are stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
     Drain,
@@ -176,7 +184,7 @@ enum Stop {
     Reset,
 }
 
-/// VHOST_VRING_F_LOG: writes to the used ring are logged, too.
+/// VHOST_VRING_F_LOG: writes to the used ring are logged.
 pub(super) const LOG_RING: u32 = 1;
 
 pub(super) fn set_log_base(channel: &mut Channel, log: &DirtyLog, deadline: &Deadline) -> Result<(), Error> {
@@ -220,7 +228,8 @@ fn start_ring(
     if let Some(error) = ring.error {
         channel.exchange(Request::SET_VRING_ERR, &with_fd, &[error.as_fd()], deadline)?;
     }
-    // An eventfd would be preferred over messages: the first VRING_KICK starts the ring then.
+    // With in-band notifications no eventfd may be sent, as the backend would prefer it. The first VRING_KICK
+    // starts the ring.
     if !channel.negotiated().contains(ProtocolFeatures::INBAND_NOTIFICATIONS) {
         channel.exchange(Request::SET_VRING_CALL, &with_fd, &[ring.call.as_fd()], deadline)?;
         channel.exchange(Request::SET_VRING_KICK, &with_fd, &[ring.kick.as_fd()], deadline)?;
@@ -235,7 +244,7 @@ fn start_ring(
 pub struct LiveSession {
     pub(super) session: Session,
     pub(super) features: DriverFeatures,
-    /// One a started ring, as it was told.
+    /// For each started ring, the addresses as the backend was told.
     pub(super) addresses: Vec<VringAddr>,
     inflight: Option<Arc<InflightArea>>,
     /// The translations of a device behind an IOMMU.
@@ -243,7 +252,7 @@ pub struct LiveSession {
 }
 
 impl LiveSession {
-    /// What is known of the backend.
+    /// The session, which holds what is known of the backend.
     pub fn session(&self) -> &Session {
         &self.session
     }
@@ -253,7 +262,8 @@ impl LiveSession {
         self.features
     }
 
-    /// Where the backend notes what it has in flight. Kept, it lets another backend go on after this one died.
+    /// The inflight area, in which the backend notes its requests in flight. When it is kept, another backend
+    /// can finish those requests after this one was lost.
     pub fn inflight(&self) -> Option<&Arc<InflightArea>> {
         self.inflight.as_ref()
     }
@@ -263,7 +273,7 @@ impl LiveSession {
         self.session.stats()
     }
 
-    /// The backend's own channel, once, as [`Session::take_backend_channel`].
+    /// The backend's own channel, at the first call only, as [`Session::take_backend_channel`].
     pub fn take_backend_channel(&mut self) -> Option<BackendChannel> {
         self.session.take_backend_channel()
     }
@@ -283,8 +293,8 @@ impl LiveSession {
         self.session.change_config(offset, bytes, size)
     }
 
-    /// Enables or disables started rings. Needs feature bit 30; some backends ignore it, so it pauses nothing. Blocks for
-    /// one deadline at most, all together.
+    /// Enables or disables started rings. Needs feature bit 30. Some backends ignore the request, so it is no
+    /// way to pause a device. Blocks for one deadline at most, for all rings together.
     pub fn switch_rings(&mut self, indexes: &[u16], switch: RingSwitch) -> Result<(), Error> {
         let deadline = self.session.channel.deadline();
         let num = u32::from(switch == RingSwitch::Enabled);
@@ -295,7 +305,8 @@ impl LiveSession {
         })
     }
 
-    /// Kicks a ring by message. Needs INBAND_NOTIFICATIONS; waits until the backend has processed it.
+    /// Kicks a ring by message. Needs INBAND_NOTIFICATIONS. Waits until the backend has processed the
+    /// message.
     pub fn kick_in_band(&mut self, index: u16) -> Result<(), Error> {
         let state = VringState { index: index.into(), num: 0 };
         self.session.channel.order(Request::VRING_KICK, state.as_bytes(), &[])
@@ -306,20 +317,22 @@ impl LiveSession {
         self.session.protocol().contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
-    /// Adds a region of guest memory. Needs CONFIGURE_MEM_SLOTS. Whole multiples of 2 MiB are understood by all.
+    /// Adds a region of guest memory. Needs CONFIGURE_MEM_SLOTS. All backends accept whole multiples of 2
+    /// MiB.
     pub fn add_region(&mut self, region: &SharedRegion) -> Result<(), Error> {
         let deadline = self.session.channel.deadline_of_memory(region.size());
         mem_table::add(&mut self.session.channel, region, &deadline)
     }
 
-    /// Takes a region of guest memory away. Needs CONFIGURE_MEM_SLOTS.
+    /// Removes a region of guest memory. Needs CONFIGURE_MEM_SLOTS.
     pub fn remove_region(&mut self, region: &SharedRegion) -> Result<(), Error> {
         let payload = mem_table::single(region);
-        // No fd: backends identify the region by its addresses, and some refuse a stray one.
+        // No fd: backends identify the region by its addresses, and some refuse an fd.
         self.session.channel.order(Request::REM_MEM_REG, payload.as_bytes(), &[])
     }
 
-    /// Tells the backend of a range that came to its map. Nothing is said to a driver without ACCESS_PLATFORM.
+    /// Announces a range that was added to the IOVA map. Sends nothing when the driver did not accept
+    /// ACCESS_PLATFORM.
     pub fn announce(&mut self, range: &IovaRange) -> Result<(), Error> {
         match iotlb::update(range).filter(|_| self.features.has(bit::ACCESS_PLATFORM)) {
             Some(message) => self.send_iotlb(&message),
@@ -327,7 +340,8 @@ impl LiveSession {
         }
     }
 
-    /// Takes back a range that went from its map, likewise.
+    /// Invalidates a range that was removed from the IOVA map. Sends nothing when the driver did not accept
+    /// ACCESS_PLATFORM.
     pub fn revoke(&mut self, range: &IovaRange) -> Result<(), Error> {
         if !self.features.has(bit::ACCESS_PLATFORM) {
             return Ok(());
@@ -335,7 +349,7 @@ impl LiveSession {
         self.iotlb_invalidate(range.iova, range.size)
     }
 
-    /// Takes translations back; when this returns, the backend uses them no more.
+    /// Invalidates translations. The backend does not use them any more when this returns.
     pub fn iotlb_invalidate(&mut self, at: Iova, size: u64) -> Result<(), Error> {
         self.send_iotlb(&iotlb::invalidation(at, size))
     }
@@ -344,24 +358,27 @@ impl LiveSession {
         self.session.channel.order(Request::IOTLB_MSG, message.as_bytes(), &[])
     }
 
-    /// Stops every ring and says where each one got to, in the order in which they were started.
+    /// Stops every ring, and returns each ring's base in the order in which the rings were started.
     ///
-    /// Blocks for one deadline at most. The backend finishes what it has in flight, but where GET_VRING_BASE_INFLIGHT
-    /// was negotiated alone: then it never does, and the session keeps its inflight area for the next start. Afterwards
-    /// it touches neither guest memory nor the eventfds.
+    /// Blocks for one deadline at most. The backend finishes its requests in flight first. There is one
+    /// exception: where GET_VRING_BASE_INFLIGHT was negotiated without GET_VRING_BASE_SKIP_DRAIN, the backend
+    /// never finishes them, and the session keeps the inflight area for the next start. In all cases the
+    /// backend touches neither guest memory nor the eventfds afterwards.
     pub fn stop(self) -> Result<(Session, Vec<RingBase>), Lost> {
         self.stop_as(Stop::Drain)
     }
 
-    /// Stops every ring as [`LiveSession::stop`], and has the backend reset the device, as the guest did: by its status,
-    /// or where it has none by RESET_DEVICE, when it can. One that refuses has stopped all the same.
+    /// Stops every ring as [`LiveSession::stop`] does, and resets the device as the guest did. The reset is
+    /// sent by SET_STATUS, or without STATUS by RESET_DEVICE, if the backend has that. A backend that refuses
+    /// the reset has stopped its rings all the same.
     pub fn reset(self) -> Result<Session, Lost> {
         self.stop_as(Stop::Reset).map(|(session, _)| session)
     }
 
-    /// Stops every ring without waiting for what is in flight, where the backend can (GET_VRING_BASE_SKIP_DRAIN, or
-    /// the older GET_VRING_BASE_INFLIGHT): that stays noted in its inflight area, which the session keeps for the
-    /// next start. Elsewhere as [`LiveSession::stop`].
+    /// Stops every ring without waiting for requests in flight, where the backend can
+    /// (GET_VRING_BASE_SKIP_DRAIN, or the older GET_VRING_BASE_INFLIGHT). Those requests stay noted in the
+    /// inflight area, which the session keeps for the next start. For other backends it does the same as
+    /// [`LiveSession::stop`].
     pub fn suspend(self) -> Result<(Session, Vec<RingBase>), Lost> {
         let can = self.session.protocol().contains(ProtocolFeatures::GET_VRING_BASE_INFLIGHT);
         self.stop_as(if can { Stop::Suspend } else { Stop::Drain })
@@ -374,7 +391,8 @@ impl LiveSession {
         let suspends = how == Stop::Suspend || (how == Stop::Drain && never_drains);
         match self.stop_rings(how, &deadline) {
             Ok(bases) => {
-                // What was suspended must be handed over at the next start; what was drained is forgotten.
+                // After a suspension the next start must hand the inflight area over. After a drain the area
+                // is not needed any more.
                 self.session.inflight = self.inflight.filter(|_| suspends);
                 Ok((self.session, bases))
             }
@@ -422,19 +440,19 @@ impl AsFd for LiveSession {
     }
 }
 
-/// A step that failed, and with it the connection, unless the mistake was on our side.
+/// The error of a failed step. The connection is lost, too, unless the mistake was on our side.
 pub struct Lost {
     error: Error,
     session: Option<Box<Session>>,
 }
 
 impl Lost {
-    /// What went wrong.
+    /// The cause of the failure.
     pub fn error(&self) -> &Error {
         &self.error
     }
 
-    /// The error, and the session when nothing had been sent and it can still be used.
+    /// The error, and the session if it can still be used because nothing was sent.
     pub fn into_parts(self) -> (Error, Option<Session>) {
         (self.error, self.session.map(|session| *session))
     }

@@ -1,7 +1,8 @@
-//! Messages on their way in from one socket: any split, any coalescing. Framing only; judges nothing but sizes.
+//! Messages that arrive on one socket, however they are split or joined. Frames messages and checks their
+//! sizes only.
 //!
-//! Must never block, never allocate on the word of a header that was not judged, and never give one message's fds
-//! to another.
+//! Must never block. Must never allocate for the size in a header before that size was judged. Must never
+//! give the fds of one message to another.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,18 +14,19 @@ use crate::peer::Cause;
 use crate::peer::fds::{self, Received, Room};
 use crate::vfio_user::message::{Fault, HEADER_SIZE, Header};
 
-/// Bytes that are read at once when messages are small.
+/// Bytes of one read while messages are small.
 const READ_AT_ONCE: usize = 4096;
 
-/// Bytes that are read at once at most: memory grows as bytes come, not as they are promised.
+/// The most bytes of one read: memory grows with the bytes that came, not with the bytes that a header
+/// announces.
 const READ_MOST: usize = 256 << 10;
 
-/// How much may be read past the end of the message that is due.
+/// How much may be read past the end of the current message.
 #[derive(Clone, Copy)]
 pub(crate) enum Ahead<'a> {
-    /// Nothing: the next message may be one that brings fds, which the function tells by its header.
+    /// Nothing, as the next message may bring fds. The function tells by a header whether its message does.
     Never(&'a dyn Fn(&Header) -> bool),
-    /// As much as there is, for fewer system calls: no fds are due.
+    /// Everything that has arrived, for fewer system calls. No fds are due.
     Freely,
 }
 
@@ -36,7 +38,7 @@ pub(crate) struct Message {
     pub(crate) fds: Vec<OwnedFd>,
 }
 
-/// What reading brought.
+/// The outcome of one read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Read {
     /// Some bytes.
@@ -52,7 +54,7 @@ pub(crate) enum Read {
 pub(crate) struct Incoming {
     buffer: Vec<u8>,
     start: usize,
-    /// They belong to the message that is being received.
+    /// The fds of the message that is being received.
     fds: Vec<OwnedFd>,
 }
 
@@ -61,8 +63,8 @@ impl Incoming {
         self.buffer.get(self.start..).unwrap_or_default()
     }
 
-    /// The next whole message, if there is one. `judge` says how large the payload behind a header is, or what is
-    /// wrong with it.
+    /// Takes the next complete message, if there is one. `judge` returns the size of the payload behind a
+    /// header, or the header's fault.
     pub(crate) fn take(
         &mut self,
         judge: impl FnOnce(&Header) -> Result<u32, Fault>,
@@ -81,18 +83,18 @@ impl Incoming {
         Ok(Some(Message { header, payload, fds }))
     }
 
-    /// Bytes that the message in progress still needs, as far as is known.
+    /// Bytes that the current message still needs, as far as its header has arrived.
     fn needed(&self) -> usize {
         let unread = self.unread();
         let whole = match Header::read_from_prefix(unread) {
-            // Its size was judged: `take` comes before every read.
+            // The size was judged already: `take` comes before every read.
             Ok((header, _)) => usize::try_from(header.size).unwrap_or(usize::MAX),
             Err(_) => HEADER_SIZE,
         };
         whole.saturating_sub(unread.len())
     }
 
-    /// Reads what is there, once. Call it only after `take` gave nothing.
+    /// Reads once what has arrived. Call it only after `take` returned no message.
     pub(crate) fn read(&mut self, socket: &UnixStream, ahead: Ahead<'_>) -> Result<Read, Cause> {
         if self.start > 0 {
             self.buffer.drain(..self.start);
@@ -103,13 +105,13 @@ impl Incoming {
         let room = if matches!(ahead, Ahead::Freely) { needed.max(READ_AT_ONCE) } else { needed };
         self.buffer.resize(have.saturating_add(room), 0);
         let rest = self.buffer.get_mut(have..).unwrap_or_default();
-        // Descriptors travel with the first byte, so the header is looked at before it is read.
+        // Descriptors travel with the first byte, so the header is peeked at before it is read.
         let room_for_fds = match ahead {
             Ahead::Never(brings_fds) if have == 0 => {
                 let mut header = Header::new_zeroed();
                 match fds::peek(socket.as_fd(), header.as_mut_bytes()) {
                     Ok(HEADER_SIZE) if !brings_fds(&header) => Room::None,
-                    // A header that comes in pieces: it may be the one.
+                    // The header arrived in pieces, so it may be that of a message with fds.
                     _ => Room::Many,
                 }
             }
@@ -119,8 +121,8 @@ impl Incoming {
         let got = outcome.as_ref().map_or(0, |received| received.bytes);
         self.buffer.truncate(have.saturating_add(got));
         match outcome {
-            // A region's file that is not taken is a region without a file: it can be read and written by messages. Where
-            // the descriptor cannot be missing, the command says so.
+            // A region whose file is refused is a region without a file: messages can still read and write
+            // it. A command that needs the descriptor reports its absence itself.
             Ok(Received { fault: Some(fault), .. }) if !matches!(fault, Fault::Descriptor) => {
                 Err(Cause::Malformed(fault))
             }

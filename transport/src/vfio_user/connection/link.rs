@@ -1,4 +1,5 @@
-//! One socket of a connection, what waits to go out on it, and for what its descriptors are polled.
+//! One socket of a connection, the messages that wait to leave on it, and the events that its descriptor is
+//! polled for.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,34 +11,34 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::outgoing::Outgoing;
 
-/// A thread that panicked leaves these locks' values whole.
+/// Locks `mutex`. The values in these locks are valid even when a thread panicked with the lock held.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Which socket.
+/// Which socket of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
-    /// The one that was connected.
+    /// The socket that we connected.
     Main,
-    /// The one for the server's commands ("twin socket").
+    /// The socket for the server's commands ("twin socket").
     Twin,
 }
 
-/// One socket and what waits to go out on it.
+/// One socket, and the messages that wait to leave on it.
 pub(crate) struct Link {
     pub(crate) socket: UnixStream,
     pub(crate) outgoing: Mutex<Outgoing>,
-    /// Messages that came are left where they are, until the server has taken some of our replies.
+    /// Messages that arrived are not processed until the server has read some of our replies.
     held: AtomicBool,
 }
 
-/// What is to be done on a link as soon as it can be.
+/// The events that a link waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Interest {
-    /// Reading what comes; otherwise going on with what is held, when there is room to answer it.
+    /// Waits for messages. When false, waits for room to answer the messages that are held back.
     pub(crate) read: bool,
-    /// Sending what waits for room.
+    /// Waits for room to send queued messages.
     pub(crate) send: bool,
 }
 
@@ -52,19 +53,19 @@ impl Link {
         lock(&self.outgoing).unsent()
     }
 
-    /// Holds messages back, or no longer. True when that is new. What is held may be in our memory already, where no
-    /// poll sees it: room to write is what wakes us up for it.
+    /// Holds arrived messages back, or processes them again. True when that is a change. Held messages may be
+    /// in our memory already, where no poll sees them; room to write is the event that resumes them.
     pub(crate) fn hold(&self, held: bool) -> bool {
         self.held.swap(held, Ordering::AcqRel) != held
     }
 
-    /// What there is to do.
+    /// The events that this link waits for.
     pub(crate) fn interest(&self) -> Interest {
         Interest { read: !self.held.load(Ordering::Acquire), send: self.unsent() > 0 }
     }
 }
 
-/// For what the receiver's descriptor is readable.
+/// The epoll descriptor of the receiver, and the events that it is registered for.
 pub(crate) struct Watch {
     epoll: OwnedFd,
     muted: bool,
@@ -81,19 +82,19 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Somebody else reads.
+    /// Stops watching for messages: a waiting thread reads.
     pub(crate) fn mute(&mut self, main: &Link, twin: Option<&Link>) {
         self.muted = true;
         self.update(main, twin);
     }
 
-    /// Nobody else reads.
+    /// Watches for messages again: no waiting thread reads.
     pub(crate) fn unmute(&mut self, main: &Link, twin: Option<&Link>) {
         self.muted = false;
         self.update(main, twin);
     }
 
-    /// Looks what is to be read and sent.
+    /// Registers the events that the links wait for now.
     pub(crate) fn update(&mut self, main: &Link, twin: Option<&Link>) {
         let muted = self.muted;
         let wanted = |link: &Link| {

@@ -1,7 +1,7 @@
 //! vfio-user "Command Concurrency": one connection, used by several threads at once.
 //!
-//! Whoever waits for a reply ([`waiting`]) reads the socket on behalf of everybody, the server's own commands included
-//! ([`reading`]); where nobody waits, the [`Receiver`] does.
+//! One of the threads that wait for a reply reads the socket for all of them, and answers the server's own
+//! commands ([`waiting`], [`reading`]). While no thread waits, the [`Receiver`] reads.
 
 mod incoming;
 mod link;

@@ -1,7 +1,8 @@
-//! Messages on their way out of one socket: whole messages in one `sendmsg` while there is room, else in order.
+//! Messages that leave on one socket: each complete message with one `sendmsg` while the socket has room,
+//! else queued.
 //!
-//! Must never block and never grow without a limit: whoever sends asks [`Outgoing::unsent`] first. The order of
-//! messages is that of the calls.
+//! Must never block. Must never grow without a limit: the sender checks [`Outgoing::unsent`] first. Messages
+//! are sent in the order of the calls.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,44 +14,45 @@ use zerocopy::IntoBytes;
 use crate::peer::fds;
 use crate::vfio_user::message::{Command, Header, MultiWrite, RegionAccess, length};
 
-/// Writes in one REGION_WRITE_MULTI, as many as QEMU's client sends.
+/// The most writes in one REGION_WRITE_MULTI, as many as QEMU's client sends.
 pub(crate) const MULTI_MOST: usize = 200;
 
-/// What waits for room in the socket.
+/// The messages that wait for room in the socket.
 #[derive(Default)]
 pub(crate) struct Outgoing {
     queue: VecDeque<Unsent>,
     bytes: usize,
-    /// Messages that were handed over, and of these, those that went out whole.
+    /// The number of messages that were pushed, and (`sent`) how many of those were sent completely.
     pushed: u64,
     sent: u64,
 }
 
 struct Unsent {
     content: Content,
-    /// They go with the first byte.
+    /// Sent with the first byte.
     fds: Vec<OwnedFd>,
 }
 
 enum Content {
-    /// A message, and how much of it went out.
+    /// A message, and how many of its bytes were sent.
     Message(Vec<u8>, usize),
-    /// Posted writes of which nothing went out, with the id of their message: more can be added.
+    /// Posted writes of which no byte was sent, with the id of their message. More writes can be added.
     Burst(u16, Vec<MultiWrite>),
 }
 
 impl Outgoing {
-    /// Bytes that wait.
+    /// Bytes that wait for room.
     pub(crate) fn unsent(&self) -> usize {
         self.bytes
     }
 
-    /// True when message number `number` went out.
+    /// True when message number `number` was sent completely.
     pub(crate) fn is_sent(&self, number: u64) -> bool {
         self.sent >= number
     }
 
-    /// Sends a message, or what the socket takes of it and of those before it. Returns the message's number.
+    /// Sends the queued messages and then this one, as far as the socket takes them. Returns the message's
+    /// number.
     pub(crate) fn push(
         &mut self,
         socket: &UnixStream,
@@ -81,8 +83,8 @@ impl Outgoing {
         Ok(self.pushed)
     }
 
-    /// Sends a write that nothing answers. While the socket is full, such writes are joined when `join` says that
-    /// the server takes REGION_WRITE_MULTI.
+    /// Sends a write that asks for no reply. While the socket is full, such writes are joined into one
+    /// message if `join` says that the server takes REGION_WRITE_MULTI.
     pub(crate) fn push_write(
         &mut self,
         socket: &UnixStream,
@@ -108,7 +110,7 @@ impl Outgoing {
         Ok(self.pushed)
     }
 
-    /// Sends what the socket takes.
+    /// Sends as many queued bytes as the socket takes.
     pub(crate) fn flush(&mut self, socket: &UnixStream) -> io::Result<()> {
         while let Some(first) = self.queue.front_mut() {
             if let Content::Burst(id, writes) = &first.content {
@@ -138,23 +140,23 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Nothing will be sent any more.
+    /// Forgets all queued messages: nothing will be sent any more.
     pub(crate) fn clear(&mut self) {
         self.queue.clear();
         self.bytes = 0;
     }
 }
 
-/// May posted writes be joined?
+/// Whether posted writes may be joined into one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Join {
-    /// When several wait.
+    /// Yes, when several of them wait.
     WhenWaiting,
-    /// The server does not take it.
+    /// No, the server does not take REGION_WRITE_MULTI.
     Never,
 }
 
-/// One write as REGION_WRITE, several as REGION_WRITE_MULTI; none is answered.
+/// The message for posted writes: REGION_WRITE for one, REGION_WRITE_MULTI for several.
 fn burst_message(id: u16, writes: &[MultiWrite]) -> Vec<u8> {
     if let [write] = writes {
         let access = RegionAccess { offset: write.offset, region: write.region, count: write.count };

@@ -1,6 +1,8 @@
-//! Reading the sockets: replies go to who asked, the server's own commands are answered.
+//! Reading the sockets: replies are handed to the threads that wait for them, and the server's own commands
+//! are answered.
 //!
-//! Must never block, and never go on after a message that cannot be: where the next one begins is not known then.
+//! Must never block. Must never read on after an invalid message, as the beginning of the next message is
+//! unknown then.
 
 use std::time::Duration;
 
@@ -14,21 +16,21 @@ use super::windows::{DmaRefusal, DmaServed};
 use crate::peer::{Cause, Direction, Error, Step};
 use crate::vfio_user::message::{Command, Fault, Header, Kind, length};
 
-/// Bytes of our replies that may wait for the server to read them; beyond that, what it asks waits, too. Whoever waits
-/// for its answers finds at the deadline that it is hung.
+/// Bytes of our replies that may wait for the server to read them. While more wait, the server's commands
+/// wait, too. A thread that waits for a reply of such a server finds at its deadline that the server hangs.
 const REPLIES_MOST: usize = 4 << 20;
 
-/// Reads of one socket in one go, so that a flood on one does not starve the others.
+/// Reads of one socket in one call, so that a flood on one socket does not starve the others.
 const BATCH: usize = 32;
 
-/// Bytes of guest memory that are moved in one go: a message of 32 bytes may ask for a MiB.
+/// Bytes of guest memory that are moved in one call: a message of 32 bytes may ask for a MiB.
 const MOVED_MOST: u64 = 8 << 20;
 
 impl Shared {
-    /// What the [`super::Receiver`] does: no more than to send while somebody who waits reads.
+    /// The work of [`super::Receiver`]. Only sends while a waiting thread reads the socket.
     pub(crate) fn serve(&self) -> Result<usize, Error> {
         let mut streams = lock(&self.streams);
-        // Also while somebody else reads, who may not know that there is something to send by now.
+        // Sends even while another thread reads: that thread may not know that new messages wait to be sent.
         let flushed = self.flush(Side::Main).and_then(|()| self.flush(Side::Twin));
         if flushed.is_ok() && lock(&self.table).led {
             return Ok(0);
@@ -37,7 +39,7 @@ impl Shared {
         served.inspect_err(|_| lock(&self.table).told())
     }
 
-    /// Reads what is there, a batch of each socket, and deals with it. Ends the connection when it must.
+    /// Reads what has arrived, one batch of each socket, and acts on it. Ends the connection on an error.
     pub(crate) fn pump(
         &self,
         streams: &mut Streams,
@@ -97,20 +99,20 @@ impl Shared {
         })
     }
 
-    /// How large the payload behind `header` is, if such a message may come at all.
+    /// The size of the payload behind `header`; a fault when no such message may come on this socket.
     fn judge(&self, side: Side, header: &Header) -> Result<u32, Fault> {
         match header.kind()? {
             Kind::Reply | Kind::ErrorReply if side == Side::Main => lock(&self.table).judge(header),
             Kind::Command | Kind::Posted if side == self.command_side() => match self.version.get() {
                 Some(version) => header.judge_size(version.largest_server_payload()),
-                // Before the version is agreed on, nothing may be asked.
+                // The server may send no command before the version is negotiated.
                 None => Err(Fault::Request(u32::from(header.command))),
             },
             _ => Err(Fault::Flags(header.flags)),
         }
     }
 
-    /// Where the server's commands come.
+    /// The socket on which the server's commands come.
     fn command_side(&self) -> Side {
         if self.twin.get().is_some() { Side::Twin } else { Side::Main }
     }

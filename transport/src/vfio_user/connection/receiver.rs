@@ -1,5 +1,5 @@
-//! The connection's part that reads while nobody waits for a reply: the server's own commands, late replies, the
-//! hang-up. Never blocks.
+//! The half of a connection that reads while no thread waits for a reply: the server's own commands, late
+//! replies, the hang-up. Must never block.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,14 +15,14 @@ use crate::peer::{Cause, Error, Step};
 /// What one call of [`Receiver::serve`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// So many messages.
+    /// The number of messages that were read.
     Messages(usize),
-    /// The connection has ended, and somebody else was told why: stop polling it.
+    /// The connection has ended, and another thread was given the reason: stop polling.
     HungUp,
 }
 
-/// The receiving half, for a thread that polls many connections. One a connection; while it exists, posted writes
-/// need not wait for room in the socket.
+/// The receiving half, for a thread that polls many connections. A connection has one at most. While it
+/// exists, posted writes need not wait for room in the socket.
 pub struct Receiver {
     shared: Arc<Shared>,
     epoll: OwnedFd,
@@ -48,11 +48,11 @@ impl Receiver {
         self.shared.peer.name()
     }
 
-    /// Reads what there is, a batch at most, without ever blocking: replies go to who waits for them, the server's
-    /// commands are answered. Call it whenever the descriptor is readable.
+    /// Reads what has arrived, one batch at most, without blocking. Replies are handed to the threads that
+    /// wait for them; the server's commands are answered. Call it whenever the descriptor is readable.
     ///
     /// # Errors
-    /// When the connection ends: the server went, or sent what it must not.
+    /// When the connection ends: the server closed it, or sent an invalid message.
     pub fn serve(&mut self) -> Result<Served, Error> {
         if self.shared.is_lost() {
             return Ok(Served::HungUp);
@@ -62,8 +62,8 @@ impl Receiver {
 }
 
 impl AsFd for Receiver {
-    /// Readable when [`Receiver::serve`] has something to do. Not the socket itself: while a thread waits for a
-    /// reply it reads on its own, and this one stays quiet.
+    /// Readable when [`Receiver::serve`] has something to do. The descriptor is not the socket: a thread that
+    /// waits for a reply reads the socket itself, and this descriptor is not readable then.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }

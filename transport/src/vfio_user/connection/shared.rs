@@ -1,11 +1,12 @@
 //! vfio-user "Command Concurrency": one connection, used by several threads at once.
 //!
-//! Here: sending, and the end. Who waits for a reply ([`super::waiting`]) reads the socket on behalf of everybody,
-//! also the server's own commands ([`super::reading`]); where nobody waits, the [`super::receiver::Receiver`] does. Must never
-//! go on after the stream of messages was lost: then it is shut down on the spot, and whoever polls the socket sees
-//! the hang-up.
+//! This file sends messages and ends the connection. One of the threads that wait for a reply
+//! ([`super::waiting`]) reads the socket for all of them, and answers the server's own commands
+//! ([`super::reading`]). While no thread waits, the [`super::receiver::Receiver`] reads. Must never use a
+//! connection on after the stream of messages was lost: the sockets are shut down at once, so a thread that
+//! polls them sees the hang-up.
 //!
-//! Locks, in this order: streams, watch, then one of table or a link's outgoing messages.
+//! Lock order: `streams`, then `watch`, then one of `table` and a link's `outgoing`.
 
 use std::io;
 use std::net::Shutdown;
@@ -27,7 +28,7 @@ use crate::vfio_user::describe::{self, Fields};
 use crate::vfio_user::message::{Command, Fault, Header, MultiWrite, RegionAccess, length};
 use crate::vfio_user::version::Version;
 
-/// What is being received.
+/// The partly received messages of each socket.
 #[derive(Default)]
 pub(crate) struct Streams {
     pub(crate) main: Incoming,
@@ -41,21 +42,21 @@ pub struct ClientStats {
     pub exchanges: Stats,
     /// Messages sent that want none (posted writes).
     pub posted: u64,
-    /// Replies that said no.
+    /// Error replies.
     pub refusals: u64,
-    /// Replies that came after their deadline.
+    /// Replies that came after the deadline of their command.
     pub late: u64,
     /// DMA reads that the server asked for by message.
     pub dma_reads: u64,
     /// DMA writes that the server asked for by message.
     pub dma_writes: u64,
-    /// Bytes of both.
+    /// Bytes moved by DMA reads and DMA writes together.
     pub dma_bytes: u64,
-    /// Commands of the server that were refused.
+    /// Commands of the server that we refused.
     pub server_refusals: u64,
 }
 
-/// The connection.
+/// One connection with everything that its threads share.
 pub(crate) struct Shared {
     pub(crate) peer: Peer,
     pub(crate) limits: Limits,
@@ -105,7 +106,7 @@ impl Shared {
         change(&mut lock(&self.stats));
     }
 
-    /// Sends a command that will be answered; [`Shared::wait`] for its id.
+    /// Sends a command that will be answered; [`Shared::wait`] waits for the reply.
     pub(crate) fn submit(
         &self,
         command: Command,
@@ -118,7 +119,8 @@ impl Shared {
         self.submit_now(command, payload, fds, expected, None)
     }
 
-    /// The same without a wait for room. With `then`, nobody is to wait for the reply.
+    /// As [`Shared::submit`], without waiting for room in the socket. When `then` is given, no thread may
+    /// wait for the reply.
     pub(crate) fn submit_now(
         &self,
         command: Command,
@@ -155,7 +157,7 @@ impl Shared {
         }
     }
 
-    /// Sends a write that nothing answers.
+    /// Sends a write that asks for no reply.
     pub(crate) fn post(&self, write: MultiWrite, join: Join, deadline: &Deadline) -> Result<(), Error> {
         let command = Command::REGION_WRITE;
         self.make_room(command, deadline)?;
@@ -172,7 +174,7 @@ impl Shared {
         self.posted(command, pushed, deadline)
     }
 
-    /// Sends a message that nothing answers.
+    /// Sends a message that asks for no reply.
     pub(crate) fn post_message(
         &self,
         command: Command,
@@ -195,14 +197,15 @@ impl Shared {
         Ok(table.unused())
     }
 
-    /// The end of the connection, met while sending.
+    /// Ends the connection because sending failed.
     fn lost_on_the_way(&self, command: Command, source: io::Error) -> Error {
         let error = self.lose(self.error(command, ended(source)));
         lock(&self.table).told();
         error
     }
 
-    /// What a posted message leaves to do: without a [`super::receiver::Receiver`] nobody else would send its rest.
+    /// Finishes a posted message. Without a [`super::receiver::Receiver`], no other thread would send its
+    /// unsent rest, so this thread does.
     fn posted(&self, command: Command, pushed: io::Result<u64>, deadline: &Deadline) -> Result<(), Error> {
         let number = pushed.map_err(|source| self.lost_on_the_way(command, source))?;
         self.count(|stats| stats.posted = stats.posted.saturating_add(1));
@@ -212,12 +215,12 @@ impl Shared {
         self.wait_sent(command, number, deadline)
     }
 
-    /// Nobody waits for `id` any more.
+    /// Marks command `id` as one whose reply no thread waits for any more.
     pub(crate) fn abandon(&self, id: u16) {
         lock(&self.table).abandon(id);
     }
 
-    /// An error that no message explains belongs to the command that has waited longest.
+    /// Makes an error that no message explains. Its step is the command that has waited longest.
     pub(crate) fn at_the_oldest(&self, cause: Cause) -> Error {
         let step = lock(&self.table).oldest().map_or(Step::Idle, |command| Step::Request(command.into()));
         Error::new(&self.peer, step, cause)
@@ -242,7 +245,7 @@ impl Shared {
         flushed.map_err(|source| self.lose(self.at_the_oldest(ended(source))))
     }
 
-    /// Tells a [`super::receiver::Receiver`] for what to poll. True when there is one.
+    /// Updates the events that a [`super::receiver::Receiver`] polls for. True when there is a receiver.
     pub(crate) fn update_watch(&self) -> bool {
         match lock(&self.watch).as_mut() {
             Some(watch) => {
@@ -253,13 +256,15 @@ impl Shared {
         }
     }
 
-    /// Ends the connection. Whoever waits is told, whoever polls sees the hang-up, and the server does, too.
+    /// Ends the connection. Waiting threads get an error; threads that poll the sockets, and the server, see
+    /// the hang-up.
     ///
-    /// Returns why it ended: the first reason, when there is one already.
+    /// Returns the reason why the connection ended: the first one, when it had ended before.
     pub(crate) fn lose(&self, error: Error) -> Error {
         let first = lock(&self.table).lose(&self.peer, &error);
         for link in std::iter::once(&self.main).chain(self.twin.get()) {
-            // The peer may be gone already; all that matters is that neither side goes on.
+            // The peer may be gone already, so a failure does not matter: neither side can use the socket
+            // afterwards.
             if let Err(source) = link.socket.shutdown(Shutdown::Both) {
                 log::debug!("{}: shutting down: {source}", self.peer);
             }
@@ -269,13 +274,13 @@ impl Shared {
         first
     }
 
-    /// Ends the connection because we do not want it any more.
+    /// Ends the connection on our own wish.
     pub(crate) fn end(&self) {
         self.lose(Error::new(&self.peer, Step::Idle, Cause::AlreadyLost));
         lock(&self.table).told();
     }
 
-    /// Ends the connection because a reply held what it must not.
+    /// Ends the connection because a reply held a value that is not allowed.
     pub(crate) fn malformed(&self, command: Command, fault: Fault) -> Error {
         let error = self.lose(self.error(command, Cause::Malformed(fault)));
         lock(&self.table).told();
@@ -296,7 +301,7 @@ impl Shared {
 }
 
 impl Drop for Shared {
-    /// Closing is not enough where somebody polls a duplicate of the socket.
+    /// Shuts the sockets down: closing is not enough while another thread polls a duplicate of the socket.
     fn drop(&mut self) {
         if !self.is_lost() {
             self.end();
@@ -310,7 +315,7 @@ impl AsFd for Shared {
     }
 }
 
-/// A command on its way.
+/// A command that was sent, by message id and by its place in the order of messages.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Submitted {
     pub(crate) id: u16,

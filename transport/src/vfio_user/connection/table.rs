@@ -1,7 +1,8 @@
-//! vfio-user "Command Concurrency": what was asked and is not answered yet, by message id.
+//! vfio-user "Command Concurrency": the commands that are not answered yet, by message id.
 //!
-//! Must never hand a reply to anybody but who asked: an id stays in use until its reply came, also when nobody
-//! waits for it any more. What may be in flight is limited in number and in bytes.
+//! Must never give a reply to any thread but the one that sent the command. For that, an id stays in use
+//! until its reply came, even when no thread waits for the reply any more. Limits the number of commands in
+//! flight and their bytes.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -10,13 +11,13 @@ use std::time::{Duration, Instant};
 use crate::peer::{Cause, Error, Peer, Step};
 use crate::vfio_user::message::{Command, Fault, Header, Kind};
 
-/// Commands that may be unanswered at once.
+/// The most commands that may be unanswered at once.
 const IN_FLIGHT_MOST: usize = 4096;
 
-/// Bytes of replies that may be outstanding at once, unless there is but one.
+/// The most bytes of replies that may be outstanding at once. A single command may exceed it.
 const REPLIES_MOST: u64 = 64 << 20;
 
-/// What a reply may bring.
+/// The most that a reply may hold.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Expected {
     /// The largest payload.
@@ -26,13 +27,13 @@ pub(crate) struct Expected {
 }
 
 impl Expected {
-    /// No fds, and at most so many bytes.
+    /// No fds, and at most `most` bytes.
     pub(crate) fn bytes(most: u32) -> Self {
         Self { most, fds: 0 }
     }
 }
 
-/// A reply that says yes.
+/// A reply that is no error reply.
 #[derive(Debug, Default)]
 pub(crate) struct Reply {
     pub(crate) payload: Vec<u8>,
@@ -52,44 +53,44 @@ impl Entry {
     }
 }
 
-/// What is done with the payload of a reply that says yes, by whoever reads it. Must not block.
+/// Called with the payload of a successful reply, on the thread that reads it. Must not block.
 pub(crate) type Then = Box<dyn FnOnce(&[u8]) + Send>;
 
 enum State {
     Waiting,
-    /// Nobody waits; this is done when it comes.
+    /// No thread waits; the function is called when the reply comes.
     Then(Then),
     Answered(Result<Reply, Error>),
-    /// Nobody waits any more.
+    /// No thread waits any more; the reply will be discarded.
     Abandoned,
 }
 
-/// What became of a reply.
+/// How a reply was delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Delivered {
-    /// Somebody waits for it.
+    /// A thread waits for the reply.
     InTime,
-    /// Nobody waits any more, or ever did: discarded.
+    /// No thread waits for the reply, so it was discarded.
     Late,
 }
 
-/// All commands without a reply.
+/// All commands without a reply, and why the connection ended.
 pub(crate) struct Table {
     entries: HashMap<u16, Entry>,
     next: u16,
-    /// Bytes that the outstanding replies may have.
+    /// Bytes that all outstanding replies may have together.
     charged: u64,
     /// Entries whose replies may bring fds.
     with_fds: usize,
-    /// Somebody who waits reads the socket on behalf of all.
+    /// A waiting thread reads the socket for all waiting threads.
     pub(crate) led: bool,
-    /// Others who wait.
+    /// The number of other waiting threads.
     pub(crate) followers: usize,
-    /// What is to be done with which payloads, once the table is not locked any more.
+    /// The calls to make as soon as the table is unlocked again, each with its payload.
     pub(crate) due: Vec<(Then, Vec<u8>)>,
     /// Why the connection ended.
     loss: Option<Error>,
-    /// Nobody was told so far.
+    /// No thread has been given the loss as an error yet.
     untold: bool,
 }
 
@@ -108,8 +109,9 @@ impl Table {
         }
     }
 
-    /// An id for a command that is about to be sent. When all are in use, a server that has left one of them unanswered
-    /// for longer than `patience` is hung: there are commands whose replies nobody waits for.
+    /// Takes an id for a command that is about to be sent. When all ids are in use, the server is taken for
+    /// hung if one command has been unanswered for longer than `patience`. No thread would notice that
+    /// otherwise: there are commands whose replies no thread waits for.
     pub(crate) fn open(
         &mut self,
         command: Command,
@@ -136,16 +138,16 @@ impl Table {
         Ok(id)
     }
 
-    /// When the command with this id, which is about to be sent, is answered with yes, `then` is due.
+    /// Has `then` called when the command `id`, which is about to be sent, is answered successfully.
     pub(crate) fn then(&mut self, id: u16, then: Then) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.state = State::Then(then);
         }
     }
 
-    /// An id for a message that nothing answers.
+    /// Takes an id for a message that is not answered.
     pub(crate) fn unused(&mut self) -> u16 {
-        // Far fewer are in use than there are.
+        // The loop ends: far fewer ids are in use than exist.
         while self.entries.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);
         }
@@ -161,7 +163,7 @@ impl Table {
         Some(entry)
     }
 
-    /// The command was not sent after all.
+    /// Frees the id of a command that was not sent.
     pub(crate) fn withdraw(&mut self, id: u16) {
         self.remove(id);
     }
@@ -171,13 +173,14 @@ impl Table {
         self.with_fds > 0
     }
 
-    /// True when this is a reply that may bring fds.
+    /// True when this header is that of a reply that may bring fds.
     pub(crate) fn brings_fds(&self, header: &Header) -> bool {
         let entry = self.entries.get(&header.id).filter(|entry| entry.command.0 == header.command);
         header.kind() == Ok(Kind::Reply) && entry.is_some_and(|entry| entry.expected.fds > 0)
     }
 
-    /// True of the refusal of a posted message. There should be none; the server of the crate `vfio_user` sends it.
+    /// True for an error reply to a posted message. The specification has none, but the server crate
+    /// `vfio_user` sends it.
     fn refuses_posted(&self, header: &Header) -> bool {
         let posted = [Command::REGION_WRITE, Command::REGION_WRITE_MULTI, Command::DEVICE_SET_IRQS];
         header.kind() == Ok(Kind::ErrorReply)
@@ -185,7 +188,7 @@ impl Table {
             && !self.entries.contains_key(&header.id)
     }
 
-    /// Judges a reply by its header, before anything is allocated for it: how large its payload is.
+    /// Judges a reply by its header, before anything is allocated for it. Returns the size of its payload.
     pub(crate) fn judge(&self, header: &Header) -> Result<u32, Fault> {
         if self.refuses_posted(header) {
             return header.judge_size(0);
@@ -205,7 +208,7 @@ impl Table {
         self.entries.get(&id).map(|entry| entry.sent)
     }
 
-    /// Hands a whole reply, already judged, to who waits for it.
+    /// Hands a complete reply, already judged, to the thread that waits for it.
     pub(crate) fn deliver(
         &mut self,
         peer: &Peer,
@@ -243,12 +246,12 @@ impl Table {
         Ok(Delivered::InTime)
     }
 
-    /// True when nothing has to be waited for.
+    /// True when command `id` is answered or unknown, so that there is nothing to wait for.
     pub(crate) fn is_answered(&self, id: u16) -> bool {
         self.entries.get(&id).is_none_or(|entry| matches!(entry.state, State::Answered(_)))
     }
 
-    /// The outcome of a command, once.
+    /// Takes the outcome of command `id`. A second call returns `None`.
     pub(crate) fn take(&mut self, id: u16) -> Option<Result<Reply, Error>> {
         if !self.is_answered(id) {
             return None;
@@ -259,7 +262,7 @@ impl Table {
         }
     }
 
-    /// Nobody waits any more: the reply is discarded when it comes.
+    /// Marks command `id` as one that no thread waits for: its reply is discarded on arrival.
     pub(crate) fn abandon(&mut self, id: u16) {
         if self.loss.is_some() {
             self.remove(id);
@@ -271,13 +274,14 @@ impl Table {
         }
     }
 
-    /// The command that was sent first and is not answered.
+    /// The unanswered command that was sent first.
     pub(crate) fn oldest(&self) -> Option<Command> {
         let waiting = self.entries.values().filter(|entry| matches!(entry.state, State::Waiting));
         waiting.min_by_key(|entry| entry.sent).map(|entry| entry.command)
     }
 
-    /// The connection has ended: everybody who waits is told why, each at its own step where the peer just went.
+    /// Ends the connection: each waiting thread gets the reason. When the peer just closed the connection,
+    /// each thread's error names its own command as the step.
     pub(crate) fn lose(&mut self, peer: &Peer, error: &Error) -> Error {
         if let Some(first) = &self.loss {
             return first.clone();
@@ -307,7 +311,7 @@ impl Table {
         error.clone()
     }
 
-    /// Why nothing can be sent, if that is so: whoever comes first after the end is told its reason.
+    /// Fails when the connection has ended. The first caller after the end gets the reason itself.
     pub(crate) fn refuse(&mut self, peer: &Peer, command: Command) -> Result<(), Error> {
         match &self.loss {
             None => Ok(()),
@@ -319,7 +323,7 @@ impl Table {
         }
     }
 
-    /// Somebody was told why the connection ended.
+    /// Notes that a thread was given the reason why the connection ended.
     pub(crate) fn told(&mut self) {
         self.untold = false;
     }

@@ -1,6 +1,7 @@
-//! Waiting for replies, and for room to send: who waits reads the socket on behalf of everybody.
+//! Waiting for replies and for room to send. One of the waiting threads reads the socket for all of them.
 //!
-//! Must never wait past its deadline, and never leave others waiting when it stops reading.
+//! Must never wait past the deadline. A thread that stops reading must never leave the other waiting threads
+//! without a reader.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -14,14 +15,14 @@ use crate::peer::deadline::Deadline;
 use crate::peer::{Cause, Error, Step};
 use crate::vfio_user::message::Command;
 
-/// Bytes of commands that may wait for room in the socket; beyond that, the caller waits.
+/// Bytes of commands that may wait for room in the socket. While more wait, the caller waits.
 const COMMANDS_MOST: usize = 256 << 10;
 
-/// How often a thread that waits for room looks whether it should read instead.
+/// How often a thread that waits for room checks whether it should read the socket instead.
 const ROOM_STEP: Duration = Duration::from_millis(5);
 
 impl Shared {
-    /// Waits until `submitted` is answered; after the deadline its reply is discarded when it comes.
+    /// Waits until `submitted` is answered. After the deadline, the reply is discarded on arrival.
     pub(crate) fn wait(&self, submitted: &Submitted, deadline: &Deadline) -> Result<Reply, Error> {
         let begin = Instant::now();
         let outcome = match self.wait_sent(submitted.command, submitted.number, deadline) {
@@ -74,7 +75,7 @@ impl Shared {
         }
     }
 
-    /// Waits until message `number` went out whole.
+    /// Waits until message `number` was sent completely.
     pub(crate) fn wait_sent(&self, command: Command, number: u64, deadline: &Deadline) -> Result<(), Error> {
         let sent = || lock(&self.main.outgoing).is_sent(number);
         self.wait_out(command, &sent, deadline)
@@ -86,7 +87,8 @@ impl Shared {
         self.wait_out(command, &room, deadline)
     }
 
-    /// Sends, and reads meanwhile when nobody else does: a server that waits for us to read does not read.
+    /// Sends, and reads meanwhile when no other thread does: a server that waits for us to read does not read
+    /// either.
     fn wait_out(
         &self,
         command: Command,
@@ -119,14 +121,14 @@ impl Shared {
             let step = deadline.remaining().map_or(ROOM_STEP, |left| left.min(ROOM_STEP));
             let wait = Timespec::try_from(step).ok();
             let mut fds = [PollFd::new(&self.main.socket, PollFlags::OUT)];
-            // However it ends, the loop looks again.
+            // The outcome of `poll` does not matter: the loop checks everything again.
             if poll(&mut fds, wait.as_ref()).is_ok() {
                 self.flush(Side::Main)?;
             }
         }
     }
 
-    /// Reads and sends until `done`, or the deadline, or the end of the connection.
+    /// Reads and sends until `done`, the deadline, or the end of the connection.
     fn lead(&self, deadline: &Deadline, done: &mut dyn FnMut() -> bool) {
         while !done() {
             let Some(left) = deadline.remaining() else { return };
@@ -168,13 +170,14 @@ impl Shared {
     }
 }
 
-/// Reading on behalf of everybody who waits; while it lives, the receiver does not.
+/// The role of the thread that reads for all waiting threads. While it exists, the receiver does not read.
 struct Lead<'a>(&'a Shared);
 
 impl<'a> Lead<'a> {
-    /// `Table::led` was set by the caller.
+    /// The caller must have set `Table::led` before.
     fn begin(shared: &'a Shared) -> Self {
-        // Once this lock was held, a receiver that was reading has finished, and sees that it should not.
+        // A receiver that was reading has finished once this lock is ours, and sees `Table::led` the next
+        // time.
         let streams = lock(&shared.streams);
         if let Some(watch) = lock(&shared.watch).as_mut() {
             watch.mute(&shared.main, shared.twin.get());

@@ -1,7 +1,7 @@
-//! vfio-user DMA_READ and DMA_WRITE: what of guest memory a server may reach by message.
+//! vfio-user DMA_READ and DMA_WRITE: the guest memory that a server may reach by message.
 //!
-//! DMA addresses are guest-physical ones. Must never touch memory that is not mapped whole, or not in that
-//! direction; must never take a lock that is held across an exchange with a peer.
+//! DMA addresses are guest-physical. Must never touch a range that is not wholly mapped, or not mapped for
+//! that direction. Must never take a lock that is held across an exchange with a peer.
 
 use std::fmt;
 use std::sync::{PoisonError, RwLock};
@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use crate::memory::{GuestAddr, SharedRegion};
 use crate::vfio_user::message::{Command, DmaAccess, parse_front};
 
-/// What a server may do with a part of guest memory.
+/// The access that a server has to a part of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DmaRights {
     /// Reading.
@@ -26,11 +26,11 @@ pub(crate) struct Window {
     pub(crate) rights: DmaRights,
 }
 
-/// What is mapped.
+/// The parts of guest memory that are mapped for the server.
 #[derive(Default)]
 pub(crate) struct Dma(RwLock<Vec<Window>>);
 
-/// A command of the server that was done: its reply's payload.
+/// A command of the server that succeeded, as its reply's payload.
 #[derive(Debug)]
 pub(crate) enum DmaServed {
     Read(Vec<u8>),
@@ -46,14 +46,14 @@ impl DmaServed {
     }
 }
 
-/// Why a command of the server was not done.
+/// Why a command of the server was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DmaRefusal {
     /// There is no such command.
     Unknown,
-    /// Sizes do not fit each other, or are above the limit.
+    /// The sizes contradict each other, or exceed the limit.
     Malformed,
-    /// The memory is not mapped, or not in that direction, or cannot be reached.
+    /// The memory is not mapped, not mapped for that direction, or not accessible.
     Unmapped,
 }
 
@@ -98,7 +98,8 @@ impl Dma {
         windows.iter().find(|window| window.region.holds(at, len)).cloned()
     }
 
-    /// Does what the server asks, or says why not. `limit` is the largest transfer.
+    /// Executes a command of the server, or returns why it is refused. `limit` is the largest transfer in
+    /// bytes.
     pub(crate) fn serve(
         &self,
         command: Command,
@@ -126,7 +127,7 @@ impl Dma {
             let read = window.region.read(at, data);
             return read.map(|()| DmaServed::Read(reply)).map_err(|_| DmaRefusal::Unmapped);
         }
-        // Of several messages for one piece of memory, libvfio-user makes the last as long as the first.
+        // libvfio-user splits a large access into several messages, and makes the last as long as the first.
         let data = data.get(..count).ok_or(DmaRefusal::Malformed)?;
         if window.rights != DmaRights::ReadWrite {
             return Err(DmaRefusal::Unmapped);
