@@ -1,44 +1,48 @@
-//! The one door to guest memory for everything but the guest and the peers that map it: rings, DMA by message.
+//! Access to guest memory for rings and for DMA by message. The guest itself, and peers that map the memory,
+//! do not come through here.
 //!
-//! A region is reached through its file unless the machine gives another way ([`super::SharedRegion::with_access`]). Memory
-//! that is gone, as somebody cut its file or punched a hole into it, is an error and never a signal.
+//! A region is accessed through its file unless the machine provides another way
+//! ([`super::SharedRegion::with_access`]). Memory that is gone, because its file was truncated or a hole was
+//! punched into it, is an error and never a signal.
 
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// How the bytes of one region are read and written. Offsets count from the start of the region; whoever calls has found
-/// that the range lies inside it. Called on any thread, a vCPU's included; must not wait for a peer.
+/// How the bytes of one region are read and written. Offsets count from the start of the region; the caller
+/// has checked that the range lies inside it. Called on any thread, also on a vCPU thread. Must not wait for
+/// a peer.
 ///
 /// An implementation may note which pages are written.
 pub trait MemoryAccess: fmt::Debug + Send + Sync {
     /// Fills `data` from `offset`.
     ///
     /// # Errors
-    /// When the memory is not there.
+    /// When the memory is gone.
     fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()>;
 
     /// Stores `data` at `offset`.
     ///
     /// # Errors
-    /// When the memory is not there.
+    /// When the memory is gone.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 
-    /// Advances the ring index at `offset` (little-endian) to `index`. A driver that polls the index meanwhile sees no
-    /// value that is not between the old and the new one.
+    /// Advances the ring index at `offset` (little-endian) to `index`. A driver that polls the index
+    /// meanwhile sees only values from the old index to the new one.
     ///
     /// # Errors
-    /// When the memory is not there.
+    /// When the memory is gone.
     fn store_index(&self, offset: u64, index: u16) -> io::Result<()>;
 }
 
-/// A region through its file. The kernel may copy two bytes one after the other, so a driver on another processor can see
-/// a ring index half written: a machine that runs guests gives its regions a better way.
+/// A region that is accessed through its file. The kernel may copy two bytes one after the other, so a driver
+/// on another processor can see a half-written ring index. Therefore a machine that runs guests provides
+/// another [`MemoryAccess`].
 #[derive(Debug)]
 pub(super) struct FileAccess {
     pub(super) fd: Arc<OwnedFd>,
-    /// Where the region begins in the file.
+    /// First byte in the file.
     pub(super) start: u64,
 }
 

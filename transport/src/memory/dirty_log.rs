@@ -1,19 +1,21 @@
-//! The log in which peers mark the guest pages that they wrote: bit = guest address / 4096, little-endian, from address 0 to
-//! the highest guest address.
+//! The log in which peers mark the guest pages that they wrote.
+//!
+//! The bit of a page is its guest address / 4096. The log is little-endian and covers address 0 to the
+//! highest guest address.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::map::{MemoryMap, PAGE};
 
-/// Pages that one page of log covers.
+/// Guest pages that one page of log covers.
 const PAGES_PER_LOG_PAGE: u64 = PAGE * 8;
 
-/// Bytes of log that `memory` needs: whole pages.
+/// Bytes of log that `memory` needs, in whole pages.
 pub fn log_size(memory: &MemoryMap) -> u64 {
     memory.end().raw().div_ceil(PAGE).div_ceil(PAGES_PER_LOG_PAGE) * PAGE
 }
 
-/// The log's file.
+/// A dirty log in a file.
 #[derive(Debug)]
 pub struct DirtyLog {
     fd: OwnedFd,
@@ -22,7 +24,7 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// `size` bytes of `fd` from `offset` on; see [`log_size`].
+    /// The log in `size` bytes of `fd`, from `offset` on; see [`log_size`].
     pub fn new(fd: OwnedFd, size: u64, offset: u64) -> Self {
         Self { fd, size, offset }
     }

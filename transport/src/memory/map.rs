@@ -1,8 +1,9 @@
 //! Guest memory as peers are told of it: ranges of guest-physical addresses backed by fds.
 //!
-//! User addresses are `guest address + a fixed bias`, never pointers: nothing of our address space leaks and a
-//! missed translation fails loudly. A region cannot exist without its fd. Nothing here maps memory. Rings and DMA by message
-//! are read and written through [`MemoryMap::read`] and its siblings, and through nothing else.
+//! A user address is `guest address + a fixed bias`, never a pointer. So no address of this process is
+//! disclosed, and a missing translation fails visibly. A region always has an fd. Must never map memory.
+//! Rings and DMA by message access guest memory only with [`MemoryMap::read`], [`MemoryMap::write`] and
+//! [`MemoryMap::store_index`].
 
 use std::fmt;
 use std::io;
@@ -11,10 +12,10 @@ use std::sync::Arc;
 
 use super::access::{FileAccess, MemoryAccess};
 
-/// The page size that regions are multiples of.
+/// The page size. Regions are whole pages.
 pub const PAGE: u64 = 4096;
 
-/// What is added to a guest-physical address to make the user address that vhost-user peers see.
+/// User address minus guest address, for all user addresses that vhost-user peers see.
 pub const USER_BIAS: u64 = 0x1000_0000_0000;
 
 /// A guest-physical address.
@@ -43,7 +44,7 @@ impl fmt::Display for GuestAddr {
     }
 }
 
-/// An address in the "user" space of vhost-user messages: guest address + [`USER_BIAS`], never a pointer.
+/// A user address in vhost-user messages: guest address + [`USER_BIAS`], never a pointer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UserAddr(u64);
 
@@ -53,13 +54,13 @@ impl UserAddr {
         self.0
     }
 
-    /// The guest address that a peer means by `raw`; `None` below the bias.
+    /// The guest address for the user address `raw` of a peer; `None` below the bias.
     pub fn guest_of(raw: u64) -> Option<GuestAddr> {
         raw.checked_sub(USER_BIAS).map(GuestAddr)
     }
 }
 
-/// An I/O virtual address: what a device behind an IOMMU, or a vfio-user server, uses.
+/// An I/O virtual address, as a device behind an IOMMU or a vfio-user server uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Iova(pub u64);
 
@@ -96,7 +97,7 @@ impl SharedRegion {
         self.size
     }
 
-    /// Where the region begins in its file.
+    /// First byte in the region's file.
     pub fn offset(&self) -> u64 {
         self.offset
     }
@@ -106,22 +107,22 @@ impl SharedRegion {
         self.fd.as_fd()
     }
 
-    /// The file, shared.
+    /// The region's file, as a shared handle.
     pub fn shared_fd(&self) -> &Arc<OwnedFd> {
         &self.fd
     }
 
-    /// The user address of the first byte. Regions of a [`MemoryMap`] always have one.
+    /// The user address of the first byte. A region of a [`MemoryMap`] always has one.
     pub fn user(&self) -> Option<UserAddr> {
         self.guest.user()
     }
 
-    /// The guest address behind the last byte; `None` past the end of the address space.
+    /// The guest address after the last byte; `None` past the end of the address space.
     pub fn end(&self) -> Option<GuestAddr> {
         self.guest.checked_add(self.size)
     }
 
-    /// True when `other` is the same range of the same file at the same place.
+    /// True when `other` is the same range of guest addresses at the same place of the same file.
     pub fn is_same(&self, other: &Self) -> bool {
         let place = |region: &Self| (region.guest, region.size, region.offset);
         place(self) == place(other) && Arc::ptr_eq(&self.fd, &other.fd)
@@ -130,7 +131,7 @@ impl SharedRegion {
     /// Fills `data` from guest address `at`; see [`MemoryAccess`].
     ///
     /// # Errors
-    /// When the range is not inside the region, or the memory is not there.
+    /// When the range leaves the region, or the memory is gone.
     pub fn read(&self, at: GuestAddr, data: &mut [u8]) -> io::Result<()> {
         self.access.read(self.inside(at, data.len())?, data)
     }
@@ -138,7 +139,7 @@ impl SharedRegion {
     /// Stores `data` at guest address `at`; see [`MemoryAccess`].
     ///
     /// # Errors
-    /// When the range is not inside the region, or the memory is not there.
+    /// When the range leaves the region, or the memory is gone.
     pub fn write(&self, at: GuestAddr, data: &[u8]) -> io::Result<()> {
         self.access.write(self.inside(at, data.len())?, data)
     }
@@ -146,12 +147,12 @@ impl SharedRegion {
     /// Advances the ring index at guest address `at`; see [`MemoryAccess`].
     ///
     /// # Errors
-    /// When the index is not inside the region, or the memory is not there.
+    /// When the index lies outside the region, or the memory is gone.
     pub fn store_index(&self, at: GuestAddr, index: u16) -> io::Result<()> {
         self.access.store_index(self.inside(at, 2)?, index)
     }
 
-    /// Where in the region `at` is, when all of `len` bytes are inside.
+    /// The offset of `at` in the region, when all of `len` bytes lie inside the region.
     fn inside(&self, at: GuestAddr, len: usize) -> io::Result<u64> {
         let len = u64::try_from(len).unwrap_or(u64::MAX);
         let offset = at.0.checked_sub(self.guest.0).filter(|_| self.holds(at, len));
@@ -170,16 +171,16 @@ fn outside() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "the range lies outside guest memory")
 }
 
-/// Why regions do not make a memory map.
+/// Why a list of regions is no memory map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MapError {
-    /// There is no region at all.
+    /// The list is empty.
     #[error("the memory map has no region")]
     Empty,
-    /// A region has no bytes, or is not whole pages.
+    /// A region is empty, or not made of whole pages.
     #[error("the memory region at {0} is empty or not made of whole 4 KiB pages")]
     Unaligned(GuestAddr),
-    /// A region runs past the end of an address space.
+    /// A region extends past the end of an address space.
     #[error("the memory region at {0} is too large")]
     TooLarge(GuestAddr),
     /// Two regions share addresses.
@@ -187,7 +188,7 @@ pub enum MapError {
     Overlap(GuestAddr, GuestAddr),
 }
 
-/// All of guest memory: sorted, without overlaps, immutable, cheap to clone.
+/// All of guest memory: sorted regions without overlaps. Immutable and cheap to clone.
 #[derive(Clone, Debug)]
 pub struct MemoryMap(Arc<[SharedRegion]>);
 
@@ -230,7 +231,7 @@ impl MemoryMap {
         at.user()
     }
 
-    /// Fills `data` from guest address `at`; all of it lies in one region.
+    /// Fills `data` from guest address `at`. The range must lie in one region.
     ///
     /// # Errors
     /// See [`SharedRegion::read`].
@@ -238,7 +239,7 @@ impl MemoryMap {
         self.region_holding(at, data.len())?.read(at, data)
     }
 
-    /// Stores `data` at guest address `at`; all of it lies in one region.
+    /// Stores `data` at guest address `at`. The range must lie in one region.
     ///
     /// # Errors
     /// See [`SharedRegion::write`].
@@ -258,7 +259,7 @@ impl MemoryMap {
         self.region_of(at, u64::try_from(len).unwrap_or(u64::MAX)).ok_or_else(outside)
     }
 
-    /// The guest address behind the highest region.
+    /// The guest address after the highest region.
     pub fn end(&self) -> GuestAddr {
         self.0.last().and_then(SharedRegion::end).unwrap_or(GuestAddr(0))
     }

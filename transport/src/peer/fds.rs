@@ -1,7 +1,7 @@
 //! One message with fds over a unix socket: `sendmsg` and `recvmsg` with SCM_RIGHTS.
 //!
-//! Must never leak an fd: what arrives is close-on-exec and owned before anything is judged, so a message that
-//! is refused closes its fds. Nothing here blocks; waiting belongs to [`super::deadline`].
+//! Must never leak an fd. A received fd is close-on-exec and owned before the message is judged, so refusing
+//! the message closes the fd. No function here blocks; waiting belongs to [`super::deadline`].
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,8 +21,8 @@ pub const MAX_FDS: usize = 253;
 
 /// Sends `bytes` and `fds` with one `sendmsg`, without blocking and without SIGPIPE.
 ///
-/// Returns how many bytes went out: fewer than asked when the socket buffer is full (the fds travel with the
-/// first byte), `WouldBlock` when none did.
+/// Returns the number of bytes sent. It is smaller than `bytes.len()` when the socket buffer is full; the fds
+/// travel with the first byte. `WouldBlock` when no byte was sent.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -34,13 +34,13 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
     Ok(sent)
 }
 
-/// How many descriptors may come with the bytes that are read next. Where none is due there is no room for any, and the
-/// kernel drops them without this process ever holding them.
+/// How many descriptors may come with the bytes that are read next. When no descriptor is due, no room is
+/// offered, and the kernel drops descriptors before this process ever holds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Room {
-    /// None; one that comes is a fault.
+    /// None; a descriptor that comes is a fault.
     None,
-    /// None; those that come are dropped and mean nothing.
+    /// None; descriptors that come are dropped without a fault.
     Ignored,
     /// One.
     One,
@@ -48,19 +48,19 @@ pub enum Room {
     Many,
 }
 
-/// What one `recvmsg` brought.
+/// The outcome of one `recvmsg`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// Bytes stored; 0 means that the peer closed its end.
+    /// Bytes stored; 0 when the peer closed its end.
     pub bytes: usize,
-    /// What is wrong with the descriptors that came along: the message must be refused.
+    /// What is wrong with the descriptors that came. The message must be refused then.
     pub fault: Option<Fault>,
 }
 
 /// Receives up to `bytes.len()` bytes and appends the fds that came with them, without blocking.
 ///
-/// `bytes` must not be empty. A descriptor that could make this process wait for the peer is never appended: it is closed
-/// elsewhere, and is a fault.
+/// `bytes` must not be empty. A descriptor that could make this process wait for the peer is never appended:
+/// another thread closes it, and it is a fault.
 pub fn receive(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
@@ -95,7 +95,7 @@ pub fn receive(
     }
     let truncated = message.flags.contains(ReturnFlags::CTRUNC);
     if truncated && room != Room::Ignored {
-        // Fewer than there was room for: this process is out of descriptors.
+        // Fewer fds came than there was room for, so this process is out of descriptors.
         fault = Some(match most {
             0 => Fault::StrayFds,
             _ if came < most => Fault::FdsTruncated,
@@ -105,24 +105,25 @@ pub fn receive(
     Ok(Received { bytes: message.bytes, fault })
 }
 
-/// Looks at the bytes that are read next, as many as are there, and leaves them and their descriptors where they are.
+/// Copies the bytes that are read next, as many as have arrived, and leaves them and their descriptors in the
+/// socket.
 pub fn peek(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     let (_, count) = rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *bytes, flags))?;
     Ok(count)
 }
 
-/// Whether the guest may write to a map.
+/// The access that a guest has to a mapped file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protection {
-    /// It may not.
+    /// Reading only.
     ReadOnly,
-    /// It may.
+    /// Reading and writing.
     ReadWrite,
 }
 
 impl Protection {
-    /// Whether `fd` was opened in a way that lets it be mapped like this.
+    /// True when `fd` was opened in a mode that allows this mapping.
     pub fn is_open_for(self, fd: impl AsFd) -> bool {
         let Ok(flags) = fcntl_getfl(fd) else { return false };
         let mode = flags & OFlags::RWMODE;
@@ -131,7 +132,7 @@ impl Protection {
     }
 }
 
-/// The bytes that a regular file holds; 0 for what is no such file (mapping it would fault or fail).
+/// The size of a regular file; 0 for any other kind of file, as mapping it would fault or fail.
 pub fn file_size(fd: impl AsFd) -> u64 {
     let Ok(stat) = rustix::fs::fstat(fd) else { return 0 };
     if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {

@@ -1,6 +1,7 @@
-//! A traced message as one line for people: direction, name, decoded payload, fds, time.
+//! A traced vfio-user message as one line for people: direction, name, decoded payload, fds, time.
 //!
-//! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
+//! The message may be any bytes of the peer. Must never fail on them: a payload that cannot be decoded is
+//! printed as bytes.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use super::message::{
 use crate::peer::wire::describe_bytes as bytes;
 use crate::peer::{Direction, Peer, Trace, TraceEvent};
 
-/// Characters of the capabilities that are printed.
+/// The most characters of the capabilities that are printed.
 const TEXT_MOST: usize = 512;
 
 /// The fields of one message.
@@ -25,7 +26,8 @@ pub struct Fields<'a> {
     pub payload: &'a [u8],
 }
 
-/// Shows a message, which came or went with so many descriptors after such a time, to whoever watches.
+/// Passes a message to the trace, if there is one, with the number of its descriptors and the time of the
+/// exchange.
 pub(super) fn show(
     trace: Option<&Arc<dyn Trace>>,
     peer: &Peer,
@@ -59,7 +61,7 @@ fn payload(f: &mut fmt::Formatter<'_>, command: Command, payload: &[u8]) -> fmt:
         Command::VERSION => decode(f, payload, |f, head: VersionHead, text| {
             let text = text.strip_suffix(&[0]).unwrap_or(text);
             let text = String::from_utf8_lossy(text.get(..TEXT_MOST).unwrap_or(text));
-            // One line, whatever the peer wrote.
+            // Control characters are replaced, so that the text stays on one line.
             let text: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
             write!(f, " {}.{} {text}", head.major, head.minor)
         }),
@@ -115,7 +117,7 @@ fn payload(f: &mut fmt::Formatter<'_>, command: Command, payload: &[u8]) -> fmt:
             }
             bytes(f, data)
         }),
-        // A device's state may hold secrets of the guest.
+        // The state of a device may hold secrets of the guest, so it is not printed.
         Command::MIG_DATA_READ | Command::MIG_DATA_WRITE => {
             decode(f, payload, |f, data: MigrationData, _| write!(f, " size={}", data.size))
         }
@@ -123,7 +125,8 @@ fn payload(f: &mut fmt::Formatter<'_>, command: Command, payload: &[u8]) -> fmt:
     }
 }
 
-/// Prints the front of `payload` as a `T` and what follows it, or all as bytes when it is none.
+/// Prints the front of `payload` as a `T`, then what follows it. Prints all of it as bytes when it is too
+/// short.
 fn decode<T: FromBytes>(
     f: &mut fmt::Formatter<'_>,
     payload: &[u8],

@@ -1,4 +1,4 @@
-//! vfio-user DMA_MAP and DMA_UNMAP: the server is told which parts of guest memory it may reach, and how.
+//! vfio-user DMA_MAP and DMA_UNMAP: the parts of guest memory that the server may access, and by which means.
 
 use std::os::fd::BorrowedFd;
 
@@ -10,28 +10,29 @@ use super::message::{Command, DmaMap, DmaUnmap, Fault, length, parse};
 use crate::memory::{GuestAddr, MemoryMap, SharedRegion};
 use crate::peer::{Cause, Error};
 
-/// How a server reaches a part of guest memory.
+/// How a server accesses a part of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// It is given the file, and maps it.
+    /// The server gets the file and maps it.
     Descriptor,
-    /// It asks for each access by message.
+    /// The server sends a message for each access.
     Messages,
 }
 
 impl Client {
-    /// Lets the server reach `region`. Blocks until it answered.
+    /// Gives the server access to `region`. Blocks until the server has replied.
     ///
     /// # Errors
-    /// When the server refuses or fails; nothing is mapped then.
+    /// When the server refuses or fails. Nothing is mapped then.
     pub fn dma_map(&self, region: &SharedRegion, rights: DmaRights, sharing: Sharing) -> Result<(), Error> {
         self.dma_map_many(std::slice::from_ref(region), rights, sharing)
     }
 
-    /// Lets the server reach all of `memory`, read and write: all of it, or nothing when one region is refused.
+    /// Gives the server read and write access to all of `memory`. When one region is refused, no region stays
+    /// mapped.
     ///
     /// # Errors
-    /// When the server refuses or fails, or takes fewer maps or larger pages than there are.
+    /// When the server refuses or fails, or its limits do not allow that many maps or pages that small.
     pub fn dma_map_all(&self, memory: &MemoryMap, sharing: Sharing) -> Result<(), Error> {
         self.dma_map_many(memory.regions(), DmaRights::ReadWrite, sharing)
     }
@@ -56,7 +57,7 @@ impl Client {
         Ok(())
     }
 
-    /// Would the server take these, beside what is mapped?
+    /// Checks that these regions overlap no mapped region, and that the server's limits allow them besides those.
     fn check_fit(&self, regions: &[SharedRegion]) -> Result<(), Error> {
         let agreed = self.version().agreed;
         let windows = self.shared.dma.mapped();
@@ -109,7 +110,7 @@ impl Client {
         if fds.len() > self.version().agreed.fds() {
             return Err(self.error(Command::DMA_MAP, Cause::NotNegotiated));
         }
-        // The server may use it before we have its reply.
+        // Noted before the command is sent, as the server may access the memory before its reply arrives.
         self.shared.dma.add(Window { region: region.clone(), rights });
         let mapped = self.ask(Command::DMA_MAP, &[map.as_bytes()], fds, Expected::bytes(0));
         if mapped.as_ref().is_err_and(|error| !error.is_silence()) {
@@ -118,18 +119,18 @@ impl Client {
         mapped.map(drop)
     }
 
-    /// Takes a region back that was mapped. Blocks until the server let go of it.
+    /// Ends the server's access to a mapped region. Blocks until the server has replied.
     ///
     /// # Errors
-    /// When the server refuses or fails. Then it may still use the memory: the device is to be given up before the
-    /// memory is used for anything else.
+    /// When the server refuses or fails. The server may still access the memory then, so the device must be
+    /// given up before the memory is used for anything else.
     pub fn dma_unmap(&self, at: GuestAddr, size: u64) -> Result<(), Error> {
         let due = length(size_of::<DmaUnmap>());
         let unmap = DmaUnmap { argsz: due, flags: 0, address: at.raw(), size };
         let command = Command::DMA_UNMAP;
         let reply = self.ask(command, &[unmap.as_bytes()], &[], Expected::bytes(due))?;
         self.shared.dma.remove(at, size);
-        // Some servers answer without a payload.
+        // Some servers reply without a payload.
         if reply.payload.is_empty() {
             return Ok(());
         }
@@ -142,10 +143,11 @@ impl Client {
         }
     }
 
-    /// Takes everything back that is mapped.
+    /// Ends the server's access to all mapped regions.
     ///
     /// # Errors
-    /// As [`Client::dma_unmap`]; the rest is tried all the same unless the connection ended.
+    /// As [`Client::dma_unmap`]. After an error the other regions are still tried, unless the connection has
+    /// ended.
     pub fn dma_unmap_all(&self) -> Result<(), Error> {
         let mut outcome = Ok(());
         for window in self.shared.dma.mapped() {

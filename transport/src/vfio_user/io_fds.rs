@@ -1,7 +1,9 @@
-//! vfio-user DEVICE_GET_REGION_IO_FDS: eventfds that the kernel signals for guest writes, without us.
+//! vfio-user DEVICE_GET_REGION_IO_FDS: eventfds that the kernel signals for guest writes, without an exit to
+//! this process.
 //!
-//! Entries have 40 bytes in the specification and 48 in libvfio-user (it adds a shadow), so their size is
-//! computed. An entry that leaves its region, or its fds, is a fault; a kind that we do not know is passed over.
+//! An entry has 40 bytes in the specification and 48 in libvfio-user, which adds a shadow. Therefore the size
+//! of an entry is computed from the size of the reply. An entry outside its region, or with an fd that did
+//! not come, is a fault. An entry of an unknown kind is ignored.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -11,52 +13,52 @@ use super::message::{Command, Fault, IoFdEntry, IoFdsHead, length, parse_front};
 use super::region::RegionInfo;
 use crate::peer::Error;
 
-/// Entries that are taken, each with fds of its own at worst.
+/// The most entries that are accepted. Each may have fds of its own.
 const ENTRIES_MOST: u32 = 512;
 
-/// The largest entry that is understood.
+/// The largest entry size that is accepted.
 const ENTRY_MOST: usize = 256;
 
-/// The largest reply.
+/// The largest reply that is accepted.
 const REPLY_MOST: u32 = 32 << 10;
 
 const DATAMATCH: u32 = 1;
 
-/// What a sub-region's writes do.
+/// What the kernel does at a write to a sub-region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoFdKind {
-    /// The kernel signals the eventfd; what was written is lost.
+    /// Signals the eventfd. The value written is lost.
     Ioeventfd,
-    /// The kernel passes each access on as a message.
+    /// Passes each access on as a message.
     Ioregionfd,
-    /// The kernel signals the eventfd, and what was written is stored at this place of a file.
+    /// Signals the eventfd, and stores the value written in a file.
     Shadow {
-        /// Which of the fds.
+        /// The file's index among the reply's fds.
         fd: usize,
-        /// Where in it.
+        /// First byte in the file.
         offset: u64,
     },
 }
 
-/// One sub-region of a reply, decoded; fds are numbers still.
+/// One sub-region of a reply, decoded. Fds are still indexes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoFdPlace {
-    /// Where it begins in the region.
+    /// First byte in the region.
     pub offset: u64,
     /// Bytes of an access: 1, 2, 4 or 8; 0 for any.
     pub size: u64,
-    /// Which of the fds.
+    /// The index among the reply's fds.
     pub fd: usize,
-    /// What its writes do.
+    /// What the kernel does at a write.
     pub kind: IoFdKind,
     /// KVM's flags: bit 0 datamatch, bit 1 port I/O.
     pub flags: u32,
-    /// Only writes of this value count, when bit 0 of the flags says so.
+    /// The only value that has an effect, when bit 0 of the flags is set.
     pub datamatch: u64,
 }
 
 impl IoFdPlace {
-    /// The value that a write must have.
+    /// The value that a write must have; `None` when any value has an effect.
     pub fn value(&self) -> Option<u64> {
         (self.flags & DATAMATCH != 0).then_some(self.datamatch)
     }
@@ -65,19 +67,20 @@ impl IoFdPlace {
 /// One sub-region with its fd.
 #[derive(Clone, Debug)]
 pub struct IoFd {
-    /// Where and what.
+    /// The sub-region, decoded.
     pub place: IoFdPlace,
-    /// The eventfd; several sub-regions may share it.
+    /// The eventfd. Several sub-regions may share it.
     pub fd: Arc<OwnedFd>,
-    /// The file of a shadow, and where in it.
+    /// The file of a shadow, and the first byte in it.
     pub shadow: Option<(Arc<OwnedFd>, u64)>,
 }
 
-/// Reads the payload of a DEVICE_GET_REGION_IO_FDS reply that came with `fds` fds, for region `index` of `size`
-/// bytes. Pure: for fuzzing, too. Entries for what others match already are dropped.
+/// Reads the payload of a DEVICE_GET_REGION_IO_FDS reply that came with `fds` fds, for region `index` of
+/// `size` bytes. Drops an entry for writes that an earlier entry matches already. Pure, so that it can be
+/// fuzzed.
 ///
 /// # Errors
-/// When it is about another region, or an entry leaves the region, the payload or the fds.
+/// When the reply is about another region, or an entry leaves the region, the payload or the fds.
 pub fn parse_io_fds(payload: &[u8], index: u32, size: u64, fds: usize) -> Result<Vec<IoFdPlace>, Fault> {
     let (head, entries) = parse_front::<IoFdsHead>(payload)?;
     if head.index != index {
@@ -140,11 +143,12 @@ fn parse_entry(bytes: &[u8], size: u64, fds: usize) -> Result<Option<IoFdPlace>,
 }
 
 impl Client {
-    /// The sub-regions of `region` whose writes the kernel can pass on. Empty when there are none; a server that
-    /// does not know the command refuses it, one that cannot even do that is not asked.
+    /// Reads the sub-regions of `region` whose writes the kernel can pass on; empty when there are none. A
+    /// server that does not know the command refuses it. A server that such a command puts out of step is not
+    /// asked ([`Version::is_extended`]).
     ///
     /// # Errors
-    /// When the server refuses, fails, or says what cannot be.
+    /// When the server refuses or fails, or its reply is impossible.
     pub fn region_io_fds(&self, region: &RegionInfo) -> Result<Vec<IoFd>, Error> {
         let command = Command::DEVICE_GET_REGION_IO_FDS;
         self.needs_extended(command)?;

@@ -1,6 +1,8 @@
-//! vfio-user DEVICE_GET_IRQ_INFO and DEVICE_SET_IRQS.
+//! vfio-user DEVICE_GET_IRQ_INFO and DEVICE_SET_IRQS: the interrupts of a device, and the eventfds that
+//! signal them.
 //!
-//! Detaching a part of the vectors is reported as done by servers and is not, so arming is all or nothing.
+//! Servers report that they detached the eventfds of a part of the vectors, but do not detach them. Therefore
+//! the interrupts of an index are armed and disabled all together.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -12,10 +14,10 @@ use super::connection::Expected;
 use super::message::{Command, Fault, IrqInfoPayload, SetIrqs, length, parse_front};
 use crate::peer::{Cause, Error};
 
-/// The most interrupts that an index may claim: MSI-X has no more.
+/// The most interrupts that an index may claim, which is the limit of MSI-X.
 const COUNT_MOST: u32 = 2048;
 
-/// Messages with fds that may be unanswered at once: the kernel limits fds in flight.
+/// The most messages with fds that may be unanswered at once, as the kernel limits fds in flight.
 const WINDOW: usize = 16;
 
 const DATA_NONE: u32 = 1;
@@ -24,14 +26,14 @@ const ACTION_MASK: u32 = 8;
 const ACTION_UNMASK: u32 = 16;
 const ACTION_TRIGGER: u32 = 32;
 
-/// Which kind of interrupt: as in kernel VFIO PCI.
+/// An interrupt index: the kind of interrupt, as in kernel VFIO PCI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IrqIndex(pub u32);
 
 impl IrqIndex {
-    /// The pin.
+    /// The interrupt pin.
     pub const INTX: Self = Self(0);
-    /// Message-signalled interrupts.
+    /// MSI.
     pub const MSI: Self = Self(1);
     /// MSI-X.
     pub const MSIX: Self = Self(2);
@@ -41,30 +43,30 @@ impl IrqIndex {
     pub const REQ: Self = Self(4);
 }
 
-/// What an interrupt index is. Some servers say nothing by the flags.
+/// The description of an interrupt index. Some servers leave the flags 0 although they support eventfds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IrqInfo {
-    /// Which.
+    /// The interrupt index.
     pub index: IrqIndex,
     /// Bit 0 eventfd, 1 maskable, 2 automasked, 3 noresize.
     pub flags: u32,
-    /// Interrupts, 2048 at most.
+    /// The number of interrupts, at most 2048.
     pub count: u32,
 }
 
-/// What an eventfd is for.
+/// The purpose of an eventfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqEvent {
-    /// The server signals it for an interrupt.
+    /// The server signals it to raise an interrupt.
     Trigger,
-    /// We signal it when the interrupt is no longer masked (resample). Servers accept it and do nothing.
+    /// We signal it when the interrupt is unmasked (resample). Servers accept it and ignore it.
     Unmask,
 }
 
-/// Reads the payload of a DEVICE_GET_IRQ_INFO reply. Pure: for fuzzing, too.
+/// Reads the payload of a DEVICE_GET_IRQ_INFO reply. Pure, so that it can be fuzzed.
 ///
 /// # Errors
-/// When it is about another index, or claims more than 2048 interrupts.
+/// When the reply is about another index, or claims more than 2048 interrupts.
 pub fn parse_irq_info(payload: &[u8], index: IrqIndex) -> Result<IrqInfo, Fault> {
     let (info, _) = parse_front::<IrqInfoPayload>(payload)?;
     if info.index != index.0 {
@@ -77,7 +79,7 @@ pub fn parse_irq_info(payload: &[u8], index: IrqIndex) -> Result<IrqInfo, Fault>
 }
 
 impl Client {
-    /// What interrupt index `index` is.
+    /// Reads the description of interrupt index `index`.
     ///
     /// # Errors
     /// When the server refuses, fails, or claims more than 2048 interrupts.
@@ -89,16 +91,18 @@ impl Client {
         parse_irq_info(&reply.payload, index).map_err(|fault| self.malformed(command, fault))
     }
 
-    /// Has the server signal `fds` for the interrupts of `index`, from the first on. In as many messages as the
-    /// server's limit of fds asks for. What was armed before must be disabled first ([`Client::disable_irqs`]). The
-    /// vectors of MSI-X are unmasked besides, as far as the server has masks of its own.
+    /// Makes the server signal `fds` for the interrupts of `index`, from interrupt 0 on. Uses as many
+    /// messages as the server's limit of fds requires. Eventfds that were armed before must be disabled first
+    /// ([`Client::disable_irqs`]). For MSI-X, the vectors are also unmasked if the server has masks of its
+    /// own.
     ///
     /// # Errors
-    /// When the server refuses or fails in any of them: then the whole index is disabled again.
+    /// When the server refuses or fails at any message. The whole index is disabled again then.
     pub fn arm_irqs(&self, index: IrqIndex, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         let mut armed = self.set_eventfds(index, 0, fds, IrqEvent::Trigger);
-        // QEMU's server asks the table that it keeps, where every vector is masked after a reset. All at once: of a range
-        // that does not begin at 0 it takes the count for the end. Who refuses has no such table.
+        // QEMU's server checks the MSI-X table that it keeps itself, in which a reset masks every vector. All
+        // vectors are unmasked with one message, as that server misreads a range that does not begin at 0: it
+        // takes the count for the end. A server that refuses has no such table.
         if armed.is_ok() && index == IrqIndex::MSIX {
             match self.unmask_irqs(index, 0, length(fds.len())) {
                 Err(error) if error.is_fatal() => armed = Err(error),
@@ -115,10 +119,10 @@ impl Client {
         armed
     }
 
-    /// Gives the server eventfds for the interrupts of `index` from number `start` on.
+    /// Gives the server eventfds for the interrupts of `index`, from interrupt `start` on.
     ///
     /// # Errors
-    /// When the server refuses or fails; a part of them may be set then.
+    /// When the server refuses or fails. Some of the eventfds may be set then.
     pub fn set_eventfds(
         &self,
         index: IrqIndex,
@@ -155,12 +159,12 @@ impl Client {
                 deadline.clone(),
             )?);
         }
-        // All are heard, so that none is late; the first refusal counts.
+        // Waits for every reply, so that none counts as late. The first refusal is returned.
         let outcomes: Vec<_> = pending.into_iter().map(super::client::Ticket::wait).collect();
         outcomes.into_iter().try_for_each(|outcome| outcome.map(drop))
     }
 
-    /// Disables all interrupts of `index`: the server lets go of its eventfds.
+    /// Disables all interrupts of `index`. The server closes its eventfds.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -168,7 +172,7 @@ impl Client {
         self.set_irqs(set(index, DATA_NONE | ACTION_TRIGGER, 0, 0))
     }
 
-    /// Masks `count` interrupts of `index` from number `start` on.
+    /// Masks `count` interrupts of `index`, from interrupt `start` on.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -176,7 +180,7 @@ impl Client {
         self.set_irqs(set(index, DATA_NONE | ACTION_MASK, start, count))
     }
 
-    /// Unmasks `count` interrupts of `index` from number `start` on.
+    /// Unmasks `count` interrupts of `index`, from interrupt `start` on.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -184,11 +188,12 @@ impl Client {
         self.set_irqs(set(index, DATA_NONE | ACTION_UNMASK, start, count))
     }
 
-    /// Unmasks like [`Client::unmask_irqs`], and goes on: neither the room in the socket nor the reply is waited for.
-    /// `then` is done when the server has unmasked them, under the terms of [`Client::read_then`].
+    /// Unmasks as [`Client::unmask_irqs`] does, but waits neither for room in the socket nor for the reply.
+    /// `then` is called when the server has unmasked the interrupts, under the rules of
+    /// [`Client::read_then`].
     ///
     /// # Errors
-    /// When the connection ended, or too much is in flight: then nothing was sent.
+    /// When the connection has ended, or too much is in flight. Nothing was sent then.
     pub fn unmask_irqs_then(
         &self,
         index: IrqIndex,
@@ -201,7 +206,8 @@ impl Client {
         self.begin_then(Command::DEVICE_SET_IRQS, &[set.as_bytes()], Expected::bytes(0), then)
     }
 
-    /// Has the server signal `count` interrupts of `index` from number `start` on, as if the device had.
+    /// Makes the server signal `count` interrupts of `index`, from interrupt `start` on, as if the device had
+    /// raised them.
     ///
     /// # Errors
     /// When the server refuses or fails.

@@ -1,19 +1,24 @@
 //! The vfio-user client: what a virtual machine monitor says to a PCI device in another process.
 //!
 //! ```text
-//!   Client::connect ──VERSION──▶ Client ──▶ device_info, region_info, irq_info      what is it?
-//!                                  │   ──▶ dma_map_all, arm_irqs                     it may reach memory and interrupt
+//!   Client::connect ──VERSION──▶ Client ──▶ device_info, region_info, irq_info      description
+//!                                  │   ──▶ dma_map_all, arm_irqs                     memory and interrupts
 //!                                  │   ──▶ read, write, post_write                   trapped guest accesses
-//!                                  │   ──▶ set_migration_state, start_dma_logging    it moves to another host
-//!                                  └─▶ receiver() ──▶ Receiver::serve                the server asks: DMA_READ, DMA_WRITE
+//!                                  │   ──▶ set_migration_state, start_dma_logging    migration
+//!                                  └─▶ receiver() ──▶ Receiver::serve                commands of the server
 //! ```
 //!
-//! Three kinds of messages: *posted* ones want no reply (`post_write`), *answered later* ones give something to
-//! wait for (`begin_read`), all others are waited for. Replies are told apart by their id, come in
-//! any order, and may be preceded by the server's own commands. After a deadline a late reply is recognised and
-//! discarded; after a malformed message the connection is shut down and never used again.
+//! Our commands are of three kinds:
 //!
-//! One socket carries both directions, or, where the server agrees, its commands have one of their own ("twin
+//! - *posted*: no reply is asked for (`post_write`);
+//! - *answered later*: the call returns a value that waits for the reply (`begin_read`);
+//! - all others: the call waits for the reply.
+//!
+//! A reply is matched to its command by the message id. Replies come in any order, and commands of the server
+//! may come between them. A reply that comes after the deadline is recognised and discarded. After a
+//! malformed message the connection is shut down and never used again.
+//!
+//! One socket carries both directions. If the server agrees, its commands have a second socket ("twin
 //! socket").
 
 mod client;

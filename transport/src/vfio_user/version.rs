@@ -1,7 +1,7 @@
-//! vfio-user VERSION: what is proposed, what the server makes of it.
+//! vfio-user VERSION: our proposal, and the agreement that follows from the server's reply.
 //!
-//! The reply may only lower what was proposed; names that we do not know are ignored; what cannot be meant is
-//! refused. The text is bounded before it is read, and its nesting while it is.
+//! The reply can only lower what was proposed. Unknown capabilities are ignored, impossible values are
+//! refused. The size of the text is limited before it is parsed, its nesting while it is parsed.
 
 use serde_json::{Map, Value};
 
@@ -17,31 +17,31 @@ const MINOR: u16 = 1;
 /// The largest payload of a VERSION reply.
 pub(super) const REPLY_MOST: u32 = 64 << 10;
 
-/// The most fds of a VERSION reply: the twin socket, and room for a server that counts from elsewhere.
+/// The most fds of a VERSION reply: the twin socket, with room for a server that sends it at another index.
 pub(super) const REPLY_FDS: usize = 8;
 
-/// The smallest transfer that leaves registers in one piece.
+/// The smallest transfer limit that does not split a register access.
 const LEAST_TRANSFER: u64 = 8;
 
-/// What one side can do.
+/// The capabilities of one side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Fds that may be sent to it in one message.
+    /// The most fds in one message to this side.
     pub max_msg_fds: u64,
-    /// Bytes that one message may transfer.
+    /// The most bytes of data in one message.
     pub max_data_xfer_size: u64,
-    /// DMA maps that may exist at once.
+    /// The most DMA maps at once.
     pub max_dma_maps: u64,
     /// Page sizes of DMA maps, or'ed together.
     pub pgsizes: u64,
-    /// The server's commands have a socket of their own.
+    /// The server's commands have a socket of their own ("twin socket").
     pub twin_socket: bool,
     /// REGION_WRITE_MULTI may be sent.
     pub write_multiple: bool,
 }
 
 impl Capabilities {
-    /// What is meant by saying nothing.
+    /// The capabilities of a side that does not state any.
     pub const DEFAULT: Self = Self {
         max_msg_fds: 1,
         max_data_xfer_size: 1 << 20,
@@ -51,7 +51,7 @@ impl Capabilities {
         write_multiple: false,
     };
 
-    /// What we propose.
+    /// The capabilities that we propose.
     pub const OURS: Self = Self {
         max_msg_fds: fds::MAX_FDS as u64,
         max_data_xfer_size: 1 << 20,
@@ -61,23 +61,23 @@ impl Capabilities {
         write_multiple: true,
     };
 
-    /// The smallest page.
+    /// The smallest of the page sizes.
     pub fn page_size(&self) -> u64 {
         self.pgsizes & self.pgsizes.wrapping_neg()
     }
 
-    /// Fds in one message, as a number of things.
+    /// The most fds in one message, as a `usize`.
     pub fn fds(&self) -> usize {
         usize::try_from(self.max_msg_fds).unwrap_or(usize::MAX)
     }
 
-    /// The smaller of both, in everything.
+    /// The lower of both sides for each capability.
     fn lowered(&self, other: &Self) -> Self {
         Self {
             max_msg_fds: self.max_msg_fds.min(other.max_msg_fds),
             max_data_xfer_size: self.max_data_xfer_size.min(other.max_data_xfer_size),
             max_dma_maps: self.max_dma_maps.min(other.max_dma_maps),
-            // The sizes that a server takes are its own matter: all are multiples of ours.
+            // The server's page sizes hold as they are: each is a multiple of ours.
             pgsizes: other.pgsizes,
             twin_socket: self.twin_socket && other.twin_socket,
             write_multiple: self.write_multiple && other.write_multiple,
@@ -85,30 +85,33 @@ impl Capabilities {
     }
 }
 
-/// What was agreed on.
+/// The outcome of the VERSION exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Version {
     /// The server's major and minor version.
     pub server: (u16, u16),
     /// What we proposed.
     pub ours: Capabilities,
-    /// What the server said of itself, defaults filled in.
+    /// What the server stated, with defaults for what it did not state.
     pub theirs: Capabilities,
-    /// What holds.
+    /// What both sides keep to.
     pub agreed: Capabilities,
 }
 
 impl Version {
-    /// True when commands beyond the protocol's first form may be tried: GET_REGION_IO_FDS, DEVICE_FEATURE and the
-    /// migration's. Servers of version 0.0 that offer nothing newer exist (all on the crate `vfio_user`) that do not
-    /// only refuse an unknown command but take its payload for the next one.
+    /// True when commands beyond the first form of the protocol may be sent: DEVICE_GET_REGION_IO_FDS,
+    /// DEVICE_FEATURE and the commands of migration.
+    ///
+    /// Some servers of version 0.0 that offer no newer capability (all of those built on the crate
+    /// `vfio_user`) refuse an unknown command and then take its payload for the next command.
     pub fn is_extended(&self) -> bool {
         self.server.1 > 0 || self.theirs.write_multiple || self.theirs.twin_socket
     }
 
-    /// True when a command of ours that crosses one of the server's would derail it: while it waits for our reply, it
-    /// takes whatever comes for that. So do servers on libvfio-user whose commands have no socket of their own (there
-    /// was none before REGION_WRITE_MULTI). Those of version 0.0 have no commands.
+    /// True when a command of ours must not be sent while a command of the server is unanswered. A server
+    /// that waits for our reply takes any message for that reply. Servers built on libvfio-user do so when
+    /// their commands have no socket of their own (libvfio-user had none before REGION_WRITE_MULTI). Servers
+    /// of version 0.0 send no commands.
     pub fn must_not_cross(&self) -> bool {
         self.server.1 > 0 && !self.agreed.twin_socket && !self.agreed.write_multiple
     }
@@ -123,7 +126,7 @@ impl Version {
 /// The payload that proposes [`Capabilities::OURS`].
 pub(super) fn proposal() -> Vec<u8> {
     let ours = Capabilities::OURS;
-    // Servers exist that want the object, the numbers and the final NUL.
+    // Some servers require the object, the numbers and the final NUL.
     let text = format!(
         "{{\"capabilities\":{{\"max_msg_fds\":{},\"max_data_xfer_size\":{},\"max_dma_maps\":{},\"pgsizes\":{},\
          \"twin_socket\":{{\"supported\":true}},\"write_multiple\":true}}}}\0",
@@ -136,10 +139,11 @@ pub(super) fn proposal() -> Vec<u8> {
     payload
 }
 
-/// Reads the reply: the agreement, and which of the fds is the twin socket. Pure: for fuzzing, too.
+/// Reads the VERSION reply: the agreement, and the index of the twin socket among the fds. Pure, so that it
+/// can be fuzzed.
 ///
 /// # Errors
-/// When the reply cannot be meant, or the server speaks another major version.
+/// When a value of the reply is impossible, or the server speaks another major version.
 pub fn parse_reply(payload: &[u8]) -> Result<(Version, Option<usize>), Cause> {
     let malformed = Cause::Malformed;
     let (head, text) = parse_front::<VersionHead>(payload).map_err(malformed)?;
@@ -157,7 +161,7 @@ pub fn parse_reply(payload: &[u8]) -> Result<(Version, Option<usize>), Cause> {
     Ok((Version { server: (head.major, head.minor), ours, theirs, agreed }, twin))
 }
 
-/// Can we work with that?
+/// Checks that we can work with the agreement.
 fn check(agreed: &Capabilities) -> Result<(), Cause> {
     let value = |field, value| Err(Cause::Malformed(Fault::Value { field, value }));
     if agreed.max_data_xfer_size == 0 {
@@ -184,7 +188,7 @@ pub fn capabilities(text: &[u8]) -> Result<(Capabilities, Option<usize>), Fault>
     }
     let text = text.strip_suffix(&[0]).ok_or(Fault::Text("capabilities that do not end with NUL"))?;
     let text = std::str::from_utf8(text).map_err(|_| Fault::Text("capabilities that are not UTF-8"))?;
-    // Nesting beyond 128 is refused by the parser.
+    // The parser refuses nesting deeper than 128 levels.
     let value: Value =
         serde_json::from_str(text).map_err(|_| Fault::Text("capabilities that are not JSON"))?;
     let Value::Object(top) = value else {

@@ -1,8 +1,9 @@
 //! vhost-user "Backend message types": requests of the backend on the channel given by SET_BACKEND_REQ_FD.
 //!
-//! Served by whoever polls the channel, never blocking on it: a message that is not whole yet is kept for the
-//! next time. Must be served while a request on the main connection waits (libvhost-user waits for our answer in
-//! the middle of its own), so it shares nothing with the main connection.
+//! The thread that polls the channel serves it and never blocks on it: an incomplete message is kept for the
+//! next call. The channel must be served even while a request on the main connection waits, as libvhost-user
+//! waits for our answer before it answers that request. Therefore the channel shares nothing with exchanges
+//! on the main connection.
 
 use std::io;
 use std::net::Shutdown;
@@ -23,38 +24,38 @@ use crate::peer::fds::{self, Received, Room};
 use crate::peer::{Cause, Error, Step};
 use crate::peer::{Direction, Peer, Trace};
 
-/// The largest payload that is read; the largest that any request has is 40.
+/// The largest payload that is read. The largest payload of any request has 40 bytes.
 const PAYLOAD_MOST: u32 = 1024;
 
-/// Requests served in one go, so that a flood on one channel does not starve the others.
+/// The most requests served in one call, so that a flood on one channel does not starve the others.
 const BATCH: usize = 64;
 
-/// A well-formed request, decoded. What its numbers mean for the machine is judged by who handles it.
+/// A well-formed request, decoded. Its handler judges what the numbers mean for the machine.
 #[derive(Debug)]
 pub enum BackendMessage {
-    /// An IOTLB miss, or an access that failed.
+    /// An IOTLB miss, or a failed access.
     Iotlb(Iotlb),
     /// The configuration space changed.
     ConfigChanged,
-    /// A page to place over a ring's notify address; `None` takes it away.
+    /// A page to place over a ring's notify address; `None` removes it.
     HostNotifier(u8, Option<NotifierArea>),
     /// The backend used buffers of this ring (in-band call).
     VringCall(u32),
-    /// The backend found this ring in error.
+    /// The backend found an error in this ring.
     VringError(u32),
     /// An object is offered to other devices.
     SharedObjectAdd(Uuid),
-    /// It is withdrawn.
+    /// The object is withdrawn.
     SharedObjectRemove(Uuid),
-    /// The fd of another device's object is wanted.
+    /// The backend asks for the fd of another device's object.
     SharedObjectLookup(Uuid),
-    /// A file is to be mapped into a shared memory region.
+    /// The backend asks to map a file into a shared memory region.
     ShmemMap(ShmemArea, OwnedFd),
-    /// A part of a shared memory region is to be unmapped.
+    /// The backend asks to unmap a part of a shared memory region.
     ShmemUnmap(ShmemArea),
 }
 
-/// Where a host notifier lies in its file.
+/// The place of a host notifier page in its file.
 #[derive(Debug)]
 pub struct NotifierArea {
     /// The file.
@@ -66,17 +67,18 @@ pub struct NotifierArea {
 }
 
 impl NotifierArea {
-    /// Judges the area: one whole page, on a page, and inside its file where that has an end.
+    /// Checks that the area is one whole, aligned page, and that it lies inside its file if the file has a
+    /// size.
     pub fn check(&self) -> Result<(), Refused> {
         let end = self.offset.checked_add(self.size).ok_or(Refused)?;
         let held = file_size(&self.fd);
-        // A device file, which this usually is, has no size.
+        // A device file has no size. Host notifiers usually are device files.
         let inside = held == 0 || end <= held;
         if self.size == PAGE && self.offset.is_multiple_of(PAGE) && inside { Ok(()) } else { Err(Refused) }
     }
 }
 
-/// Decodes a request. Pure: for fuzzing and for tracing, too.
+/// Decodes a request. Pure, so that it can be fuzzed and traced.
 pub fn parse_request(
     request: BackendRequest,
     payload: &[u8],
@@ -123,35 +125,35 @@ pub fn parse_request(
     Ok(message)
 }
 
-/// The handler does not do what the backend asked; the backend is told so and goes on.
+/// The handler does not do what the backend asked. The backend gets a refusal, and the channel goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the request was refused")]
 pub struct Refused;
 
-/// What a machine does for a backend. Called on the thread that serves the channel; must not block, and must not
-/// take a lock that is held across an exchange with a peer.
+/// The handler of a backend's requests. Called on the thread that serves the channel. Must not block, and
+/// must not take a lock that is held across an exchange with a peer.
 ///
-/// Everything but a configuration change is refused unless a device implements it.
+/// By default every request but a configuration change is refused.
 pub trait BackendRequests {
-    /// The configuration space changed: it should be read anew, later, on another thread.
+    /// The configuration space changed. The handler should have it read again later, on another thread.
     fn config_changed(&self);
 
-    /// Places (or removes) a host notifier page of a ring.
+    /// Places (or, without an area, removes) a host notifier page of a ring.
     fn host_notifier(&self, _ring: u8, _area: Option<NotifierArea>) -> Result<(), Refused> {
         Err(Refused)
     }
 
-    /// The backend misses a translation, or failed to access one.
+    /// The backend misses a translation, or failed to access an address.
     fn iotlb(&self, _message: Iotlb) -> Result<(), Refused> {
         Err(Refused)
     }
 
-    /// In-band call of a ring.
+    /// The backend used buffers of a ring (in-band call).
     fn vring_call(&self, _ring: u32) -> Result<(), Refused> {
         Err(Refused)
     }
 
-    /// A ring is in error.
+    /// The backend found an error in a ring.
     fn vring_error(&self, _ring: u32) -> Result<(), Refused> {
         Err(Refused)
     }
@@ -166,13 +168,14 @@ pub trait BackendRequests {
         Err(Refused)
     }
 
-    /// The fd of an object of another device.
+    /// Returns the fd of another device's object.
     fn shared_object_lookup(&self, _uuid: Uuid) -> Result<OwnedFd, Refused> {
         Err(Refused)
     }
 
-    /// Whether the fd of an object is only to be had later: then the channel waits, served no further, for
-    /// [`BackendChannel::answer_lookup`], and [`BackendRequests::shared_object_lookup`] is not called.
+    /// True when the fd of an object is only available later. The channel is then not served until
+    /// [`BackendChannel::answer_lookup`] is called, and [`BackendRequests::shared_object_lookup`] is not
+    /// called.
     fn defers_lookup(&self, _uuid: Uuid) -> bool {
         false
     }
@@ -188,10 +191,10 @@ pub trait BackendRequests {
     }
 }
 
-/// What one call of [`BackendChannel::serve`] did.
+/// The outcome of one call of [`BackendChannel::serve`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// So many requests; more may be waiting when it is a whole batch.
+    /// The number of requests served. More may wait when the number is a whole batch.
     Requests(usize),
     /// The backend waits for the fd of an object: poll the channel again after
     /// [`BackendChannel::answer_lookup`].
@@ -200,16 +203,18 @@ pub enum Served {
     HungUp,
 }
 
-/// The socket of a backend's own channel, shared with the main connection, which ends it.
+/// The socket of a backend's own channel. The main connection shares it, and ends it when it ends itself.
 pub(super) struct ChannelSocket {
     socket: UnixStream,
-    /// Held while a request is acted upon: when [`ChannelSocket::end`] returns, the backend acts no more.
+    /// Locked while a request is served, so no request is served any more once [`ChannelSocket::end`] has
+    /// returned.
     has_ended: Mutex<bool>,
 }
 
 impl ChannelSocket {
-    /// Takes all power from the backend that has the other end: requests that wait in the socket are not served either.
-    /// Whoever polls the channel sees only what the backend does with its end; see [`BackendChannel::has_ended`].
+    /// Ends the channel: no further request is served, not even one that has arrived already. A thread that
+    /// polls the channel sees no event from this, only what the backend does with its end; see
+    /// [`BackendChannel::has_ended`].
     pub(super) fn end(&self) {
         *self.ended() = true;
         if let Err(source) = self.socket.shutdown(Shutdown::Write) {
@@ -222,7 +227,7 @@ impl ChannelSocket {
     }
 }
 
-/// Our end of the backend's own channel. It ends with the main connection, whoever ends that.
+/// Our end of the backend's own channel. It ends with the main connection, whichever side ends that.
 pub struct BackendChannel {
     shared: Arc<ChannelSocket>,
     peer: Peer,
@@ -230,9 +235,9 @@ pub struct BackendChannel {
     trace: Option<Arc<dyn Trace>>,
     partial: Vec<u8>,
     fds: Vec<OwnedFd>,
-    /// The message came with descriptors that it does not have.
+    /// The fault of a message that came with descriptors it must not have.
     strays: Option<Fault>,
-    /// The log knows that its requests are malformed.
+    /// Malformed requests of this backend were logged already.
     fault_logged: bool,
 }
 
@@ -253,7 +258,7 @@ impl BackendChannel {
         &self.shared
     }
 
-    /// True when the main connection has ended: the channel is not served any more and can be closed.
+    /// True when the main connection has ended. The channel is not served any more and can be closed.
     pub fn has_ended(&self) -> bool {
         *self.shared.ended()
     }
@@ -263,10 +268,10 @@ impl BackendChannel {
         self.peer.name()
     }
 
-    /// Handles what can be read now, a batch at most, without ever blocking.
+    /// Serves the requests that have arrived, one batch at most, without ever blocking.
     ///
-    /// A request that is unknown, not negotiated or malformed inside is refused and the channel goes on; a broken
-    /// frame, or a backend that does not take our answers, ends it with an error.
+    /// A request that is unknown, not negotiated or malformed is refused, and the channel goes on. A broken
+    /// frame, or a backend that does not read our answers, ends the channel with an error.
     pub fn serve(&mut self, handler: &dyn BackendRequests) -> Result<Served, Error> {
         if self.has_ended() {
             return Ok(Served::HungUp);
@@ -319,7 +324,7 @@ impl BackendChannel {
                 }
             };
             let room = if self.partial.is_empty() { self.room() } else { Room::None };
-            // Never reads into the next message: its fds would be taken for this one's.
+            // Never reads into the next message, as that message's fds would be assigned to this one.
             let have = self.partial.len();
             self.partial.resize(due, 0);
             let rest = self.partial.get_mut(have..).unwrap_or_default();
@@ -342,8 +347,8 @@ impl BackendChannel {
         }
     }
 
-    /// Room for the descriptor of the request that comes next, if that is one that has a descriptor. Descriptors travel with
-    /// the first byte, so the header is looked at before it is read.
+    /// The room for descriptors of the next request: one if that request carries one. Descriptors travel with
+    /// the first byte, so the header is peeked at before it is read.
     fn room(&self) -> Room {
         let carry = [ProtocolFeatures::HOST_NOTIFIER, ProtocolFeatures::SHMEM];
         if !carry.into_iter().any(|feature| self.negotiated.contains(feature)) {
@@ -352,12 +357,12 @@ impl BackendChannel {
         let mut header = Header::new_zeroed();
         match fds::peek(self.shared.socket.as_fd(), header.as_mut_bytes()) {
             Ok(HEADER_SIZE) if !BackendRequest(header.request).carries_fd() => Room::None,
-            // A header that comes in pieces: it may be one of them.
+            // The header arrived in pieces, so it may be that of a request with a descriptor.
             _ => Room::One,
         }
     }
 
-    /// The request that is being read, as far as it says so yet.
+    /// The code of the request that is being read, as far as it has arrived.
     fn named(&self) -> BackendRequest {
         BackendRequest(self.partial.first_chunk::<4>().map_or(0, |bytes| u32::from_ne_bytes(*bytes)))
     }
@@ -380,7 +385,7 @@ impl BackendChannel {
                 }
                 Ok(message) => dispatch(message, handler),
                 Err(fault) => {
-                    // As many as it likes.
+                    // Logged once only: the backend can send any number of malformed requests.
                     if !std::mem::replace(&mut self.fault_logged, true) {
                         log::warn!("{} sent {request} {fault} (logged once)", self.peer);
                     }

@@ -1,7 +1,8 @@
-//! vfio-user DMA_LOGGING_START, STOP, REPORT: which pages the device wrote.
+//! vfio-user DMA_LOGGING_START, DMA_LOGGING_STOP, DMA_LOGGING_REPORT: the pages that the device wrote.
 //!
-//! Must never lose a write: a report that a server leaves empty counts as "all of it". Writes by message
-//! (DMA_WRITE) are not in the reports; the writer of guest memory notes those.
+//! Must never lose a write: a report that the server leaves empty counts as a report of all pages. The
+//! reports do not include writes by message (DMA_WRITE). The code that writes guest memory for the server
+//! marks those pages itself.
 
 use zerocopy::IntoBytes;
 
@@ -12,36 +13,38 @@ use crate::vfio_user::message::{
     Command, Fault, Feature, LoggingRange, LoggingReport, LoggingStart, length, parse_front,
 };
 
-/// Pages in one report: a bitmap of 128 KiB. A multiple of 64, at which reports must begin.
+/// The most pages in one report: a bitmap of 128 KiB. A multiple of 64, as a report must begin at a multiple
+/// of 64 pages.
 const PAGES_AT_ONCE: u64 = 1 << 20;
 
-/// Ranges in one DMA_LOGGING_START.
+/// The most ranges in one DMA_LOGGING_START.
 const RANGES_MOST: usize = 1024;
 
-/// A part of DMA addresses.
+/// A range of DMA addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaRange {
-    /// The first.
+    /// The first address.
     pub at: GuestAddr,
     /// Bytes.
     pub length: u64,
 }
 
-/// Pages that were written.
+/// A bitmap of the pages that were written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyPages {
-    /// The first address.
+    /// The guest address of the first page.
     pub at: GuestAddr,
-    /// Bytes that a bit stands for.
+    /// Bytes that one bit stands for.
     pub page_size: u64,
-    /// The bits, the first page in the lowest.
+    /// The bits. The first page is the lowest bit.
     pub words: Vec<u64>,
 }
 
-/// Reads the data of a DMA_LOGGING_REPORT for `pages` pages from `asked` on. Pure: for fuzzing, too.
+/// Reads the data of a DMA_LOGGING_REPORT of `pages` pages, from the start of `asked` on. Pure, so that it
+/// can be fuzzed.
 ///
 /// # Errors
-/// When it is about another range, or has fewer or more bits; bits past the end count as clear.
+/// When the report is about another range, or has too few or too many bits. Bits past the end count as clear.
 pub fn parse_report(data: &[u8], asked: &LoggingReport, pages: u64) -> Result<Vec<u64>, Fault> {
     let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
     let last = match pages % 64 {
@@ -70,10 +73,11 @@ pub fn parse_report(data: &[u8], asked: &LoggingReport, pages: u64) -> Result<Ve
     Ok(bitmap)
 }
 
-/// Reads the data of a DMA_LOGGING_START reply: the page size that the device chose.
+/// Reads the data of a DMA_LOGGING_START reply: the page size that the device chose. Pure, so that it can be
+/// fuzzed.
 ///
 /// # Errors
-/// When that is not a power of two of 4096 or more, or larger than any memory.
+/// When the page size is not a power of two, is below 4096, or is larger than any memory.
 pub fn parse_logging_start(data: &[u8], asked: u64) -> Result<u64, Fault> {
     if data.is_empty() {
         return Ok(asked);
@@ -88,11 +92,11 @@ pub fn parse_logging_start(data: &[u8], asked: u64) -> Result<u64, Fault> {
 }
 
 impl Client {
-    /// Has the device note what it writes in `ranges`; no range means everywhere. Returns the page size
-    /// at which it does.
+    /// Starts logging of the device's writes to `ranges`, or to all memory when there are no ranges. Returns
+    /// the page size that the device logs with.
     ///
     /// # Errors
-    /// When the server refuses, fails, or chooses a page size that is none.
+    /// When the server refuses or fails, or chooses an impossible page size.
     pub fn start_dma_logging(&self, page_size: u64, ranges: &[DmaRange]) -> Result<u64, Error> {
         let command = Command::DEVICE_FEATURE;
         if ranges.len() > RANGES_MOST {
@@ -107,7 +111,7 @@ impl Client {
         parse_logging_start(&reply, page_size).map_err(|fault| self.malformed(command, fault))
     }
 
-    /// Has it no longer note them.
+    /// Stops logging of the device's writes.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -115,11 +119,12 @@ impl Client {
         self.set_feature(Feature::DMA_LOGGING_STOP, &[]).map(drop)
     }
 
-    /// The pages of `range`, which lies in one mapped region and begins on a multiple of 64 pages, that were
-    /// written since the last report, in as many messages as it takes. Each has a deadline of its own.
+    /// Reads which pages of `range` were written since the last report. `range` must lie in one mapped region
+    /// and begin at a multiple of 64 pages. Sends as many messages as are needed; each has a deadline of its
+    /// own.
     ///
     /// # Errors
-    /// When the server refuses, fails, or reports on something else.
+    /// When the server refuses or fails, or its report is about another range.
     pub fn report_dma_logging(&self, range: DmaRange, page_size: u64) -> Result<DirtyPages, Error> {
         let command = Command::DEVICE_FEATURE;
         let invalid = |what| self.error(command, Cause::Invalid(what));

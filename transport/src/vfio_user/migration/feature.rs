@@ -1,4 +1,5 @@
-//! vfio-user DEVICE_FEATURE: what a device can do beyond its registers. What each feature means is elsewhere.
+//! vfio-user DEVICE_FEATURE: probing, reading and writing a feature. The meaning of each feature is in the
+//! other files.
 
 use zerocopy::IntoBytes;
 
@@ -12,7 +13,7 @@ const GET: u32 = 1 << 16;
 const SET: u32 = 1 << 17;
 const PROBE: u32 = 1 << 18;
 
-/// What is done with a feature.
+/// How a feature is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureUse {
     /// Its data is read.
@@ -30,11 +31,11 @@ impl FeatureUse {
     }
 }
 
-/// Reads the payload of a DEVICE_FEATURE reply to a command with these flags. Pure: for fuzzing, too. A success
-/// without payload, as some servers have it, is one without data.
+/// Reads the payload of the DEVICE_FEATURE reply to a command with `flags`. Some servers send a success
+/// without a payload; it counts as one without data. Pure, so that it can be fuzzed.
 ///
 /// # Errors
-/// When it is about another feature.
+/// When the reply is about another feature.
 pub fn parse_feature(payload: &[u8], flags: u32) -> Result<&[u8], Fault> {
     if payload.is_empty() {
         return Ok(payload);
@@ -47,10 +48,11 @@ pub fn parse_feature(payload: &[u8], flags: u32) -> Result<&[u8], Fault> {
 }
 
 impl Client {
-    /// Can `feature` be used so?
+    /// True when `feature` can be used in the way `with`.
     ///
     /// # Errors
-    /// When the server fails; that it refuses is the answer no, and one that may not be asked gives it, too.
+    /// When the server fails. A refusal is the answer `false`, and a server that may not be asked counts as
+    /// one that refuses.
     pub fn has_feature(&self, feature: Feature, with: FeatureUse) -> Result<bool, Error> {
         match self.feature(feature, PROBE | with.flag(), &[], 0) {
             Ok(_) => Ok(true),
@@ -59,18 +61,18 @@ impl Client {
         }
     }
 
-    /// Reads the data of `feature`, `most` bytes at most; `data` goes with the question.
+    /// Reads the data of `feature`, at most `most` bytes. `data` is sent with the command.
     ///
     /// # Errors
-    /// When the server refuses, fails, or sends more.
+    /// When the server refuses or fails, or sends more bytes.
     pub fn get_feature(&self, feature: Feature, data: &[u8], most: u32) -> Result<Vec<u8>, Error> {
         self.feature(feature, GET, data, most)
     }
 
-    /// Writes the data of `feature`; returns the server's version of it.
+    /// Writes the data of `feature`. Returns the data of the reply.
     ///
     /// # Errors
-    /// When the server refuses, fails, or sends more than it got.
+    /// When the server refuses or fails, or sends more bytes than it got.
     pub fn set_feature(&self, feature: Feature, data: &[u8]) -> Result<Vec<u8>, Error> {
         self.feature(feature, SET, data, length(data.len()))
     }

@@ -1,4 +1,5 @@
-//! What a device does for a migration: its features, its states and their data, logging what its DMA writes.
+//! The parts of vfio-user for migration: device features, the device's migration states and data, and DMA
+//! logging.
 
 mod dma_logging;
 mod feature;

@@ -1,7 +1,7 @@
-//! vfio-user migration: the states of a device, and its data as a stream of messages.
+//! vfio-user migration: the states of a device, and the device's state data as a stream of messages.
 //!
-//! PRE_COPY and STOP_COPY are streams of their own; a read that brings less than asked for ends one. In STOP and
-//! STOP_COPY servers refuse almost everything else.
+//! PRE_COPY and STOP_COPY each have a stream of their own. A read that returns fewer bytes than asked for
+//! ends the stream. In STOP and STOP_COPY, servers refuse almost all other commands.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -15,22 +15,22 @@ use crate::vfio_user::message::{
     Command, Fault, Feature, MigrationData, MigrationStatePayload, length, parse, parse_front,
 };
 
-/// How far a device can migrate.
+/// What a device supports of migration: the flags of the feature MIGRATION.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MigrationSupport(pub u64);
 
 impl MigrationSupport {
-    /// Its state can be read while it is stopped.
+    /// True when the device's state can be read while the device is stopped.
     pub fn stop_copy(self) -> bool {
         self.0 & 1 != 0
     }
 
-    /// It can refrain from access to other devices.
+    /// True when the device can run without access to other devices.
     pub fn p2p(self) -> bool {
         self.0 & 2 != 0
     }
 
-    /// Its state can be read while it runs.
+    /// True when the device's state can be read while the device runs.
     pub fn pre_copy(self) -> bool {
         self.0 & 4 != 0
     }
@@ -40,21 +40,21 @@ impl MigrationSupport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum MigrationState {
-    /// It failed and must be reset.
+    /// The device failed and must be reset.
     Error = 0,
-    /// It does nothing.
+    /// The device is stopped.
     Stop = 1,
-    /// It works.
+    /// The device runs.
     Running = 2,
-    /// It is stopped and its state is read.
+    /// The device is stopped, and its state is being read.
     StopCopy = 3,
-    /// It is stopped and its state is written.
+    /// The device is stopped, and its state is being written.
     Resuming = 4,
-    /// It works, without access to other devices.
+    /// The device runs without access to other devices.
     RunningP2p = 5,
-    /// It works and its state is read.
+    /// The device runs, and its state is being read.
     PreCopy = 6,
-    /// Both.
+    /// The device runs without access to other devices, and its state is being read.
     PreCopyP2p = 7,
 }
 
@@ -90,21 +90,21 @@ impl fmt::Display for MigrationState {
     }
 }
 
-/// Reads the data of the migration state. Pure: for fuzzing, too.
+/// Reads the data of the feature MIG_DEVICE_STATE. Pure, so that it can be fuzzed.
 ///
 /// # Errors
-/// When there is no such state.
+/// When no state has this number.
 pub fn parse_migration_state(data: &[u8]) -> Result<MigrationState, Fault> {
     let payload: MigrationStatePayload = parse(data)?;
     let fault = Fault::Value { field: "migration state", value: u64::from(payload.state) };
     MigrationState::from_number(payload.state).ok_or(fault)
 }
 
-/// Reads the payload of a MIG_DATA_READ reply when `asked` bytes were asked for. Pure: for fuzzing, too. What
-/// follows the data is padding.
+/// Reads the payload of a MIG_DATA_READ reply after `asked` bytes were asked for. Bytes behind the data are
+/// padding. Pure, so that it can be fuzzed.
 ///
 /// # Errors
-/// When there is more data than asked for, or than there is payload.
+/// When the reply claims more data than was asked for, or more than the payload holds.
 pub fn parse_migration_data(payload: &[u8], asked: usize) -> Result<&[u8], Fault> {
     let (head, data) = parse_front::<MigrationData>(payload)?;
     let size = usize::try_from(head.size).unwrap_or(usize::MAX);
@@ -113,7 +113,7 @@ pub fn parse_migration_data(payload: &[u8], asked: usize) -> Result<&[u8], Fault
 }
 
 impl Client {
-    /// How far the device can migrate; `None` when it cannot.
+    /// What the device supports of migration; `None` when it cannot migrate.
     ///
     /// # Errors
     /// When the server fails.
@@ -123,7 +123,7 @@ impl Client {
                 let flags: u64 =
                     parse(&data).map_err(|fault| self.malformed(Command::DEVICE_FEATURE, fault))?;
                 let support = MigrationSupport(flags);
-                // Without it, nothing can be read at all.
+                // Without STOP_COPY the state cannot be read at all, so the device cannot migrate.
                 Ok(support.stop_copy().then_some(support))
             }
             Err(error) if matches!(error.cause(), Cause::Refused(_) | Cause::NotNegotiated) => Ok(None),
@@ -131,16 +131,16 @@ impl Client {
         }
     }
 
-    /// The device's migration state.
+    /// Reads the device's migration state.
     ///
     /// # Errors
-    /// When the server refuses, fails, or gives none that there is.
+    /// When the server refuses or fails, or its state is unknown.
     pub fn migration_state(&self) -> Result<MigrationState, Error> {
         let data = self.get_feature(Feature::MIG_DEVICE_STATE, &[], 8)?;
         parse_migration_state(&data).map_err(|fault| self.malformed(Command::DEVICE_FEATURE, fault))
     }
 
-    /// Brings the device into `state`. Blocks until it is there, whatever lies between.
+    /// Brings the device into `state`, through the states between. Blocks until the device has reached it.
     ///
     /// # Errors
     /// When the server refuses (the device may be in [`MigrationState::Error`] then), fails, or says that the
@@ -156,10 +156,11 @@ impl Client {
         Err(malformed(Fault::Value { field: "migration state", value: u64::from(reached as u32) }))
     }
 
-    /// Reads the device's state, as much as `data` holds and one message transfers. Less than that ends the stream.
+    /// Reads a part of the device's state: as many bytes as `data` holds and one message transfers. Fewer
+    /// bytes than that end the stream.
     ///
     /// # Errors
-    /// When the server refuses or fails, or sends more than asked for.
+    /// When the server refuses or fails, or sends more bytes than were asked for.
     pub fn read_migration_data(&self, data: &mut [u8]) -> Result<usize, Error> {
         let command = Command::MIG_DATA_READ;
         self.needs_extended(command)?;
@@ -167,7 +168,7 @@ impl Client {
         let head = length(size_of::<MigrationData>());
         let size = length(asked);
         let payload = MigrationData { argsz: head.saturating_add(size), size };
-        // Replies are padded by servers, by a head at most.
+        // Servers pad replies by the size of a head at most.
         let expected = Expected::bytes(size.saturating_add(head).saturating_add(head));
         let reply = self.ask(command, &[payload.as_bytes()], &[], expected)?;
         let malformed = |fault| self.malformed(command, fault);
@@ -178,7 +179,8 @@ impl Client {
         Ok(read.len())
     }
 
-    /// Writes a part of a device's state, as much as one message transfers at most; returns how much.
+    /// Writes a part of the device's state, at most as much as one message transfers. Returns the number of
+    /// bytes written.
     ///
     /// # Errors
     /// When the server refuses or fails.
@@ -193,8 +195,8 @@ impl Client {
         Ok(data.len())
     }
 
-    /// Copies the stream of the state in which the device is (PRE_COPY or STOP_COPY) to `out`; returns how many
-    /// bytes there were. Each message has a deadline of its own.
+    /// Copies the stream of the device's current state (PRE_COPY or STOP_COPY) to `out`. Returns the number
+    /// of bytes. Each message has a deadline of its own.
     ///
     /// # Errors
     /// When the server refuses or fails, or sends more than `most` bytes, or `out` cannot be written.
@@ -216,8 +218,8 @@ impl Client {
         }
     }
 
-    /// Copies all of `from` to the device, which is RESUMING; returns how many bytes there were. Each message has
-    /// a deadline of its own. Whether the state was good shows when the device leaves RESUMING.
+    /// Copies all of `from` to the device, which must be RESUMING. Returns the number of bytes. Each message
+    /// has a deadline of its own. The server judges the data only when the device leaves RESUMING.
     ///
     /// # Errors
     /// When the server refuses or fails, or `from` cannot be read.
@@ -240,7 +242,7 @@ impl Client {
         }
     }
 
-    /// Bytes of state in one message.
+    /// The most bytes of state in one message.
     fn migration_piece(&self) -> usize {
         usize::try_from(self.version().agreed.max_data_xfer_size).unwrap_or(usize::MAX).max(1)
     }
