@@ -57,7 +57,7 @@ impl Client {
         Ok(())
     }
 
-    /// Checks that these regions overlap no mapped region, and that the server's limits allow them besides those.
+    /// Checks that these regions overlap no mapped region, and that the server's limits allow them.
     fn check_fit(&self, regions: &[SharedRegion]) -> Result<(), Error> {
         let agreed = self.version().agreed;
         let windows = self.shared.dma.mapped();

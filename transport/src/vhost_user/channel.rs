@@ -1,8 +1,8 @@
-//! vhost-user "Communication": one exchange with the backend at a time, every wait bounded.
+//! vhost-user "Communication": one exchange with the backend at a time, with a limit on every wait.
 //!
-//! Applies the request table's rules. Must never reuse a connection after a failure that leaves it out of step:
-//! it is shut down on the spot, so a late reply cannot be taken for the next one, and whoever polls the socket
-//! sees the hang-up.
+//! Applies the rules of the request table. Must never use a connection on after a failure that leaves it out
+//! of step: the socket is shut down at once. So a late answer cannot be taken for the next one, and a thread
+//! that polls the socket sees the hang-up.
 
 use std::io;
 use std::net::Shutdown;
@@ -23,24 +23,24 @@ use crate::peer::fds::{self, Received, Room};
 use crate::peer::{Cause, Error, Step};
 use crate::peer::{Direction, Limits, Peer, Stats};
 
-/// What is due with an answer whose descriptors mean nothing.
+/// The `fds` of an answer whose descriptors mean nothing: any number may come, and they are dropped.
 const STRAYS: (u8, u8) = (0, u8::MAX);
 
-/// An answer: its payload and fds, within the sizes of the request's row.
+/// An answer: its payload and fds, of sizes that the request's row allows.
 #[derive(Debug, Default)]
 pub(crate) struct Answered {
     pub(crate) payload: Vec<u8>,
     pub(crate) fds: Vec<OwnedFd>,
 }
 
-/// Whether bytes can still be exchanged.
+/// Whether the connection can still be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Link {
     InStep,
     Lost,
 }
 
-/// The main connection to a backend. Not shared: one exchange at a time, by `&mut`.
+/// The main connection to a backend. Not shared between threads: `&mut` allows one exchange at a time.
 pub(crate) struct Channel {
     socket: UnixStream,
     peer: Peer,
@@ -86,8 +86,9 @@ impl Channel {
         Deadline::after(self.limits.deadline())
     }
 
-    /// The deadline of an operation that tells the backend of memory. Some backends populate all of it before they answer
-    /// anything else, which takes 0.6 to 1.3 seconds a GiB on a quiet host: 4 seconds a GiB are granted.
+    /// The deadline of an operation that gives the backend `bytes` of memory. Some backends populate all
+    /// memory before they answer again, which takes 0.6 to 1.3 seconds per GiB on a quiet host. 4 seconds per
+    /// GiB are granted.
     pub(crate) fn deadline_of_memory(&self, bytes: u64) -> Deadline {
         let populated = Duration::from_millis(4 * (bytes >> 20));
         Deadline::after(self.limits.deadline().saturating_add(populated))
@@ -114,12 +115,12 @@ impl Channel {
         self.link == Link::Lost
     }
 
-    /// Ends the connection: an answer held what it must not, so nothing that follows can be trusted.
+    /// Ends the connection after an answer with a value that is not allowed: no later message can be trusted.
     pub(crate) fn malformed(&mut self, request: Request, fault: Fault) -> Error {
         self.lose(request, Cause::Malformed(fault))
     }
 
-    /// Says that `request` was not sent for a reason of ours.
+    /// An error for a `request` that was not sent because of a mistake on our side.
     pub(crate) fn invalid(&self, request: Request, what: &'static str) -> Error {
         Error::new(&self.peer, Step::Request(request.into()), Cause::Invalid(what))
     }
@@ -128,7 +129,7 @@ impl Channel {
         Error::new(&self.peer, Step::Request(request.into()), cause)
     }
 
-    /// Sends `request` and waits for its answer, if its row and what was negotiated say that there is one.
+    /// Sends `request`, and waits for its answer if its row and the negotiated features call for one.
     ///
     /// Blocks until `deadline` at most. A non-zero acknowledgement is [`Cause::Refused`].
     pub(crate) fn exchange(
@@ -162,7 +163,7 @@ impl Channel {
         self.exchange(request, payload, fds, &deadline)
     }
 
-    /// Does one exchange whose answer says no more than yes, with a deadline of its own.
+    /// Does one exchange whose answer is a mere acknowledgement, with a deadline of its own.
     pub(crate) fn order(
         &mut self,
         request: Request,
@@ -172,7 +173,8 @@ impl Channel {
         self.ask(request, payload, fds).map(drop)
     }
 
-    /// Sends `payload` as a message of `request` that has no answer: the acknowledgement of a postcopy table.
+    /// Sends `payload` as a message of `request` without an answer: the acknowledgement of a postcopy memory
+    /// table.
     pub(crate) fn tell(
         &mut self,
         request: Request,
@@ -186,7 +188,8 @@ impl Channel {
         self.send(&header, payload, &[], deadline).map_err(|cause| self.lose(request, cause))
     }
 
-    /// Sends a request and waits for an answer of other sizes than its row's, without need_reply.
+    /// Sends a request without need_reply, and waits for an answer of the sizes given here instead of those
+    /// in its row.
     pub(crate) fn exchange_sized(
         &mut self,
         request: Request,
@@ -213,19 +216,20 @@ impl Channel {
         self.error(request, cause)
     }
 
-    /// The backend has a channel of its own.
+    /// Notes the backend's own channel, so that it ends with this connection.
     pub(crate) fn owns(&mut self, backend: &BackendChannel) {
         self.backend = Some(Arc::clone(backend.shared()));
     }
 
-    /// Ends the connection, and the backend's own channel with it. Whoever polls the sockets sees the hang-up, the backend
-    /// does, too.
+    /// Ends the connection and the backend's own channel. Threads that poll the sockets, and the backend, see
+    /// the hang-up.
     pub(crate) fn abandon(&mut self) {
         self.link = Link::Lost;
         if let Some(backend) = self.backend.take() {
             backend.end();
         }
-        // The peer may be gone already; all that matters is that neither side goes on.
+        // The peer may be gone already, so a failure does not matter: neither side can use the socket
+        // afterwards.
         if let Err(source) = self.socket.shutdown(Shutdown::Both) {
             log::debug!("{}: shutting down: {source}", self.peer);
         }
@@ -279,7 +283,8 @@ impl Channel {
         }
     }
 
-    /// One message, one `sendmsg`: servers that read the header with one call lose a split one.
+    /// Sends a message with one `sendmsg`: backends that read the header with one call would lose a split
+    /// one.
     fn send(
         &mut self,
         header: &Header,
@@ -363,7 +368,8 @@ impl Channel {
                 Ok(received) => {
                     rest = rest.get_mut(received.bytes..).unwrap_or_default();
                     position = Position::Inside;
-                    // A drip-fed message would otherwise pass its deadline without ever having to wait.
+                    // Without this check, a message that arrives byte by byte could pass its deadline, as no
+                    // read has to wait.
                     if !rest.is_empty() && deadline.remaining().is_none() {
                         return Err(Cause::Silent(deadline.limit()));
                     }
@@ -387,7 +393,7 @@ impl Channel {
 }
 
 impl Drop for Channel {
-    /// Closing is not enough where somebody polls a duplicate of the socket.
+    /// Shuts the socket down: closing is not enough while another thread polls a duplicate of the socket.
     fn drop(&mut self) {
         if !self.is_lost() {
             self.abandon();
@@ -401,7 +407,7 @@ impl AsFd for Channel {
     }
 }
 
-/// Where in the stream of messages an end was met.
+/// The position in the stream of messages at which the peer closed it.
 #[derive(Clone, Copy)]
 enum Position {
     Boundary,

@@ -1,7 +1,8 @@
 //! GET_CONFIG and SET_CONFIG: the device's configuration space.
 //!
-//! It is read once, whole, at offset 0: several backends ignore the offset. How they refuse differs (no payload,
-//! a head alone), so both count, and a shorter read is tried next.
+//! The space is read whole, with one request at offset 0, as several backends ignore the offset. Backends
+//! refuse a size in two ways: with an empty payload, or with a head alone. Both count as a refusal, and a
+//! smaller size is tried next.
 
 use zerocopy::IntoBytes;
 
@@ -11,10 +12,10 @@ use super::request::{CONFIG_MOST, Request};
 use crate::peer::deadline::Deadline;
 use crate::peer::{Cause, Error};
 
-/// Tries shorter sizes in steps of this many bytes: the granularity of virtio's configuration fields.
+/// The step by which a refused size is reduced, in bytes: the granularity of virtio's configuration fields.
 const STEP: usize = 4;
 
-/// Why a SET_CONFIG was sent.
+/// The reason for a SET_CONFIG.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum WriteKind {
@@ -49,12 +50,12 @@ pub fn parse_reply(payload: &[u8], asked: u32) -> Result<ConfigReply<'_>, Fault>
     if head.size > got || got > asked {
         return Err(Fault::Size { got, least: head.size.min(asked), most: asked });
     }
-    // Bytes past the size that it names are padding, or stale memory.
+    // Bytes past the size in the head are padding or stale memory.
     let size = usize::try_from(head.size).unwrap_or(usize::MAX);
     Ok(ConfigReply::Bytes(bytes.get(..size).unwrap_or(bytes)))
 }
 
-/// Reads the configuration space, `size` bytes or the most below that which the backend gives.
+/// Reads the configuration space: `size` bytes, or as many below that as the backend returns.
 pub(crate) fn read(channel: &mut Channel, size: usize, deadline: &Deadline) -> Result<Vec<u8>, Error> {
     const REQUEST: Request = Request::GET_CONFIG;
     if size == 0 || length(size) > CONFIG_MOST {

@@ -1,6 +1,7 @@
-//! A traced message as one line for people: direction, name, decoded payload, fds, time.
+//! A traced vhost-user message as one line for people: direction, name, decoded payload, fds, time.
 //!
-//! Reads what the peer sent and must never fail on it: what cannot be decoded is printed as bytes.
+//! The message may be any bytes of the peer. Must never fail on them: a payload that cannot be decoded is
+//! printed as bytes.
 
 use std::fmt;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ pub struct Fields<'a> {
     pub payload: &'a [u8],
 }
 
-/// Shows a message to whoever watches.
+/// Passes a message to the trace, if there is one.
 pub(super) fn show(
     trace: Option<&Arc<dyn Trace>>,
     peer: &Peer,
@@ -95,7 +96,7 @@ fn request(f: &mut fmt::Formatter<'_>, request: Request, payload: &[u8]) -> fmt:
         Request::SET_DEVICE_STATE_FD => decode(f, payload, |f, state: StateTransfer| {
             write!(f, " direction={} phase={}", state.direction, state.phase)
         }),
-        // Keys do not belong into a log.
+        // The payload holds keys, which must not be logged.
         Request::CREATE_CRYPTO_SESSION => write!(f, " ({} bytes)", payload.len()),
         _ => number(f, "value", payload),
     }
@@ -134,7 +135,7 @@ fn backend_request(f: &mut fmt::Formatter<'_>, request: BackendRequest, payload:
     }
 }
 
-/// Prints `payload` as a `T`, or as bytes when it is none.
+/// Prints `payload` as a `T`. Prints it as bytes when its size does not fit.
 fn decode<T: FromBytes>(
     f: &mut fmt::Formatter<'_>,
     payload: &[u8],

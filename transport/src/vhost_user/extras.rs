@@ -1,8 +1,8 @@
-//! Requests that only one kind of device has: crypto sessions, a network card's MTU and RARP, a display's socket, shared
-//! objects.
+//! Requests for one kind of device only: crypto sessions, the MTU and RARP of a network card, the socket of a
+//! display, and shared objects.
 //!
-//! The payload of CREATE_CRYPTO_SESSION is no layout of the specification but the ABI of QEMU and DPDK:
-//! [`SymmetricSession`]. The pointers in it mean nothing on the wire and are zero.
+//! The specification does not define the payload of CREATE_CRYPTO_SESSION. It is the ABI of QEMU and DPDK;
+//! see [`SymmetricSession`]. The pointers in it have no meaning between processes and are sent as zero.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -14,16 +14,16 @@ use super::request::Request;
 use super::session::Session;
 use crate::peer::{Cause, Error};
 
-/// Bytes of a cipher key.
+/// The most bytes of a cipher key.
 pub const CIPHER_KEY_MAX: usize = 64;
 
-/// Bytes of an authentication key.
+/// The most bytes of an authentication key.
 pub const AUTH_KEY_MAX: usize = 512;
 
-/// Bytes of the whole payload.
+/// Bytes of the CREATE_CRYPTO_SESSION payload.
 const SIZE: usize = 8 + 7 * 4 + 4 + 2 * 8 + CIPHER_KEY_MAX + AUTH_KEY_MAX;
 
-/// A symmetric session, numbers as in virtio 1.2 §5.9.
+/// The parameters of a symmetric session. Numbers are those of virtio 1.2 §5.9.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SymmetricSession {
     /// VIRTIO_CRYPTO_..._CREATE_SESSION.
@@ -42,7 +42,7 @@ pub struct SymmetricSession {
     pub direction: u8,
     /// Plain, authenticated or nested hash.
     pub hash_mode: u8,
-    /// Which comes first in a chain.
+    /// Whether cipher or hash comes first in a chain.
     pub chain_order: u8,
     /// At most [`CIPHER_KEY_MAX`] bytes.
     pub cipher_key: Vec<u8>,
@@ -51,13 +51,13 @@ pub struct SymmetricSession {
 }
 
 impl SymmetricSession {
-    /// The payload; `None` when a key is too long.
+    /// The CREATE_CRYPTO_SESSION payload; `None` when a key is too long.
     pub fn encode(&self) -> Option<Vec<u8>> {
         if self.cipher_key.len() > CIPHER_KEY_MAX || self.auth_key.len() > AUTH_KEY_MAX {
             return None;
         }
         let mut payload = Vec::with_capacity(SIZE);
-        // The session id, for the answer.
+        // The session id, which the backend sets in its answer.
         payload.extend_from_slice(&0i64.to_ne_bytes());
         for word in [
             self.op_code,
@@ -81,11 +81,11 @@ impl SymmetricSession {
     }
 }
 
-/// A session that the backend holds.
+/// The id of a session that the backend holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionId(pub u64);
 
-/// Reads the answer: the session, or the backend's negative error.
+/// Reads the answer to CREATE_CRYPTO_SESSION: the session, or the backend's negative error code.
 pub fn parse_session(payload: &[u8]) -> Result<Result<SessionId, i64>, Fault> {
     let (id, _): (i64, _) = parse_front(payload)?;
     Ok(u64::try_from(id).map(SessionId).map_err(|_| id))
@@ -98,19 +98,19 @@ fn rarp(mac: [u8; 6]) -> [u8; 8] {
 }
 
 impl Session {
-    /// Tells the backend the MTU that the guest sees. Needs MTU; only with VIRTIO_NET_F_MTU.
+    /// Tells the backend the MTU that the guest sees. Needs MTU. For drivers with VIRTIO_NET_F_MTU only.
     pub fn set_mtu(&mut self, mtu: u16) -> Result<(), Error> {
         self.channel.order(Request::NET_SET_MTU, &u64::from(mtu).to_ne_bytes(), &[])
     }
 
-    /// Gives a GPU backend the socket on which it speaks to a display.
+    /// Gives a GPU backend the socket of its display.
     pub fn set_gpu_socket(&mut self, socket: BorrowedFd<'_>) -> Result<(), Error> {
         self.channel.order(Request::GPU_SET_SOCKET, &[], &[socket])
     }
 }
 
 impl LiveSession {
-    /// Opens a session. Needs CRYPTO_SESSION. The keys are copied to the backend.
+    /// Opens a session. Needs CRYPTO_SESSION. The backend gets a copy of the keys.
     pub fn create_crypto_session(&mut self, session: &SymmetricSession) -> Result<SessionId, Error> {
         const REQUEST: Request = Request::CREATE_CRYPTO_SESSION;
         let channel = &mut self.session.channel;
@@ -128,13 +128,14 @@ impl LiveSession {
         self.session.channel.order(Request::CLOSE_CRYPTO_SESSION, &session.0.to_ne_bytes(), &[])
     }
 
-    /// Has the backend announce `mac` on its network after a migration. Needs RARP; for guests that do not
+    /// Makes the backend announce `mac` on its network after a migration. Needs RARP. For guests that do not
     /// announce themselves (VIRTIO_NET_F_GUEST_ANNOUNCE).
     pub fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), Error> {
         self.session.channel.order(Request::SEND_RARP, &rarp(mac), &[])
     }
 
-    /// Asks for the fd of the object `uuid`. Needs SHARED_OBJECT; [`Cause::Refused`] when there is none.
+    /// Asks for the fd of the object `uuid`. Needs SHARED_OBJECT. [`Cause::Refused`] when there is no such
+    /// object.
     pub fn shared_object(&mut self, uuid: Uuid) -> Result<OwnedFd, Error> {
         const REQUEST: Request = Request::GET_SHARED_OBJECT;
         let channel = &mut self.session.channel;

@@ -1,6 +1,6 @@
-//! Feature bits: what is offered, what the driver took, what the protocol negotiated, and their names.
+//! Feature bits: the offered, the accepted and the negotiated ones, and their names.
 //!
-//! No function of this crate takes a bare `u64` of features where one of these types fits.
+//! No function of this crate takes features as a bare `u64` where one of these types fits.
 
 use std::fmt;
 
@@ -49,8 +49,8 @@ const DEVICE_NAMES: &[(&str, u32)] = &[
     ("admin_vq", 41),
 ];
 
-/// Bits that are not passed to guests unless asked for: the front end's own, and those that need a part of the
-/// machine which the transport alone cannot promise.
+/// Device features that are hidden from guests unless asked for: those of the front end itself, and those
+/// that need a part of the machine besides the transport.
 pub const WITHHELD: &[u32] = &[
     bit::LOG_ALL,
     bit::PROTOCOL_FEATURES,
@@ -78,7 +78,7 @@ impl DeviceFeatures {
         self.0 & mask(number) != 0
     }
 
-    /// What the driver takes of these; refuses bits that were not offered.
+    /// The driver's features, if all of them were offered.
     pub fn accept(self, driver: u64) -> Result<DriverFeatures, NotOffered> {
         match driver & !self.0 {
             0 => Ok(DriverFeatures(driver)),
@@ -86,7 +86,7 @@ impl DeviceFeatures {
         }
     }
 
-    /// What of the driver's features is among these: the others are the front end's own matter.
+    /// The driver's features that are among these. The other ones concern the front end only.
     pub fn known(self, driver: DriverFeatures) -> DriverFeatures {
         DriverFeatures(driver.0 & self.0)
     }
@@ -160,7 +160,7 @@ protocol_features! {
     23 GET_VRING_BASE_SKIP_DRAIN "get_vring_base_skip_drain",
 }
 
-/// What each feature cannot do without: a feature whose needs were not offered is not negotiated either.
+/// The features that each feature needs. A feature is not negotiated when one that it needs was not offered.
 const DEPENDENCIES: &[(ProtocolFeatures, ProtocolFeatures)] = &[
     (ProtocolFeatures::BACKEND_SEND_FD, ProtocolFeatures::BACKEND_REQ),
     (ProtocolFeatures::HOST_NOTIFIER, ProtocolFeatures::BACKEND_REQ.with(ProtocolFeatures::BACKEND_SEND_FD)),
@@ -175,7 +175,7 @@ const DEPENDENCIES: &[(ProtocolFeatures, ProtocolFeatures)] = &[
 ];
 
 impl ProtocolFeatures {
-    /// None at all.
+    /// No features.
     pub const NONE: Self = Self(0);
 
     /// The features of `bits`.
@@ -188,29 +188,30 @@ impl ProtocolFeatures {
         self.0
     }
 
-    /// These and `others`.
+    /// These features and `others`.
     #[must_use]
     pub const fn with(self, others: Self) -> Self {
         Self(self.0 | others.0)
     }
 
-    /// These but not `others`.
+    /// These features without `others`.
     #[must_use]
     pub const fn without(self, others: Self) -> Self {
         Self(self.0 & !others.0)
     }
 
-    /// True when all of `others` are here.
+    /// True when all of `others` are among these.
     pub const fn contains(self, others: Self) -> bool {
         self.0 & others.0 == others.0
     }
 
-    /// What to negotiate of these `wanted` ones with a backend that offers `offered`: the common ones, less
-    /// those whose own needs are not met.
+    /// The protocol features to negotiate: those both `wanted` and `offered`, without those whose needs are
+    /// not met.
     #[must_use]
     pub fn negotiate(wanted: Self, offered: Self) -> Self {
         let mut common = Self(wanted.0 & offered.0);
-        // A dependency may fall with its own: as many rounds as there are rows reach the fixed point.
+        // Removing a feature may remove those that need it. As many rounds as there are rows always reach the
+        // fixed point.
         for _ in DEPENDENCIES {
             for (feature, needs) in DEPENDENCIES {
                 if common.contains(*feature) && !common.contains(*needs) {
@@ -228,8 +229,8 @@ impl fmt::Display for ProtocolFeatures {
     }
 }
 
-/// What a front end wants of a backend: which device features the guest may see, which protocol features to
-/// negotiate when offered.
+/// The features that a front end wants: the device features that the guest may see, and the protocol features
+/// to negotiate if the backend offers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
     device: u64,
@@ -237,7 +238,7 @@ pub struct Wanted {
 }
 
 impl Default for Wanted {
-    /// Everything that needs no other part of the machine.
+    /// All features that need no other part of the machine.
     fn default() -> Self {
         let withheld = WITHHELD.iter().fold(0, |bits, number| bits | mask(*number));
         let protocol = ProtocolFeatures::MQ
@@ -252,33 +253,34 @@ impl Default for Wanted {
 }
 
 impl Wanted {
-    /// Device features that may pass.
+    /// The device features that the guest may see.
     pub fn device(&self) -> DeviceFeatures {
         DeviceFeatures(self.device)
     }
 
-    /// Protocol features to negotiate when offered.
+    /// The protocol features to negotiate if they are offered.
     pub fn protocol(&self) -> ProtocolFeatures {
         self.protocol
     }
 
-    /// Also wants these protocol features.
+    /// Adds protocol features.
     #[must_use]
     pub fn and(mut self, protocol: ProtocolFeatures) -> Self {
         self.protocol = self.protocol.with(protocol);
         self
     }
 
-    /// Does not want these protocol features.
+    /// Removes protocol features.
     #[must_use]
     pub fn and_not(mut self, protocol: ProtocolFeatures) -> Self {
         self.protocol = self.protocol.without(protocol);
         self
     }
 
-    /// Changes by name, as the command line gives it: `-mq+access_platform-bit5+pbit20`.
+    /// Applies changes by name, in the form of the command line: `-mq+access_platform-bit5+pbit20`.
     ///
-    /// Names are those of the specifications, in lower case; `bitN` is a device feature, `pbitN` a protocol one.
+    /// Names are those of the specifications in lower case. `bitN` is a device feature, `pbitN` a protocol
+    /// feature.
     pub fn adjust(mut self, changes: &str) -> Result<Self, UnknownFeature> {
         let mut rest = changes;
         while !rest.is_empty() {
@@ -289,7 +291,7 @@ impl Wanted {
             let (name, next) = body.split_at(end);
             let (bits, is_protocol) = named(name).ok_or_else(|| UnknownFeature(name.to_owned()))?;
             if bits == mask(bit::PROTOCOL_FEATURES) && !is_protocol {
-                // The front end's own bit: without it there are no protocol features, as of old.
+                // The front end's own bit. Without it there are no protocol features, as with old front ends.
                 self.protocol = if sign == '+' { Self::default().protocol } else { ProtocolFeatures::NONE };
                 rest = next;
                 continue;
@@ -305,18 +307,18 @@ impl Wanted {
         Ok(self)
     }
 
-    /// What the guest may see of `offered`: never the front end's own bits, whatever was asked for.
+    /// The `offered` features that the guest may see. The front end's own bits are never among them.
     pub(crate) fn visible(&self, offered: u64) -> DeviceFeatures {
         DeviceFeatures(offered & self.device & !(mask(bit::PROTOCOL_FEATURES) | mask(bit::LOG_ALL)))
     }
 
-    /// True when bit 30 may be used: `features=-protocol_features` plays an old front end.
+    /// True when bit 30 may be used. `features=-protocol_features` makes us behave like an old front end.
     pub(crate) fn speaks_protocol_features(&self) -> bool {
         self.protocol != ProtocolFeatures::NONE
     }
 }
 
-/// A name in `features=` that no feature has.
+/// The name in `features=` is not the name of a feature.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("there is no feature called `{0}`")]
 pub struct UnknownFeature(pub String);

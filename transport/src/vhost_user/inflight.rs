@@ -1,7 +1,7 @@
-//! "Inflight I/O tracking": the area in which a backend notes what it has in flight, so that its successor can
-//! finish it.
+//! vhost-user "Inflight I/O tracking": the inflight area, in which a backend notes its requests in flight.
+//! After the backend is lost, another backend can finish those requests.
 //!
-//! We hold the area's fd and never look inside: its format is the backend's.
+//! We hold the area's fd. Must never read or write the area, as its format is the backend's.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use crate::peer::deadline::Deadline;
 use crate::peer::fds::{Protection, file_size};
 use crate::peer::{Cause, Error};
 
-/// Bytes of the description up to its padding: some backends send no padding.
+/// Bytes of the description without its padding: some backends do not send the padding.
 const UNPADDED: usize = 20;
 
-/// Bytes that the specification's layout takes for one descriptor; an area cannot be smaller than all of them.
+/// The fewest bytes for one descriptor, by the layout of the specification. A smaller area is a fault.
 const PER_DESCRIPTOR: u64 = 16;
 
-/// The area's file, and what it covers.
+/// An inflight area: its file, and the rings that it covers.
 #[derive(Debug)]
 pub struct InflightArea {
     fd: OwnedFd,
@@ -35,7 +35,7 @@ impl InflightArea {
         self.description.mmap_size
     }
 
-    /// Its file still holds it: the backend that made it may have cut it short.
+    /// True when the file still holds the whole area. The backend that made the file can shorten it.
     pub fn is_whole(&self) -> bool {
         file_size(&self.fd) >= self.end()
     }
@@ -44,7 +44,7 @@ impl InflightArea {
         self.description.mmap_offset.saturating_add(self.description.mmap_size)
     }
 
-    /// Rings and the size of the largest one, as asked for.
+    /// The number of rings and the size of the largest ring, as asked for.
     pub fn covers(&self) -> (u16, u16) {
         (self.description.num_queues, self.description.queue_size)
     }
@@ -76,7 +76,7 @@ pub fn parse_inflight(payload: &[u8], queues: u16, queue_size: u16) -> Result<Op
     if area.mmap_offset.checked_add(area.mmap_size).is_none() {
         return Err(Fault::Value { field: "inflight area at offset", value: area.mmap_offset });
     }
-    // Some backends leave these fields as they please; what we asked for is what counts.
+    // Some backends set these fields to other values. The values that we asked for hold.
     area.num_queues = queues;
     area.queue_size = queue_size;
     Ok(Some(area))
@@ -101,19 +101,19 @@ fn get(
     };
     let area = InflightArea { fd, description };
     if !area.is_whole() {
-        // Handing a file that is too short to the next backend would kill it when it looks.
+        // With a file that is too short, the next backend would be killed when it reads the area.
         let fault = Fault::Value { field: "inflight area that ends at", value: area.end() };
         return Err(channel.malformed(REQUEST, fault));
     }
     if !Protection::ReadWrite.is_open_for(&area) {
-        // The next one could not map it.
+        // The next backend could not map the area.
         let fault = Fault::Value { field: "read-only inflight area of size", value: area.size() };
         return Err(channel.malformed(REQUEST, fault));
     }
     Ok(area)
 }
 
-/// Gives the backend the area `kept` from its predecessor, or a fresh one of its own, before the rings start.
+/// Gives the backend the inflight area that was `kept`, or asks it for a new one, before the rings start.
 pub(super) fn hand_over(
     channel: &mut Channel,
     kept: Option<Arc<InflightArea>>,

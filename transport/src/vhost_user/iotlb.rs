@@ -1,7 +1,7 @@
-//! "IOMMU support": what I/O virtual addresses mean to a backend whose driver took ACCESS_PLATFORM.
+//! vhost-user "IOMMU support": the I/O virtual addresses of a backend whose driver accepted ACCESS_PLATFORM.
 //!
-//! The ranges of an [`IovaMap`] are announced when the device starts; a miss is answered from it. Nothing outside
-//! the map, and no access that it does not allow, is ever answered.
+//! The ranges of an [`IovaMap`] are announced when the device starts, and misses are answered from it. Must
+//! never answer an access outside the map, or one that the map does not allow.
 
 use zerocopy::IntoBytes;
 
@@ -26,10 +26,10 @@ const MISS: u8 = 1;
 pub(super) const UPDATE: u8 = 2;
 const INVALIDATE: u8 = 3;
 
-/// Ranges that a map may have: each is one exchange when the device starts.
+/// The most ranges of a map. Each one costs an exchange when the device starts.
 const RANGES_MAX: usize = 1024;
 
-/// What a device may do with a range.
+/// The access that a device has to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Access {
@@ -58,16 +58,16 @@ pub struct IovaRange {
     pub iova: Iova,
     /// Bytes.
     pub size: u64,
-    /// The guest address behind the first one.
+    /// The guest address of the first I/O virtual address.
     pub guest: GuestAddr,
-    /// What the device may do.
+    /// The access that the device has.
     pub access: Access,
 }
 
-/// Why ranges do not make a map.
+/// Why ranges do not form a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IovaFault {
-    /// More ranges than can be announced in time.
+    /// There are more ranges than can be announced before the deadline.
     #[error("there are more than 1024 ranges of I/O virtual addresses")]
     TooMany,
     /// A range is empty, wraps, or leaves guest memory.
@@ -78,17 +78,18 @@ pub enum IovaFault {
     Overlap(u64),
 }
 
-/// All translations of a device. They follow guest memory that comes and goes; shared by all who need them.
+/// All translations of a device, shared by the threads that need them. The map changes when guest memory is
+/// added or removed.
 ///
-/// Its lock is held for a moment, and nobody is called meanwhile.
+/// Its lock is held briefly, and no other component is called while it is held.
 #[derive(Debug)]
 pub struct IovaMap(RwLock<Translations>);
 
 #[derive(Debug)]
 struct Translations {
-    /// Sorted.
+    /// Sorted by address.
     ranges: Vec<IovaRange>,
-    /// The regions of memory that the ranges are about, by their first address and size.
+    /// The regions of memory that the ranges refer to, by first guest address and size.
     known: Vec<(GuestAddr, u64)>,
 }
 
@@ -102,7 +103,7 @@ fn identity(region: &SharedRegion) -> IovaRange {
 }
 
 impl IovaMap {
-    /// Every guest address means itself.
+    /// A map in which each guest address is its own I/O virtual address.
     pub fn identity(memory: &MemoryMap) -> Self {
         Self::of(memory.regions().iter().map(identity).collect(), memory)
     }
@@ -112,7 +113,7 @@ impl IovaMap {
         Self(RwLock::new(Translations { ranges, known }))
     }
 
-    /// Checks and sorts `ranges`, all of them inside `memory`.
+    /// Checks and sorts `ranges`. All of them must lie inside `memory`.
     pub fn new(mut ranges: Vec<IovaRange>, memory: &MemoryMap) -> Result<Self, IovaFault> {
         if ranges.len() > RANGES_MAX {
             return Err(IovaFault::TooMany);
@@ -128,15 +129,16 @@ impl IovaMap {
         Ok(Self::of(ranges, memory))
     }
 
-    /// All of them, by address.
+    /// All ranges, sorted by address.
     pub fn ranges(&self) -> Vec<IovaRange> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).ranges.clone()
     }
 
-    /// Memory came: it means itself, and is announced by whoever adds it. `None` when it was there before.
+    /// Adds an identity range for a region of memory that was added. Returns the range, which the caller must
+    /// announce to the backend; `None` when the region was known before.
     ///
     /// # Errors
-    /// When its addresses are taken, or there are too many ranges.
+    /// When the addresses of the region are in use, or there are too many ranges.
     pub fn add(&self, region: &SharedRegion) -> Result<Option<IovaRange>, IovaFault> {
         let mut now = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if now.known.contains(&extent(region)) {
@@ -155,7 +157,7 @@ impl IovaMap {
         Ok(Some(range))
     }
 
-    /// Forgets memory that is not in `memory`: the translations that went with it.
+    /// Removes the ranges of all regions that are not in `memory`, and returns those ranges.
     pub fn keep(&self, memory: &MemoryMap) -> Vec<IovaRange> {
         let mut now = self.0.write().unwrap_or_else(PoisonError::into_inner);
         now.known.retain(|known| memory.regions().iter().any(|region| extent(region) == *known));
@@ -166,16 +168,16 @@ impl IovaMap {
         gone
     }
 
-    /// Becomes what it is to be with `memory`, while no backend is told anything.
+    /// Makes the map match `memory` without telling a backend.
     ///
     /// # Errors
-    /// See [`IovaMap::add`].
+    /// As [`IovaMap::add`].
     pub fn follow(&self, memory: &MemoryMap) -> Result<(), IovaFault> {
         drop(self.keep(memory));
         memory.regions().iter().try_for_each(|region| self.add(region).map(drop))
     }
 
-    /// The guest address behind `at`, when all of `bytes` lie inside one range.
+    /// The guest address for `at`, when all of `bytes` lie inside one range.
     pub fn translate(&self, at: Iova, bytes: u64) -> Option<GuestAddr> {
         let range = self.range(at)?;
         let inside = at.0.checked_sub(range.iova.0)?;
@@ -185,7 +187,7 @@ impl IovaMap {
         range.guest.checked_add(inside)
     }
 
-    /// The ranges, those that touch as one.
+    /// The ranges, with ranges that touch joined into one.
     fn spans(&self) -> Vec<(Iova, u64)> {
         let mut spans: Vec<(Iova, u64)> = Vec::new();
         for range in self.ranges() {
@@ -206,7 +208,7 @@ impl IovaMap {
         now.ranges.iter().find(holds).copied()
     }
 
-    /// The update that answers a miss; `None` when the access is not allowed or the message is no miss.
+    /// The update that answers a miss; `None` when the access is not allowed, or the message is not a miss.
     pub fn answer(&self, miss: &Iotlb) -> Option<Iotlb> {
         let range = self.range(Iova(miss.iova))?;
         let wanted = miss.permission & 3;
@@ -239,7 +241,7 @@ pub(super) fn update(range: &IovaRange) -> Option<Iotlb> {
     })
 }
 
-/// Tells the backend every range.
+/// Announces every range to the backend.
 pub(super) fn announce(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) -> Result<(), Error> {
     for message in map.ranges().iter().filter_map(update) {
         channel.exchange(Request::IOTLB_MSG, message.as_bytes(), &[], deadline)?;
@@ -247,7 +249,7 @@ pub(super) fn announce(channel: &mut Channel, map: &IovaMap, deadline: &Deadline
     Ok(())
 }
 
-/// Takes every translation back. A backend that forgot them by itself may say no.
+/// Invalidates every translation. A backend that dropped its translations already may refuse.
 pub(super) fn revoke(channel: &mut Channel, map: &IovaMap, deadline: &Deadline) -> Result<(), Error> {
     for (at, size) in map.spans() {
         let message = invalidation(at, size);
@@ -263,10 +265,10 @@ pub(super) fn invalidation(at: Iova, size: u64) -> Iotlb {
     Iotlb { iova: at.0, size, user: 0, permission: 0, kind: INVALIDATE, padding: [0; 6] }
 }
 
-/// Answers misses while another thread may be waiting on the main connection, without ever waiting itself.
+/// Answers IOTLB misses on the main connection while another thread may wait there. Never waits itself.
 ///
-/// An answer is one small message in one `sendmsg` and asks for no acknowledgement, so it neither splits nor
-/// confuses what the other thread sends and receives.
+/// An answer is one small message, sent with one `sendmsg`, without need_reply. Therefore it neither splits a
+/// message of the other thread nor adds an answer to those that thread receives.
 pub struct MissAnswers {
     pub(super) socket: UnixStream,
     pub(super) peer: Peer,
@@ -276,7 +278,7 @@ pub struct MissAnswers {
 }
 
 impl MissAnswers {
-    /// Answers `message` on the main connection, if it is a miss that may be answered now.
+    /// Answers `message` on the main connection, if it is a miss and may be answered now.
     pub fn answer(&self, message: &Iotlb) -> Result<(), Refused> {
         let update = self.map.answer(message).filter(|_| self.translating.load(Ordering::Acquire));
         let Some(update) = update else {
@@ -291,7 +293,7 @@ impl MissAnswers {
         describe::show(self.trace.as_ref(), &self.peer, &fields, 0, Duration::ZERO);
         match fds::send(self.socket.as_fd(), &bytes, &[]) {
             Ok(sent) if sent == bytes.len() => Ok(()),
-            // It does not read what it asked for: it will miss this again.
+            // The backend does not read the answer to its own miss. It will report the miss again.
             Ok(_) | Err(_) => Err(Refused),
         }
     }
@@ -337,7 +339,7 @@ mod tests {
         let fd: Arc<std::os::fd::OwnedFd> = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
         let region = |at: u64| SharedRegion::new(GuestAddr(at), 0x10_0000, Arc::clone(&fd), 0);
         let memory = |at: &[u64]| MemoryMap::new(at.iter().map(|at| region(*at)).collect()).unwrap();
-        // The second region means nothing on purpose.
+        // The second region has no range, on purpose.
         let two = memory(&[0, 0x10_0000]);
         let map = IovaMap::new(vec![range(0x8000, 0x1000, 0, Access::Read)], &two).unwrap();
         map.follow(&two).unwrap();

@@ -1,6 +1,8 @@
-//! SET_MEM_TABLE and the memory slots (GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG): guest memory for the backend.
+//! SET_MEM_TABLE and the memory slots (GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG): guest memory for the
+//! backend.
 //!
-//! The first 8 regions go by table, as every backend takes it; more only where slots were negotiated.
+//! The first 8 regions are sent in a table, which every backend accepts. Further regions need
+//! CONFIGURE_MEM_SLOTS.
 
 use std::os::fd::BorrowedFd;
 
@@ -13,10 +15,10 @@ use crate::memory::{MemoryMap, SharedRegion, UserAddr};
 use crate::peer::Error;
 use crate::peer::deadline::Deadline;
 
-/// Regions that every backend takes in one table.
+/// The most regions in one table that every backend accepts.
 const TABLE_MAX: usize = 8;
 
-/// Slots that are used at most, whatever a backend claims to have.
+/// The most slots that are used, even when a backend has more.
 const SLOTS_MAX: u64 = 509;
 
 fn entry(region: &SharedRegion) -> MemRegion {
@@ -34,7 +36,7 @@ pub(super) fn slots(channel: &mut Channel) -> Result<usize, Error> {
     Ok(usize::try_from(slots.min(SLOTS_MAX)).unwrap_or(TABLE_MAX))
 }
 
-/// Judges whether `memory` can be told to the backend at all.
+/// Checks that the backend can be given all regions of `memory`.
 pub(super) fn fits(channel: &Channel, memory: &MemoryMap, slots: usize) -> Result<(), Error> {
     if memory.regions().len() > TABLE_MAX.max(slots) {
         return Err(channel.invalid(Request::SET_MEM_TABLE, "there are more memory regions than it can hold"));
@@ -42,7 +44,7 @@ pub(super) fn fits(channel: &Channel, memory: &MemoryMap, slots: usize) -> Resul
     Ok(())
 }
 
-/// The payload and fds of SET_MEM_TABLE for the regions that a table holds.
+/// The payload and fds of SET_MEM_TABLE, for the regions that fit into a table.
 pub(super) fn table(memory: &MemoryMap) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
     let regions = memory.regions().iter().take(TABLE_MAX);
     let count = length(regions.len());
@@ -55,7 +57,7 @@ pub(super) fn table(memory: &MemoryMap) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
     (payload, fds)
 }
 
-/// Tells the backend all of guest memory; what it was told before is replaced.
+/// Gives the backend all of guest memory, in place of the memory that it had.
 pub(super) fn send(channel: &mut Channel, memory: &MemoryMap, deadline: &Deadline) -> Result<(), Error> {
     let (payload, fds) = table(memory);
     channel.exchange(Request::SET_MEM_TABLE, &payload, &fds, deadline)?;

@@ -8,14 +8,16 @@
 //!                               └────────stop──────────┘      any protocol error ──▶ Lost
 //! ```
 //!
-//! Two sockets: the *main* one, on which we ask ([`Session`], [`request`]), and the *backend channel*, on which
-//! the backend asks ([`backend_requests`]); they share nothing and are served by different threads.
+//! A backend has two sockets. On the *main* one, we send requests ([`Session`], [`request`]). On the *backend
+//! channel*, the backend sends requests ([`backend_requests`]). The two share nothing and are served by
+//! different threads.
 //!
-//! A ring is stopped or started (SET_VRING_KICK / GET_VRING_BASE), and independently disabled or enabled
-//! (SET_VRING_ENABLE; enabled from the start when feature bit 30 was not offered).
+//! A ring is started by SET_VRING_KICK and stopped by GET_VRING_BASE. Independently of that, SET_VRING_ENABLE
+//! enables or disables it. When feature bit 30 was not offered, a ring is enabled from the start.
 //!
-//! Blocking: every method that asks the backend blocks for the deadline of its [`crate::peer::Limits`] at most, all its
-//! messages together. After a failure that leaves the connection out of step it is shut down and never used again.
+//! Every method that sends a request blocks for the deadline of its [`crate::peer::Limits`] at most, for all
+//! its messages together. After a failure that leaves the connection out of step, the connection is shut down
+//! and never used again.
 
 pub mod backend_requests;
 mod channel;

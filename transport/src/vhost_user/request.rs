@@ -1,21 +1,22 @@
-//! The request table of vhost-user "Front-end message types": what each needs, carries and is answered with.
+//! The request table of vhost-user "Front-end message types": what each request needs, carries and is
+//! answered with.
 //!
-//! The rules are data; `channel.rs` applies them to every exchange. Nothing is sent that the table's
-//! `needs` column does not find negotiated.
+//! This file holds the rules as data; `channel.rs` applies them to every exchange. A request is sent only
+//! when its `needs` column was negotiated.
 
 use std::fmt;
 
 use super::features::ProtocolFeatures;
 use crate::peer::MessageName;
 
-/// A front-end request. Open: an unknown code prints, it never crashes.
+/// A front-end request code. Open: an unknown code can be printed and never crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Request(pub u32);
 
-/// What must be so before a request may be sent.
+/// The condition for sending a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Needs {
-    /// Nothing.
+    /// No condition.
     Nothing,
     /// Device feature bit 30 was offered.
     ProtocolOffered,
@@ -26,7 +27,7 @@ pub enum Needs {
 /// How a request is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// With a u64, 0 = ok, when REPLY_ACK is negotiated and need_reply is set; else not at all.
+    /// With a u64 (0 = success) when REPLY_ACK is negotiated and need_reply is set, otherwise not at all.
     Ack,
     /// Always, with a payload of `least` to `most` bytes and `fds.0` to `fds.1` fds.
     Always {
@@ -37,9 +38,9 @@ pub enum Answer {
         /// Fewest and most fds.
         fds: (u8, u8),
     },
-    /// As `Always` with a u64, and need_reply is set when it may be: rust backends answer only then.
+    /// Like `Always` with a u64. need_reply is set if REPLY_ACK allows it, as rust backends answer only then.
     AlwaysAsked,
-    /// Always, with whatever the header says: families of backends disagree and nothing in it matters.
+    /// Always, with any payload: backends disagree about the payload, and nothing in it matters.
     Unjudged,
 }
 
@@ -51,7 +52,7 @@ pub const UNJUDGED_MOST: u32 = 64;
 /// The most bytes of configuration space that GET_CONFIG and SET_CONFIG carry.
 pub const CONFIG_MOST: u32 = 256;
 
-/// The size of virtio-crypto session structs in QEMU's ABI differs between versions; nothing larger is taken.
+/// The most bytes of a virtio-crypto session payload. The size of QEMU's struct differs between versions.
 const CRYPTO_MOST: u32 = 2048;
 
 /// One row of the table.
@@ -61,9 +62,9 @@ pub struct Row {
     pub request: Request,
     /// Its name in the specification, without the VHOST_USER_ prefix.
     pub name: &'static str,
-    /// What must have been negotiated.
+    /// The condition for sending it.
     pub needs: Needs,
-    /// Fewest and most fds that travel with it.
+    /// The fewest and the most fds that travel with it.
     pub fds: (u8, u8),
     /// How it is answered.
     pub answer: Answer,
@@ -100,7 +101,7 @@ requests! {
     1  GET_FEATURES, Nothing, fds 0..0, U64;
     2  SET_FEATURES, Nothing, fds 0..0, Ack;
     3  SET_OWNER, Nothing, fds 0..0, Ack;
-    // Deprecated and never sent: what it resets differs between backends. RESET_DEVICE took its place.
+    // Deprecated and never sent: backends disagree about what it resets. RESET_DEVICE replaces it.
     4  RESET_OWNER, Nothing, fds 0..0, Ack;
     5  SET_MEM_TABLE, Nothing, fds 1..32, Ack;
     6  SET_LOG_BASE, feature(P::LOG_SHMFD), fds 1..1, Unjudged;
@@ -120,7 +121,7 @@ requests! {
     20 NET_SET_MTU, feature(P::MTU), fds 0..0, Ack;
     21 SET_BACKEND_REQ_FD, feature(P::BACKEND_REQ), fds 1..1, Ack;
     22 IOTLB_MSG, feature(P::BACKEND_REQ.with(P::REPLY_ACK)), fds 0..0, Ack;
-    // For legacy devices of the other endianness only; the guests and hosts of this VMM are both x86-64.
+    // For legacy devices of the other endianness only. The guests and hosts of this VMM are both x86-64.
     23 SET_VRING_ENDIAN, feature(P::CROSS_ENDIAN), fds 0..0, Ack;
     24 GET_CONFIG, feature(P::CONFIG), fds 0..0, Always { least: 0, most: 12 + CONFIG_MOST, fds: (0, 0) };
     25 SET_CONFIG, feature(P::CONFIG), fds 0..0, Ack;
@@ -144,7 +145,7 @@ requests! {
     42 SET_DEVICE_STATE_FD, feature(P::DEVICE_STATE), fds 1..1, Always { least: 8, most: 8, fds: (0, 1) };
     43 CHECK_DEVICE_STATE, feature(P::DEVICE_STATE), fds 0..0, U64;
     44 GET_SHMEM_CONFIG, feature(P::SHMEM), fds 0..0, Always { least: 8, most: 8 + 256 * 8, fds: (0, 0) };
-    // As GET_VRING_BASE, but what is in flight is suspended and noted in the inflight area.
+    // Like GET_VRING_BASE, but the requests in flight are suspended and stay noted in the inflight area.
     45 GET_VRING_BASE_SKIP_DRAIN, feature(P::GET_VRING_BASE_SKIP_DRAIN), fds 0..0, U64;
 }
 
@@ -161,7 +162,7 @@ impl fmt::Display for Request {
     }
 }
 
-/// A request code of the backend. Open: an unknown code prints, it never crashes.
+/// A request code of the backend. Open: an unknown code can be printed and never crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BackendRequest(pub u32);
 
@@ -178,7 +179,7 @@ macro_rules! backend_requests {
                 }
             }
 
-            /// What must be negotiated for it; `None` for an unknown request.
+            /// The protocol features that the request needs; `None` for an unknown request.
             pub fn needs(self) -> Option<ProtocolFeatures> {
                 match self.0 {
                     $($code => Some($needs),)*
@@ -190,7 +191,7 @@ macro_rules! backend_requests {
 }
 
 impl BackendRequest {
-    /// A descriptor travels with it.
+    /// True when a descriptor travels with the request.
     pub fn carries_fd(self) -> bool {
         matches!(self, Self::VRING_HOST_NOTIFIER_MSG | Self::SHMEM_MAP)
     }

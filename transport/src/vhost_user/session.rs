@@ -1,9 +1,10 @@
-//! The typestate of a backend: `Connection → Session → LiveSession`, each step consuming the last.
+//! The typestate of a backend: `Connection → Session → LiveSession`. Each step consumes the state before it.
 //!
-//! Order of messages, as every known backend takes it: GET_FEATURES, GET/SET_PROTOCOL_FEATURES, SET_OWNER,
-//! \[GET_QUEUE_NUM\], \[GET_MAX_MEM_SLOTS\], \[SET_BACKEND_REQ_FD\]; [`super::live`] goes on from there.
+//! Order of messages, which every known backend accepts: GET_FEATURES, GET/SET_PROTOCOL_FEATURES, SET_OWNER,
+//! \[GET_QUEUE_NUM\], \[GET_MAX_MEM_SLOTS\], \[SET_BACKEND_REQ_FD\]. The messages after these are in
+//! [`super::live`].
 //!
-//! Must never send what was not negotiated.
+//! Must never send a request that was not negotiated.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -27,7 +28,7 @@ use crate::peer::deadline::Deadline;
 use crate::peer::socket::{self, Attempts, Listener};
 use crate::peer::{Cause, Error, Limits, Peer, Protocol, Stats, Step};
 
-/// A connected backend that nothing is known of yet.
+/// A connected backend before the first message.
 pub struct Connection {
     channel: Channel,
 }
@@ -40,7 +41,7 @@ impl Connection {
         Self::connect_before(path, limits, &Deadline::after(limits.deadline()))
     }
 
-    /// As [`Connection::connect`], but waits for a place in the listener's queue for as long as `deadline` says.
+    /// As [`Connection::connect`], but waits until `deadline` for room in the listener's backlog.
     pub fn connect_before(path: &Path, limits: &Limits, deadline: &Deadline) -> Result<Self, Error> {
         let peer = Peer::new(Protocol::VhostUser, path.to_string_lossy());
         let stream = socket::connect(path, deadline, limits.admission())
@@ -48,7 +49,8 @@ impl Connection {
         Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }
 
-    /// As [`Connection::connect`], again and again while nobody listens there, as often as `attempts` says.
+    /// As [`Connection::connect`], but tries again while nobody listens on `path`, for as long as `attempts`
+    /// allows.
     pub fn connect_patiently(path: &Path, limits: &Limits, attempts: &mut Attempts) -> Result<Self, Error> {
         loop {
             match Self::connect(path, limits) {
@@ -66,7 +68,7 @@ impl Connection {
         Self::accept_before(listener, limits, &Deadline::after(limits.deadline()))
     }
 
-    /// As [`Connection::accept`], for as long as `deadline` says.
+    /// As [`Connection::accept`], but waits until `deadline`.
     pub fn accept_before(listener: &Listener, limits: &Limits, deadline: &Deadline) -> Result<Self, Error> {
         let peer = Peer::new(Protocol::VhostUser, listener.path().to_string_lossy());
         let stream = listener.accept(deadline).map_err(|source| {
@@ -79,15 +81,15 @@ impl Connection {
         Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }
 
-    /// Speaks over `stream`; `peer` is what error messages call the other side.
+    /// Uses a connected `stream`; `peer` names the backend in errors.
     pub fn from_stream(stream: UnixStream, peer: impl Into<String>, limits: &Limits) -> Result<Self, Error> {
         let peer = Peer::new(Protocol::VhostUser, peer);
         Channel::new(stream, peer, limits).map(|channel| Self { channel })
     }
 
-    /// Learns what the backend offers and agrees on protocol features.
+    /// Reads what the backend offers, and negotiates protocol features.
     ///
-    /// Each request has a deadline of its own. Sends nothing that is not negotiated.
+    /// Each request has a deadline of its own.
     pub fn negotiate(mut self, wanted: &Wanted) -> Result<Session, Error> {
         let channel = &mut self.channel;
         let offered = channel.ask_u64(Request::GET_FEATURES, &channel.deadline())?;
@@ -98,7 +100,7 @@ impl Connection {
             let bits = channel.ask_u64(Request::GET_PROTOCOL_FEATURES, &channel.deadline())?;
             protocol_offered = ProtocolFeatures::from_bits(bits);
             let agreed = ProtocolFeatures::negotiate(wanted.protocol(), protocol_offered);
-            // REPLY_ACK begins with the next message.
+            // REPLY_ACK is in force from the next message on.
             channel.exchange(
                 Request::SET_PROTOCOL_FEATURES,
                 &agreed.bits().to_ne_bytes(),
@@ -162,7 +164,7 @@ fn open_backend_channel(channel: &mut Channel) -> Result<BackendChannel, Error> 
     Ok(backend)
 }
 
-/// A backend whose offer is known and that has no rings.
+/// A backend whose features are negotiated and that has no started ring.
 pub struct Session {
     pub(super) channel: Channel,
     wanted: Wanted,
@@ -171,23 +173,24 @@ pub struct Session {
     queue_num: Option<u16>,
     pub(super) mem_slots: usize,
     backend: Option<BackendChannel>,
-    /// To be given to the backend at the next start; a fresh one is asked for when there is none.
+    /// The inflight area for the next start. Without one, the backend is asked for a new area.
     pub(super) inflight: Option<Arc<InflightArea>>,
-    /// Writes are logged from the next start on.
+    /// The dirty log that is in use from the next start on.
     pub(super) log: Option<Arc<DirtyLog>>,
-    /// What IOVAs mean, for a driver that takes ACCESS_PLATFORM; every address itself when there is none.
+    /// The translations for a driver that accepts ACCESS_PLATFORM. Without a map, each IOVA is a guest
+    /// address.
     pub(super) iova_map: Option<Arc<IovaMap>>,
-    /// The translations are in force: misses may be answered.
+    /// True while the translations are in force, so that misses may be answered.
     pub(super) translating: Arc<AtomicBool>,
 }
 
 impl Session {
-    /// Device features that the guest may see: what the backend offers, less what is masked.
+    /// The device features that the guest may see: those that the backend offers, without the masked ones.
     pub fn offered(&self) -> DeviceFeatures {
         self.wanted.visible(self.offered)
     }
 
-    /// Everything that the backend offered, unmasked.
+    /// All features that the backend offers, without any masking.
     pub fn offered_raw(&self) -> (DeviceFeatures, ProtocolFeatures) {
         (DeviceFeatures::from_bits(self.offered), self.protocol_offered)
     }
@@ -197,7 +200,8 @@ impl Session {
         self.channel.negotiated()
     }
 
-    /// Queues (for net: pairs, with some backends) that the backend serves; `u16::MAX` when it does not say.
+    /// The number of queues that the backend serves (some net backends count queue pairs); `u16::MAX` when
+    /// unknown.
     pub fn queue_num(&self) -> u16 {
         self.queue_num.unwrap_or(u16::MAX)
     }
@@ -207,12 +211,12 @@ impl Session {
         self.channel.peer().name()
     }
 
-    /// Judges whether the backend can be told of `memory`.
+    /// Checks that the backend can be given `memory`.
     pub fn holds(&self, memory: &MemoryMap) -> Result<(), Error> {
         mem_table::fits(&self.channel, memory, self.mem_slots)
     }
 
-    /// How long any operation may take.
+    /// The limit of each operation.
     pub fn deadline(&self) -> Duration {
         self.channel.limits().deadline()
     }
@@ -222,58 +226,61 @@ impl Session {
         self.channel.stats()
     }
 
-    /// The backend's own channel, once; it wants to be served from now on. `None` when it was not negotiated.
+    /// The backend's own channel, at the first call only. The caller must serve it from then on. `None` when
+    /// no channel was negotiated.
     pub fn take_backend_channel(&mut self) -> Option<BackendChannel> {
         self.backend.take()
     }
 
-    /// Reads the configuration space, `size` bytes (1 to 256) or the most below that which the backend gives.
+    /// Reads the configuration space from offset 0: `size` bytes (1 to 256), or as many below that as the
+    /// backend returns.
     pub fn read_config(&mut self, size: usize) -> Result<Vec<u8>, Error> {
         let deadline = self.channel.deadline();
         config::read(&mut self.channel, size, &deadline)
     }
 
-    /// Writes to the configuration space as the driver does.
+    /// Writes to the configuration space on behalf of the driver.
     pub fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Error> {
         let deadline = self.channel.deadline();
         config::write(&mut self.channel, offset, bytes, WriteKind::Driver, &deadline)
     }
 
-    /// Writes to the configuration space as the driver does, and reads it again as [`Session::read_config`]: what a
-    /// device makes of a write is its own.
+    /// Writes to the configuration space on behalf of the driver, and reads it again as
+    /// [`Session::read_config`] does: the device decides which value a write leaves.
     pub fn change_config(&mut self, offset: u32, bytes: &[u8], size: usize) -> Result<Vec<u8>, Error> {
         let deadline = self.channel.deadline();
         config::write(&mut self.channel, offset, bytes, WriteKind::Driver, &deadline)?;
         config::read(&mut self.channel, size, &deadline)
     }
 
-    /// Restores the configuration space at the end of a migration: read-only fields are written, too.
+    /// Restores the configuration space at the end of a migration. Read-only fields are written, too.
     pub fn restore_config(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let deadline = self.channel.deadline();
         config::write(&mut self.channel, 0, bytes, WriteKind::Migration, &deadline)
     }
 
-    /// The device status as the backend holds it. Needs STATUS.
+    /// Reads the device status from the backend. Needs STATUS.
     pub fn status(&mut self) -> Result<u64, Error> {
         let deadline = self.channel.deadline();
         self.channel.ask_u64(Request::GET_STATUS, &deadline)
     }
 
-    /// Resets the device in the backend. Needs RESET_DEVICE; features are sent again by [`Session::go_live`].
+    /// Resets the device in the backend. Needs RESET_DEVICE. [`Session::go_live`] sends the features again.
     pub fn reset_device(&mut self) -> Result<(), Error> {
         self.channel.order(Request::RESET_DEVICE, &[], &[])
     }
 
-    /// Goes on, at the next [`Session::go_live`], with what `area` says was in flight. Needs INFLIGHT_SHMFD.
+    /// Makes the next [`Session::go_live`] hand over `area`, so that the backend finishes the requests noted
+    /// in it. Needs INFLIGHT_SHMFD.
     ///
-    /// Without it a fresh area is asked for, as a guest that reset its device wants it.
+    /// Without this call, the backend is asked for a new area, which is right after a reset by the guest.
     #[must_use]
     pub fn with_inflight(mut self, area: Arc<InflightArea>) -> Self {
         self.inflight = Some(area);
         self
     }
 
-    /// What answers the misses of a driver that takes ACCESS_PLATFORM; `None` without
+    /// The part that answers IOTLB misses of a driver that accepts ACCESS_PLATFORM; `None` without
     /// [`Session::with_iova_map`].
     pub fn miss_answers(&self) -> io::Result<Option<MissAnswers>> {
         let Some(map) = self.iova_map.clone() else { return Ok(None) };
@@ -286,26 +293,26 @@ impl Session {
         }))
     }
 
-    /// Uses `map`, at the next [`Session::go_live`] of a driver that takes ACCESS_PLATFORM.
+    /// Uses `map` from the next [`Session::go_live`] on, if the driver accepts ACCESS_PLATFORM.
     #[must_use]
     pub fn with_iova_map(mut self, map: Arc<IovaMap>) -> Self {
         self.iova_map = Some(map);
         self
     }
 
-    /// True when the backend can log its writes.
+    /// True when the backend can log its writes to guest memory.
     pub fn can_log(&self) -> bool {
         self.log_permitted().is_ok()
     }
 
-    /// Logs from the next [`Session::go_live`] on.
+    /// Logs the backend's writes to `log` from the next [`Session::go_live`] on.
     #[must_use]
     pub fn with_log(mut self, log: Arc<DirtyLog>) -> Self {
         self.log = Some(log);
         self
     }
 
-    /// The backend offered to log.
+    /// Fails when the backend did not offer to log.
     pub(super) fn log_permitted(&self) -> Result<(), Error> {
         let offered = self.offered_raw().0.has(bit::LOG_ALL);
         if !offered || !self.protocol().contains(ProtocolFeatures::LOG_SHMFD) {

@@ -1,8 +1,9 @@
 //! Virtio shared memory regions: GET_SHMEM_CONFIG, and the judgement of SHMEM_MAP and SHMEM_UNMAP.
 //!
-//! [`ShmemRegions`] decides; it maps nothing. A request that it allows lies inside its region, inside the pages of its file,
-//! on whole pages, and over nothing else. A length ends where it likes, as that of mmap does: the rest of its last page is
-//! shown with it, and is the file's or zeroes.
+//! [`ShmemRegions`] decides whether a request is allowed. Must never map anything itself. An allowed area
+//! lies inside its region and inside the pages of its file, begins on a page, and overlaps no other area. Its
+//! length need not be whole pages, as with mmap: the rest of the last page is mapped, too, and shows the file
+//! or zeroes.
 
 use std::collections::BTreeMap;
 
@@ -13,10 +14,11 @@ use crate::memory::PAGE;
 use crate::peer::Error;
 use crate::peer::fds::Protection;
 
-/// Regions that a device may have: the id has 8 bits.
+/// The most regions of a device: the id has 8 bits.
 const REGIONS_MAX: usize = 256;
 
-/// Maps that a device may have, in all its regions; each costs a memory slot of the machine and a descriptor.
+/// The most maps of a device in all its regions. Each map costs a memory slot of the machine and a
+/// descriptor.
 const MAPS_MAX: usize = 256;
 
 /// Bit 0 of the flags: writable.
@@ -53,25 +55,25 @@ impl Session {
 /// Why a request of the backend is not allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ShmemFault {
-    /// There is no region of that id.
+    /// The device has no region with this id.
     #[error("there is no shared memory region {0}")]
     NoRegion(u8),
-    /// Empty, not from the start of a page, or outside its region.
+    /// The area is empty, does not begin on a page, or leaves its region.
     #[error("the area is empty, not page-aligned, or outside its region")]
     Outside,
-    /// Beyond the end of its file.
+    /// The area ends beyond its file.
     #[error("the area ends beyond its file")]
     BeyondFile,
-    /// The file was not opened for what the guest may do.
+    /// The file was not opened for the access that the guest gets.
     #[error("the file was not opened for that")]
     NotOpened,
-    /// It shares pages with another map.
+    /// The area shares pages with another map.
     #[error("the area overlaps another one")]
     Overlap,
-    /// More maps than the machine gives one device.
+    /// The device has more maps than the machine allows.
     #[error("there are too many maps")]
     TooMany,
-    /// Nothing is mapped there.
+    /// Nothing is mapped in the area.
     #[error("nothing is mapped there")]
     NotMapped,
     /// Reserved flags are set.
@@ -79,7 +81,7 @@ pub enum ShmemFault {
     Flags(u64),
 }
 
-/// Where a file goes, judged.
+/// Where an allowed map goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// The region.
@@ -90,25 +92,25 @@ pub struct Placement {
     pub size: u64,
     /// First byte in the file.
     pub file_offset: u64,
-    /// What the guest may do.
+    /// The access that the guest gets.
     pub protection: Protection,
 }
 
-/// What is mapped where in a device's shared memory regions.
+/// The areas that are mapped in a device's shared memory regions.
 #[derive(Debug, Default)]
 pub struct ShmemRegions {
     sizes: Vec<u64>,
-    /// By region and first byte: bytes.
+    /// Bytes of each map, by region and first byte.
     maps: BTreeMap<(u8, u64), u64>,
 }
 
 impl ShmemRegions {
-    /// Regions of these sizes, by id, with nothing mapped.
+    /// Regions of these sizes, by id, without any map.
     pub fn new(sizes: Vec<u64>) -> Self {
         Self { sizes, maps: BTreeMap::new() }
     }
 
-    /// Judges a map of a file that holds `file_size` bytes, and notes it.
+    /// Decides whether a map of a file of `file_size` bytes is allowed, and notes it if so.
     pub fn map(&mut self, area: &ShmemArea, file_size: u64) -> Result<Placement, ShmemFault> {
         let end = self.end_inside(area)?;
         if area.flags & !WRITABLE != 0 {
@@ -138,8 +140,8 @@ impl ShmemRegions {
         })
     }
 
-    /// Judges an unmap and forgets what lies wholly inside it: the first bytes of those maps. A map that is cut
-    /// in two is refused.
+    /// Decides whether an unmap is allowed. If so, forgets the maps that lie wholly inside the area, and
+    /// returns the first byte of each. An unmap that would cut a map in two is refused.
     pub fn unmap(&mut self, area: &ShmemArea) -> Result<Vec<u64>, ShmemFault> {
         let end = self.end_inside(area)?;
         let mut inside = Vec::new();
@@ -162,7 +164,7 @@ impl ShmemRegions {
         Ok(inside)
     }
 
-    /// The end of the area's last page, which is inside the region as well.
+    /// The end of the area's last page, which must lie inside the region, too.
     fn end_inside(&self, area: &ShmemArea) -> Result<u64, ShmemFault> {
         let size = self.sizes.get(usize::from(area.shmid)).filter(|size| **size > 0);
         let size = *size.ok_or(ShmemFault::NoRegion(area.shmid))?;

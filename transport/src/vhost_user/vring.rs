@@ -1,7 +1,9 @@
-//! Rings: their eventfds, what the backend is told of each, and where it stopped.
+//! vrings: their eventfds, the addresses that the backend is told of each, and the base at which each
+//! stopped.
 //!
-//! A ring is *started* by SET_VRING_KICK and *stopped* by GET_VRING_BASE; independently of that it is *enabled*
-//! or not by SET_VRING_ENABLE. A ring that a guest laid out wrongly is refused here, before any message.
+//! A vring is *started* by SET_VRING_KICK and *stopped* by GET_VRING_BASE. Independently of that,
+//! SET_VRING_ENABLE *enables* or *disables* it. A vring that the guest laid out wrongly is refused here,
+//! before any message is sent.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -14,10 +16,10 @@ use super::message::{Fault, VringAddr, VringState, parse};
 use crate::memory::{GuestAddr, Iova, MemoryMap, UserAddr};
 use crate::peer::eventfd;
 
-/// The largest queue size of virtio 1.2 §2.7 and §2.8.
+/// The largest queue size (virtio 1.2 §2.7 and §2.8).
 pub const QUEUE_SIZE_MAX: u16 = 32768;
 
-/// Rings that the 8-bit index of SET_VRING_KICK can name.
+/// The most rings that the 8-bit index of SET_VRING_KICK can name.
 pub const RINGS_MAX: u16 = 256;
 
 macro_rules! eventfd {
@@ -32,17 +34,17 @@ macro_rules! eventfd {
                 Ok(Self(new_eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?))
             }
 
-            /// Another descriptor of the same eventfd.
+            /// Duplicates the descriptor. Both refer to the same eventfd.
             pub fn try_clone(&self) -> io::Result<Self> {
                 self.0.try_clone().map(Self)
             }
 
-            /// Signals it. A saturated count is a signal too. Never waits.
+            /// Signals the eventfd. A count at its maximum counts as signalled. Never waits.
             pub fn ring(&self) -> io::Result<()> {
                 eventfd::signal(self.0.as_fd())
             }
 
-            /// Takes the pending count: 0 when nothing was signalled since the last time. Never waits.
+            /// Takes the count: 0 when the eventfd was not signalled since the last time. Never waits.
             pub fn take(&self) -> io::Result<u64> {
                 eventfd::take(&self.0)
             }
@@ -69,19 +71,20 @@ macro_rules! eventfd {
 }
 
 eventfd! {
-    /// Towards the backend: the guest has put buffers into the ring.
+    /// Signals the backend: the guest has put buffers into the ring.
     Kick
 }
 eventfd! {
-    /// Towards the guest: the backend has used buffers.
+    /// Signals the guest: the backend has used buffers.
     Call
 }
 eventfd! {
-    /// Towards us: the backend found the ring in error.
+    /// Signals us: the backend found an error in the ring.
     RingError
 }
 
-/// Where a ring goes on: for a split ring the next available index, for a packed one the indexes and wrap counters.
+/// Where a ring continues: the next available index of a split ring; the indexes and wrap counters of a
+/// packed ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingBase(pub u32);
 
@@ -90,21 +93,21 @@ pub struct RingBase(pub u32);
 pub struct Ring<'a> {
     /// The ring's index in the device.
     pub index: u16,
-    /// Descriptors, as the driver chose.
+    /// The number of descriptors, as the driver chose it.
     pub size: u16,
-    /// Descriptor table, or packed ring.
+    /// The descriptor table, or the packed ring.
     pub descriptor: GuestAddr,
-    /// Available ring, or driver event suppression.
+    /// The available ring, or the driver event suppression area.
     pub available: GuestAddr,
-    /// Used ring, or device event suppression.
+    /// The used ring, or the device event suppression area.
     pub used: GuestAddr,
-    /// Where to begin.
+    /// Where the backend continues.
     pub base: RingBase,
-    /// Rung by the guest.
+    /// Signalled by the guest.
     pub kick: &'a Kick,
-    /// Rung by the backend.
+    /// Signalled by the backend.
     pub call: &'a Call,
-    /// Rung by the backend for a ring in error; optional.
+    /// Signalled by the backend when it finds an error in the ring; optional.
     pub error: Option<&'a RingError>,
 }
 
@@ -114,10 +117,10 @@ pub enum RingFault {
     /// The index does not fit a vhost-user message.
     #[error("the ring's index is above 255")]
     Index,
-    /// Zero, above 32768, or (split ring) no power of two.
+    /// The size is zero, above 32768, or (for a split ring) not a power of two.
     #[error("the ring's size is not possible")]
     Size,
-    /// A part is not aligned as virtio 1.2 §2.7 and §2.8 say.
+    /// A part is not aligned as virtio 1.2 §2.7 and §2.8 require.
     #[error("a part of the ring is not aligned")]
     Alignment,
     /// A part lies outside guest memory.
@@ -136,12 +139,12 @@ impl RingFault {
     }
 }
 
-/// What the addresses of a ring mean.
+/// The address space of a ring's addresses.
 #[derive(Clone, Copy, Debug)]
 pub enum RingSpace<'a> {
-    /// Guest addresses, told as user addresses.
+    /// Guest addresses. The backend is told user addresses.
     User(&'a MemoryMap),
-    /// I/O virtual addresses, told as they are.
+    /// I/O virtual addresses. The backend is told these addresses unchanged.
     Iova(&'a IovaMap),
 }
 
@@ -155,7 +158,7 @@ impl RingSpace<'_> {
 }
 
 impl Ring<'_> {
-    /// The SET_VRING_ADDR payload of this ring, without logging; the layout is judged first.
+    /// Checks the layout of this ring, and returns its SET_VRING_ADDR payload, without logging.
     pub fn address(&self, features: DriverFeatures, space: RingSpace<'_>) -> Result<VringAddr, RingFault> {
         if self.index >= RINGS_MAX {
             return Err(RingFault::Index);
@@ -166,7 +169,7 @@ impl Ring<'_> {
             return Err(RingFault::Size);
         }
         let count = u64::from(self.size);
-        // Bytes and alignment of descriptor, available and used part.
+        // Address, bytes and alignment of the descriptor, available and used part.
         let parts = if packed {
             [(self.descriptor, 16 * count, 16), (self.available, 4, 4), (self.used, 4, 4)]
         } else {
@@ -295,7 +298,7 @@ mod tests {
         let stop = std::sync::atomic::AtomicBool::new(false);
         let order = std::sync::atomic::Ordering::Relaxed;
         std::thread::scope(|scope| {
-            // A peer that takes the flag off all the time.
+            // A peer that clears the flag all the time.
             scope.spawn(|| {
                 while !stop.load(order) {
                     fcntl_setfl(&peer, OFlags::RDWR).unwrap();

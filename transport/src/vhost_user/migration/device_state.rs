@@ -1,7 +1,9 @@
-//! SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE: the backend's own state, moved through a pipe during a migration.
+//! SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE: the backend's own state, moved through a pipe during a
+//! migration.
 //!
-//! All rings are stopped: the typestate says so. The state is opaque, may be empty, and may be large, so the
-//! deadline is for each step of progress, and the caller says how many bytes are too many.
+//! The typestate ensures that all rings are stopped. The state is opaque, may be empty and may be large.
+//! Therefore the deadline is for each step of progress, and the caller gives the largest size that is
+//! accepted.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,30 +19,30 @@ use crate::vhost_user::message::{Fault, StateTransfer, parse};
 use crate::vhost_user::request::Request;
 use crate::vhost_user::session::Session;
 
-/// Bits 0-7 of the answer: why the backend cannot.
+/// Bits 0-7 of the answer: the backend's error code, 0 for none.
 const ERROR_MASK: u64 = 0xff;
 
-/// Bit 8 of the answer: no fd came with it, ours is used.
+/// Bit 8 of the answer: no fd came with it, so our pipe is used.
 const OURS: u64 = 1 << 8;
 
-/// Bytes moved at once: a writable pipe takes this many without blocking.
+/// Bytes moved with one call: a writable pipe takes this many without blocking.
 const CHUNK: usize = 4096;
 
-/// Which way the state goes.
+/// The direction of the transfer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     Save,
     Load,
 }
 
-/// What a backend answers to SET_DEVICE_STATE_FD.
+/// A backend's answer to SET_DEVICE_STATE_FD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateAnswer {
     /// Our own end of the pipe is used.
     Ours,
     /// The fd that came with the answer is used instead.
     Theirs,
-    /// It cannot, with this code.
+    /// The backend cannot move its state, with this code.
     Refused(u64),
 }
 
@@ -59,7 +61,8 @@ pub fn parse_answer(payload: &[u8], fds: usize) -> Result<StateAnswer, Fault> {
 }
 
 impl Session {
-    /// Copies the backend's state to `sink`, `most` bytes at most, and returns how many there were (maybe none).
+    /// Copies the backend's state to `sink`, at most `most` bytes. Returns the number of bytes, which may be
+    /// 0.
     ///
     /// Needs DEVICE_STATE. Blocks for as long as the state keeps coming.
     pub fn save_state(&mut self, sink: &mut dyn Write, most: u64) -> Result<u64, Error> {
@@ -72,21 +75,21 @@ impl Session {
         self.check_state().map(|()| moved)
     }
 
-    /// Gives the backend the state that `source` holds.
+    /// Gives the backend the state in `source`. Returns the number of bytes.
     ///
-    /// Needs DEVICE_STATE. Blocks for as long as the backend keeps taking it.
+    /// Needs DEVICE_STATE. Blocks for as long as the backend keeps reading.
     pub fn load_state(&mut self, source: &mut dyn Read) -> Result<u64, Error> {
         let pipe = self.agree_on_pipe(Way::Load)?;
         let moved = match self.feed(&pipe, source) {
             Ok(moved) => moved,
             Err(cause) => return Err(self.transfer_failed(cause)),
         };
-        // The end of the pipe is the end of the state.
+        // Closing the pipe marks the end of the state.
         drop(pipe);
         self.check_state().map(|()| moved)
     }
 
-    /// Sends the other end of a pipe, and returns the end that is to be used here.
+    /// Sends the backend one end of a pipe. Returns the end that we use.
     fn agree_on_pipe(&mut self, direction: Way) -> Result<OwnedFd, Error> {
         const REQUEST: Request = Request::SET_DEVICE_STATE_FD;
         let local = |errno: Errno| self.channel.error(REQUEST, Cause::Local(errno.into()));
@@ -152,7 +155,8 @@ impl Session {
                     }
                     Err(Errno::INTR) => {}
                     Err(Errno::AGAIN) => self.wait(&deadline, wait_writable(pipe.as_fd(), &deadline))?,
-                    // It had enough; what it thinks of that, it says when it is asked.
+                    // The backend stopped reading. Its answer to CHECK_DEVICE_STATE tells whether that was an
+                    // error.
                     Err(Errno::PIPE) => return Ok(moved),
                     Err(errno) => return Err(Cause::Io(errno.into())),
                 }
@@ -176,7 +180,8 @@ impl Session {
         }
     }
 
-    /// A peer that fails in the middle of its state is lost; a sink or source of ours that fails is not its fault.
+    /// A peer that fails in the middle of its state is lost. A failure of our own sink or source is not the
+    /// peer's fault.
     fn transfer_failed(&mut self, cause: Cause) -> Error {
         let error = Error::new(self.channel.peer(), Step::StateTransfer, cause);
         if error.is_fatal() {

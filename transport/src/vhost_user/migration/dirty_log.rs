@@ -1,8 +1,9 @@
-//! "Migration": the log in which a backend marks the guest pages that it wrote.
+//! vhost-user "Migration": the log in which a backend marks the guest pages that it wrote.
 //!
-//! Bit = guest address / 4096, little-endian, from address 0 to the highest guest address. Order: SET_LOG_BASE,
-//! SET_FEATURES with bit 26, SET_VRING_ADDR with the log flag; stopping goes in reverse. Who mapped the log must
-//! keep it mapped until the connection ends: some backends go on logging after they were told to stop.
+//! The bit of a page is its guest address / 4096. The log is little-endian and covers address 0 to the
+//! highest guest address. Order at the start: SET_LOG_BASE, SET_FEATURES with bit 26, SET_VRING_ADDR with the
+//! log flag. Order at the end: the reverse. The caller must keep the log mapped until the connection ends, as
+//! some backends go on logging after the end.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use crate::vhost_user::live::{LOG_RING, LiveSession, set_features, set_log_base}
 use crate::vhost_user::request::Request;
 
 impl LiveSession {
-    /// Begins to log. Needs LOG_SHMFD and feature bit 26. Stays on over a stop and a new start.
+    /// Starts logging. Needs LOG_SHMFD and feature bit 26. Logging stays on when the rings are stopped and
+    /// started again.
     pub fn start_log(&mut self, log: Arc<DirtyLog>) -> Result<(), Error> {
         self.session.log_permitted()?;
         let deadline = self.session.channel.deadline();
@@ -27,7 +29,7 @@ impl LiveSession {
         Ok(())
     }
 
-    /// Ends logging. The log stays mapped in the backend.
+    /// Ends logging. The backend keeps the log mapped.
     pub fn stop_log(&mut self) -> Result<(), Error> {
         let deadline = self.session.channel.deadline();
         self.session.log = None;
@@ -35,7 +37,7 @@ impl LiveSession {
         set_features(&mut self.session.channel, self.features, false, &deadline)
     }
 
-    /// Has `eventfd` signalled when the log changed. Few backends do.
+    /// Makes the backend signal `eventfd` when the log changed. Few backends do it.
     pub fn notify_log(&mut self, eventfd: BorrowedFd<'_>) -> Result<(), Error> {
         self.session.log_permitted()?;
         self.session.channel.order(Request::SET_LOG_FD, &[], &[eventfd])

@@ -1,5 +1,4 @@
-//! What a backend does for a migration: logging what it writes, moving its own state, running on memory that is still on its
-//! way.
+//! The parts of vhost-user for migration: the dirty log, the backend's own state, and postcopy.
 
 pub mod device_state;
 pub mod dirty_log;

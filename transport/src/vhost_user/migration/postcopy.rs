@@ -1,7 +1,9 @@
-//! POSTCOPY_ADVISE, LISTEN and END: a migration that goes on while the guest already runs.
+//! POSTCOPY_ADVISE, POSTCOPY_LISTEN and POSTCOPY_END: a migration whose guest runs before all memory has
+//! arrived.
 //!
-//! Two flows: libvhost-user wants SET_MEM_TABLE after LISTEN and answers with its own addresses, which we
-//! acknowledge; rust backends register what they have at LISTEN. [`Postcopy`] is the state between.
+//! Backends differ in their order. libvhost-user expects SET_MEM_TABLE after POSTCOPY_LISTEN and answers it
+//! with its own addresses, which we acknowledge. Rust backends register their current memory at
+//! POSTCOPY_LISTEN. [`Postcopy`] is the state between POSTCOPY_ADVISE and POSTCOPY_END.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,7 +14,8 @@ use crate::vhost_user::message::{Fault, MemRegion, MemTableHead, length, parse, 
 use crate::vhost_user::request::{Answer, Request};
 use crate::vhost_user::session::Session;
 
-/// Where a backend mapped a region of guest memory: the addresses that its userfaultfd reports.
+/// The place of a region of guest memory in the backend's address space. The backend's userfaultfd reports
+/// such addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionBase {
     /// The region's guest address.
@@ -23,7 +26,7 @@ pub struct RegionBase {
     pub base: u64,
 }
 
-/// Reads the table that comes back; it must be `sent` with only the user addresses changed.
+/// Reads the memory table that the backend returns. It must equal `sent` in all but the user addresses.
 pub fn parse_table(payload: &[u8], sent: &[u8]) -> Result<Vec<RegionBase>, Fault> {
     let (head, rest): (MemTableHead, _) = parse_front(payload)?;
     let (asked, regions): (MemTableHead, _) = parse_front(sent)?;
@@ -43,7 +46,7 @@ pub fn parse_table(payload: &[u8], sent: &[u8]) -> Result<Vec<RegionBase>, Fault
     Ok(bases)
 }
 
-/// A backend that was told of a postcopy migration, and its userfaultfd.
+/// A backend after POSTCOPY_ADVISE, with its userfaultfd.
 #[derive(Debug)]
 pub struct Postcopy {
     uffd: OwnedFd,
@@ -56,7 +59,7 @@ impl AsFd for Postcopy {
 }
 
 impl Session {
-    /// Announces a migration that may end in postcopy. Needs PAGEFAULT, and no memory slots.
+    /// Announces a migration that may become a postcopy one. Needs PAGEFAULT, and no memory slots.
     pub fn postcopy_advise(&mut self) -> Result<Postcopy, Error> {
         const REQUEST: Request = Request::POSTCOPY_ADVISE;
         let answered = self.channel.ask(REQUEST, &[], &[])?;
@@ -64,13 +67,13 @@ impl Session {
         uffd.map(|uffd| Postcopy { uffd }).ok_or_else(|| self.channel.error(REQUEST, Cause::Refused(0)))
     }
 
-    /// Goes over to postcopy: from now on missing pages of registered memory are reported.
+    /// Starts postcopy. From now on the backend reports missing pages of registered memory.
     pub fn postcopy_listen(&mut self, _advised: &Postcopy) -> Result<(), Error> {
         self.postcopy_step(Request::POSTCOPY_LISTEN)
     }
 
-    /// Tells the backend guest memory in postcopy, and returns where it mapped it. For backends of the
-    /// libvhost-user family, after [`Session::postcopy_listen`].
+    /// Gives the backend guest memory during postcopy. Returns the places at which the backend mapped the
+    /// regions. For backends of the libvhost-user family, after [`Session::postcopy_listen`].
     pub fn postcopy_memory(
         &mut self,
         _advised: &Postcopy,
@@ -81,13 +84,13 @@ impl Session {
         let deadline = self.channel.deadline();
         let (payload, fds) = mem_table::table(memory);
         let least = length(payload.len());
-        // Some send the whole of their C struct back: room for 8 regions however many there are.
+        // Some backends return their whole C struct, with room for 8 regions whatever their number.
         let most = least.max(length(size_of::<MemTableHead>() + 8 * size_of::<MemRegion>()));
         let sent = (payload.as_slice(), fds.as_slice());
         let answered = self.channel.exchange_sized(REQUEST, sent, (least, most), &deadline)?;
         let bases = parse_table(&answered.payload, &payload)
             .map_err(|fault| self.channel.malformed(REQUEST, fault))?;
-        // Only now may the backend touch the memory.
+        // The backend may access the memory only after this acknowledgement.
         self.channel.tell(REQUEST, &0u64.to_ne_bytes(), &deadline)?;
         Ok(bases)
     }
