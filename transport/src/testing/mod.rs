@@ -1,6 +1,7 @@
-//! Scripted peers for tests: they play the normal role, and misbehave exactly where a script says.
+//! Scripted peers for tests. Each plays the normal role of a peer, and misbehaves exactly where its script
+//! says.
 //!
-//! For the tests of this crate, of `devices` and of the whole machine; never part of the program.
+//! For the tests of this crate, of `devices` and of the whole machine. Must never be part of the program.
 
 mod role;
 mod script;

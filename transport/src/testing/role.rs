@@ -1,5 +1,5 @@
-//! The normal role of a vhost-user backend: what it holds, what it answers, and the front end's rules that it
-//! sees broken. Moves no data of rings.
+//! The normal role of a vhost-user backend: its state, its answers, and the rules of the front end that it
+//! checks. Moves no data of rings.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -20,9 +20,9 @@ use crate::vhost_user::request::{Answer, Needs, Request};
 /// A request as the backend saw it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// Which.
+    /// The request.
     pub request: Request,
-    /// need_reply was set.
+    /// True when need_reply was set.
     pub asked: bool,
     /// Its payload.
     pub payload: Vec<u8>,
@@ -30,7 +30,7 @@ pub struct Seen {
     pub fds: usize,
 }
 
-/// What a backend holds of one ring.
+/// The state of one ring in the backend.
 #[derive(Debug, Default)]
 pub struct RingView {
     kick: Option<OwnedFd>,
@@ -68,7 +68,7 @@ impl RingView {
         }
     }
 
-    /// Rings the call eventfd.
+    /// Signals the call eventfd.
     pub fn ring_call(&self) -> io::Result<()> {
         let call = self.call.as_ref().ok_or(io::ErrorKind::NotFound)?;
         rustix::io::write(call, &1u64.to_ne_bytes())?;
@@ -100,7 +100,7 @@ pub(super) struct Frame {
     pub(super) fds: Vec<OwnedFd>,
 }
 
-/// What a request is answered with; `due` when the specification wants an answer.
+/// The answer to a request. `due` is set when the specification requires an answer.
 pub(super) struct Reply {
     pub(super) header: Header,
     pub(super) payload: Vec<u8>,
@@ -118,7 +118,7 @@ impl Reply {
     }
 }
 
-/// The table with each user address moved up, as a backend in postcopy returns it.
+/// The memory table with each user address increased, as a backend in postcopy returns it.
 fn moved(table: &[u8]) -> Vec<u8> {
     let mut moved = table.to_vec();
     for region in moved.get_mut(8..).unwrap_or_default().chunks_exact_mut(32) {
@@ -129,7 +129,7 @@ fn moved(table: &[u8]) -> Vec<u8> {
     moved
 }
 
-/// Writes the state to the pipe, or reads it.
+/// Writes the state to the pipe, or reads it from there, on a thread.
 fn move_state(pipe: OwnedFd, save: bool, offer: &Offer) -> JoinHandle<Vec<u8>> {
     use std::io::{Read, Write};
     let (state, pause) = (offer.state.clone(), offer.state_pause);
@@ -146,7 +146,7 @@ fn move_state(pipe: OwnedFd, save: bool, offer: &Offer) -> JoinHandle<Vec<u8>> {
 }
 
 impl State {
-    /// Notes a request, does what it says, and makes its answer.
+    /// Records a request, executes it, and makes its answer.
     pub(super) fn take(&mut self, frame: Frame) -> Reply {
         let request = Request(frame.header.request);
         let asked = frame.header.wants_reply();
@@ -154,7 +154,7 @@ impl State {
         self.seen.push(Seen { request, asked, payload: frame.payload.clone(), fds: frame.fds.len() });
         let acks = self.negotiated.contains(ProtocolFeatures::REPLY_ACK);
         let due = match request.row().map(|row| row.answer) {
-            // The table that comes back in postcopy is acknowledged by a message of its own.
+            // A memory table that is returned in postcopy is acknowledged by a separate message.
             Some(Answer::Ack) if request == Request::SET_MEM_TABLE && self.listening => {
                 frame.payload.len() > 8
             }
@@ -165,7 +165,7 @@ impl State {
         Reply { header: Header::reply(request.0, length(payload.len())), payload, fds, due }
     }
 
-    /// The front end's own rules.
+    /// Checks the rules that the front end must keep.
     fn judge(&mut self, request: Request, frame: &Frame) {
         let mut breach = |what: &str| self.breaches.push(format!("{request}: {what}"));
         let Some(row) = request.row() else { return breach("is not in the table") };
@@ -194,7 +194,8 @@ impl State {
     }
 
     fn ring(&mut self, payload: &[u8]) -> (&mut RingView, u32) {
-        // The index is the first word of every ring message; in kick and call messages bit 8 means no fd.
+        // The first word of each ring message holds the index. In kick and call messages, bit 8 means that no
+        // fd came.
         let number = payload.first_chunk::<4>().map_or(0, |bytes| u32::from_ne_bytes(*bytes)) & 0xff;
         let enabled = self.features & 1 << 30 == 0;
         let ring = self.rings.entry(number).or_insert_with(|| RingView { enabled, ..RingView::default() });
@@ -210,7 +211,7 @@ impl State {
         match request {
             Request::GET_FEATURES => answer = self.offer.features,
             Request::SET_FEATURES => self.features = number,
-            // What was agreed on goes with the rest, as with the rust crate.
+            // The reset also clears the negotiated features, as in the rust crate.
             Request::RESET_DEVICE => self.features = 0,
             Request::GET_PROTOCOL_FEATURES => answer = self.offer.protocol.bits(),
             Request::SET_PROTOCOL_FEATURES => self.negotiated = ProtocolFeatures::from_bits(number),
@@ -248,7 +249,7 @@ impl State {
             Request::GET_INFLIGHT_FD => return self.inflight(&payload),
             Request::GET_SHMEM_CONFIG => return (self.shmem(), Vec::new()),
             Request::POSTCOPY_ADVISE => return (Vec::new(), spare_fds(1).unwrap_or_default()),
-            // Bit 8: our fd serves.
+            // Bit 8: the front end's fd is used.
             Request::SET_DEVICE_STATE_FD => {
                 let save = payload.first() == Some(&0);
                 self.mover = first.next().map(|pipe| move_state(pipe, save, &self.offer));

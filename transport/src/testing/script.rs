@@ -1,4 +1,4 @@
-//! What a scripted backend offers, and where it goes astray.
+//! The offer of a scripted backend, and the script of its misbehaviour.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,33 +9,34 @@ use crate::vhost_user::ProtocolFeatures;
 use crate::vhost_user::features::bit;
 use crate::vhost_user::request::Request;
 
-/// What a scripted backend says of itself.
+/// The answers of a scripted backend's normal role.
 #[derive(Clone, Debug)]
 pub struct Offer {
-    /// GET_FEATURES.
+    /// The answer to GET_FEATURES.
     pub features: u64,
-    /// GET_PROTOCOL_FEATURES.
+    /// The answer to GET_PROTOCOL_FEATURES.
     pub protocol: ProtocolFeatures,
-    /// GET_QUEUE_NUM.
+    /// The answer to GET_QUEUE_NUM.
     pub queue_num: u64,
-    /// The configuration space; requests for more are refused.
+    /// The configuration space. A request for more bytes is refused.
     pub config: Vec<u8>,
-    /// GET_MAX_MEM_SLOTS.
+    /// The answer to GET_MAX_MEM_SLOTS.
     pub mem_slots: u64,
-    /// GET_SHMEM_CONFIG: the size of each shared memory region.
+    /// The answer to GET_SHMEM_CONFIG: the size of each shared memory region.
     pub shmem: Vec<u64>,
-    /// GET_INFLIGHT_FD: bytes of the area.
+    /// The answer to GET_INFLIGHT_FD: bytes of the inflight area.
     pub inflight_size: u64,
-    /// SET_DEVICE_STATE_FD: what is written when the state is saved.
+    /// The state that is written after SET_DEVICE_STATE_FD.
     pub state: Vec<u8>,
-    /// How long the state is held back.
+    /// The pause before the state is moved.
     pub state_pause: Duration,
-    /// CHECK_DEVICE_STATE.
+    /// The answer to CHECK_DEVICE_STATE.
     pub state_check: u64,
 }
 
 impl Default for Offer {
-    /// A modern device with two queues, 60 bytes of configuration and every feature that asks for nothing more.
+    /// A modern device with two queues, 60 bytes of configuration, and every feature that needs no other
+    /// setting.
     fn default() -> Self {
         let features = [28, 29, bit::PROTOCOL_FEATURES, bit::VERSION_1, bit::LOG_ALL];
         Self {
@@ -59,48 +60,48 @@ impl Default for Offer {
     }
 }
 
-/// One misdeed, done instead of or upon the normal answer to a request.
+/// One misbehaviour, in place of the normal answer to a request or in addition to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Act {
-    /// Never answers, goes on reading.
+    /// Never answers, but reads on.
     Silent,
     /// Never reads again.
     StopReading,
-    /// Closes instead of answering.
+    /// Closes the connection instead of answering.
     Close,
-    /// Closes after this many bytes of the answer.
+    /// Closes the connection after this many bytes of the answer.
     CloseAfter(usize),
-    /// Sends this many bytes of the answer and then nothing.
+    /// Sends this many bytes of the answer and no more.
     StallAfter(usize),
-    /// Sends one byte at a time with this pause.
+    /// Sends one byte at a time, each after this pause.
     Drip(Duration),
-    /// Answers after this long.
+    /// Answers after this pause.
     Delay(Duration),
-    /// Answers as another request.
+    /// Answers with the code of another request.
     As(Request),
     /// Answers with these flags.
     Flags(u32),
-    /// Puts this into the size field; the payload stays.
+    /// Puts this number into the size field. The payload stays.
     ClaimSize(u32),
-    /// Answers with this payload, of consistent size.
+    /// Answers with this payload and its correct size.
     Payload(Vec<u8>),
-    /// This many fds with the header.
+    /// Sends this many fds with the header.
     Fds(usize),
-    /// One fd of this kind with the header.
+    /// Sends one fd of this kind with the header.
     FdOf(FdKind),
-    /// This many fds with the payload's first byte, sent apart from the header.
+    /// Sends this many fds with the first byte of the payload, which is sent apart from the header.
     FdsWithBody(usize),
-    /// Answers, if at all, with this code.
+    /// Answers with this code, if an answer is due.
     Refuse(u64),
     /// Answers twice.
     Twice,
-    /// Answers although no answer is due.
+    /// Answers even when no answer is due.
     Unasked,
-    /// Sends this many answers of the same kind before closing.
+    /// Sends this many answers and then closes the connection.
     Flood(usize),
 }
 
-/// What an fd may be instead of what it should be.
+/// A kind of fd to send in place of the right one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FdKind {
     /// An eventfd.
@@ -111,11 +112,11 @@ pub enum FdKind {
     Socket,
     /// A directory.
     Directory,
-    /// `/dev/null`, opened for its path only.
+    /// `/dev/null`, opened with O_PATH.
     Path,
-    /// A memfd of so many bytes.
+    /// A memfd of this many bytes.
     Memfd(u64),
-    /// The same, but opened for reading only.
+    /// A memfd of this many bytes, opened for reading only.
     ReadOnly(u64),
 }
 
@@ -143,14 +144,14 @@ impl FdKind {
     }
 }
 
-/// Where to do what.
+/// The requests at which a scripted backend misbehaves, and how.
 #[derive(Clone, Debug, Default)]
 pub struct Script {
     rules: Vec<(Request, Option<usize>, Act)>,
 }
 
 impl Script {
-    /// The normal role.
+    /// A script without misbehaviour.
     pub fn normal() -> Self {
         Self::default()
     }

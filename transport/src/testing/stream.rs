@@ -8,10 +8,10 @@ use std::time::Duration;
 use crate::peer::deadline::{Deadline, Waited, wait_readable, wait_writable};
 use crate::peer::fds;
 
-/// No test waits this long.
+/// Longer than any wait of a test.
 pub(super) const FOREVER: Duration = Duration::from_secs(120);
 
-/// Fills `bytes`; false when the peer has gone.
+/// Fills `bytes`; false when the peer closed its end.
 pub(super) fn fill(
     stream: &UnixStream,
     bytes: &mut [u8],
@@ -54,15 +54,15 @@ pub(super) fn send_all(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]
     Ok(())
 }
 
-/// Reads nothing until the peer has gone.
+/// Reads nothing until the peer closes its end.
 pub(super) fn park_until_closed(stream: &UnixStream) -> io::Result<()> {
-    // Wakes up on hang-up only: nothing is asked for.
+    // Waits for a hang-up only, as no event is asked for.
     let mut fds = [rustix::event::PollFd::new(stream, rustix::event::PollFlags::empty())];
     rustix::event::poll(&mut fds, None)?;
     Err(io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Descriptors of no use.
+/// Descriptors to send where the kind does not matter.
 pub(super) fn spare_fds(count: usize) -> io::Result<Vec<OwnedFd>> {
     (0..count).map(|_| Ok(std::fs::File::open("/dev/null")?.into())).collect()
 }

@@ -1,5 +1,5 @@
-//! A scripted vhost-user backend on a thread: answers as the specification says, notes what it saw and every
-//! breach of the front end's own rules, and misbehaves where its script says.
+//! A scripted vhost-user backend on a thread. It answers as the specification says, records the requests and
+//! each breach of the front end's rules, and misbehaves where its script says.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -91,12 +91,12 @@ impl ScriptedBackend {
         lock(&self.state).seen.iter().map(|seen| seen.request.to_string()).collect()
     }
 
-    /// What the front end did against its own rules: nothing, one hopes.
+    /// The rules that the front end broke. Should be empty.
     pub fn breaches(&self) -> Vec<String> {
         lock(&self.state).breaches.clone()
     }
 
-    /// Looks at ring `index`.
+    /// Calls `look` with the state of ring `index`.
     pub fn with_ring<T>(&self, index: u32, look: impl FnOnce(&RingView) -> T) -> Option<T> {
         lock(&self.state).rings.get(&index).map(look)
     }
@@ -111,18 +111,18 @@ impl ScriptedBackend {
         lock(&self.state).status
     }
 
-    /// What was loaded as the device's state, once.
+    /// The bytes that were loaded as the device's state, at the first call only.
     pub fn take_loaded_state(&self) -> Vec<u8> {
         let mover = lock(&self.state).mover.take();
         mover.and_then(|mover| mover.join().ok()).unwrap_or_default()
     }
 
-    /// Replaces the configuration space without a word.
+    /// Replaces the configuration space without notifying the front end.
     pub fn set_config(&self, config: Vec<u8>) {
         lock(&self.state).offer.config = config;
     }
 
-    /// Makes the file of its inflight area shorter.
+    /// Shortens the file of the inflight area.
     pub fn cut_inflight_area(&self, size: u64) -> io::Result<()> {
         let area = lock(&self.state).inflight.as_ref().ok_or(io::ErrorKind::NotFound)?.try_clone()?;
         Ok(rustix::fs::ftruncate(area, size)?)
@@ -133,7 +133,7 @@ impl ScriptedBackend {
         lock(&self.state).kept.first().ok_or(io::ErrorKind::NotFound)?.try_clone()
     }
 
-    /// Ring `index`'s call eventfd.
+    /// The call eventfd of ring `index`.
     pub fn call(&self, index: u32) -> io::Result<OwnedFd> {
         lock(&self.state)
             .rings
@@ -143,7 +143,7 @@ impl ScriptedBackend {
             .try_clone()
     }
 
-    /// Ring `index`'s kick eventfd.
+    /// The kick eventfd of ring `index`.
     pub fn kick(&self, index: u32) -> io::Result<OwnedFd> {
         lock(&self.state)
             .rings
@@ -153,7 +153,7 @@ impl ScriptedBackend {
             .try_clone()
     }
 
-    /// Closes the connection, as a dying backend does.
+    /// Closes the connection, as a backend that dies does.
     pub fn hang_up(&self) {
         let mut state = lock(&self.state);
         state.channel = None;
@@ -174,7 +174,7 @@ impl ScriptedBackend {
         self.send_on_channel(&[header.as_bytes(), payload].concat(), fds)
     }
 
-    /// Reads one answer from the backend channel: the code, and how many fds came.
+    /// Reads one answer from the backend channel. Returns the code and the number of fds.
     pub fn answer(&self, limit: Duration) -> io::Result<(u64, usize)> {
         let channel = self.channel()?;
         let frame = read_frame(&channel, limit)?.ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -192,7 +192,7 @@ impl Drop for ScriptedBackend {
         lock(&self.state).stopping = true;
         self.hang_up();
         if let Some(path) = &self.path {
-            // Wakes the listener up; it sees that it should stop.
+            // Wakes up the listener, which then sees that it should stop.
             drop(UnixStream::connect(path));
             drop(std::fs::remove_file(path));
         }

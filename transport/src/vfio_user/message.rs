@@ -1,6 +1,7 @@
-//! vfio-user "Header" and "Commands": the header and the payloads, as bytes. Decides nothing.
+//! vfio-user "Header" and "Commands": the header and the payloads as bytes. Holds layouts only; makes no
+//! decisions.
 //!
-//! All numbers are native endian. Every struct is padding-free and its size is asserted below.
+//! All numbers are native endian. No struct has padding, and the size of each is asserted below.
 
 use std::fmt;
 
@@ -20,34 +21,34 @@ const ERROR: u32 = 1 << 5;
 pub const HEADER_SIZE: usize = size_of::<Header>();
 const HEADER_BYTES: u32 = 16;
 
-/// "Header".
+/// The header of each message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Header {
-    /// Chosen by the sender of the command, echoed in its reply.
+    /// The message id. The sender of a command chooses it, and the reply repeats it.
     pub id: u16,
-    /// The command, also in its reply.
+    /// The command code. The reply repeats it.
     pub command: u16,
     /// Bytes of the whole message, this header included.
     pub size: u32,
-    /// Type, no_reply, error.
+    /// Message type, no_reply flag, error flag.
     pub flags: u32,
-    /// An errno, in error replies.
+    /// The errno of an error reply.
     pub errno: u32,
 }
 
 const _: () = assert!(HEADER_SIZE == 16);
 
-/// What a well-formed header announces.
+/// The kind of a message, by its header's flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A command that wants a reply.
+    /// A command that asks for a reply.
     Command,
-    /// A command that wants none.
+    /// A command that asks for no reply.
     Posted,
-    /// A reply.
+    /// A reply to a command that succeeded.
     Reply,
-    /// A reply that says no.
+    /// A reply to a command that failed.
     ErrorReply,
 }
 
@@ -57,7 +58,7 @@ impl Header {
         Self { id, command: command.0, size: payload.saturating_add(HEADER_BYTES), flags: 0, errno: 0 }
     }
 
-    /// The header of a command that wants no reply.
+    /// The header of a command that asks for no reply.
     pub fn posted(id: u16, command: Command, payload: u32) -> Self {
         Self { flags: NO_REPLY, ..Self::command(id, command, payload) }
     }
@@ -67,7 +68,7 @@ impl Header {
         Self { size: payload.saturating_add(HEADER_BYTES), flags: REPLY, errno: 0, ..*asked }
     }
 
-    /// An error reply to `asked`: a header alone.
+    /// The header of an error reply to `asked`, which has no payload.
     pub fn error_reply(asked: &Header, errno: u32) -> Self {
         Self { size: HEADER_BYTES, flags: REPLY | ERROR, errno, ..*asked }
     }
@@ -77,9 +78,9 @@ impl Header {
         self.size.checked_sub(HEADER_BYTES)
     }
 
-    /// What the flags say.
+    /// The kind of message that the flags give.
     ///
-    /// An error flag without the reply flag is an error reply: real servers have sent them.
+    /// An error flag without the reply flag counts as an error reply, as real servers have sent such replies.
     pub fn kind(&self) -> Result<Kind, Fault> {
         if self.flags & !(TYPE_MASK | NO_REPLY | ERROR) != 0 {
             return Err(Fault::Flags(self.flags));
@@ -93,7 +94,8 @@ impl Header {
         }
     }
 
-    /// Judges the size: not below the header's, and `most` bytes of payload at most, which it returns.
+    /// Checks that the size covers the header and at most `most` bytes of payload. Returns the bytes of
+    /// payload.
     pub fn judge_size(&self, most: u32) -> Result<u32, Fault> {
         let payload = self.payload();
         let fault =
@@ -102,7 +104,7 @@ impl Header {
     }
 }
 
-/// A command of either side. Open: an unknown code prints, it never crashes.
+/// A command code of either side. Open: an unknown code can be printed and never crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Command(pub u16);
 
@@ -111,7 +113,7 @@ macro_rules! commands {
         impl Command {
             $(#[doc = concat!("VFIO_USER_", stringify!($name), ".")] pub const $name: Self = Self($code);)*
 
-            /// All that the specification has.
+            /// All commands of the specification.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
 
             /// Its name in the specification, without the VFIO_USER_ prefix.
@@ -151,20 +153,20 @@ impl fmt::Display for Command {
     }
 }
 
-/// Which feature: as in kernel VFIO.
+/// A device feature, numbered as in kernel VFIO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Feature(pub u16);
 
 impl Feature {
-    /// How far the device can migrate.
+    /// What the device supports of migration.
     pub const MIGRATION: Self = Self(1);
     /// The migration state.
     pub const MIG_DEVICE_STATE: Self = Self(2);
-    /// Begin to note what DMA writes.
+    /// Starts logging of the device's DMA writes.
     pub const DMA_LOGGING_START: Self = Self(6);
-    /// No longer note it.
+    /// Stops logging.
     pub const DMA_LOGGING_STOP: Self = Self(7);
-    /// What was noted.
+    /// Reads the log.
     pub const DMA_LOGGING_REPORT: Self = Self(8);
 
     /// Its name in the specification, without the VFIO_DEVICE_FEATURE_ prefix.
@@ -187,7 +189,7 @@ impl From<Command> for MessageName {
 }
 
 payloads! {
-    /// What precedes the JSON of VERSION.
+    /// The front of the VERSION payload. JSON follows.
     VersionHead, 4 {
         /// Changes when the message format does.
         major: u16,
@@ -200,14 +202,14 @@ payloads! {
         argsz: u32,
         /// Bit 0 readable, bit 1 writeable.
         flags: u32,
-        /// Where the region begins in its fd.
+        /// First byte of the region in its fd.
         offset: u64,
-        /// Its first DMA address.
+        /// First DMA address of the region.
         address: u64,
         /// Bytes.
         size: u64,
     }
-    /// DMA_UNMAP, and its reply.
+    /// DMA_UNMAP and its reply.
     DmaUnmap, 24 {
         /// The largest reply payload.
         argsz: u32,
@@ -218,82 +220,82 @@ payloads! {
         /// Bytes.
         size: u64,
     }
-    /// DEVICE_GET_INFO, and its reply.
+    /// DEVICE_GET_INFO and its reply.
     DeviceInfoPayload, 16 {
-        /// The largest reply payload; the needed one in the reply.
+        /// In the command: the largest reply payload. In the reply: the bytes that a complete reply has.
         argsz: u32,
         /// Bit 0 reset, bit 1 PCI.
         flags: u32,
-        /// Regions.
+        /// The number of regions.
         regions: u32,
-        /// Interrupt indexes.
+        /// The number of interrupt indexes.
         irqs: u32,
     }
-    /// DEVICE_GET_REGION_INFO, and its reply.
+    /// DEVICE_GET_REGION_INFO and its reply.
     RegionInfoPayload, 32 {
-        /// The largest reply payload; the needed one in the reply.
+        /// In the command: the largest reply payload. In the reply: the bytes that a complete reply has.
         argsz: u32,
         /// Bit 0 read, 1 write, 2 mmap, 3 capabilities.
         flags: u32,
-        /// The region.
+        /// The region's index.
         index: u32,
-        /// Where the first capability is, from the start of this struct.
+        /// Offset of the first capability from the start of this struct.
         cap_offset: u32,
-        /// Bytes.
+        /// Bytes of the region.
         size: u64,
-        /// Where the region begins in its fd.
+        /// First byte of the region in its fd.
         offset: u64,
     }
-    /// What each region capability begins with.
+    /// The front of each region capability.
     CapabilityHead, 8 {
-        /// What it is.
+        /// The kind of capability.
         id: u16,
-        /// Its version.
+        /// Version of the capability's layout.
         version: u16,
-        /// Where the next one is, from the start of the region info; 0 ends the list.
+        /// Offset of the next capability from the start of the region info; 0 at the end of the list.
         next: u32,
     }
-    /// What precedes the areas of a sparse mmap capability.
+    /// The front of a sparse mmap capability. The areas follow.
     SparseHead, 8 {
-        /// Areas.
+        /// The number of areas.
         count: u32,
         /// Zero.
         reserved: u32,
     }
     /// One area of a sparse mmap capability.
     SparseArea, 16 {
-        /// Where it begins in the region.
+        /// First byte in the region.
         offset: u64,
         /// Bytes.
         size: u64,
     }
-    /// DEVICE_GET_REGION_IO_FDS, and what precedes the entries of its reply.
+    /// DEVICE_GET_REGION_IO_FDS, and the front of its reply. The entries follow.
     IoFdsHead, 16 {
-        /// The largest reply payload; the needed one in the reply.
+        /// In the command: the largest reply payload. In the reply: the bytes that a complete reply has.
         argsz: u32,
         /// Zero.
         flags: u32,
-        /// The region.
+        /// The region's index.
         index: u32,
-        /// Entries.
+        /// The number of entries.
         count: u32,
     }
-    /// What all entries of DEVICE_GET_REGION_IO_FDS begin with.
+    /// The common front of the entries of DEVICE_GET_REGION_IO_FDS.
     IoFdEntry, 32 {
-        /// Where the sub-region begins in the region.
+        /// First byte of the sub-region in the region.
         offset: u64,
-        /// Bytes of an access; 0: any.
+        /// Bytes of an access; 0 for any.
         size: u64,
-        /// Which of the fds.
+        /// The fd's index among those of the reply.
         fd_index: u32,
         /// 0 ioeventfd, 1 ioregionfd, 2 shadow ioeventfd.
         kind: u32,
-        /// KVM's flags for it.
+        /// KVM's flags for the fd.
         flags: u32,
-        /// Which of the fds is the shadow memory, for a shadow ioeventfd.
+        /// For a shadow ioeventfd: the index of the shadow memory's fd among those of the reply.
         shadow_fd_index: u32,
     }
-    /// DEVICE_GET_IRQ_INFO, and its reply.
+    /// DEVICE_GET_IRQ_INFO and its reply.
     IrqInfoPayload, 16 {
         /// The largest reply payload.
         argsz: u32,
@@ -301,32 +303,32 @@ payloads! {
         flags: u32,
         /// The interrupt index.
         index: u32,
-        /// Interrupts.
+        /// The number of interrupts.
         count: u32,
     }
-    /// What precedes the data of DEVICE_SET_IRQS.
+    /// The front of DEVICE_SET_IRQS. Data follow.
     SetIrqs, 20 {
-        /// Bytes of this payload, data included.
+        /// Bytes of this payload, with the data.
         argsz: u32,
-        /// Data and action.
+        /// The type of data, and the action.
         flags: u32,
         /// The interrupt index.
         index: u32,
         /// The first interrupt.
         start: u32,
-        /// Interrupts.
+        /// The number of interrupts.
         count: u32,
     }
-    /// What precedes the data of REGION_READ and REGION_WRITE.
+    /// The front of REGION_READ and REGION_WRITE. Data follow.
     RegionAccess, 16 {
-        /// Where in the region.
+        /// First byte in the region.
         offset: u64,
-        /// The region.
+        /// The region's index.
         region: u32,
         /// Bytes.
         count: u32,
     }
-    /// What precedes the data of DMA_READ and DMA_WRITE.
+    /// The front of DMA_READ and DMA_WRITE. Data follow.
     DmaAccess, 16 {
         /// The DMA address.
         address: u64,
@@ -335,34 +337,34 @@ payloads! {
     }
     /// One write of REGION_WRITE_MULTI.
     MultiWrite, 24 {
-        /// Where in the region.
+        /// First byte in the region.
         offset: u64,
-        /// The region.
+        /// The region's index.
         region: u32,
-        /// Bytes, 8 at most.
+        /// The number of bytes, at most 8.
         count: u32,
-        /// The bytes, from the front.
+        /// The bytes, from index 0 on.
         data: [u8; 8],
     }
-    /// What precedes the data of DEVICE_FEATURE.
+    /// The front of DEVICE_FEATURE. Data follow.
     FeatureHead, 8 {
-        /// The largest reply payload; the needed one in the reply.
+        /// In the command: the largest reply payload. In the reply: the bytes that a complete reply has.
         argsz: u32,
-        /// Bits 0-15 the feature, 16 get, 17 set, 18 probe.
+        /// Bits 0-15: the feature; bit 16 get, 17 set, 18 probe.
         flags: u32,
     }
-    /// The data of DEVICE_FEATURE for the migration state.
+    /// The data of the feature MIG_DEVICE_STATE.
     MigrationStatePayload, 8 {
-        /// The state.
+        /// The migration state.
         state: u32,
         /// Not used.
         data_fd: u32,
     }
-    /// What precedes the ranges of DMA_LOGGING_START.
+    /// The front of DMA_LOGGING_START. The ranges follow.
     LoggingStart, 16 {
         /// Bytes that one bit stands for.
         page_size: u64,
-        /// Ranges; 0 means everything.
+        /// The number of ranges; 0 for all memory.
         count: u32,
         /// Zero.
         reserved: u32,
@@ -374,7 +376,7 @@ payloads! {
         /// Bytes.
         length: u64,
     }
-    /// What precedes the bitmap of DMA_LOGGING_REPORT.
+    /// The front of DMA_LOGGING_REPORT. The bitmap follows.
     LoggingReport, 24 {
         /// The first DMA address.
         iova: u64,
@@ -383,9 +385,9 @@ payloads! {
         /// Bytes that one bit stands for.
         page_size: u64,
     }
-    /// What precedes the data of MIG_DATA_READ and MIG_DATA_WRITE.
+    /// The front of MIG_DATA_READ and MIG_DATA_WRITE. Data follow.
     MigrationData, 8 {
-        /// The largest reply payload; of a reply, its size.
+        /// In the command: the largest reply payload. In the reply: its size.
         argsz: u32,
         /// Bytes of data.
         size: u32,

@@ -56,7 +56,7 @@ impl AsFd for InflightArea {
     }
 }
 
-/// Reads the answer to GET_INFLIGHT_FD for `queues` rings of `queue_size`; `None` when the backend has no area.
+/// Reads the answer to GET_INFLIGHT_FD for `queues` rings of `queue_size`; `None` if the backend has no area.
 pub fn parse_inflight(payload: &[u8], queues: u16, queue_size: u16) -> Result<Option<Inflight>, Fault> {
     let mut padded = payload.to_vec();
     if padded.len() == UNPADDED {

@@ -1,6 +1,7 @@
-//! vhost-user "Message Specification": the header and the payloads, as bytes. Decides nothing.
+//! vhost-user "Message Specification": the header and the payloads as bytes. Holds layouts only; makes no
+//! decisions.
 //!
-//! All numbers are native endian. Every struct is padding-free and its size is asserted below.
+//! All numbers are native endian. No struct has padding, and the size of each is asserted below.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -8,7 +9,7 @@ pub(crate) use crate::peer::wire::length;
 use crate::peer::wire::payloads;
 pub use crate::peer::wire::{Fault, parse, parse_front};
 
-/// The version that bits 0-1 of the flags must hold.
+/// The version in bits 0-1 of the flags.
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 0x3;
 const REPLY: u32 = 1 << 2;
@@ -17,11 +18,11 @@ const NEED_REPLY: u32 = 1 << 3;
 /// Bytes of a message header.
 pub const HEADER_SIZE: usize = size_of::<Header>();
 
-/// "Header".
+/// The header of each message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Header {
-    /// The request code, of either direction.
+    /// The request code of the front end or of the backend.
     pub request: u32,
     /// Version, reply flag, need_reply flag.
     pub flags: u32,
@@ -35,7 +36,7 @@ impl Header {
         Self { request: code, flags: VERSION, size }
     }
 
-    /// The header of a request whose answer is asked for by need_reply.
+    /// The header of a request with need_reply.
     pub fn asking(code: u32, size: u32) -> Self {
         Self { request: code, flags: VERSION | NEED_REPLY, size }
     }
@@ -50,9 +51,9 @@ impl Header {
         self.flags & NEED_REPLY != 0
     }
 
-    /// Judges the header of an answer to `asked`; `most` is the largest payload that may follow.
+    /// Checks the header of an answer to `asked`. `most` is the largest payload that may follow.
     ///
-    /// need_reply may be set in it: libvhost-user leaves it there.
+    /// need_reply may be set, as libvhost-user leaves it set in its answers.
     pub fn judge_reply(&self, asked: u32, most: u32) -> Result<(), Fault> {
         if self.flags & !NEED_REPLY != VERSION | REPLY {
             return Err(Fault::Flags(self.flags));
@@ -66,7 +67,7 @@ impl Header {
         Ok(())
     }
 
-    /// Judges the header of a backend request; `most` is the largest payload that may follow.
+    /// Checks the header of a backend request. `most` is the largest payload that may follow.
     pub fn judge_request(&self, most: u32) -> Result<(), Fault> {
         if self.flags & !NEED_REPLY != VERSION {
             return Err(Fault::Flags(self.flags));
@@ -77,7 +78,7 @@ impl Header {
         Ok(())
     }
 
-    /// True when version, flags and direction are those of a reply.
+    /// True when version and direction are those of a reply.
     pub fn is_reply(&self) -> bool {
         self.flags & REPLY != 0 && self.flags & VERSION_MASK == VERSION
     }
@@ -90,10 +91,10 @@ payloads! {
     VringState, 8 {
         /// The ring.
         index: u32,
-        /// A size, a base, or 0/1, after the request.
+        /// A size, a base, or 0/1, depending on the request.
         num: u32,
     }
-    /// "A vring address description"; used comes before available.
+    /// "A vring address description". The used ring's address comes before the available ring's.
     VringAddr, 40 {
         /// The ring.
         index: u32,
@@ -108,9 +109,9 @@ payloads! {
         /// Guest address at which the used ring is logged.
         log: u64,
     }
-    /// What precedes the regions of SET_MEM_TABLE.
+    /// The front of SET_MEM_TABLE. The regions follow.
     MemTableHead, 8 {
-        /// How many regions follow.
+        /// The number of regions.
         count: u32,
         /// Zero.
         padding: u32,
@@ -123,7 +124,7 @@ payloads! {
         size: u64,
         /// User address.
         user: u64,
-        /// Where the region begins in its fd.
+        /// First byte of the region in its fd.
         offset: u64,
     }
     /// "Single memory region description".
@@ -137,10 +138,10 @@ payloads! {
     LogArea, 16 {
         /// Bytes of the log.
         size: u64,
-        /// Where the log begins in its fd.
+        /// First byte of the log in its fd.
         offset: u64,
     }
-    /// "An IOTLB message", padded to the size that the kernel's struct has.
+    /// "An IOTLB message", padded to the size of the kernel's struct.
     Iotlb, 32 {
         /// I/O virtual address.
         iova: u64,
@@ -155,33 +156,33 @@ payloads! {
         /// Zero.
         padding: [u8; 6],
     }
-    /// What precedes the bytes of "Virtio device config space".
+    /// The front of "Virtio device config space". The bytes follow.
     ConfigHead, 12 {
         /// First byte of the configuration space.
         offset: u32,
         /// Bytes.
         size: u32,
-        /// 0: a write of the driver; 1: live migration.
+        /// 0: write by the driver; 1: live migration.
         flags: u32,
     }
     /// "Vring area description" (host notifier).
     VringArea, 24 {
-        /// Bits 0-7 the ring, bit 8: no fd.
+        /// Bits 0-7: the ring; bit 8: no fd comes with the message.
         index: u64,
         /// Bytes.
         size: u64,
-        /// Where the area begins in its fd.
+        /// First byte of the area in its fd.
         offset: u64,
     }
-    /// "Inflight description", padded as C does.
+    /// "Inflight description", with the padding that C gives it.
     Inflight, 24 {
-        /// Bytes of the area.
+        /// Bytes of the inflight area.
         mmap_size: u64,
-        /// Where the area begins in its fd.
+        /// First byte of the inflight area in its fd.
         mmap_offset: u64,
-        /// Rings.
+        /// The number of rings.
         num_queues: u16,
-        /// Descriptors of each ring.
+        /// The number of descriptors of each ring.
         queue_size: u16,
         /// Zero.
         padding: u32,
@@ -199,23 +200,23 @@ payloads! {
         shmid: u8,
         /// Zero.
         padding: [u8; 7],
-        /// Where the area begins in its fd.
+        /// First byte of the area in its fd.
         fd_offset: u64,
-        /// Where it goes in the shared memory region.
+        /// First byte of the area in the shared memory region.
         shm_offset: u64,
         /// Bytes.
         len: u64,
         /// Bit 0: writable.
         flags: u64,
     }
-    /// What precedes the sizes of GET_SHMEM_CONFIG.
+    /// The front of GET_SHMEM_CONFIG. The sizes follow.
     ShmemHead, 8 {
-        /// How many regions have a size.
+        /// The number of regions that have a size.
         count: u32,
         /// Zero.
         padding: u32,
     }
-    /// "VhostUserShared": names an object shared between devices.
+    /// "VhostUserShared": the name of an object that devices share.
     Uuid, 16 {
         /// The 16 bytes, in order.
         bytes: [u8; 16],

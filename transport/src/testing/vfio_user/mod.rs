@@ -1,5 +1,5 @@
-//! A scripted vfio-user server on a thread: answers as the specification says, notes what it saw and every breach of
-//! the client's own rules, and misbehaves where its script says.
+//! A scripted vfio-user server on a thread. It answers as the specification says, records the commands and
+//! each breach of the client's rules, and misbehaves where its script says.
 
 mod role;
 mod script;

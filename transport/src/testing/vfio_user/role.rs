@@ -1,4 +1,4 @@
-//! The normal role: what a server does with each command, as the specification says.
+//! The normal role of a vfio-user server: how it executes each command, as the specification says.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -46,10 +46,10 @@ impl Reply {
     }
 }
 
-/// A command that was seen.
+/// A command as the server saw it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// Which.
+    /// The command.
     pub command: Command,
     /// Its flags.
     pub flags: u32,
@@ -59,7 +59,7 @@ pub struct Seen {
     pub fds: usize,
 }
 
-/// What a server keeps.
+/// The state of a scripted server.
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) offer: Offer,
@@ -96,7 +96,7 @@ fn read_front<T: FromBytes>(payload: &[u8]) -> Result<(T, &[u8]), u32> {
 }
 
 impl State {
-    /// Notes what `frame` asks, does it unless it is to be refused, and makes the reply.
+    /// Records the command in `frame`, executes it unless it is to be refused, and makes the reply.
     pub(super) fn take(&mut self, frame: Frame, refusal: Option<u32>) -> Reply {
         let Frame { header, payload, fds } = frame;
         let command = Command(header.command);
@@ -174,7 +174,7 @@ impl State {
                 self.saved = self.saved.saturating_add(data.len());
                 let head =
                     MigrationData { argsz: length(data.len()).saturating_add(8), size: length(data.len()) };
-                // Padded, as libvfio-user's are.
+                // Padded, as in replies of libvfio-user.
                 Ok(([head.as_bytes(), data, &[0; 8]].concat(), Vec::new()))
             }
             Command::MIG_DATA_WRITE => {

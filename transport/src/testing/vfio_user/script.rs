@@ -1,4 +1,4 @@
-//! What a scripted server offers, and where it goes astray.
+//! The offer of a scripted server, and the script of its misbehaviour.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::super::script::FdKind;
 use crate::vfio_user::message::Command;
 
-/// What a scripted server says of itself.
+/// The replies of a scripted server's normal role.
 #[derive(Clone, Debug)]
 pub struct Offer {
     /// Major and minor version.
@@ -20,17 +20,17 @@ pub struct Offer {
     pub flags: u32,
     /// The regions.
     pub regions: Vec<RegionOffer>,
-    /// Interrupts of each index.
+    /// The number of interrupts of each index.
     pub irqs: Vec<u32>,
-    /// The state that is saved.
+    /// The state that MIG_DATA_READ returns.
     pub state: Vec<u8>,
-    /// Every page of this size is reported as written.
+    /// The page size of DMA logging. Every page is reported as written.
     pub logging_page: u64,
 }
 
 impl Default for Offer {
-    /// A PCI device with a mappable BAR that has doorbells, a BAR that has not, six MSI-X vectors, migration, and
-    /// every capability but the twin socket.
+    /// A PCI device with one mappable BAR that has doorbells, one BAR that cannot be mapped, six MSI-X
+    /// vectors, migration, and every capability but the twin socket.
     fn default() -> Self {
         let mut regions = vec![RegionOffer::absent(); 9];
         let plain = |size: u16| RegionOffer {
@@ -70,24 +70,24 @@ fn memory_file(size: u64) -> Option<Arc<OwnedFd>> {
     Some(Arc::new(fd))
 }
 
-/// One region.
+/// The offer of one region.
 #[derive(Clone, Debug)]
 pub struct RegionOffer {
     /// Bit 0 read, 1 write, 2 mmap.
     pub flags: u32,
-    /// What it claims to have.
+    /// The size that the server claims.
     pub size: u64,
-    /// Where it begins in its file.
+    /// First byte in the region's file.
     pub offset: u64,
-    /// What REGION_READ and REGION_WRITE reach; the file is another matter.
+    /// The bytes that REGION_READ and REGION_WRITE access. They are independent of the file.
     pub memory: Vec<u8>,
     /// Areas of a sparse mmap capability.
     pub areas: Option<Vec<(u64, u64)>>,
-    /// Its file, or whatever is sent in its place.
+    /// The region's file, or another descriptor to send in its place.
     pub file: Option<Arc<OwnedFd>>,
-    /// What is sent after the file: libvfio-user sends one for each area.
+    /// The descriptors to send after the file: libvfio-user sends one for each area.
     pub more_files: Vec<Arc<OwnedFd>>,
-    /// What DEVICE_GET_REGION_IO_FDS tells.
+    /// The entries that DEVICE_GET_REGION_IO_FDS returns.
     pub doorbells: Vec<Doorbell>,
 }
 
@@ -110,113 +110,113 @@ impl RegionOffer {
 /// One entry of DEVICE_GET_REGION_IO_FDS.
 #[derive(Clone, Copy, Debug)]
 pub struct Doorbell {
-    /// Where in the region.
+    /// First byte in the region.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes of an access.
     pub size: u64,
-    /// The value that rings it.
+    /// The only value that has an effect; `None` for any.
     pub value: Option<u64>,
 }
 
-/// A command of the server.
+/// A command that the server sends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ask {
-    /// Which.
+    /// The command code.
     pub command: Command,
     /// Its payload.
     pub payload: Vec<u8>,
-    /// Its flags: 0, or no_reply.
+    /// Its flags: 0 or no_reply.
     pub flags: u32,
-    /// Stray fds.
+    /// The number of fds that it must not have.
     pub fds: usize,
 }
 
 impl Ask {
-    /// DMA_READ.
+    /// A DMA_READ.
     pub fn read(address: u64, count: u64) -> Self {
         Self::of(Command::DMA_READ, [address.to_ne_bytes(), count.to_ne_bytes()].concat())
     }
 
-    /// DMA_WRITE.
+    /// A DMA_WRITE.
     pub fn write(address: u64, data: &[u8]) -> Self {
         let count = u64::try_from(data.len()).unwrap_or(u64::MAX);
         let payload = [&address.to_ne_bytes(), &count.to_ne_bytes(), data].concat();
         Self::of(Command::DMA_WRITE, payload)
     }
 
-    /// Any command that wants a reply.
+    /// Any command that asks for a reply.
     pub fn of(command: Command, payload: Vec<u8>) -> Self {
         Self { command, payload, flags: 0, fds: 0 }
     }
 }
 
-/// One misdeed, done instead of or upon the normal reply to a command.
+/// One misbehaviour, in place of the normal reply to a command or in addition to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Act {
-    /// Never answers, goes on reading.
+    /// Never replies, but reads on.
     Silent,
     /// Never reads again.
     StopReading,
-    /// Closes instead of answering.
+    /// Closes the connection instead of replying.
     Close,
-    /// Closes the twin socket instead of answering, and goes on.
+    /// Closes the twin socket instead of replying, and goes on.
     CloseTwin,
-    /// Closes after this many bytes of the reply.
+    /// Closes the connection after this many bytes of the reply.
     CloseAfter(usize),
-    /// Sends this many bytes of the reply and then nothing.
+    /// Sends this many bytes of the reply and no more.
     StallAfter(usize),
-    /// Sends one byte at a time with this pause.
+    /// Sends one byte at a time, each after this pause.
     Drip(Duration),
-    /// Answers after this long.
+    /// Replies after this pause.
     Delay(Duration),
-    /// Answers with an id that differs in these bits.
+    /// Replies with an id in which these bits are flipped.
     Id(u16),
-    /// Answers as another command.
+    /// Replies with the code of another command.
     As(Command),
-    /// Answers with these flags.
+    /// Replies with these flags.
     Flags(u32),
-    /// Says no, with this errno.
+    /// Refuses with this errno.
     Refuse(u32),
-    /// Says no, with the error flag alone.
+    /// Refuses with this errno, and with the error flag alone.
     RefuseWithoutReplyFlag(u32),
-    /// Puts this into the size field; the payload stays.
+    /// Puts this number into the size field. The payload stays.
     ClaimSize(u32),
-    /// Answers with this payload, of consistent size.
+    /// Replies with this payload and its correct size.
     Payload(Vec<u8>),
-    /// Answers with these bytes at this place of the payload.
+    /// Replaces the payload's bytes from this offset on.
     Patch(usize, Vec<u8>),
-    /// This many more fds with the reply.
+    /// Sends this many more fds with the reply.
     Fds(usize),
-    /// No fds with the reply.
+    /// Sends no fds with the reply.
     NoFds,
-    /// One fd of this kind with the reply, in place of all others.
+    /// Sends one fd of this kind with the reply, in place of all others.
     FdOf(FdKind),
-    /// This many fds with the payload's first byte, sent apart from the header.
+    /// Sends this many fds with the first byte of the payload, which is sent apart from the header.
     FdsWithBody(usize),
-    /// Answers twice.
+    /// Replies twice.
     Twice,
-    /// Answers although no reply is wanted.
+    /// Replies even when no reply is asked for.
     Unasked,
-    /// Sends this many replies before closing.
+    /// Sends this many replies and then closes the connection.
     Flood(usize),
-    /// Asks something and waits for the reply before answering.
+    /// Sends commands, and waits for their replies before it replies.
     Asks(Vec<Ask>),
-    /// Asks on the main socket although there is a twin.
+    /// Sends commands on the main socket although there is a twin socket.
     AsksOnMain(Vec<Ask>),
-    /// Asks this so many times, takes no reply, and answers then.
+    /// Sends this command so many times, reads no reply, and then replies.
     FloodOfAsks(Ask, usize),
     /// Sends these bytes before the reply.
     Before(Vec<u8>),
 }
 
-/// Where to do what.
+/// The commands at which a scripted server misbehaves, and how.
 #[derive(Clone, Debug, Default)]
 pub struct Script {
     rules: Vec<(Command, Option<usize>, Act)>,
 }
 
 impl Script {
-    /// The normal role.
+    /// A script without misbehaviour.
     pub fn normal() -> Self {
         Self::default()
     }

@@ -1,4 +1,4 @@
-//! The thread of a scripted server, and the handle that tests look through.
+//! The thread of a scripted server, and the handle by which tests observe the server.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -90,39 +90,39 @@ impl ScriptedServer {
         lock(&self.state).seen.clone()
     }
 
-    /// How many of `command` came.
+    /// How many times `command` came.
     pub fn count(&self, command: Command) -> usize {
         lock(&self.state).seen.iter().filter(|seen| seen.command == command).count()
     }
 
-    /// What the client did against its own rules: nothing, one hopes.
+    /// The rules that the client broke. Should be empty.
     pub fn breaches(&self) -> Vec<String> {
         lock(&self.state).breaches.clone()
     }
 
-    /// What is mapped: address, size, and whether with an fd.
+    /// The mapped regions: address, size, and whether an fd came.
     pub fn maps(&self) -> Vec<(u64, u64, bool)> {
         lock(&self.state).maps.iter().map(|(at, size, fd)| (*at, *size, fd.is_some())).collect()
     }
 
-    /// Which interrupts are armed: index and number.
+    /// The armed interrupts: index and number.
     pub fn armed(&self) -> Vec<(u32, u32)> {
         lock(&self.state).vectors.iter().map(|(index, number, _)| (*index, *number)).collect()
     }
 
-    /// Signals an interrupt; false when it is not armed.
+    /// Signals an interrupt; false when the interrupt is not armed.
     pub fn interrupt(&self, index: u32, number: u32) -> bool {
         let state = lock(&self.state);
         let found = state.vectors.iter().find(|vector| (vector.0, vector.1) == (index, number));
         found.is_some_and(|(_, _, fd)| rustix::io::write(fd, &1_u64.to_ne_bytes()).is_ok())
     }
 
-    /// How often the device was reset.
+    /// How many times the device was reset.
     pub fn resets(&self) -> u32 {
         lock(&self.state).resets
     }
 
-    /// What was loaded as the device's state.
+    /// The bytes that were loaded as the device's state.
     pub fn loaded(&self) -> Vec<u8> {
         lock(&self.state).loaded.clone()
     }
@@ -137,13 +137,13 @@ impl ScriptedServer {
         change(&mut lock(&self.state).offer);
     }
 
-    /// The client's replies so far to what the script asked.
+    /// The client's replies so far to the commands of the script.
     pub fn answers(&self) -> Vec<Answer> {
         lock(&self.answers).clone()
     }
 
-    /// Sends a command on the socket for the server's commands, at any time. Nobody reads its reply but
-    /// [`ScriptedServer::answers`], which the thread fills when it comes on the main socket.
+    /// Sends a command on the socket for the server's commands, at any time. The reply is not awaited. When
+    /// it comes on the main socket, the thread adds it to [`ScriptedServer::answers`].
     pub fn ask(&self, ask: &Ask) -> io::Result<()> {
         let socket = {
             let state = lock(&self.state);
@@ -153,7 +153,7 @@ impl ScriptedServer {
         send_ask(&socket, ask, 0x7000)
     }
 
-    /// Closes the connection, as a dying server does.
+    /// Closes the connection, as a server that dies does.
     pub fn hang_up(&self) {
         let mut state = lock(&self.state);
         state.twin = None;
@@ -168,7 +168,7 @@ impl Drop for ScriptedServer {
         lock(&self.state).stopping = true;
         self.hang_up();
         if let Some(path) = &self.path {
-            // Wakes the listener up; it sees that it should stop.
+            // Wakes up the listener, which then sees that it should stop.
             drop(UnixStream::connect(path));
             drop(std::fs::remove_file(path));
         }
@@ -210,7 +210,7 @@ struct Conversation<'a> {
     answers: &'a Mutex<Vec<Answer>>,
     script: &'a Script,
     counts: BTreeMap<u16, usize>,
-    /// Commands that came while a reply was waited for.
+    /// Commands that came while the server waited for a reply.
     waiting: VecDeque<Frame>,
     next_id: u16,
 }
@@ -284,7 +284,7 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    /// Where the server asks.
+    /// The socket on which the server sends its commands.
     fn command_socket(&self) -> io::Result<UnixStream> {
         match &lock(self.state).twin {
             Some(twin) => twin.try_clone(),
@@ -302,7 +302,7 @@ impl<'a> Conversation<'a> {
             bytes.get(..count).map_or(bytes.clone(), <[u8]>::to_vec)
         };
         match act {
-            // It is a refusal already.
+            // The reply is a refusal already.
             None | Some(Act::Refuse(_)) => {}
             Some(Act::RefuseWithoutReplyFlag(_)) => reply.header.flags = 0x20,
             Some(Act::Silent) => return Ok(()),
