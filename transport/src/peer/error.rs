@@ -159,8 +159,8 @@ impl Error {
         &self.0.cause
     }
 
-    /// True when the device is lost: its connection has ended, or its peer hangs. After a refusal, a missing
-    /// feature or a mistake of ours, the connection can still be used.
+    /// True when the device should be given up: its connection has ended, or its peer hangs. After a refusal,
+    /// a missing feature or a mistake of ours, the connection can still be used.
     pub fn is_fatal(&self) -> bool {
         !matches!(
             self.0.cause,

@@ -183,8 +183,8 @@ impl Client {
         self.shared.malformed(command, fault)
     }
 
-    /// Fails with [`Cause::NotNegotiated`] for a server of version 0.0, which an unknown command would put
-    /// out of step.
+    /// Fails with [`Cause::NotNegotiated`] when [`Version::is_extended`] is false: an unknown command would
+    /// put such a server out of step.
     pub(super) fn needs_extended(&self, command: Command) -> Result<(), Error> {
         if self.version.is_extended() { Ok(()) } else { Err(self.error(command, Cause::NotNegotiated)) }
     }
@@ -242,7 +242,7 @@ impl Client {
     }
 
     /// Sends a command whose reply is passed to `then`, even when the socket has no room. A caller that may
-    /// not wait for room must have one such command in flight at a time.
+    /// not wait for room must keep only one such command in flight.
     pub(super) fn begin_then(
         &self,
         command: Command,

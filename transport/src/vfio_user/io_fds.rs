@@ -144,8 +144,8 @@ fn parse_entry(bytes: &[u8], size: u64, fds: usize) -> Result<Option<IoFdPlace>,
 
 impl Client {
     /// Reads the sub-regions of `region` whose writes the kernel can pass on; empty when there are none. A
-    /// server that does not know the command refuses it. A server that such a command puts out of step is not
-    /// asked ([`Version::is_extended`]).
+    /// server that does not know the command refuses it. A server that an unknown command puts out of
+    /// step is not asked.
     ///
     /// # Errors
     /// When the server refuses or fails, or its reply is impossible.

@@ -43,7 +43,7 @@ impl IrqIndex {
     pub const REQ: Self = Self(4);
 }
 
-/// The description of an interrupt index. Some servers leave the flags 0 although they support eventfds.
+/// The description of an interrupt index. The flags of some servers carry no information.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IrqInfo {
     /// The interrupt index.

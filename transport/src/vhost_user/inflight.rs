@@ -19,7 +19,8 @@ use crate::peer::{Cause, Error};
 /// Bytes of the description without its padding: some backends do not send the padding.
 const UNPADDED: usize = 20;
 
-/// The fewest bytes for one descriptor, by the layout of the specification. A smaller area is a fault.
+/// Bytes for one descriptor in the layout of the specification. An area that is smaller than all descriptors
+/// together is a fault.
 const PER_DESCRIPTOR: u64 = 16;
 
 /// An inflight area: its file, and the rings that it covers.

@@ -29,8 +29,8 @@ pub struct Offer {
 }
 
 impl Default for Offer {
-    /// A PCI device with one mappable BAR that has doorbells, one BAR that cannot be mapped, six MSI-X
-    /// vectors, migration, and every capability but the twin socket.
+    /// A PCI device with one mappable BAR that has doorbells, one BAR that cannot be mapped and has none,
+    /// six MSI-X vectors, migration, and every capability but the twin socket.
     fn default() -> Self {
         let mut regions = vec![RegionOffer::absent(); 9];
         let plain = |size: u16| RegionOffer {
