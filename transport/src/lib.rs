@@ -7,7 +7,7 @@
 //! | [`vhost_user`] | the vhost-user front end |
 //! | [`vfio_user`] | the vfio-user client |
 //!
-//! This crate knows no guest device and no KVM, and contains no `unsafe`.
+//! Must never depend on a guest device or on KVM, and must never contain `unsafe`.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Guest memory: which files hold it, how it is read and written, and the log of its pages that were written.
+//! Guest memory: the files that hold it, reading and writing it, and the log of the pages that were written.
 
 pub mod access;
 pub mod dirty_log;

@@ -62,8 +62,8 @@ pub(super) fn is_harmless(fd: BorrowedFd<'_>) -> bool {
     value("exp_name:").is_some() || value("mnt_id:").is_some_and(is_local)
 }
 
-/// True when mount `mount` is a host file system. A mount of another mount namespace is unknown, so it is
-/// not.
+/// True when the mount with id `mount` is of a host file system. False for a mount of another mount
+/// namespace, as it is unknown.
 fn is_local(mount: &str) -> bool {
     let mut mounts = String::new();
     let table = std::fs::File::open("/proc/self/mountinfo");

@@ -22,8 +22,8 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// `deadline` bounds each operation on the peer, however many messages the operation has and however slowly
-    /// they come.
+    /// `deadline` bounds each operation on the peer, however many messages the operation has and however
+    /// slowly they come.
     pub fn new(deadline: Duration) -> Self {
         Self { deadline, trace: None, admission: Admission::default() }
     }

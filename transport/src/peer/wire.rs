@@ -39,7 +39,7 @@ pub enum Fault {
     /// Fds came although none was due. The kernel dropped them and does not tell their number.
     #[error("with file descriptors where none are due")]
     StrayFds,
-    /// This process could not receive all fds, as it has too many open.
+    /// This process could not receive all fds, as it has too many open fds.
     #[error("with file descriptors that this process had no room for")]
     FdsTruncated,
     /// A descriptor is of a kind on which an operation could wait for the peer.

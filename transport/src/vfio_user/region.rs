@@ -78,7 +78,7 @@ pub struct RegionInfo {
     /// Bytes; 0 for a region that the device does not have. The number is not bounded, as nothing is
     /// allocated for it.
     pub size: u64,
-    /// Where the region begins in its file.
+    /// First byte of the region in its file.
     pub offset: u64,
     /// The parts that may be mapped: whole pages inside the region and its file, sorted, never touching each
     /// other. Empty when the region has no file.
@@ -102,7 +102,7 @@ impl RegionInfo {
 /// A DEVICE_GET_REGION_INFO reply, decoded and judged, without the region's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegionReply {
-    /// Bytes that the server needs for the whole reply.
+    /// Bytes that the server needs for a complete reply.
     pub argsz: u32,
     /// As in [`RegionInfo`].
     pub flags: u32,

@@ -252,7 +252,7 @@ pub struct LiveSession {
 }
 
 impl LiveSession {
-    /// The session, which holds what is known of the backend.
+    /// The session: the backend's features, limits and counters.
     pub fn session(&self) -> &Session {
         &self.session
     }

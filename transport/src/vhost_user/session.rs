@@ -177,8 +177,8 @@ pub struct Session {
     pub(super) inflight: Option<Arc<InflightArea>>,
     /// The dirty log that is in use from the next start on.
     pub(super) log: Option<Arc<DirtyLog>>,
-    /// The translations for a driver that accepts ACCESS_PLATFORM. Without a map, each IOVA is a guest
-    /// address.
+    /// The translations for a driver that accepts ACCESS_PLATFORM. Without a map, each IOVA is the
+    /// guest address with the same number.
     pub(super) iova_map: Option<Arc<IovaMap>>,
     /// True while the translations are in force, so that misses may be answered.
     pub(super) translating: Arc<AtomicBool>,

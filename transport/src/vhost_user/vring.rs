@@ -1,8 +1,8 @@
-//! vrings: their eventfds, the addresses that the backend is told of each, and the base at which each
-//! stopped.
+//! Rings (the specification's vrings): their eventfds, the addresses that the backend is told of each, and the
+//! base at which each stopped.
 //!
-//! A vring is *started* by SET_VRING_KICK and *stopped* by GET_VRING_BASE. Independently of that,
-//! SET_VRING_ENABLE *enables* or *disables* it. A vring that the guest laid out wrongly is refused here,
+//! A ring is *started* by SET_VRING_KICK and *stopped* by GET_VRING_BASE. Independently of that,
+//! SET_VRING_ENABLE *enables* or *disables* it. A ring that the guest laid out wrongly is refused here,
 //! before any message is sent.
 
 use std::io;
@@ -101,7 +101,7 @@ pub struct Ring<'a> {
     pub available: GuestAddr,
     /// The used ring, or the device event suppression area.
     pub used: GuestAddr,
-    /// Where the backend continues.
+    /// The base from which the backend continues.
     pub base: RingBase,
     /// Signalled by the guest.
     pub kick: &'a Kick,

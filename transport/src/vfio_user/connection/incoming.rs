@@ -49,7 +49,7 @@ pub(crate) enum Read {
     HungUp,
 }
 
-/// What was read and is not a whole message yet.
+/// The bytes that were read and not yet taken as a message.
 #[derive(Default)]
 pub(crate) struct Incoming {
     buffer: Vec<u8>,

@@ -12,7 +12,7 @@ use super::link::lock;
 use super::shared::Shared;
 use crate::peer::{Cause, Error, Step};
 
-/// What one call of [`Receiver::serve`] did.
+/// The outcome of one call of [`Receiver::serve`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
     /// The number of messages that were read.

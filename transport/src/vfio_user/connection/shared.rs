@@ -274,7 +274,7 @@ impl Shared {
         first
     }
 
-    /// Ends the connection on our own wish.
+    /// Ends the connection because we do not need it any more.
     pub(crate) fn end(&self) {
         self.lose(Error::new(&self.peer, Step::Idle, Cause::AlreadyLost));
         lock(&self.table).told();
