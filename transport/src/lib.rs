@@ -3,7 +3,7 @@
 //! | module | what it holds |
 //! |--|--|
 //! | [`peer`] | sockets, deadlines, descriptors and errors, for both protocols |
-//! | [`memory`] | guest memory: which files hold it |
+//! | [`memory`] | guest memory: the files that hold it, and access to it |
 //! | [`vhost_user`] | the vhost-user front end |
 //! | [`vfio_user`] | the vfio-user client |
 //!

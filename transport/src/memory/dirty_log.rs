@@ -1,7 +1,7 @@
 //! The log in which peers mark the guest pages that they wrote.
 //!
-//! The bit of a page is its guest address / 4096. The log is little-endian and covers address 0 to the
-//! highest guest address.
+//! The number of a page's bit is the page's guest address / 4096. The log is little-endian and covers address
+//! 0 to the highest guest address.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 

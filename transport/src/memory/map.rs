@@ -28,7 +28,7 @@ impl GuestAddr {
         self.0
     }
 
-    /// The address `bytes` further up; `None` past the end of the address space.
+    /// The address plus `bytes`; `None` past the end of the address space.
     pub fn checked_add(self, bytes: u64) -> Option<Self> {
         self.0.checked_add(bytes).map(Self)
     }
@@ -49,7 +49,7 @@ impl fmt::Display for GuestAddr {
 pub struct UserAddr(u64);
 
 impl UserAddr {
-    /// The address as it goes into a message.
+    /// The address as a message holds it.
     pub fn raw(self) -> u64 {
         self.0
     }

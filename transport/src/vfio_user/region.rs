@@ -129,7 +129,8 @@ pub fn parse_region_info(payload: &[u8], index: RegionIndex) -> Result<RegionRep
         return Err(Fault::Value { field: "argsz", value: u64::from(info.argsz) });
     }
     let whole = usize::try_from(info.argsz).is_ok_and(|argsz| argsz <= payload.len());
-    // A reply that was cut short has no room for capabilities: the flag that announces them is ignored then.
+    // A payload shorter than `argsz` has no room for the capabilities, so the flag that announces them is
+    // ignored.
     let areas = if info.flags & FLAG_CAPS != 0 && whole { chain(payload, info.cap_offset)? } else { None };
     Ok(RegionReply { argsz: info.argsz, flags: info.flags, size: info.size, offset: info.offset, areas })
 }

@@ -416,7 +416,7 @@ impl BackendChannel {
         self.trace(Direction::OurAnswer, &header, &payload, fds.len());
         match fds::send(self.shared.socket.as_fd(), &message, &fds) {
             Ok(sent) if sent == message.len() => Ok(()),
-            // Its socket buffer is full of answers that it never read.
+            // The backend's socket buffer is full of answers that the backend never read.
             Ok(_) => Err(Cause::NotReading(Duration::ZERO)),
             Err(source) if source.kind() == io::ErrorKind::WouldBlock => {
                 Err(Cause::NotReading(Duration::ZERO))

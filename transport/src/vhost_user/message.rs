@@ -46,7 +46,7 @@ impl Header {
         Self { request: code, flags: VERSION | REPLY, size }
     }
 
-    /// True when the sender wants a reply (need_reply).
+    /// True when the sender asks for a reply (need_reply).
     pub fn wants_reply(&self) -> bool {
         self.flags & NEED_REPLY != 0
     }

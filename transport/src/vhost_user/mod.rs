@@ -1,6 +1,7 @@
 //! The vhost-user front end (vhost-user.rst of the QEMU documentation).
 //!
-//! We are the *front end*: we own guest memory and tell the *backend* where the rings are; it moves the data.
+//! We are the *front end*: we own guest memory and tell the *backend* where the rings are. The backend moves
+//! the data.
 //!
 //! ```text
 //!   Connection ──negotiate──▶ Session ──go_live──▶ LiveSession

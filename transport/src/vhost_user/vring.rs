@@ -1,5 +1,5 @@
-//! Rings (the specification's vrings): their eventfds, the addresses that the backend is told of each, and the
-//! base at which each stopped.
+//! Rings (the specification's vrings): their eventfds, the addresses that the backend is told of each, and
+//! the base at which each stopped.
 //!
 //! A ring is *started* by SET_VRING_KICK and *stopped* by GET_VRING_BASE. Independently of that,
 //! SET_VRING_ENABLE *enables* or *disables* it. A ring that the guest laid out wrongly is refused here,

@@ -38,9 +38,9 @@ pub(crate) struct Streams {
 /// Counters of one connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClientStats {
-    /// Commands that want a reply.
+    /// Commands that ask for a reply.
     pub exchanges: Stats,
-    /// Messages sent that want none (posted writes).
+    /// Messages sent that ask for no reply (posted writes).
     pub posted: u64,
     /// Error replies.
     pub refusals: u64,

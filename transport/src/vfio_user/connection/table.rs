@@ -109,9 +109,9 @@ impl Table {
         }
     }
 
-    /// Takes an id for a command that is about to be sent. When all ids are in use, the server is taken for
-    /// hung if one command has been unanswered for longer than `patience`. No thread would notice that
-    /// otherwise: there are commands whose replies no thread waits for.
+    /// Takes an id for a command that is about to be sent. Fails when the commands in flight reach the limit
+    /// of their number or of their bytes. The server is taken for hung then if a command has been unanswered
+    /// for longer than `patience`: no waiting thread finds that out for a command whose reply none waits for.
     pub(crate) fn open(
         &mut self,
         command: Command,

@@ -1,9 +1,11 @@
 //! vhost-user "Migration": the log in which a backend marks the guest pages that it wrote.
 //!
-//! The bit of a page is its guest address / 4096. The log is little-endian and covers address 0 to the
-//! highest guest address. Order at the start: SET_LOG_BASE, SET_FEATURES with bit 26, SET_VRING_ADDR with the
-//! log flag. Order at the end: the reverse. The caller must keep the log mapped until the connection ends, as
-//! some backends go on logging after the end.
+//! The number of a page's bit is the page's guest address / 4096. The log is little-endian and covers address
+//! 0 to the highest guest address.
+//!
+//! Order at the start: SET_LOG_BASE, SET_FEATURES with bit 26, SET_VRING_ADDR with the log flag. Order at the
+//! end: the reverse. The caller must keep the log mapped until the connection ends, as some backends go on
+//! logging after they were told to stop.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
