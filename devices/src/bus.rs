@@ -1,12 +1,12 @@
-//! Address ranges (port I/O or MMIO) and the devices behind them, with an exit counter for each.
-//! Built once, then shared: no lock is taken on the vCPU's path. Must never call a device that does
-//! not claim the whole access.
+//! Address ranges (port I/O or MMIO) and the devices behind them, with an exit counter for each range. A bus
+//! is built once and then shared, so the vCPUs take no lock. Must never call a device that does not claim the
+//! whole access.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// A device on a bus. Called on vCPU threads, several at once: a device brings its own lock, and no
-/// lock of the bus is held meanwhile.
+/// A device on a bus. Called on vCPU threads, several at once: the device brings its own lock. The bus holds
+/// no lock during the call.
 pub trait BusDevice: Send + Sync {
     /// Fills all of `data`, little-endian, from `offset` in the device's range.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -18,9 +18,9 @@ pub trait BusDevice: Send + Sync {
 /// Whether a device answered an access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Claim {
-    /// A device has it.
+    /// A device answered.
     Device,
-    /// No range holds all of it: reads gave all ones, writes were dropped.
+    /// No range holds the whole access: a read gives all ones, a write is dropped.
     Nobody,
 }
 
@@ -37,7 +37,7 @@ pub enum InsertError {
         /// Its length in bytes.
         length: u64,
     },
-    /// Another range has some of these addresses.
+    /// Another range overlaps the new one.
     #[error("the range {start:#x}+{length:#x} of {name} overlaps that of {other}")]
     Overlap {
         /// The new range's name.
@@ -46,12 +46,12 @@ pub enum InsertError {
         start: u64,
         /// Its length in bytes.
         length: u64,
-        /// The name of the range that is there.
+        /// The name of the existing range.
         other: String,
     },
 }
 
-/// How often accesses of one range came to userspace.
+/// How many accesses of one range came to userspace.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RangeCounters {
     /// The range's name.
@@ -60,9 +60,9 @@ pub struct RangeCounters {
     pub start: u64,
     /// Its length in bytes.
     pub length: u64,
-    /// Reads that came to us.
+    /// Reads that came to userspace.
     pub reads: u64,
-    /// Writes that came to us.
+    /// Writes that came to userspace.
     pub writes: u64,
 }
 
@@ -85,7 +85,7 @@ struct Count {
 
 struct Entry {
     start: u64,
-    /// Last address, inclusive, so that a range may end at the top of the space.
+    /// The last address, inclusive, so that a range may end at the top of the address space.
     last: u64,
     name: String,
     device: Arc<dyn BusDevice>,
@@ -115,7 +115,7 @@ impl Bus {
         Self::default()
     }
 
-    /// Puts `device` at `length` bytes from `start`.
+    /// Puts `device` at the `length` bytes from `start`.
     ///
     /// # Errors
     /// When the range is empty, wraps, or overlaps one that is there.
@@ -147,7 +147,7 @@ impl Bus {
         (last <= entry.last).then_some((entry, address.checked_sub(entry.start)?))
     }
 
-    /// A read of the guest. What nobody claims reads all ones.
+    /// A read by the guest. An address that no device claims reads all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) -> Claim {
         if let Some((entry, offset)) = self.find(address, data.len()) {
             entry.count.reads.fetch_add(1, Ordering::Relaxed);
@@ -162,7 +162,7 @@ impl Bus {
         Claim::Nobody
     }
 
-    /// A write of the guest. What nobody claims is dropped.
+    /// A write by the guest. A write that no device claims is dropped.
     pub fn write(&self, address: u64, data: &[u8]) -> Claim {
         if let Some((entry, offset)) = self.find(address, data.len()) {
             entry.count.writes.fetch_add(1, Ordering::Relaxed);
@@ -176,7 +176,7 @@ impl Bus {
         Claim::Nobody
     }
 
-    /// What has come to userspace so far.
+    /// The counters so far.
     #[must_use]
     pub fn counters(&self) -> BusCounters {
         let ranges = self.entries.iter().map(|e| RangeCounters {

@@ -1,4 +1,4 @@
-//! The end of a connection, told by one descriptor whoever the peer is at the moment.
+//! One descriptor that reports the end of a device's connection, whichever peer the device has at the moment.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,11 +10,12 @@ use rustix::net::{Shutdown, shutdown};
 
 use crate::lock;
 
-/// One descriptor for a device's whole life that is readable when the connection to its present peer is gone.
+/// A descriptor for a device's whole life. It is readable when the connection to the device's present peer
+/// has ended.
 #[derive(Debug)]
 pub struct HangUp {
     epoll: OwnedFd,
-    /// Locked for a moment.
+    /// Locked for a few system calls only, none of which waits.
     present: Mutex<Present>,
 }
 
@@ -25,7 +26,7 @@ struct Present {
 }
 
 impl HangUp {
-    /// No connection yet.
+    /// Watches no connection yet.
     ///
     /// # Errors
     /// When no descriptor is to be had.
@@ -34,7 +35,8 @@ impl HangUp {
         Ok(Self { epoll, present: Mutex::default() })
     }
 
-    /// Watches another connection, which whoever owns it shuts down when it ends. The kernel forgets one that is closed.
+    /// Watches another connection. Its owner shuts it down when it ends. The kernel stops watching a
+    /// connection that is closed.
     ///
     /// # Errors
     /// When the kernel refuses, or the process has no descriptor left.
@@ -49,15 +51,15 @@ impl HangUp {
         Ok(())
     }
 
-    /// Ends the present connection, and every one that is watched later, on the spot: whoever waits for the peer comes back.
-    /// Never waits.
+    /// Ends the present connection at once, and each connection that is watched later. A thread that waits
+    /// for the peer returns. Never waits.
     pub fn cut(&self) {
         let mut present = lock(&self.present);
         present.cut = true;
         present.shut_down();
     }
 
-    /// Takes the news that a connection is gone.
+    /// Makes the descriptor unreadable until another connection ends.
     pub fn take(&self) {
         let mut events = Vec::with_capacity(4);
         let now = Timespec::default();

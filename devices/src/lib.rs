@@ -1,7 +1,7 @@
-//! What the guest sees: the buses, the serial port, the reset registers and virtio devices whose
-//! queues are served by other processes. Knows virtio and PCI, not KVM: what a device needs of the machine
-//! it asks through [`ports`]. Must never touch a queue's contents, nor guest memory, while somebody
-//! serves the queue; afterwards only to find out what was in flight when a backend died.
+//! The devices that the guest sees: the buses, the serial port, the reset registers, and virtio devices whose
+//! queues other processes serve. This crate knows virtio and PCI, and not KVM: a device asks the machine
+//! through [`ports`]. It must never touch a queue's contents or guest memory while a backend serves the
+//! queue. After a backend is lost, it reads them only to find out which descriptors were in flight.
 
 pub mod bus;
 pub mod event_line;
@@ -19,7 +19,7 @@ mod testing;
 use std::error::Error;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks; a panic of another holder does not spread, as each of our states is valid at every step.
+/// Locks. The panic of another holder does not spread, because each of our states is valid at every step.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

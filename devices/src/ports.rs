@@ -1,6 +1,6 @@
-//! What a device may ask of the machine: doorbells, interrupts, memory.
-//! Implemented by `vmm` on KVM and by a recorder in tests. Must never mention KVM: a device says
-//! what it wants, not how it is done.
+//! What a device may ask of the machine: doorbells, interrupts, memory. `vmm` implements these ports on KVM,
+//! and tests implement them by a recorder. Must never mention KVM in an interface: a device says what it
+//! wants, and not how the machine does it.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use transport::memory::GuestAddr;
 
-/// Whatever a guard keeps alive.
+/// A value that a guard keeps alive.
 trait Held: Send {}
 impl<T: Send> Held for T {}
 
@@ -24,19 +24,19 @@ impl<F: FnOnce()> Drop for OnDrop<F> {
     }
 }
 
-/// Something registered with the machine, undone when this is dropped.
+/// A registration with the machine. Dropping the guard undoes the registration.
 #[must_use = "dropping a guard undoes what it stands for"]
 pub struct Guard {
     _held: Box<dyn Held>,
 }
 
 impl Guard {
-    /// Keeps `held` alive; its own `Drop` does the undoing.
+    /// A guard that keeps `held` alive; dropping `held` undoes the registration.
     pub fn new(held: impl Send + 'static) -> Self {
         Self { _held: Box::new(held) }
     }
 
-    /// Runs `undo` when dropped.
+    /// A guard that runs `undo` when it is dropped.
     pub fn on_drop(undo: impl FnOnce() + Send + 'static) -> Self {
         Self::new(OnDrop(Some(undo)))
     }
@@ -63,10 +63,10 @@ impl PortError {
     }
 }
 
-/// Where the guest writes.
+/// The address of a guest's write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WriteAddress {
-    /// Memory.
+    /// An address in memory.
     Memory(GuestAddr),
     /// An I/O port.
     Port(u16),
@@ -81,54 +81,54 @@ impl fmt::Display for WriteAddress {
     }
 }
 
-/// How many bytes the guest writes at once.
+/// How many bytes a guest's write has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WriteWidth {
-    /// Any number; the value cannot be matched then. The fastest of all on some processors.
+    /// Any number of bytes. The value cannot be matched then. The fastest of all on some processors.
     Any,
-    /// One.
+    /// One byte.
     One,
-    /// Two.
+    /// Two bytes.
     Two,
-    /// Four.
+    /// Four bytes.
     Four,
-    /// Eight; memory only.
+    /// Eight bytes; in memory only.
     Eight,
 }
 
-/// A write of the guest. Two that overlap in what they match must not be bound at once.
+/// A set of writes by the guest. Two sets that overlap must not be bound at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WriteMatch {
-    /// Where it begins.
+    /// The address of the first byte.
     pub address: WriteAddress,
-    /// How wide it is.
+    /// The width of the write.
     pub width: WriteWidth,
-    /// What is written; `None` matches every value.
+    /// The value that is written; `None` matches every value.
     pub value: Option<u64>,
 }
 
 impl WriteMatch {
-    /// Four bytes with this value, in memory.
+    /// A write of four bytes with this value to memory.
     #[must_use]
     pub fn register(address: GuestAddr, value: u32) -> Self {
         let address = WriteAddress::Memory(address);
         Self { address, width: WriteWidth::Four, value: Some(value.into()) }
     }
 
-    /// Anything at this address, in memory.
+    /// Any write to this address in memory.
     #[must_use]
     pub fn anything(address: GuestAddr) -> Self {
         Self { address: WriteAddress::Memory(address), width: WriteWidth::Any, value: None }
     }
 }
 
-/// Turns writes of the guest into eventfd signals, without an exit to us (KVM: ioeventfd).
+/// Turns the guest's writes into eventfd signals, without an exit to userspace (KVM: ioeventfd).
 pub trait Doorbells: Send + Sync {
-    /// Signals `fd` at every write that matches, until the guard is dropped. The binding keeps no
-    /// reference to `fd` itself; the same open file may be bound more than once.
+    /// Signals `fd` at every write that matches, until the guard is dropped. The binding keeps no reference
+    /// to `fd` itself. The same open file may be bound more than once.
     ///
     /// # Errors
-    /// When the machine refuses, for instance as the same match is bound already.
+    /// When the machine refuses, for instance because the same match is bound already.
     fn bind(&self, fd: BorrowedFd<'_>, when: WriteMatch) -> Result<Guard, PortError>;
 }
 
@@ -137,29 +137,31 @@ pub trait Doorbells: Send + Sync {
 pub enum Route {
     /// An edge on the line with this GSI.
     Pin(u32),
-    /// A message: what a PCI function writes where.
+    /// A message interrupt: a PCI function writes `data` to `address`.
     Message {
-        /// Address, in the local APICs' range if the guest is sane.
+        /// The address. A correct guest chooses it in the local APICs' range.
         address: u64,
         /// Data.
         data: u32,
     },
 }
 
-/// Turns eventfd signals into guest interrupts, without us (KVM: irqfd).
+/// Turns eventfd signals into guest interrupts, without userspace (KVM: irqfd).
 pub trait Interrupts: Send + Sync {
-    /// Interrupts the guest along `route` whenever `call` is signalled, until the guard is dropped.
-    /// A count already pending in `call` is delivered at once. One eventfd has one route at a time: drop the
-    /// guard before it is attached again. To mask an interrupt, drop the guard: what is signalled meanwhile
-    /// stays in `call` and is delivered by the next `attach`.
+    /// Interrupts the guest along `route` whenever `call` is signalled, until the guard is dropped. A signal
+    /// already in `call` is delivered at once.
+    ///
+    /// One eventfd has one route at a time: drop the guard before attaching the eventfd again. To mask an
+    /// interrupt, drop the guard: a signal that comes meanwhile stays in `call`, and the next `attach`
+    /// delivers it.
     ///
     /// # Errors
     /// When the machine refuses, or has no route left.
     fn attach(&self, call: BorrowedFd<'_>, route: Route) -> Result<Guard, PortError>;
 
-    /// Raises the level-triggered line with this GSI whenever `call` is signalled. The guest's end of interrupt
-    /// lowers it and signals `resample`, all in the kernel: whoever still has a reason to interrupt then signals
-    /// `call` again. Several may share a line.
+    /// Raises the level-triggered line with this GSI whenever `call` is signalled. The guest's end of
+    /// interrupt lowers the line and signals `resample`, without userspace. A source that still has a reason
+    /// to interrupt then signals `call` again. Several sources may share a line.
     ///
     /// # Errors
     /// When the machine refuses.
@@ -171,23 +173,23 @@ pub trait Interrupts: Send + Sync {
     ) -> Result<Guard, PortError>;
 }
 
-/// One page of registers that the guest reads without an exit, while its writes still reach us.
-/// Called on vCPU threads and on the control thread; never waits.
+/// One page of registers. The guest reads it without an exit; the guest's writes come to userspace. Called on
+/// vCPU threads and on the control thread; never waits.
 pub trait RegisterPage: Send + Sync {
-    /// Stores the little-endian `value` at the 4-aligned `offset`, as one access. Offsets outside
-    /// the page are ignored.
+    /// Stores `value`, little-endian, at the 4-aligned `offset`, as one access. Offsets outside the page are
+    /// ignored.
     fn store(&self, offset: u16, value: u32);
 
-    /// Stores `bytes` from `offset` on, in no particular order. What lies outside the page is cut off.
+    /// Stores `bytes` from `offset` on, in no particular order. Bytes outside the page are ignored.
     fn store_bytes(&self, offset: u16, bytes: &[u8]);
 }
 
 /// What the guest may do to memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Access {
-    /// Guest writes go to memory.
+    /// Guest reads and writes go to the memory.
     ReadWrite,
-    /// Guest reads come from memory, writes come to the bus.
+    /// Guest reads come from the memory; guest writes come to the bus.
     ReadOnly,
 }
 
@@ -196,32 +198,36 @@ pub enum Access {
 pub struct FileRange {
     /// The file. Kept open for as long as the piece is mapped.
     pub fd: Arc<OwnedFd>,
-    /// Where the piece begins in the file.
+    /// The offset of the piece in the file.
     pub offset: u64,
     /// Its length.
     pub size: u64,
 }
 
-/// Called when a mapped piece of a file is gone from the guest, as its peer made the file shorter: on a vCPU
-/// thread, without any lock held. May take the device's lock, and drop the guard; must not wait.
+/// Called when a mapped piece of a file was removed from the guest because the peer made the file shorter.
+/// Called on a vCPU thread or by the control loop, without any lock held. May take the device's lock and drop
+/// the guard; must not wait.
 pub type OnVanished = Arc<dyn Fn() + Send + Sync>;
 
 /// Gives guest-visible memory to devices (KVM: memory slots).
 pub trait DeviceMemory: Send + Sync {
-    /// Backs the 4 KiB page at `at` with zeroed memory, read-only for the guest. The page lives
-    /// until the last reference to it is dropped.
+    /// Backs the 4 KiB page at `at` with zeroed memory, read-only for the guest. The page lives until its
+    /// last reference is dropped.
     ///
     /// # Errors
-    /// When the machine refuses, for instance as the address is taken or not page-aligned.
+    /// When the machine refuses, for instance because the address is taken or not page-aligned.
     fn register_page(&self, at: GuestAddr) -> Result<Arc<dyn RegisterPage>, PortError>;
 
-    /// Shows the guest a piece of a peer's file at `at`, until the guard is dropped. Nobody in this process
-    /// touches it. When the peer makes the file shorter under the running guest, the whole piece vanishes from
-    /// the guest (its accesses come to the bus) and `vanished` is called; the guard may then be dropped or kept.
+    /// Shows the guest a piece of a peer's file at `at`, until the guard is dropped. Nothing in this process
+    /// touches the piece.
+    ///
+    /// When the peer makes the file shorter while the guest runs, the whole piece is removed from the guest,
+    /// whose accesses then come to the bus, and `vanished` is called. The guard may then be dropped or kept.
     ///
     /// # Errors
-    /// When address, offset or size is not a multiple of the page size, the file is shorter or cannot be mapped,
-    /// the address is taken, or no slot is left.
+    /// - The address, the offset or the size is not a multiple of the page size.
+    /// - The file is shorter than the piece, or cannot be mapped.
+    /// - The address is taken, or no memory slot is left.
     fn map(
         &self,
         piece: &FileRange,
@@ -238,7 +244,7 @@ pub struct Ports {
     pub doorbells: Arc<dyn Doorbells>,
     /// Interrupts.
     pub interrupts: Arc<dyn Interrupts>,
-    /// Pages of registers, and peers' files.
+    /// Register pages, and pieces of peers' files.
     pub memory: Arc<dyn DeviceMemory>,
 }
 

@@ -1,15 +1,15 @@
-//! The ways in which a guest ends or restarts the machine: the ACPI reset and sleep registers
-//! (ACPI 6.5 §4.8.3.6, §4.8.3.7) and the i8042's reset command.
-//! They only report what the guest wants; the machine decides what follows.
+//! The registers by which a guest ends or restarts the machine: the ACPI reset and sleep registers (ACPI 6.5
+//! §4.8.3.6, §4.8.3.7) and the i8042's reset command. They must never reset anything themselves: they report
+//! the guest's request, and the machine decides what follows.
 
 use crate::bus::BusDevice;
 
-/// What the guest wants.
+/// What the guest asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ResetKind {
-    /// To start again.
+    /// A restart.
     Reset,
-    /// To be switched off.
+    /// A power-off.
     PowerOff,
 }
 
@@ -73,7 +73,7 @@ impl BusDevice for ResetPort {
     }
 }
 
-/// The command port (0x64) of a keyboard controller that can do nothing but reset the machine.
+/// The command port (0x64) of a keyboard controller whose only function is to reset the machine.
 pub struct I8042 {
     on_reset: OnReset,
 }
@@ -90,7 +90,7 @@ impl I8042 {
 }
 
 impl BusDevice for I8042 {
-    /// Status 0, "ready for a command": guests wait for that before they write one.
+    /// Reads 0, "ready for a command": a guest waits for that status before it writes a command.
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

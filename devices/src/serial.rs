@@ -1,6 +1,6 @@
-//! The 16550 serial port: vm-superio's registers behind a lock, its interrupt as an eventfd.
-//! Must never lose a typed byte: what does not fit into its FIFO stays with the caller. While the output takes no more,
-//! the transmitter is not empty, as on a real line.
+//! The 16550 serial port: vm-superio's registers behind a lock, with an eventfd as its interrupt. Must never
+//! lose a typed byte: the caller keeps the bytes that do not fit into the FIFO. While the output takes no
+//! more bytes, the line status reads "transmitter not empty", as on a real line.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::lock;
 /// Adds one to an eventfd.
 fn ring(fd: BorrowedFd<'_>) -> io::Result<()> {
     match rustix::io::write(fd, &1_u64.to_ne_bytes()) {
-        // A counter that is full is a signal already.
+        // A full counter is a signal already.
         Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -36,19 +36,19 @@ impl Trigger for Interrupt {
     }
 }
 
-/// Where the guest's bytes go. Called on vCPU threads and by the control loop.
+/// The output of the guest's bytes. Called on vCPU threads and by the control loop.
 pub trait Transmitter: Send + Sync {
     /// Takes a byte. Never waits.
     fn send(&self, byte: u8);
 
-    /// True when a byte should not be sent now.
+    /// Whether the output has no room for a byte now.
     fn is_full(&self) -> bool;
 
-    /// A guest sends without having asked. Waits a few milliseconds for room.
+    /// Waits a few milliseconds for room. Called when a guest sends without having checked the line status.
     fn hold(&self);
 }
 
-/// Takes everything.
+/// Takes every byte and discards it.
 impl Transmitter for () {
     fn send(&self, _: u8) {}
     fn is_full(&self) -> bool {
@@ -72,9 +72,9 @@ impl Write for Sender {
 
 struct State {
     uart: Uart<Interrupt, NoEvents, Sender>,
-    /// The last value of the modem control register: in loop mode no input is taken.
+    /// The last value that was written to the modem control register. In loop mode no input is taken.
     modem_control: u8,
-    /// Input was turned away; its owner waits for the space event.
+    /// Input was refused, and its owner waits for the space event.
     starved: bool,
 }
 
@@ -94,15 +94,16 @@ impl State {
                 _ => {}
             }
         }
-        // The UART forgets "received data" at the first byte that is read. A driver that reads a part, as Linux
-        // does after 256 bytes, then asks for the reason again and must hear that there is more.
+        // vm-superio drops "received data" as soon as one byte is read. A driver that reads a part of the
+        // input, as Linux does after 256 bytes, then reads the identification register again. It must find
+        // there that more input waits.
         if register == Serial::IIR && value & Serial::IIR_NONE != 0 && self.may_announce_input() {
             return value & !Serial::IIR_NONE | Serial::IIR_RECEIVED;
         }
         value
     }
 
-    /// Input waits, and the guest wants to be interrupted for it.
+    /// Whether input waits and the guest has enabled its interrupt.
     fn may_announce_input(&mut self) -> bool {
         self.uart.read(Serial::LSR) & Serial::LSR_DATA_READY != 0
             && self.uart.read(Serial::LCR) & Serial::LCR_DIVISOR == 0
@@ -121,8 +122,8 @@ impl State {
 
 /// A 16550 at eight I/O ports.
 ///
-/// Reads and writes come on vCPU threads, and a write waits no longer than [`Transmitter::hold`]; [`Serial::enqueue`] and
-/// [`Serial::output_space`] come from the control loop.
+/// Reads and writes come on vCPU threads; a write waits no longer than [`Transmitter::hold`] does. The
+/// control loop calls [`Serial::enqueue`] and [`Serial::output_space`].
 pub struct Serial {
     state: Mutex<State>,
     output: Arc<dyn Transmitter>,
@@ -150,7 +151,7 @@ impl Serial {
     const IIR_TRANSMITTER_EMPTY: u8 = 2;
     const IIR_REASON: u8 = 0x0f;
 
-    /// A serial port that prints to `output`, each byte at once.
+    /// A serial port that sends each byte to `output` at once.
     ///
     /// # Errors
     /// When no eventfd is to be had.
@@ -182,8 +183,8 @@ impl Serial {
         }
     }
 
-    /// Hands typed bytes to the guest and says how many were taken, from the first on. The rest stays
-    /// with the caller until [`Serial::input_space`] becomes readable.
+    /// Puts typed bytes into the FIFO and returns how many were taken, counted from the first. The caller
+    /// keeps the rest until [`Serial::input_space`] becomes readable.
     pub fn enqueue(&self, bytes: &[u8]) -> usize {
         let mut state = lock(&self.state);
         let room = state.uart.fifo_capacity();
@@ -191,7 +192,7 @@ impl Serial {
             Ok(accepted) => accepted,
             Err(UartError::FullFifo) => 0,
             Err(error) => {
-                // The bytes are in the FIFO, only the interrupt failed.
+                // The bytes are in the FIFO. Only the interrupt failed.
                 log::warn!("serial: {error}");
                 bytes.len().min(room)
             }
@@ -200,11 +201,12 @@ impl Serial {
         accepted
     }
 
-    /// The output takes bytes again: interrupts a guest that waits for that.
+    /// The output has room again: interrupts a guest that waits for an empty transmitter.
     pub fn output_space(&self) {
         let mut state = lock(&self.state);
-        // The interrupt of an empty transmitter comes with a write of the interrupt enable register, which is the
-        // divisor's while the latch is open.
+        // vm-superio raises the interrupt of an empty transmitter when the interrupt enable register is
+        // written. That register is the divisor's high byte while the divisor latch is open, so the latch is
+        // closed meanwhile.
         let control = state.uart.read(Self::LCR);
         state.write(Self::LCR, control & !Self::LCR_DIVISOR);
         let enabled = state.uart.read(Self::IER);
@@ -212,10 +214,10 @@ impl Serial {
         state.write(Self::LCR, control);
     }
 
-    /// Puts the registers back to what they are at power-on. Input that waits in the FIFO stays.
+    /// Sets the registers to their values at power-on. Input in the FIFO stays.
     pub fn reset(&self) {
         let mut state = lock(&self.state);
-        // Divisor latch open, 9600 baud; closed, 8 bits; no interrupts; OUT2.
+        // Latch open: 9600 baud. Latch closed: 8 bits, no interrupts, OUT2.
         for (register, value) in [
             (Self::LCR, 0x83),
             (0, 12),
@@ -227,7 +229,7 @@ impl Serial {
         ] {
             state.write(register, value);
         }
-        // Reading the interrupt identification acknowledges what is pending.
+        // Reading the interrupt identification register acknowledges the pending interrupt.
         state.uart.read(Self::IIR);
         self.signal_space(&mut state);
     }
@@ -243,7 +245,7 @@ impl Serial {
 }
 
 impl BusDevice for Serial {
-    /// More than one byte is a string instruction: as many reads of the same register.
+    /// A read of more than one byte is a string instruction: that many reads of the same register.
     fn read(&self, offset: u64, data: &mut [u8]) {
         let Ok(register) = u8::try_from(offset) else { return data.fill(0xff) };
         let mut state = lock(&self.state);
@@ -253,7 +255,7 @@ impl BusDevice for Serial {
         self.signal_space(&mut state);
     }
 
-    /// More than one byte is a string instruction: as many writes to the same register.
+    /// A write of more than one byte is a string instruction: that many writes to the same register.
     fn write(&self, offset: u64, data: &[u8]) {
         let Ok(register) = u8::try_from(offset) else { return };
         for byte in data {

@@ -1,11 +1,11 @@
-//! Hot-unplug by ACPI (ACPI 6.5 §6.3): the registers that the methods of a slot read and write. Slots whose device can
-//! go are named to [`Hotplug::occupy`]; others the guest cannot switch off.
+//! Hot-unplug by ACPI (ACPI 6.5 §6.3): the registers that the AML methods of a slot read and write. A device
+//! that may be unplugged is registered by [`Hotplug::occupy`]; the guest cannot eject any other device.
 //!
 //! ```text
 //!              lost: bit in GONE, event line                   a write to EJECT
 //!    present ───────────────────────────────▶ gone, all ones ─────────────────▶ off the bus
 //!       └────────────────────────────────────────────────────────────────────────▲
-//!                     the guest switches a working device off by itself
+//!                     the guest ejects a working device by itself
 //! ```
 //! | offset | access | bit n is |
 //! |--|--|--|
@@ -13,9 +13,10 @@
 //! | 4 | read | PRESENT: device n is there (`_STA`) |
 //! | 8 | write | EJECT: take device n off the bus (`_EJ0`) |
 //!
-//! What the guest is told is an *eject request*. ACPI would have a *device check* for what has vanished by itself, but
-//! Linux's acpiphp looks at a slot again only for what is new there: it keeps a device that answers no more. After an
-//! eject request it unbinds the driver, forgets the function, and says by `_EJ0` that it has.
+//! The guest gets an *eject request* for a lost device. ACPI's notification for a device that vanished by
+//! itself is the *device check*. But Linux's acpiphp handles a device check only by looking for new devices,
+//! and keeps a device that no longer answers. After an eject request, Linux unbinds the driver, removes the
+//! function, and calls `_EJ0`.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -25,22 +26,24 @@ use crate::bus::BusDevice;
 use crate::event_line::EventLine;
 use crate::lock;
 
-/// What is in a slot, beside its function on the bus.
+/// The device in a slot, as hotplug sees it.
 pub trait Occupant: Send + Sync {
-    /// The function is off the bus, and no configuration access of it under way: nothing of it may stay registered
-    /// with the machine. Called on a vCPU thread; may wait for a peer, up to the deadline.
+    /// The function was taken off the bus, and no configuration access to it is under way. The occupant must
+    /// remove everything that it has registered with the machine. Called on a vCPU thread; may wait for a
+    /// peer, up to the deadline.
     fn unplug(&self);
 }
 
 #[derive(Default)]
 struct State {
-    /// Devices that are on the bus, lost or not.
+    /// The devices on the bus, lost or not.
     occupants: BTreeMap<DeviceNumber, Arc<dyn Occupant>>,
     present: u32,
     gone: u32,
 }
 
-/// The registers. Their lock is held for a few instructions only, never while an occupant or the bridge is called.
+/// The registers. Their lock is held for a few instructions only, and must never be held while an occupant or
+/// the bridge is called.
 pub struct Hotplug {
     bridge: Arc<HostBridge>,
     line: Arc<EventLine>,
@@ -57,13 +60,13 @@ impl Hotplug {
     /// Offset of EJECT.
     pub const EJECT: u64 = 8;
 
-    /// The registers of this bus, no slot in use.
+    /// The registers of `bridge`'s bus, with no slot in use. `line` is the ACPI event line.
     #[must_use]
     pub fn new(bridge: Arc<HostBridge>, line: Arc<EventLine>) -> Arc<Self> {
         Arc::new(Self { bridge, line, state: Mutex::default() })
     }
 
-    /// `occupant` has this number on the bus, and may go.
+    /// Registers `occupant`, whose device has this number on the bus, as a device that may be unplugged.
     pub fn occupy(&self, number: DeviceNumber, occupant: Arc<dyn Occupant>) {
         let mut state = lock(&self.state);
         state.occupants.insert(number, occupant);
@@ -71,8 +74,8 @@ impl Hotplug {
         state.gone &= !bit(number);
     }
 
-    /// The device has vanished: has the guest let go of it. Does nothing the second time, and when the guest has let
-    /// go already. Called on any thread; does not wait.
+    /// The device was lost: asks the guest to eject it. Does nothing when that was reported before, or when
+    /// the guest has ejected the device already. Called on any thread; does not wait.
     pub fn lost(&self, number: DeviceNumber) {
         let mut state = lock(&self.state);
         if state.present & bit(number) == 0 {
@@ -90,7 +93,7 @@ impl Hotplug {
         &self.line
     }
 
-    /// The line was lowered: raises it again as long as there is something in GONE. Called on any thread; does not wait.
+    /// The event line was lowered: raises it again while GONE is not 0. Called on any thread; does not wait.
     pub fn line_lowered(&self) {
         self.line.clear_lowered();
         if lock(&self.state).gone != 0 {
@@ -117,7 +120,7 @@ fn bit(number: DeviceNumber) -> u32 {
 }
 
 impl BusDevice for Hotplug {
-    /// Other accesses than whole registers read zero: nothing has happened, nothing is there.
+    /// An access that is not a whole register reads zero: nothing was lost, nothing is there.
     fn read(&self, offset: u64, data: &mut [u8]) {
         let Ok(register) = <&mut [u8; 4]>::try_from(&mut *data) else { return data.fill(0) };
         let mut state = lock(&self.state);

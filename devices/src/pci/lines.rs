@@ -1,4 +1,4 @@
-//! INTx for eventfds (PCI 3.0 §2.2.6): level-triggered lines that several functions share, raised by signals that say
+//! INTx for eventfds (PCI 3.0 §2.2.6): level-triggered lines that several functions share. A source signals
 //! "something happened" and never "it is over".
 //!
 //! ```text
@@ -7,13 +7,17 @@
 //!                             │ signal: remember ▲                  if a signal came meanwhile, or
 //!                             └──────────────────┘                  the guest has read no status
 //! ```
-//! KVM lowers a line at the guest's end of interrupt, whoever signalled meanwhile; without the memory such a signal
-//! would be lost. KVM also lowers a line that was raised while its pin was masked, when the pin is unmasked, and leaves it
-//! to whoever still has a reason to raise the line again: the guest, which moves interrupts from CPU to CPU like that, has
-//! not seen the interrupt.
+//! KVM lowers a line in two cases, and in both the line may have to be raised again:
+//! - At the guest's end of interrupt, whether or not another source has signalled meanwhile. That signal
+//!   would be lost, so
+//! it is remembered.
+//! - When the guest unmasks a pin whose line was raised while the pin was masked. The guest has not seen that
+//!   interrupt.
+//! Guests do this when they move interrupts from CPU to CPU. KVM leaves it to the sources to raise the line
+//! again, so the line is raised again until the guest has read a status.
 //!
-//! The control loop calls [`IntxLines::serve`] when [`IntxLines::as_fd`] is readable. A guest that uses message interrupts
-//! never causes that.
+//! The control loop calls [`IntxLines::serve`] when [`IntxLines::as_fd`] is readable. A guest that uses
+//! message interrupts never causes that.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -29,14 +33,14 @@ use crate::ports::{Guard, Interrupts, PortError};
 
 /// One level-triggered line.
 struct Line {
-    /// Signalled by us: raises it.
+    /// We signal it to raise the line.
     raise: Call,
-    /// Signalled by the machine: the guest has ended the interrupt.
+    /// The machine signals it when the guest has ended the interrupt.
     ended: Kick,
     _route: Guard,
     is_high: bool,
     again: bool,
-    /// Raised, and no function's status has been read since.
+    /// The line was raised, and no function's status has been read since.
     unread: bool,
     sources: BTreeMap<u64, Arc<Call>>,
 }
@@ -55,9 +59,9 @@ impl Line {
         self.raise.ring()
     }
 
-    /// Takes what was signalled, and raises the line if need be.
+    /// Takes the signals, and raises the line if necessary.
     fn serve(&mut self) -> io::Result<()> {
-        // The end first: what is signalled now belongs to the next time.
+        // The end is taken first: a signal that comes after the end belongs to the next interrupt.
         if self.ended.take()? > 0 {
             self.is_high = false;
             if std::mem::take(&mut self.again) || self.unread && !self.sources.is_empty() {
@@ -79,13 +83,13 @@ impl Line {
 
 #[derive(Default)]
 struct AllLines {
-    /// By GSI.
+    /// The lines by GSI.
     lines: BTreeMap<u32, Line>,
     next: u64,
 }
 
-/// All level-triggered lines of a machine. Its lock is held for a few system calls only, never while a function is
-/// called.
+/// All level-triggered lines of a machine. The lock is held for a few system calls only, and must never be
+/// held while a function is called.
 pub struct IntxLines {
     interrupts: Arc<dyn Interrupts>,
     state: Mutex<AllLines>,
@@ -94,7 +98,7 @@ pub struct IntxLines {
 }
 
 impl IntxLines {
-    /// All low, and nothing connected.
+    /// All lines low, and no source connected.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -103,7 +107,8 @@ impl IntxLines {
         Ok(Arc::new(Self { interrupts, state: Mutex::default(), signalled }))
     }
 
-    /// Has `call` raise the line with this GSI until the guard is dropped. A count already in it counts.
+    /// Connects `call` as a source: it raises the line with this GSI until the guard is dropped. A signal
+    /// that is already in `call` raises the line, too.
     ///
     /// # Errors
     /// When the machine refuses the line, or `call` cannot be watched.
@@ -124,7 +129,7 @@ impl IntxLines {
         let lines = Arc::clone(self);
         Ok(Guard::on_drop(move || {
             let source = lock(&lines.state).lines.get_mut(&gsi).and_then(|line| line.sources.remove(&id));
-            // The peer has the eventfd as well, so it is not forgotten by being closed here.
+            // The peer holds the eventfd, too, so closing ours does not remove it from the epoll instance.
             if let Some(Err(error)) = source.map(|call| epoll::delete(&lines.signalled, &*call)) {
                 log::debug!("a source of a shared interrupt was not watched: {error}");
             }
@@ -136,8 +141,8 @@ impl IntxLines {
             .map_err(|error| PortError::new("watch a shared interrupt", error.into()))
     }
 
-    /// The guest reads why one of the functions on this line interrupts: it has noticed. Called on a vCPU thread; does not
-    /// wait.
+    /// The guest reads the status of a function on this line, so it has seen the interrupt. Called on a vCPU
+    /// thread; does not wait.
     pub fn status_read(&self, gsi: u32) {
         if let Some(line) = lock(&self.state).lines.get_mut(&gsi) {
             line.unread = false;
@@ -149,7 +154,8 @@ impl IntxLines {
         self.signalled.as_fd()
     }
 
-    /// Raises the lines that were signalled, and those whose interrupts were ended too early. Does not wait.
+    /// Raises the lines that were signalled, and raises those again that were lowered before the guest had
+    /// seen the interrupt. Does not wait.
     pub fn serve(&self) {
         for (gsi, line) in &mut lock(&self.state).lines {
             if let Err(error) = line.serve() {

@@ -1,6 +1,6 @@
-//! The BARs of a server's function, and which pieces of them guests may be shown as memory. The kind is told by the low bits
-//! of a BAR register, the size by the region: region size, not what BAR probing would give, is the truth. Pure; the server
-//! may have said anything.
+//! The BARs of a server's function, and which parts of them are mapped into the guest. The low bits of a BAR
+//! register tell the kind of the BAR. The size is the region's, and not what probing the BAR would give. Pure
+//! functions. Must never trust a value: the server may have said anything.
 
 use std::ops::Range;
 
@@ -10,16 +10,16 @@ use crate::pci::bar::BarError;
 use crate::pci::config_space::offset;
 use crate::pci::{BarIndex, BarKind, BarSpec, Bars, Space, Windows};
 
-/// The largest BAR that a guest is offered: a TiB.
+/// The largest BAR that a guest is offered: 1 TiB.
 pub const LARGEST: u64 = 1 << 40;
 
-/// What mappings are made of, in bytes.
+/// The granularity of mappings in bytes.
 pub const PAGE: u64 = 4096;
 
-/// More pieces of one BAR than this are not mapped: memory slots are few.
+/// The most pieces of one BAR that are mapped, because memory slots are few.
 pub const MOST: usize = 64;
 
-/// A BAR is not made larger than this for the sake of what a capability says to be in it.
+/// The largest size in bytes to which a BAR is grown so that it holds the MSI-X table or pending bits.
 const MOST_GROWN: u64 = 1 << 20;
 
 /// One BAR.
@@ -29,21 +29,21 @@ pub struct BarShape {
     pub index: BarIndex,
     /// What it decodes.
     pub kind: BarKind,
-    /// Bytes that it decodes: a power of two.
+    /// Its size in bytes: a power of two.
     pub size: u64,
-    /// Bytes of the region behind it; the rest reads all ones.
+    /// The size in bytes of the region behind it. Offsets beyond the region read all ones.
     pub region: u64,
 }
 
 impl BarShape {
-    /// The register that the guest sees.
+    /// The BAR as the guest sees it.
     #[must_use]
     pub fn spec(&self) -> BarSpec {
         BarSpec { index: self.index, kind: self.kind, size: self.size }
     }
 }
 
-/// Looks at the BARs of a function with these configuration bytes and region sizes.
+/// Judges the BARs of a function with these configuration bytes and region sizes.
 ///
 /// # Errors
 /// When one cannot be shown to a guest.
@@ -51,12 +51,13 @@ pub fn judge(config: &[u8], regions: &[u64; 6]) -> Result<[Option<BarShape>; 6],
     let mut bars = [None; 6];
     let mut upper_half = false;
     for ((index, bar), region) in BarIndex::ALL.into_iter().zip(&mut bars).zip(regions) {
-        // What a server says of the upper half of a BAR means nothing.
+        // The upper half of a 64-bit BAR has no region of its own, whatever the server says.
         if std::mem::take(&mut upper_half) || *region == 0 {
             continue;
         }
         let register = u32_at(config, 0x10 + u16::from(index.get()) * 4).unwrap_or(0);
-        // Of the reserved types, the one below 1 MiB was for memory that 32 bits reach.
+        // Among the reserved types is "below 1 MiB", which older versions of PCI had; 32-bit memory serves
+        // all of them.
         let kind = BarKind::from_register(register).unwrap_or(BarKind::Memory32);
         upper_half = kind.is_wide();
         let spec = BarSpec { index, kind, size: *region };
@@ -67,8 +68,8 @@ pub fn judge(config: &[u8], regions: &[u64; 6]) -> Result<[Option<BarShape>; 6],
     Ok(bars)
 }
 
-/// Sees that `place` is in memory, as PCI has it of MSI-X. A BAR that is said to be of ports, is too small or is not there
-/// becomes memory that holds `place`. False when that is not possible.
+/// Makes sure that `place` is inside a memory BAR, as PCI requires for MSI-X. A BAR that is of I/O ports, too
+/// small or absent becomes a memory BAR that holds `place`. Returns false when that is not possible.
 pub(super) fn make_memory(bars: &mut [Option<BarShape>; 6], place: &InBar) -> bool {
     let index = usize::from(place.bar.get());
     let before = index.checked_sub(1).and_then(|before| bars.get(before).copied().flatten());
@@ -89,8 +90,8 @@ pub(super) fn make_memory(bars: &mut [Option<BarShape>; 6], place: &InBar) -> bo
     true
 }
 
-/// Whole pages of `bar` inside `areas` (offset and size in the region), in order, without overlaps, and without
-/// pages of the MSI-X table and its pending bits.
+/// The whole pages of `bar` that lie inside `areas` (offset and size in the region), in order and without
+/// overlaps. Pages of the MSI-X table and of the pending bits are left out.
 #[must_use]
 pub fn mappable(bar: &BarShape, areas: &[(u64, u64)], msix: Option<&MsixShape>) -> Vec<Range<u64>> {
     if bar.kind.space() == Space::Io {
@@ -128,14 +129,14 @@ pub fn mappable(bar: &BarShape, areas: &[(u64, u64)], msix: Option<&MsixShape>) 
     merged
 }
 
-/// The number of the BAR register at a dword.
+/// The number of the BAR whose register is the dword at `at`; `None` for other dwords.
 pub(super) fn bar_number(at: u16) -> Option<u8> {
     let number = u8::try_from(at.checked_sub(offset::BARS)? / 4).ok()?;
     (number < 6).then_some(number)
 }
 
 #[cfg(test)]
-// A range is meant, and not its numbers.
+// The lists hold ranges on purpose, and not the numbers in the ranges.
 #[allow(clippy::single_range_in_vec_init, clippy::type_complexity)]
 mod tests {
     use super::*;

@@ -1,5 +1,5 @@
-//! PCI 3.0 §6.7 and PCI Express 4.0 §7.6: the capability lists of a configuration space that nobody can be
-//! trusted to have filled correctly. Pure; ends after each position was seen once.
+//! The capability lists of a configuration space (PCI 3.0 §6.7, PCI Express 4.0 §7.6). Pure functions. Must
+//! never trust the lists, which may loop and overlap: reading ends after each position was seen once.
 
 use crate::pci::config_space::{STATUS_CAPABILITIES, offset};
 
@@ -7,32 +7,32 @@ use crate::pci::config_space::{STATUS_CAPABILITIES, offset};
 pub mod id {
     /// Message signalled interrupts.
     pub const MSI: u8 = 0x05;
-    /// Advanced features: a reset of the function, for those without PCI Express.
+    /// Advanced features: resets a function that has no PCI Express capability.
     pub const ADVANCED_FEATURES: u8 = 0x13;
     /// PCI Express.
     pub const EXPRESS: u8 = 0x10;
     /// MSI-X.
     pub const MSI_X: u8 = 0x11;
-    /// Of the vendor's own kind; virtio has its structures described by such capabilities.
+    /// Vendor-specific. Virtio describes its structures by such capabilities.
     pub const VENDOR: u8 = 0x09;
 }
 
 /// PCI Express extended capability ids.
 pub mod extended_id {
-    /// Alternative routing-ID interpretation: the function is on the root complex, which has none.
+    /// Alternative routing-ID interpretation. The function is on the root complex, which does not support it.
     pub const ARI: u16 = 0x0e;
-    /// Virtual functions: nobody could serve them.
+    /// Virtual functions: no server could serve them.
     pub const SR_IOV: u16 = 0x10;
-    /// BARs that change their size: a region's is fixed.
+    /// Resizable BARs: the size of a region is fixed.
     pub const RESIZABLE_BAR: u16 = 0x15;
-    /// The same of virtual functions.
+    /// Resizable BARs of virtual functions.
     pub const VF_RESIZABLE_BAR: u16 = 0x24;
 }
 
 /// One capability of the first 256 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capability {
-    /// Where it begins.
+    /// Its offset.
     pub at: u8,
     /// What it is.
     pub id: u8,
@@ -41,7 +41,7 @@ pub struct Capability {
 /// One capability of the extended space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extended {
-    /// Where it begins.
+    /// Its offset.
     pub at: u16,
     /// What it is.
     pub id: u16,
@@ -49,16 +49,16 @@ pub struct Extended {
     pub version: u8,
 }
 
-/// A chain, as far as it makes sense.
+/// A capability list, up to the first invalid member.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chain<T> {
     /// Its members, in order.
     pub members: Vec<T>,
-    /// The pointer at which it was cut, if it did not end by itself.
+    /// The pointer at which the list was cut; `None` if the list ended by itself.
     pub cut: Option<u16>,
 }
 
-/// Little-endian bytes of `config` from `at`.
+/// The byte of `config` at `at`; `None` beyond the end. The wider readers below are little-endian.
 pub fn u8_at(config: &[u8], at: u16) -> Option<u8> {
     config.get(usize::from(at)).copied()
 }
@@ -75,7 +75,7 @@ pub fn u32_at(config: &[u8], at: u16) -> Option<u32> {
     Some(u32::from_le_bytes(*bytes))
 }
 
-/// Bytes of the capability at `at`, where its kind says so; what is not known occupies its first dword.
+/// The length in bytes of the capability at `at`. A capability of unknown kind counts as one dword.
 fn length(config: &[u8], Capability { at, id }: Capability) -> u16 {
     let control = u16_at(config, u16::from(at) + 2).unwrap_or(0);
     match id {
@@ -89,11 +89,12 @@ fn length(config: &[u8], Capability { at, id }: Capability) -> u16 {
     }
 }
 
-/// Which dwords are taken.
+/// The dwords that members of the list occupy so far.
 struct Taken(Vec<bool>);
 
 impl Taken {
-    /// Takes `length` bytes from `at`; false when some are taken, or beyond the end.
+    /// Occupies `length` bytes from `at`. False when one of the dwords is occupied already or lies beyond the
+    /// end.
     fn take(&mut self, at: u16, length: u16) -> bool {
         let first = usize::from(at / 4);
         let Some(dwords) = self.0.get_mut(first..first + usize::from(length.div_ceil(4))) else {

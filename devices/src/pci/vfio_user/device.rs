@@ -1,11 +1,14 @@
-//! A vfio-user server's function, for the machine's whole life: its configuration space half ours and half the server's,
-//! its BARs partly memory of the guest and partly answered by the server.
+//! A vfio-user server's function as the guest sees it, for the machine's whole life. The client answers a
+//! part of the configuration space and the server answers the rest. Parts of the BARs are mapped into the
+//! guest; the server answers accesses to the rest.
 //!
-//! [`VfioUserDevice::plug`] puts the function on a board, and [`VfioUserDevice::unplug`] takes it off again: nothing of the
-//! function is registered with the machine afterwards, and the server's device is as after power-on. The connection stays.
+//! [`VfioUserDevice::plug`] puts the function on a board. [`VfioUserDevice::unplug`] takes it off again:
+//! afterwards nothing of the function is registered with the machine, and the server's device is as after
+//! power-on. The connection stays.
 //!
-//! Locks: `plugged` is held for registers and for what is registered with the machine, never while the server is asked;
-//! accesses of BARs do not take it. So vCPUs that read different registers wait for the server side by side.
+//! Locks: `plugged` protects the registers and everything that is registered with the machine. It must never
+//! be held while the server is asked. An access of a BAR that the server answers does not take it, so vCPUs
+//! that read different registers wait for the server side by side.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -31,20 +34,21 @@ use crate::ports::{Access, FileRange, PortError, Ports};
 /// Why a function cannot be put on a board.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
-    /// Its BARs fit no bus.
+    /// The BARs fit no bus.
     #[error(transparent)]
     Bars(#[from] BarError),
-    /// The machine refuses something of it.
+    /// The machine refuses a registration.
     #[error(transparent)]
     Port(#[from] PortError),
-    /// A descriptor cannot be had.
+    /// The process has no descriptor left.
     #[error("a doorbell's descriptor cannot be duplicated")]
     Duplicate(#[source] io::Error),
 }
 
-/// What of the function is on the board.
+/// The function's state on the present board.
 struct PluggedFunction {
-    /// As the guest wrote it, the server's bits included; only some are read from here.
+    /// The command register as the guest wrote it, including the bits that the server answers. Only the
+    /// client's bits ([`COMMAND_OURS`]) are read from here.
     command: u16,
     line: u8,
     bars: Bars,
@@ -54,31 +58,31 @@ struct PluggedFunction {
 
 /// A server's function.
 pub struct VfioUserDevice {
-    /// The server, until it fails.
+    /// The connection to the server.
     pub link: ServerLink,
     /// What the function is.
     pub shape: FunctionShape,
-    /// What the server signals.
+    /// The eventfds that the server signals.
     pub calls: Arc<Calls>,
     regions: [Region; 6],
     reset: Reset,
-    /// The kind of interrupts that the server was given eventfds for.
+    /// The kind of interrupts for which the server holds eventfds.
     armed: Mutex<Option<Irq>>,
-    /// The server refused the pin's eventfd, and is not asked again.
+    /// The server refused the pin's eventfd. It is not asked for the pin again.
     pinless: AtomicBool,
     plugged: Mutex<Option<PluggedFunction>>,
-    /// The guest of the present board has let go of it.
+    /// The guest of the present board has ejected the function.
     ejected: AtomicBool,
-    /// The last device status that the driver wrote to a virtio function is 0.
+    /// The driver last wrote 0 to the device status of the virtio function: it reset the device.
     virtio_reset: AtomicBool,
-    /// The log knows that the machine refused something.
+    /// A refusal by the machine has been logged.
     refusal_logged: AtomicBool,
     counters: [AccessCounter; 7],
     requests: AtomicU64,
 }
 
 impl VfioUserDevice {
-    /// What `server` serves, under this name.
+    /// The device called `name`, whose function `server` serves.
     ///
     /// # Errors
     /// When no eventfd can be had.
@@ -106,8 +110,8 @@ impl VfioUserDevice {
         }))
     }
 
-    /// Puts the function on a board; the bridge gives its BARs their places. `pin` is the GSI that its pin leads to. Waits
-    /// for the server.
+    /// Puts the function on a board, where the bridge assigns addresses to its BARs. `pin` is the GSI of the
+    /// function's pin. Waits for the server.
     ///
     /// # Errors
     /// When the machine refuses something of it.
@@ -155,8 +159,9 @@ impl VfioUserDevice {
         Ok(fixtures)
     }
 
-    /// The server's BARs are where the guest finds them: a guest that takes them as they are never writes them, and
-    /// QEMU's server answers for a BAR only where its own register says that it is. Waits for the server.
+    /// Writes the addresses of the BARs to the server. A guest that keeps the addresses that it finds never
+    /// writes them, and QEMU's server answers for a BAR only at the address in its own register. Waits for
+    /// the server.
     fn tell_places(&self, bars: &Bars) {
         let access = self.link.access();
         for bar in self.shape.bars.iter().flatten().filter(|bar| bar.region > 0) {
@@ -182,13 +187,13 @@ impl VfioUserDevice {
         }
     }
 
-    /// Whether the guest of the present board has let go of the function.
+    /// Whether the guest of the present board has ejected the function.
     #[must_use]
     pub fn is_ejected(&self) -> bool {
         self.ejected.load(Ordering::Relaxed)
     }
 
-    /// What was counted so far.
+    /// The counts so far.
     #[must_use]
     pub fn counts(&self) -> AccessCounts {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -196,8 +201,8 @@ impl VfioUserDevice {
         AccessCounts { regions, requests: count(&self.requests) }
     }
 
-    /// Of a device without a server nothing stays registered with the machine. Called on any thread without the device's
-    /// lock; does not wait.
+    /// If the server is gone, removes everything of the device that is registered with the machine. Called on
+    /// any thread without the device's lock; does not wait.
     pub fn tidy(&self) {
         if self.link.is_gone()
             && let Some(plugged) = lock(&self.plugged).as_mut()
@@ -207,17 +212,19 @@ impl VfioUserDevice {
         }
     }
 
-    /// The machine refused `error`; the access goes on without. A guest can bring that about as often as it likes.
+    /// Logs a registration that the machine refused. The access goes on without the registration. Only the
+    /// first refusal is logged, because a guest can cause refusals as often as it likes.
     fn refused(&self, error: &PortError) {
         if !self.refusal_logged.swap(true, Ordering::Relaxed) {
             log::warn!("device {}: {error} (logged once)", self.link.name());
         }
     }
 
-    /// Has the server signal so many interrupts of this kind, and none of another. What was armed goes first: some
-    /// servers have one list for all kinds. Waits for the server; the eventfds that it was given just now.
+    /// Gives the server eventfds for `wanted` (kind and number of interrupts) and takes back those of any
+    /// other kind. The old kind is taken back first, because some servers have one list for all kinds.
+    /// Returns the eventfds that were given now. Waits for the server.
     fn arm(&self, access: &ServerAccess<'_>, wanted: Option<(Irq, u16)>) -> Vec<Arc<Call>> {
-        // Only configuration accesses come here, and those come one by one.
+        // Only configuration accesses call this, and the bridge makes them one at a time.
         let armed = *lock(&self.armed);
         if armed == wanted.map(|(kind, _)| kind) {
             return Vec::new();
@@ -252,15 +259,16 @@ impl VfioUserDevice {
         Vec::new()
     }
 
-    /// The guest has served the pin's interrupt: the server may raise it again. Called when [`Calls::served`] is
-    /// readable, on any thread; does not wait.
+    /// Takes the guest's end of the pin's interrupt and lets the server raise the pin again. Called when
+    /// [`Calls::served`] is readable, on any thread; does not wait.
     pub fn pin_served(&self) {
         if self.calls.served().take() && *lock(&self.armed) == Some(Irq::Intx) {
             self.unmask_pin();
         }
     }
 
-    /// The server may raise the pin's interrupt, and does if there is a reason. Does not wait.
+    /// Tells the server that it may raise the pin's interrupt; the server raises it if the device has a
+    /// reason. Does not wait.
     fn unmask_pin(&self) {
         let call = self.calls.of(Irq::Intx, 1).ok().and_then(|calls| calls.into_iter().next());
         let look = call.and_then(|call| self.calls.served().look(call));
@@ -269,8 +277,9 @@ impl VfioUserDevice {
         }
     }
 
-    /// The server's device accesses no memory and interrupts nobody. Said by its registers, too: a server that keeps its
-    /// configuration over a reset must not think otherwise of what the guest finds off.
+    /// Stops the server's device: it accesses no memory and raises no interrupt afterwards. The registers are
+    /// cleared as well: a server that keeps its configuration over a reset would otherwise have switches on
+    /// that the guest reads as off.
     fn switch_off(&self, access: &ServerAccess<'_>) {
         let clear = |at: u16, what: &str| {
             if access.write(CONFIG_REGION, at.into(), &[0, 0], Writes::Answered) == Done::No {
@@ -290,11 +299,11 @@ impl VfioUserDevice {
         }
     }
 
-    /// What the guest reads of one dword.
+    /// Returns what the guest reads of the dword at `at`.
     fn config_dword(&self, at: u16) -> [u8; 4] {
         let overlay = &self.shape.overlay;
         let mut dword = [0; 4];
-        // Not all functions have an extended space.
+        // Some functions have no extended space.
         if at >= overlay.size() {
             return [0xff; 4];
         }
@@ -328,7 +337,8 @@ impl VfioUserDevice {
         dword
     }
 
-    /// Notes what the guest writes of one dword; what the server is to be told, if anything.
+    /// Notes what the guest writes to a part of one dword. Returns the write that the server must get, if
+    /// any.
     fn note(&self, plugged: &mut PluggedFunction, at_byte: u16, data: &[u8]) -> Option<(u16, Vec<u8>)> {
         let at = at_byte & !3;
         let merged = |mut dword: [u8; 4]| {
@@ -354,7 +364,7 @@ impl VfioUserDevice {
                 let [low, high] = plugged.command.to_le_bytes();
                 let [low, high, ..] = merged([low, high, 0, 0]);
                 plugged.command = u16::from_le_bytes([low, high]);
-                // One of its bytes alone is refused by libvfio-user.
+                // libvfio-user refuses a write of a single byte of the command register.
                 if data.len() == 1 && at_byte < offset::STATUS {
                     return Some((offset::COMMAND, vec![low, high]));
                 }
@@ -365,7 +375,8 @@ impl VfioUserDevice {
         self.shape.overlay.needs_server(at_byte, data.len()).then_some(whole)
     }
 
-    /// The server signals what the guest has switched on; the kind that it was given eventfds for just now.
+    /// Has the server signal the kind of interrupts that the guest has switched on, and leads these to the
+    /// guest. Returns the kind for which the server got eventfds now.
     fn rearm(&self, access: &ServerAccess<'_>, wanted: Option<(Irq, u16)>) -> Option<Irq> {
         let calls = self.arm(access, wanted);
         let mut plugged = lock(&self.plugged);
@@ -388,7 +399,8 @@ impl VfioUserDevice {
         })
     }
 
-    /// What is ours is as after power-on; the server does its part when it hears of it.
+    /// Resets the client's part of the function to the power-on state and switches the server's device off.
+    /// The server does its part of the reset when it gets the write.
     fn function_reset(&self, access: &ServerAccess<'_>) {
         if let Some(plugged) = lock(&self.plugged).as_mut() {
             self.place(plugged, &[]);
@@ -401,8 +413,9 @@ impl VfioUserDevice {
         self.switch_off(access);
     }
 
-    /// Of a dword, the half that is the server's, where the other one is ours alone: libvfio-user refuses writes that
-    /// reach the header of a capability, and loses the enable bit of MSI-X with it.
+    /// Reduces a dword to the server's half where the other half is the client's alone. libvfio-user refuses
+    /// a write that reaches the header of a capability; a dword at MSI-X's header would lose the enable bit
+    /// with it.
     fn servers_half<'a>(&self, offset: u16, data: &'a [u8]) -> (u16, &'a [u8]) {
         let half = |at: u16| self.shape.overlay.needs_server(at, 2);
         match data.split_at_checked(2) {
@@ -429,7 +442,8 @@ impl VfioUserDevice {
         }
     }
 
-    /// The server is asked for each access of what the machine does not take.
+    /// Moves the fixtures to where the BARs are decoded. Accesses to a fixture that the machine refuses go to
+    /// the server.
     fn place(&self, plugged: &mut PluggedFunction, decoded: &[Decoded]) {
         for fixtures in &mut plugged.fixtures {
             if let Err(error) = fixtures.place(decoded) {
@@ -438,7 +452,7 @@ impl VfioUserDevice {
         }
     }
 
-    /// The part of a BAR that the server answers for: its region, if all of the access is inside.
+    /// The region behind a BAR, if the whole access is inside the region.
     fn region(&self, bar: BarIndex, offset: u64, length: usize) -> Option<&Region> {
         let index = usize::from(bar.get());
         let shape = self.shape.bars.get(index)?.as_ref()?;
@@ -453,16 +467,17 @@ impl VfioUserDevice {
         }
     }
 
-    /// A function without a server reads all ones, and drivers take that for a device that was pulled out. Linux's virtio
-    /// driver resets the device all the same, and waits without an end for a device status of 0.
+    /// What a guest reads of a BAR whose server is gone: all ones, which drivers take for a device that was
+    /// pulled out. Linux's virtio driver resets a lost device all the same and waits without an end for a
+    /// device status of 0. So the status reads 0 once the driver has reset the device.
     fn read_lost(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
         let status = self.shape.virtio_status.filter(|status| status.is_touched(bar, offset, data.len()));
         let is_reset = status.is_some() && self.virtio_reset.load(Ordering::Relaxed);
         data.fill(if is_reset { 0 } else { 0xff });
     }
 
-    /// Notes a reset of a virtio function by its driver: the server may be lost before it hears of the reset. A driver that
-    /// goes on with a lost function finds that its status stays 0.
+    /// Notes whether the driver of a virtio function has reset it: the server may be lost before it gets the
+    /// reset. Once the server is lost, a device status of 0 stays 0, whatever the driver writes.
     fn note_virtio_status(&self, bar: BarIndex, offset: u64, data: &[u8]) {
         let Some(status) = self.shape.virtio_status.filter(|status| status.bar == bar) else { return };
         let index = status.offset.checked_sub(offset).and_then(|index| usize::try_from(index).ok());
@@ -497,17 +512,19 @@ impl Function for VfioUserDevice {
         let before = plugged.bars.decoded(Command(plugged.command));
         let told = self.note(plugged, offset, data);
         let after = plugged.bars.decoded(Command(plugged.command));
-        // What goes is gone before the server hears of it, what comes is there afterwards.
+        // BARs that the function no longer decodes are removed before the server gets the write. BARs that it
+        // now decodes are added afterwards.
         let stays: Vec<_> = before.iter().filter(|decoded| after.contains(decoded)).copied().collect();
         self.place(plugged, &stays);
         let wanted = plugged.delivery.on(plugged.command);
         drop(locked);
-        // The old kind goes first, then the new one comes, then the server hears that it is on.
+        // The order: the old kind of interrupts is taken back, the new kind is given, and then the server
+        // gets the write that switches the new kind on.
         let armed = self.rearm(&access, wanted);
         if let Some((offset, data)) = told {
             self.forward(&access, offset, &data);
         }
-        // A pin that was asserted while it was off is heard now.
+        // The device may have asserted its pin while the pin was off. Unmasking delivers that level.
         if armed == Some(Irq::Intx) {
             self.unmask_pin();
         }
@@ -519,7 +536,7 @@ impl Function for VfioUserDevice {
         self.tidy();
     }
 
-    /// A lost virtio function goes on decoding its BARs and shows where they are, for the sake of its device status.
+    /// A lost virtio function still decodes its BARs, so that the driver can read the device status.
     fn decoded(&self) -> Vec<Decoded> {
         let is_there = !self.link.is_gone() || self.shape.virtio_status.is_some();
         let plugged = lock(&self.plugged);

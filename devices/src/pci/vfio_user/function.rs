@@ -1,5 +1,6 @@
-//! What a server's function is, judged from its configuration space, region sizes and interrupt counts, and
-//! which bits of that space guests are shown otherwise. Pure; the server may have said anything.
+//! Judges what a server says of its function (configuration space, region sizes, interrupt counts): which
+//! parts guests are shown, and which bits of the configuration space the client answers instead of the
+//! server. Pure functions. Must never trust a value: the server may have said anything.
 
 use super::bars::{self, BarShape};
 use super::capabilities::{self, Capability, extended_id, id, u8_at, u16_at, u32_at};
@@ -8,13 +9,14 @@ use crate::pci::bar::{BarError, Command};
 use crate::pci::config_space::{STATUS_CAPABILITIES, offset};
 use crate::pci::{BarIndex, Identity, Msi, MsiSpec};
 
-/// The bits of the command register that the client answers itself: I/O and memory decode, bus master, INTx disable.
+/// The bits of the command register that the client answers itself: I/O and memory decode, bus master, INTx
+/// disable.
 pub const COMMAND_OURS: u16 = Command::IO | Command::MEMORY | Command::MASTER | Command::INTX_DISABLE;
 
 /// What a server says of its function.
 #[derive(Debug, Clone, Copy)]
 pub struct Said<'a> {
-    /// The configuration space: 256 or 4096 bytes, else it is refused.
+    /// The configuration space. Any size but 256 and 4096 bytes is refused.
     pub config: &'a [u8],
     /// The sizes of regions 0 to 5.
     pub bars: &'a [u64; 6],
@@ -27,23 +29,23 @@ pub struct Said<'a> {
 pub struct InBar {
     /// Which BAR.
     pub bar: BarIndex,
-    /// Where in it.
+    /// The offset in the BAR.
     pub offset: u64,
-    /// Bytes.
+    /// Its length in bytes.
     pub size: u64,
 }
 
 impl InBar {
     const NOWHERE: Self = Self { bar: BarIndex::FIRST, offset: 0, size: 0 };
 
-    /// Whether an access touches it.
+    /// Whether an access touches the structure.
     #[must_use]
     pub fn is_touched(&self, bar: BarIndex, offset: u64, length: usize) -> bool {
         let size = u64::try_from(length).unwrap_or(u64::MAX);
         self.overlaps(&InBar { bar, offset, size })
     }
 
-    /// The first byte behind it.
+    /// The offset of the first byte behind the structure.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.size)
@@ -59,7 +61,7 @@ impl InBar {
 pub struct MsixShape {
     /// The capability.
     pub at: u8,
-    /// Vectors: 1 to 2048.
+    /// The number of vectors, 1 to 2048.
     pub vectors: u16,
     /// The table, inside a memory BAR.
     pub table: InBar,
@@ -68,7 +70,7 @@ pub struct MsixShape {
 }
 
 impl MsixShape {
-    /// The first `vectors` of the table's entries.
+    /// Cuts the table and the pending bits to the first `vectors`.
     fn limited(self, vectors: u16) -> Self {
         let table = InBar { size: u64::from(vectors) * 16, ..self.table };
         let pba = InBar { size: u64::from(vectors).div_ceil(64) * 8, ..self.pba };
@@ -85,25 +87,25 @@ pub struct MsiShape {
     pub spec: MsiSpec,
 }
 
-/// Something that guests are not shown, though the server has it.
+/// A property of the server's function that guests are not shown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Oddity {
-    /// A capability list ends early.
+    /// A capability list is invalid from some pointer on.
     #[error("the capability list is cut at {0:#x}, where none can be")]
     ChainCut(u16),
     /// MSI-X cannot work.
     #[error("MSI-X is hidden: {0}")]
     MsixHidden(&'static str),
-    /// There are fewer vectors than entries.
+    /// Guests see fewer vectors than the capability has.
     #[error("{kind} has {entries} vectors, of which only {vectors} are shown: {why}")]
     FewerVectors {
         /// MSI-X or MSI.
         kind: &'static str,
-        /// What the capability says.
+        /// The number in the capability.
         entries: u16,
-        /// What guests see.
+        /// The number that guests see.
         vectors: u16,
-        /// Who has no more.
+        /// The reason.
         why: &'static str,
     },
     /// MSI cannot work.
@@ -120,10 +122,10 @@ pub enum Unfit {
     /// Its configuration space has a size that no function has.
     #[error("its configuration space has {0:#x} bytes, and not 0x100 or 0x1000")]
     ConfigSize(usize),
-    /// There is none.
+    /// The ids are those of an empty slot.
     #[error("its configuration space shows no function: the ids read {0:#010x}")]
     Absent(u32),
-    /// It is a bridge, or something unknown.
+    /// It is a bridge, or of an unknown header type.
     #[error("it is no endpoint: its header is of type {0:#x}, and not 0")]
     HeaderType(u8),
     /// A BAR cannot be shown.
@@ -134,7 +136,7 @@ pub enum Unfit {
 /// A function that can be shown to guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FunctionShape {
-    /// Who it is.
+    /// Its ids and class.
     pub identity: Identity,
     /// Its BARs.
     pub bars: [Option<BarShape>; 6],
@@ -146,16 +148,17 @@ pub struct FunctionShape {
     pub pin: Option<u8>,
     /// The device status of a virtio function.
     pub virtio_status: Option<InBar>,
-    /// Bytes whose bits reset the function when they are written as 1.
+    /// Offsets of bytes, each with the bits that reset the function when 1 is written to them.
     pub resets: Vec<(u16, u8)>,
-    /// What is ours and never changes. Command, BARs, interrupt line and what MSI and MSI-X keep come on top.
+    /// The client's bits that never change. [`VfioUserDevice`](super::device::VfioUserDevice) adds the
+    /// client's bits that change: command, BARs, interrupt line, and the registers of MSI and MSI-X.
     pub overlay: Overlay,
     /// What guests are not shown.
     pub oddities: Vec<Oddity>,
 }
 
 impl FunctionShape {
-    /// Judges what a server says.
+    /// Judges what a server says of its function.
     ///
     /// # Errors
     /// When guests cannot be shown such a function.
@@ -197,7 +200,7 @@ impl FunctionShape {
             overlay: Overlay::new(space),
             oddities: Vec::new(),
         };
-        // Who it is does not change, whatever the server says later.
+        // The ids never change, whatever the server says later.
         for constant in [offset::ID, offset::REVISION, offset::SUBSYSTEM] {
             shape.overlay.claim(constant, u32::MAX, u32_at(config, constant).unwrap_or(0));
         }
@@ -281,7 +284,7 @@ impl FunctionShape {
         if vectors == 0 {
             return hide("the server has no interrupts for it");
         }
-        // Who serves the function does not serve these, so it need not have memory behind them.
+        // The client answers the table and the pending bits, so the server need not have memory behind them.
         let bars = &mut self.bars;
         let mut place = |register: u16, size: u64| {
             let value = u32_at(said.config, from + register).unwrap_or(u32::MAX);
@@ -301,7 +304,8 @@ impl FunctionShape {
             self.oddities.push(Oddity::FewerVectors { kind: "MSI-X", entries, vectors, why });
         }
         self.msix = Some(MsixShape { table, pba, ..whole });
-        // Table size, and where both are; enable and function mask come on top.
+        // The table's size and both places are constant. The enable bit and the function mask change;
+        // `Delivery` answers them.
         self.overlay.claim(from + 2, 0x3fff, u32::from(vectors - 1));
         for (register, place) in [(4, table), (8, pba)] {
             let low = u32::try_from(place.offset).unwrap_or(0) | u32::from(place.bar.get());
@@ -323,7 +327,8 @@ impl FunctionShape {
         };
         let spec = MsiSpec { vectors, wide: control & 0x80 != 0, maskable: control & 0x100 != 0 };
         self.msi = Some(MsiShape { at, spec });
-        // Everything but the enable bits is constant; those, address, data and masks come on top.
+        // Everything but the two enable fields of the control register is constant. `Delivery` answers these,
+        // the address, the data and the masks.
         let constant = vectors.ilog2() << 1 | u32::from(control & 0x180);
         self.overlay.claim(from + 2, 0xff8e, constant);
         for offset in (4..u16::from(Msi::length(spec))).step_by(4) {
@@ -332,7 +337,7 @@ impl FunctionShape {
         true
     }
 
-    /// Virtio 1.2 §4.1.4: where the common configuration is, and in it the device status.
+    /// Finds the common configuration (Virtio 1.2 §4.1.4) and in it the device status.
     fn find_virtio(&mut self, config: &[u8], at: u8) {
         const VENDOR: u16 = 0x1af4;
         const COMMON_CONFIGURATION: u8 = 1;
@@ -346,14 +351,15 @@ impl FunctionShape {
         }
     }
 
-    /// Message vectors that the guest may use at once.
+    /// The number of message vectors that the guest may use at once.
     #[must_use]
     pub fn vectors(&self) -> u16 {
         let msi = self.msi.map_or(0, |msi| msi.spec.vectors.into());
         self.msix.map_or(msi, |msix| msix.vectors.max(msi))
     }
 
-    /// Shows no more message vectors than `most`, which is 1 at least: the machine has no more.
+    /// Limits the message vectors that guests see to `most`, the number of routes of the host. Guests see at
+    /// least one.
     pub fn limit_vectors(&mut self, most: u16) {
         let most = most.max(1);
         let mut fewer = |kind, entries, vectors| {
@@ -373,7 +379,7 @@ impl FunctionShape {
         }
     }
 
-    /// Says in the log what guests are not shown of the device called `name`, and what that costs them.
+    /// Logs what guests are not shown of the device called `name`, and what that costs them.
     pub fn report(&self, name: &str) {
         let cost = match (&self.msix, &self.msi, self.pin) {
             (Some(_), ..) => "",
@@ -389,7 +395,7 @@ impl FunctionShape {
         }
     }
 
-    /// The function is part of the root complex: it has no link.
+    /// Shows the function as an integrated endpoint of the root complex, which has no link.
     fn show_express(&mut self, config: &[u8], at: u8) {
         const IN_ROOT_COMPLEX: u32 = 9;
         const FUNCTION_RESET: u32 = 1 << 28;
@@ -418,7 +424,8 @@ impl FunctionShape {
         }
         let chain = capabilities::extended(config);
         self.oddities.extend(chain.cut.map(Oddity::ChainCut));
-        // The first one's place cannot be left out: a hidden one there is of no kind.
+        // The first capability must stay at 0x100. If it has to be hidden, it is shown with an id that means
+        // nothing.
         let shown = chain.members.iter().filter(|member| member.at == 0x100 || !HIDDEN.contains(&member.id));
         let shown: Vec<_> = shown.collect();
         let nexts = shown.iter().skip(1).map(|member| u32::from(member.at)).chain([0]);

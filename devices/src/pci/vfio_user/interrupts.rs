@@ -1,5 +1,6 @@
-//! How the function's interrupts reach the guest: the kinds that it has, which of them is on, and the eventfds that
-//! the server was given for it. Called under the device's lock; must never ask the server.
+//! How the function's interrupts reach the guest: the kinds that the function has, the kind that is on, and
+//! the eventfds that the server was given for that kind. Called under the device's lock; must never ask the
+//! server.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,8 +16,8 @@ use crate::pci::bar::Command;
 use crate::pci::{BarIndex, Msi, MsiSpec, Msix};
 use crate::ports::{Guard, Interrupts, PortError};
 
-/// The eventfds of one function. The server is given those of a kind when it comes on; each is the same one for the
-/// function's whole life.
+/// The eventfds of one function. The server gets the eventfds of a kind when the guest switches that kind on.
+/// An interrupt keeps its eventfd for the function's whole life.
 #[derive(Debug)]
 pub struct Calls {
     pin: Mutex<Vec<Arc<Call>>>,
@@ -26,7 +27,7 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// None yet.
+    /// No eventfds yet.
     ///
     /// # Errors
     /// When no eventfd can be had.
@@ -43,7 +44,7 @@ impl Calls {
         }
     }
 
-    /// `count` of them, made when they are needed first.
+    /// The first `count` eventfds of a kind. Missing ones are made now.
     ///
     /// # Errors
     /// When no more descriptors can be had.
@@ -55,7 +56,7 @@ impl Calls {
         Ok(calls.clone())
     }
 
-    /// Forgets what was signalled: of a kind that is off, nobody wants to hear it.
+    /// Discards the signals of a kind that was switched off: the guest must not get them later.
     pub fn drain(&self, kind: Irq) {
         for call in lock(self.list(kind)).iter() {
             if let Err(error) = call.take() {
@@ -74,17 +75,17 @@ impl Calls {
 /// Where an access inside a BAR goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// Into the MSI-X table, at this offset.
+    /// Into the MSI-X table, at this offset in the table.
     Table(u64),
-    /// Into the pending bits, at this offset.
+    /// Into the pending bits, at this offset in them.
     Pending(u64),
-    /// Partly into one of them.
+    /// Partly into the table or the pending bits: no one answers it.
     Across,
-    /// Elsewhere.
+    /// To the server.
     Server,
 }
 
-/// What leads interrupts to the guest.
+/// The routes of the function's interrupts to the guest.
 pub struct Delivery {
     interrupts: Arc<dyn Interrupts>,
     calls: Arc<Calls>,
@@ -98,7 +99,7 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// Everything off. `pin` is the GSI that the function's pin leads to.
+    /// All kinds off. `pin` is the GSI of the function's pin.
     #[must_use]
     pub fn new(
         shape: &FunctionShape,
@@ -115,7 +116,7 @@ impl Delivery {
         Self { interrupts, calls, msix, msi, pin, line: None, connected_msix: false, connected_msi: false }
     }
 
-    /// The kind that is on, with so many interrupts.
+    /// The kind of interrupts that is on, and how many interrupts it has.
     #[must_use]
     pub fn on(&self, command: u16) -> Option<(Irq, u16)> {
         let decodes = command & COMMAND_OURS & (Command::IO | Command::MEMORY | Command::MASTER) != 0;
@@ -129,7 +130,8 @@ impl Delivery {
         pin.then_some((Irq::Intx, 1))
     }
 
-    /// What the guest reads of the dword at `at` of the configuration space, over what is constant there.
+    /// Puts the bits of the interrupt registers that change over the dword at `at` of the configuration
+    /// space, which holds the constant bits.
     pub fn cover(&self, at: u16, dword: &mut [u8; 4]) {
         let value = u32::from_le_bytes(*dword);
         if let Some((_, msix)) = self.msix.as_ref().filter(|(cap, _)| *cap == at) {
@@ -148,13 +150,13 @@ impl Delivery {
         (offset < Msi::length(*spec)).then_some((offset, msi))
     }
 
-    /// Whether the dword at `at` of the configuration space controls interrupts.
+    /// Whether the dword at `at` of the configuration space belongs to an interrupt register.
     #[must_use]
     pub fn has(&self, at: u16) -> bool {
         self.msix.as_ref().is_some_and(|(cap, _)| *cap == at) || self.in_msi(at).is_some()
     }
 
-    /// The guest writes the dword at `at`, which now reads `value`.
+    /// The guest writes the interrupt register at `at`; `value` is the whole new dword.
     ///
     /// # Errors
     /// When the machine refuses a route.
@@ -170,19 +172,19 @@ impl Delivery {
         Ok(())
     }
 
-    /// Puts the eventfds that the server was given behind their vectors, or the pin.
+    /// Connects the eventfds that the server was given to their vectors, or to the pin's line.
     ///
     /// # Errors
     /// When the machine refuses a route.
     pub fn connect(&mut self, kind: Irq, calls: &[Arc<Call>]) -> Result<(), PortError> {
         match (kind, &mut self.msix, &mut self.msi, self.pin) {
-            // One refusal does not keep the others from their vectors.
+            // A route that the machine refuses does not keep the other eventfds from their vectors.
             (Irq::MsiX, Some((_, msix)), ..) if !self.connected_msix => {
                 self.connected_msix = true;
                 let mut done = Ok(());
                 for (vector, call) in (0..).zip(calls) {
-                    // Behind no vector first, where nothing is refused: a route that is refused now is tried again at
-                    // the vector's next change.
+                    // The eventfd is connected to no vector first, which the machine cannot refuse. A route
+                    // that the machine refuses in the second step is tried again at the vector's next change.
                     let known = msix.connect(None, Arc::clone(call));
                     done = done.and(known.and_then(|id| msix.retarget(id, Some(vector))));
                 }
@@ -206,19 +208,20 @@ impl Delivery {
         }
     }
 
-    /// The kind is off: the pin's line goes. Vectors lead nowhere by themselves.
+    /// A kind was switched off. This removes the pin's line; the routes of vectors follow their registers by
+    /// themselves.
     pub fn disconnect(&mut self, kind: Irq) {
         if kind == Irq::Intx {
             self.line = None;
         }
     }
 
-    /// Everything is off again, as at first.
+    /// Switches all kinds off, as in a new one.
     pub fn reset(&mut self, shape: &FunctionShape) {
         *self = Self::new(shape, Arc::clone(&self.calls), Arc::clone(&self.interrupts), self.pin);
     }
 
-    /// Nothing leads to the guest any more, for good.
+    /// Removes all routes to the guest, for good.
     pub fn cut(&mut self) {
         (self.msix, self.msi, self.pin, self.line) = (None, None, None, None);
     }

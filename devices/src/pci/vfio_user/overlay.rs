@@ -1,7 +1,7 @@
-//! The bits of a function's configuration space that the client answers itself; all others are its server's.
-//! Pure. Must never reach beyond the space.
+//! The bits of a function's configuration space that the client answers itself. The server answers all other
+//! bits. Pure data; must never reach beyond the space.
 
-/// Some bits of some bytes, with their values.
+/// The client's bits and their values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlay {
     ours: Vec<u8>,
@@ -9,20 +9,20 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// No bit of `size` bytes.
+    /// An overlay of `size` bytes in which all bits are the server's.
     #[must_use]
     pub fn new(size: u16) -> Self {
         let size = usize::from(size);
         Self { ours: vec![0; size], values: vec![0; size] }
     }
 
-    /// Bytes of the space.
+    /// The size of the space in bytes.
     #[must_use]
     pub fn size(&self) -> u16 {
         u16::try_from(self.ours.len()).unwrap_or(u16::MAX)
     }
 
-    /// Takes the bits of `mask` from the server, little-endian from `offset` on, and gives them `value`.
+    /// Makes the bits of `mask` the client's and gives them `value`; both are little-endian from `offset` on.
     pub fn claim(&mut self, offset: u16, mask: u32, value: u32) {
         for (index, (mask, value)) in mask.to_le_bytes().into_iter().zip(value.to_le_bytes()).enumerate() {
             let at = usize::from(offset).saturating_add(index);
@@ -33,14 +33,14 @@ impl Overlay {
         }
     }
 
-    /// Whether some of these bits are the server's.
+    /// Whether the server answers any bit of these bytes. Bytes beyond the space count as the server's.
     #[must_use]
     pub fn needs_server(&self, offset: u16, length: usize) -> bool {
         let bytes = (0..length).map(|index| self.ours.get(usize::from(offset).saturating_add(index)));
         bytes.into_iter().any(|ours| ours.is_none_or(|ours| *ours != 0xff))
     }
 
-    /// Puts our bits over what the server said.
+    /// Replaces the client's bits in `data`, which the server answered, by their values.
     pub fn cover(&self, offset: u16, data: &mut [u8]) {
         let from = usize::from(offset);
         let held = self.ours.iter().zip(&self.values).skip(from);

@@ -1,16 +1,21 @@
-//! The guest's ends of the pin's interrupt, and the look at the pin that each asks for (PCI 3.0 §2.2.6, §6.2.3).
+//! The guest's ends of the pin's interrupt (PCI 3.0 §2.2.6, §6.2.3). After each end, the client takes a
+//! *look*: it asks the server whether the pin is still asserted.
 //!
-//! The server signals a level once, and KVM lowers the line at the guest's end of interrupt. Where the pin is still
-//! asserted then, the line must be raised again, or the guest waits for ever. The answer to a look is old when it comes:
+//! The server signals a level once, and KVM lowers the line at the guest's end of interrupt. If the pin is
+//! still asserted then, the line must be raised again, or the guest waits for ever. An answer may be outdated
+//! when it arrives:
 //!
 //! ```text
 //!   guest   end 1 ┐              interrupt 2, serves it, end 2 ┐
-//!   server        └▶ look: asserted, and has signalled that  ──┼─▶ the answer: of what end 2 ended
+//!   server        └▶ look: asserted, and has signalled that  ──┼─▶ the answer: about the level before end 2
 //! ```
-//! An answer that the next end has overtaken counts for nothing: that end has a look of its own, so no level is lost by
-//! it. What is left is inherent: whether the server signals what a look has found as well, nobody says, and KVM raises a
-//! line some time after its eventfd was signalled, which may be after the guest's next end. Then the guest is
-//! interrupted once more than needed, finds nothing to do, and goes on; a level that is lost hangs it.
+//! An answer that arrives after the next end is ignored. No level is lost by that, because the next end has a
+//! look of its own.
+//!
+//! One spurious interrupt remains possible, for two reasons: the client cannot know whether the server also
+//! signals the level that a look has found; and KVM raises a line some time after its eventfd was signalled,
+//! which may be after the guest's next end. The guest then finds nothing to do and goes on. A lost level, in
+//! contrast, would hang the guest.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,16 +31,17 @@ enum Asked {
     #[default]
     No,
     Once,
-    /// The interrupt was ended again before the answer.
+    /// The guest ended the interrupt again before the answer came.
     Again,
 }
 
 /// The guest's ends of the pin's interrupt.
 #[derive(Debug)]
 pub struct Ends {
-    /// Signalled by KVM at each, and by us when one is to be looked after that came too early.
+    /// Signalled by KVM at each end. Also signalled by a finished look when another end came during that
+    /// look.
     fd: OwnedFd,
-    /// One at a time: a server that does not answer is not told more and more.
+    /// Allows one look at a time, so that messages do not pile up at a server that does not answer.
     asked: Mutex<Asked>,
 }
 
@@ -49,13 +55,14 @@ impl Ends {
         Ok(Arc::new(Self { fd, asked: Mutex::default() }))
     }
 
-    /// True when there were some since the last time; does not wait.
+    /// Takes the ends since the last call: true when there were some. Does not wait.
     #[must_use]
     pub fn take(&self) -> bool {
         rustix::io::read(&self.fd, &mut [0; 8]).is_ok()
     }
 
-    /// A look at the pin whose line `call` raises; `None` while one is on its way, after which there will be another.
+    /// Begins a look at the pin whose line is raised by `call`. `None` while another look is under way; a new
+    /// look follows that one.
     #[must_use]
     pub fn look(self: &Arc<Self>, call: Arc<Call>) -> Option<Look> {
         let mut asked = lock(&self.asked);
@@ -80,7 +87,7 @@ impl AsFd for Ends {
     }
 }
 
-/// A look at the pin that is on its way; over when it is dropped, answered or not.
+/// A look at the pin that is under way. It ends when this is dropped, with or without an answer.
 #[must_use]
 #[derive(Debug)]
 pub struct Look {
@@ -89,7 +96,8 @@ pub struct Look {
 }
 
 impl Look {
-    /// The pin was asserted: raises its line, unless the guest has ended an interrupt since. Any thread; does not wait.
+    /// The answer: the pin was asserted. Raises the pin's line, unless the guest has ended an interrupt since
+    /// the look began. Called on any thread; does not wait.
     pub fn asserted(self) {
         if !self.ends.has_more()
             && let Err(error) = self.call.ring()
@@ -105,7 +113,7 @@ impl Drop for Look {
         if asked == Asked::Again
             && let Err(error) = rustix::io::write(&self.ends.fd, &1_u64.to_ne_bytes())
         {
-            // It is full then, which says the same.
+            // The counter is full then, and a full counter is a signal already.
             log::debug!("the pin's end of interrupt is not noted: {error}");
         }
     }
@@ -121,7 +129,7 @@ mod tests {
         (Ends::new().unwrap(), Arc::new(Call::new().unwrap()))
     }
 
-    /// As KVM does.
+    /// Ends an interrupt, as KVM does.
     fn end(ends: &Ends) {
         rustix::io::write(ends, &1_u64.to_ne_bytes()).unwrap();
     }
@@ -139,7 +147,7 @@ mod tests {
     #[test]
     fn an_answer_that_the_next_end_has_overtaken_raises_nothing_and_the_next_look_does() {
         let (ends, call) = pin();
-        // Nobody has heard of that end yet; then somebody has.
+        // The second end comes during the look: first not yet taken by the device, then taken.
         for heard in [false, true] {
             let look = ends.look(Arc::clone(&call)).unwrap();
             end(&ends);

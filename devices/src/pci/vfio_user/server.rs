@@ -1,7 +1,9 @@
-//! Whoever serves a function, as the device sees it: requests without a protocol, and a link that breaks for good.
+//! What the device asks of the server of its function: requests independent of the protocol ([`Server`]), and
+//! a link that ends once and for good ([`ServerLink`]). Must never take a lock of the device.
 //!
-//! [`ServerLink::access`] begins one access of the guest. All requests of the access share one deadline, however many there
-//! are; a server that needs longer is given up, and from then on nobody waits for it. Takes no lock of the device.
+//! [`ServerLink::access`] begins one access of the guest. All requests of that access share one deadline,
+//! however many requests there are. A server that exceeds the deadline is given up; from then on no access
+//! waits for it.
 
 use std::error::Error;
 use std::os::fd::BorrowedFd;
@@ -13,53 +15,54 @@ use transport::peer::deadline::Deadline;
 
 use super::pin::Look;
 
-/// The region that is the configuration space.
+/// The index of the region that holds the configuration space.
 pub const CONFIG_REGION: u8 = 7;
 
 /// A kind of interrupt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Irq {
-    /// The pin.
+    /// INTx: the interrupt pin.
     Intx,
-    /// Message signalled.
+    /// MSI.
     Msi,
-    /// The same with a table.
+    /// MSI-X.
     MsiX,
 }
 
-/// Why a server did not do what it was asked.
+/// Why a request to the server failed.
 #[derive(Debug)]
 pub enum ServerError {
-    /// It said no, and can be asked again.
+    /// The server refused the request. It can be asked again.
     Refused(Box<dyn Error + Send + Sync>),
-    /// It closed the connection.
+    /// The server closed the connection.
     Closed(Box<dyn Error + Send + Sync>),
-    /// It cannot be used any more for another reason.
+    /// The server cannot be used any more for another reason.
     Lost(Box<dyn Error + Send + Sync>),
 }
 
 /// Traffic with the server, since it was connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ServerStats {
-    /// Messages sent to it.
+    /// Messages sent to the server.
     pub messages: u64,
-    /// Answers that were waited for.
+    /// Answers that a thread waited for.
     pub waits: u64,
     /// The longest wait.
     pub worst_wait: Duration,
 }
 
-/// Whoever serves a function. Called on vCPU threads, several at once, and on the control thread. A call that takes a
-/// deadline ends with it.
+/// The server of a function. Called on vCPU threads, several at once, and on the control thread. A call that
+/// takes a deadline returns at the deadline at the latest.
 ///
 /// # Errors
 /// Each method fails when the server refuses or is lost.
 #[allow(clippy::missing_errors_doc)]
 pub trait Server: Send + Sync {
-    /// For how long one access of the guest may wait.
+    /// How long one access of the guest may wait.
     fn limit(&self) -> Duration;
 
-    /// Waits until nobody else asks, where the server can be asked one thing at a time.
+    /// Waits until no other thread has a request under way, where the server can be asked only one thing at a
+    /// time. The turn lasts until the returned guard is dropped.
     fn turn(&self) -> Option<MutexGuard<'_, ()>> {
         None
     }
@@ -70,69 +73,71 @@ pub trait Server: Send + Sync {
     /// Writes to a region, and waits for the answer.
     fn write(&self, region: u8, offset: u64, data: &[u8], until: &Deadline) -> Result<(), ServerError>;
 
-    /// Writes to a region, without an answer: before whatever is asked later, but nobody knows whether it was done.
+    /// Writes to a region without waiting for an answer. The server handles the write before any later
+    /// request; whether the write succeeded stays unknown.
     fn post(&self, region: u8, offset: u64, data: &[u8], until: &Deadline) -> Result<(), ServerError>;
 
-    /// Gives the server the eventfds of all interrupts of one kind, the first for interrupt 0. A server that refuses may
-    /// have taken a part of them.
+    /// Gives the server the eventfds of all interrupts of one kind; the first is for interrupt 0. A server
+    /// that refuses may have taken some of them.
     fn arm(&self, kind: Irq, calls: &[BorrowedFd<'_>], until: &Deadline) -> Result<(), ServerError>;
 
-    /// Takes all of them back.
+    /// Takes back all eventfds of one kind of interrupt.
     fn disarm(&self, kind: Irq, until: &Deadline) -> Result<(), ServerError>;
 
-    /// The guest has served the pin's interrupt: raise it again if there is still a reason. Does not wait. A server that
-    /// only says so has `look` told.
+    /// Tells the server that the guest has ended the pin's interrupt: the server raises the interrupt again
+    /// if the device still has a reason. Does not wait. If the server only reports that the pin is asserted,
+    /// `look` gets the report.
     fn unmask_pin(&self, look: Look) -> Result<(), ServerError>;
 
-    /// Resets the device; what was mapped and armed stays.
+    /// Resets the device. Its mappings and the eventfds of its interrupts stay.
     fn reset(&self, until: &Deadline) -> Result<(), ServerError>;
 
-    /// Ends the connection: whoever waits for an answer is told at once.
+    /// Ends the connection. Threads that wait for an answer return at once.
     fn shut_down(&self);
 
-    /// Whether whoever serves the function is there, though it may have closed the connection.
+    /// Whether the server's process is alive. It may be alive and have closed the connection.
     fn is_alive(&self) -> bool;
 
-    /// What happened so far.
+    /// The traffic so far.
     fn stats(&self) -> ServerStats;
 }
 
-/// Writes that nobody waits for, or not.
+/// Whether a write of the guest waits for the server's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writes {
-    /// Each is answered before the guest goes on.
+    /// The server answers each write before the guest goes on.
     Answered,
-    /// They are sent, and the guest goes on.
+    /// The write is sent, and the guest goes on.
     Posted,
 }
 
-/// Whether the server did it.
+/// Whether the server did what it was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Done {
-    /// Yes.
+    /// The server did it.
     Yes,
-    /// It said no, or is not there any more.
+    /// The server refused, or is gone.
     No,
 }
 
-/// Why there is no server any more.
+/// Why the device has no server any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Gone {
-    /// It failed: the device is broken.
+    /// The server failed: the device is broken.
     Broken(String),
     /// Its administrator removed the device.
     Removed,
-    /// It ended with the machine.
+    /// The server ended together with the machine.
     Ended,
 }
 
-/// The server, until it fails.
+/// The connection of a device to its server. Once gone, the server never comes back.
 pub struct ServerLink {
     name: String,
     server: Arc<dyn Server>,
     gone: OnceLock<Gone>,
-    /// The machine ends: a server that closes the connection now has done nothing wrong.
+    /// The machine is ending. A server that closes the connection from now on has not failed.
     ending: AtomicBool,
     refused: AtomicU64,
 }
@@ -147,7 +152,7 @@ impl std::fmt::Debug for ServerLink {
 }
 
 impl ServerLink {
-    /// To `server`, for the device called `name`.
+    /// A link to `server` for the device called `name`.
     #[must_use]
     pub fn new(name: String, server: Arc<dyn Server>) -> Self {
         let (ending, refused) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -160,25 +165,30 @@ impl ServerLink {
         &self.name
     }
 
-    /// Why there is no server any more, if so.
+    /// Why the server is gone; `None` while the server is there.
     #[must_use]
     pub fn gone(&self) -> Option<&Gone> {
         self.gone.get()
     }
 
-    /// Whether there is no server any more.
+    /// Whether the server is gone.
     #[must_use]
     pub fn is_gone(&self) -> bool {
         self.gone.get().is_some()
     }
 
-    /// Gives the server up because it failed. Only the first call counts. Does not wait.
+    /// Gives the server up because it failed; `why` goes into the log. Only the first end of the link counts.
+    /// Does not wait.
     pub fn give_up(&self, why: &str) {
         self.end(Gone::Broken(why.to_owned()));
     }
 
-    /// The connection was closed while nothing was asked. A server that lives on has been told to serve the device no
-    /// longer, one that died has failed. Does not wait.
+    /// The server closed the connection while no request was under way. There are three cases:
+    /// 1. The machine is ending: the server ended with the machine.
+    /// 2. The server's process is alive: its administrator removed the device.
+    /// 3. The process is dead: the server failed.
+    ///
+    /// Does not wait.
     pub fn hung_up(&self) {
         match (self.ending.load(Ordering::Acquire), self.is_gone()) {
             (_, true) => {}
@@ -188,7 +198,7 @@ impl ServerLink {
         }
     }
 
-    /// The machine ends. Called before the last access.
+    /// Notes that the machine is ending. Called before the last access.
     pub fn ending(&self) {
         self.ending.store(true, Ordering::Release);
     }
@@ -225,7 +235,7 @@ impl ServerLink {
         self.server.stats()
     }
 
-    /// Requests that the server refused.
+    /// How many requests the server refused.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
@@ -250,7 +260,8 @@ impl ServerLink {
         if self.is_gone() { Done::No } else { self.judge(self.server.unmask_pin(look)) }
     }
 
-    /// Begins an access of the guest: its time runs from now on. May wait for the access of another vCPU first.
+    /// Begins an access of the guest; the deadline counts from now. May first wait for another vCPU's access
+    /// ([`Server::turn`]).
     #[must_use]
     pub fn access(&self) -> ServerAccess<'_> {
         let _turn = self.server.turn();
@@ -258,7 +269,7 @@ impl ServerLink {
     }
 }
 
-/// One access of the guest, and all that it takes of the server.
+/// One access of the guest. All its requests to the server share one deadline.
 #[derive(Debug)]
 pub struct ServerAccess<'a> {
     link: &'a ServerLink,
@@ -279,7 +290,7 @@ impl ServerAccess<'_> {
         self.link.judge(what(&*self.link.server, &self.until))
     }
 
-    /// Reads from a region; all ones when there is no answer.
+    /// Reads from a region. `data` becomes all ones when the server gives no answer.
     pub fn read(&self, region: u8, offset: u64, data: &mut [u8]) {
         if self.ask(|server, until| server.read(region, offset, data, until)) == Done::No {
             data.fill(0xff);
@@ -310,7 +321,7 @@ impl ServerAccess<'_> {
     }
 }
 
-/// An error with its causes, on one line.
+/// The error and its causes, on one line.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -322,18 +333,18 @@ fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// Accesses of the guest that came to userspace.
+/// The number of guest accesses that came to userspace.
 #[derive(Debug, Default)]
 pub(super) struct AccessCounter {
     pub(super) reads: AtomicU64,
     pub(super) writes: AtomicU64,
 }
 
-/// What was counted over the device's life.
+/// Counts over the device's whole life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AccessCounts {
-    /// Reads and writes of BARs 0 to 5, and of the configuration space, that came to userspace.
+    /// Reads and writes that came to userspace: of BARs 0 to 5, then of the configuration space.
     pub regions: [(u64, u64); 7],
-    /// Reads and writes of BARs that the server was asked for.
+    /// Reads and writes of BARs that were passed on to the server.
     pub requests: u64,
 }

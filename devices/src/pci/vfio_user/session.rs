@@ -1,4 +1,4 @@
-//! A server over vfio-user: one connection, and the process at its other end.
+//! [`Server`] over vfio-user: one connection, and the server's process if it can be seen from here.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -17,16 +17,17 @@ use super::server::{Irq, Server, ServerError, ServerStats};
 use crate::lock;
 use crate::pci::config_space::offset;
 
-/// Of the status register: the device asserts its pin.
+/// Bit of the status register: the device asserts its pin.
 const INTERRUPT_STATUS: u8 = 1 << 3;
 
 /// One connection.
 pub(super) struct Session {
     client: Client,
-    /// Who asks, where nothing may be asked while an answer is due: the server may have something to ask meanwhile, and
-    /// takes what comes for our reply.
+    /// Held by the thread that has a request under way, for protocol versions in which nothing may be sent
+    /// while an answer is due: the server may send a request of its own meanwhile, and takes the next message
+    /// from us for its reply.
     turn: Option<Mutex<()>>,
-    /// The process that serves, if it can be seen from here.
+    /// The server's process, if it can be seen from here.
     process: Option<(Pid, OwnedFd)>,
 }
 
@@ -56,11 +57,11 @@ fn index(kind: Irq) -> IrqIndex {
     }
 }
 
-/// Whether a process is on its way to its end: its descriptors are closed before anybody can wait for it.
+/// Whether a process is exiting: the kernel closes its descriptors before its pidfd becomes readable.
 fn is_exiting(pid: Pid) -> bool {
     const PF_EXITING: u64 = 4;
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
-    // The name, which may hold anything, is in parentheses; the flags are the seventh field behind it.
+    // The process name may hold anything and is in parentheses; the flags are the seventh field after it.
     let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6));
     flags.and_then(|flags| flags.parse::<u64>().ok()).is_none_or(|flags| flags & PF_EXITING != 0)
 }
@@ -95,17 +96,19 @@ impl Server for Session {
     }
 
     fn unmask_pin(&self, look: Look) -> Result<(), ServerError> {
-        // Nobody may wait for a turn here. Every server is told, whether or not it said that it masks its pin (no library
-        // says it): one that does would never raise it again.
+        // This call must not wait for a turn. Every server gets the message, whether or not it announces that
+        // it masks its pin (no library announces it): a server that masks the pin and gets no message would
+        // never raise the pin again.
         let pin = IrqIndex::INTX;
-        // Those of version 0.0 are not on libvfio-user, and raise it again by themselves: the guest would be interrupted
-        // twice.
+        // Servers of version 0.0 do not use libvfio-user and raise the pin again by themselves. A look would
+        // interrupt the guest twice.
         if !self.client.version().is_extended() {
             return self.client.unmask_irqs_then(pin, 0, 1, move || drop(look)).map_err(sort);
         }
         self.client.unmask_irqs_then(pin, 0, 1, || ()).map_err(sort)?;
-        // libvfio-user does nothing then, and signals a level that stays as it is once. Where the device keeps it, the
-        // status register tells. Some servers abort on anything but aligned dwords.
+        // libvfio-user does nothing on this message, and it signals a level once, however long the pin stays
+        // asserted. So the status register is read, where the device keeps the pin's state. The read is an
+        // aligned dword, because some servers abort on anything else.
         let told = move |dword: &[u8]| {
             if dword.get(2).is_some_and(|status| status & INTERRUPT_STATUS != 0) {
                 look.asserted();

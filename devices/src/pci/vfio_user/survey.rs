@@ -1,4 +1,5 @@
-//! A vfio-user server is asked what its function is, and is given guest memory.
+//! Asks a vfio-user server what its function is, and gives the server guest memory. Must never show guests
+//! what [`FunctionShape::judge`] refused.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -16,13 +17,13 @@ use super::session::Session;
 use crate::pci::config_space::offset;
 use crate::ports::WriteWidth;
 
-/// What the user may ask for.
+/// What the user may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wishes {
-    /// How BARs are written; by default posted where nothing of the BAR is memory of the guest, and the server can be
-    /// told something while it asks us.
+    /// How BARs are written. The default is posted, if no part of the BAR is mapped into the guest and the
+    /// server accepts messages while it waits for our reply to a request of its own.
     pub writes: Option<Writes>,
-    /// Whether the server is asked to reset the device; by default if it says that it can.
+    /// Whether the server is asked to reset the device. The default is what the server says that it can.
     pub reset: Option<Reset>,
 }
 
@@ -35,44 +36,44 @@ pub enum Reset {
     Unused,
 }
 
-/// A piece of a region that guests may be shown as memory.
+/// A part of a region that may be mapped into the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     /// Where it begins in the region.
     pub offset: u64,
-    /// Bytes.
+    /// Its length in bytes.
     pub size: u64,
     /// Where it begins in the region's file.
     pub file_offset: u64,
 }
 
-/// A write of the guest that the server hears of by an eventfd.
+/// A write of the guest that the server learns of by an eventfd.
 #[derive(Debug)]
 pub struct Doorbell {
-    /// Where in the region.
+    /// The offset in the region.
     pub offset: u64,
-    /// How wide it is.
+    /// The width of the write.
     pub width: WriteWidth,
-    /// What is written; `None` matches every value.
+    /// The value that is written; `None` matches every value.
     pub value: Option<u64>,
-    /// What is signalled.
+    /// The eventfd that is signalled.
     pub fd: OwnedFd,
 }
 
-/// What there is behind a BAR. Nothing, by default.
+/// The region behind a BAR. By default nothing is behind it.
 #[derive(Debug)]
 pub struct Region {
-    /// Reads are answered.
+    /// The server answers reads.
     pub readable: bool,
-    /// Writes are taken.
+    /// The server takes writes.
     pub writable: bool,
-    /// The file behind its pieces.
+    /// The file that `pieces` are parts of.
     pub file: Option<Arc<OwnedFd>>,
-    /// What of it may be memory of the guest.
+    /// The parts that may be mapped into the guest.
     pub pieces: Vec<Piece>,
     /// Its doorbells.
     pub doorbells: Vec<Doorbell>,
-    /// How it is written.
+    /// Whether writes wait for the server's answer.
     pub writes: Writes,
 }
 
@@ -89,13 +90,13 @@ pub enum OpenError {
     /// The server failed.
     #[error(transparent)]
     Server(#[from] Error),
-    /// It serves something else.
+    /// The server serves something other than a PCI device.
     #[error("vfio-user server {0} serves no PCI device")]
     NotPci(String),
     /// Its function cannot be shown to guests.
     #[error("the function that vfio-user server {0} serves cannot be shown to a guest")]
     Unfit(String, #[source] Unfit),
-    /// There are no more descriptors.
+    /// The process has no descriptor left.
     #[error("no descriptor can be had for vfio-user server {0}")]
     Duplicate(String, #[source] std::io::Error),
 }
@@ -114,26 +115,27 @@ impl OpenError {
     }
 }
 
-/// A server that was asked all, with guest memory shared.
+/// A server that has answered all questions and shares guest memory.
 pub struct Surveyed {
-    /// Who it is.
+    /// The server.
     pub server: Arc<dyn Server>,
     /// What its function is.
     pub shape: FunctionShape,
-    /// What is behind its BARs.
+    /// The regions behind its BARs.
     pub regions: [Region; 6],
-    /// Whether it is asked to reset the device.
+    /// Whether the server is asked to reset the device.
     pub reset: Reset,
-    /// What reads while nobody waits; to be served from now on.
+    /// The reader of messages that no caller waits for. The owner has to serve it from now on.
     pub receiver: Receiver,
-    /// Hangs up when the connection is gone.
+    /// A descriptor that hangs up when the connection is gone.
     pub hang_up: OwnedFd,
 }
 
-/// Asks a server what its function is, and gives it guest memory. Waits for the server.
+/// Asks a server what its function is, and gives the server guest memory. Waits for the server.
 ///
 /// # Errors
-/// When it fails, refuses, or serves what guests cannot be shown. Nothing stays mapped then: the connection ends.
+/// When the server fails or refuses, or its function cannot be shown to guests. The connection then ends, so
+/// nothing stays mapped.
 pub fn survey(client: Client, wishes: Wishes, memory: &MemoryMap) -> Result<Surveyed, OpenError> {
     let surveyed = ask(&client, wishes, memory);
     if surveyed.is_err() {
@@ -185,9 +187,9 @@ fn ask(client: &Client, wishes: Wishes, memory: &MemoryMap) -> Result<Surveyed, 
     })
 }
 
-/// Who was served before may have left the function at work, as some servers keep its configuration: it must not go on in
-/// the memory that it is given now, nor hold on to a kind of interrupts that the guest, who sees all of them off, does not
-/// want.
+/// Switches off what an earlier client may have left on, because some servers keep their configuration.
+/// Otherwise the function would access the memory that it is given now, or hold on to a kind of interrupts
+/// that the guest sees switched off.
 fn quieten(client: &Client, config: &[u8], shape: &FunctionShape) -> Result<(), OpenError> {
     const MSI_ENABLE: u16 = 1;
     const MSIX_ENABLE: u16 = 1 << 15;
@@ -206,8 +208,8 @@ fn quieten(client: &Client, config: &[u8], shape: &FunctionShape) -> Result<(), 
     Ok(())
 }
 
-/// The configuration space: the first 256 bytes, and of the rest what capability lists are made of. By naturally
-/// aligned dwords, as some servers abort on anything else.
+/// Reads the configuration space: the first 256 bytes, and the headers of the extended capabilities. All
+/// reads are aligned dwords, because some servers abort on anything else.
 fn config_bytes(client: &Client, size: u64) -> Result<Vec<u8>, OpenError> {
     let size = match size {
         0x1000.. => 0x1000,
@@ -228,8 +230,9 @@ fn config_bytes(client: &Client, size: u64) -> Result<Vec<u8>, OpenError> {
     }
     let mut next: u16 = if size > 0x100 { 0x100 } else { 0 };
     let (mut seen, begun) = (0, Instant::now());
-    // No list has more members than that; what lies about it is judged afterwards. Nor is a server that makes one last
-    // listened to for long: what was not read is cut off.
+    // The list ends after 960 members, as no valid list has more, or after the deadline: a server must not
+    // stretch the survey. `FunctionShape::judge` rejects what is wrong with the list, and the unread part is
+    // cut off.
     while (0x100..0x1000).contains(&next)
         && next.is_multiple_of(4)
         && seen < 960
@@ -293,7 +296,7 @@ fn behind(
     })
 }
 
-/// A doorbell that the kernel can ring without us: one whose value is not wanted.
+/// The doorbell of an ioeventfd. `None` for other kinds, which the kernel cannot signal without us.
 fn doorbell(fd: &IoFd) -> Option<std::io::Result<Doorbell>> {
     if fd.place.kind != IoFdKind::Ioeventfd {
         return None;
