@@ -1,11 +1,11 @@
-//! The pvpanic device (QEMU, docs/specs/pvpanic.rst): one port, at which a guest's kernel says that it has
-//! panicked. Only reports; what comes of it is decided elsewhere.
+//! The pvpanic device (QEMU, docs/specs/pvpanic.rst): one port, at which a guest's kernel reports that it has
+//! panicked. Must never act on the report: the machine decides what follows.
 
 use crate::bus::BusDevice;
 
-/// The guest has panicked, and nothing in it goes on.
+/// The guest has panicked and does nothing more.
 const PANICKED: u8 = 1;
-/// The guest has panicked, and its crash kernel takes over.
+/// The guest has panicked and its crash kernel takes over.
 const CRASH_LOADED: u8 = 1 << 1;
 
 /// The port.

@@ -1,9 +1,9 @@
-//! Base address registers (PCI 3.0 §6.2.5): what a function decodes, and where. Pure data; must never register
-//! anything with the machine, nor decode an address outside the bridge's windows.
+//! Base address registers (PCI 3.0 §6.2.5): which addresses a function decodes. Pure data; must never
+//! register anything with the machine, nor decode an address outside the bridge's windows.
 
 use std::fmt;
 
-/// Which base address register: 0 to 5, or the expansion ROM's.
+/// The number of a base address register: 0 to 5, or the expansion ROM's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BarIndex(u8);
 
@@ -12,16 +12,16 @@ impl BarIndex {
     pub const FIRST: Self = Self(0);
     /// The expansion ROM's register.
     pub const ROM: Self = Self(6);
-    /// All of them.
+    /// All registers.
     pub const ALL: [Self; 7] = [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5), Self(6)];
 
-    /// `None` above 6.
+    /// The register with this number; `None` above 6.
     #[must_use]
     pub fn new(index: u8) -> Option<Self> {
         (index <= 6).then_some(Self(index))
     }
 
-    /// As a number; 6 is the ROM.
+    /// The number; 6 is the ROM.
     #[must_use]
     pub fn get(self) -> u8 {
         self.0
@@ -47,18 +47,18 @@ pub enum Space {
     Io,
 }
 
-/// What a base address register is for.
+/// The kind of a base address register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BarKind {
     /// I/O ports.
     Io,
     /// Memory below 4 GiB.
     Memory32,
-    /// The same, and reads have no side effects.
+    /// Memory below 4 GiB whose reads have no side effects.
     Prefetchable32,
-    /// Memory anywhere; takes the next register, too.
+    /// Memory at any address. Takes the next register, too.
     Memory64,
-    /// The same, and reads have no side effects.
+    /// Memory at any address whose reads have no side effects. Takes the next register, too.
     Prefetchable64,
     /// The expansion ROM.
     Rom,
@@ -69,7 +69,7 @@ impl BarKind {
     const WIDE: u32 = 4;
     const PREFETCHABLE: u32 = 8;
 
-    /// What the low bits of a device's register say; `None` for the types that are reserved.
+    /// The kind that the low bits of a device's register say; `None` for the reserved types.
     #[must_use]
     pub fn from_register(value: u32) -> Option<Self> {
         match value & 0xf {
@@ -98,14 +98,15 @@ impl BarKind {
         matches!(self, Self::Memory64 | Self::Prefetchable64)
     }
 
-    /// Which addresses it decodes.
+    /// The address space that it decodes.
     #[must_use]
     pub fn space(self) -> Space {
         if self == Self::Io { Space::Io } else { Space::Memory }
     }
 
-    /// Sizes that make sense: at least a page, so that a memory slot never holds two functions. Of ports, more than
-    /// PCI has (256), for servers that forget to say that a BAR is memory.
+    /// The sizes that are accepted. Memory takes at least a page, so that a memory slot never holds parts of
+    /// two functions. Ports may be more than the 256 that PCI allows, for servers that forget to say that a
+    /// BAR is memory.
     fn limits(self) -> std::ops::RangeInclusive<u64> {
         match self {
             Self::Io => 4..=0x4000,
@@ -115,21 +116,21 @@ impl BarKind {
     }
 }
 
-/// A base address register as its device wants it.
+/// A base address register as its device asks for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarSpec {
     /// Which register.
     pub index: BarIndex,
-    /// What for.
+    /// The kind.
     pub kind: BarKind,
-    /// How many bytes are there: rounded up to a power of two, memory to a page at least.
+    /// The size in bytes. It is rounded up to a power of two, and memory to at least a page.
     pub size: u64,
 }
 
-/// Why a device cannot have such registers.
+/// Why a device cannot have the registers that it asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BarError {
-    /// No size, or one that no window could hold.
+    /// The size is 0, or larger than any window could be.
     #[error("{index} of {size:#x} bytes is not possible")]
     Size {
         /// Which register.
@@ -137,10 +138,10 @@ pub enum BarError {
         /// Its size.
         size: u64,
     },
-    /// A register that is taken already, or a wide one without a second register.
+    /// The register is taken already, or a 64-bit BAR has no second register.
     #[error("{0} needs a register that is not there, or is taken")]
     Overlap(BarIndex),
-    /// The ROM register is for the ROM, and the others are not.
+    /// The ROM's register must be of kind ROM, and no other register may be.
     #[error("{0} cannot be of that kind")]
     Kind(BarIndex),
 }
@@ -150,7 +151,7 @@ pub enum BarError {
 pub struct Window {
     /// Its first address.
     pub base: u64,
-    /// Its length in bytes; 0 when there is none.
+    /// Its length in bytes; 0 for no window.
     pub size: u64,
 }
 
@@ -166,7 +167,7 @@ impl Window {
 pub struct Windows {
     /// Memory below 4 GiB.
     pub memory32: Window,
-    /// Memory above.
+    /// Memory above 4 GiB.
     pub memory64: Window,
     /// I/O ports.
     pub io: Window,
@@ -181,21 +182,21 @@ impl Windows {
     }
 }
 
-/// Wide BARs up to this size go below 4 GiB at power-on, where every guest can reach them.
+/// 64-bit BARs up to this size are placed below 4 GiB at power-on, where every guest can reach them.
 const SMALL: u64 = 1 << 20;
 
-/// What is left of the windows.
+/// The part of the windows that is not assigned yet.
 #[derive(Debug, Clone, Copy)]
 pub struct Room(Windows);
 
 impl Room {
-    /// All of them.
+    /// The whole of `windows`.
     #[must_use]
     pub fn new(windows: Windows) -> Self {
         Self(windows)
     }
 
-    /// A place for `size` bytes, a power of two, aligned to that.
+    /// Takes an address for `size` bytes, a power of two, aligned to `size`.
     fn take(&mut self, kind: BarKind, size: u64) -> Option<u64> {
         let Windows { memory32, memory64, io } = &mut self.0;
         match kind {
@@ -215,12 +216,12 @@ fn take(window: &mut Window, size: u64) -> Option<u64> {
     Some(base)
 }
 
-/// Where a BAR is.
+/// A BAR that is decoded, and its addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Decoded {
-    /// Which.
+    /// The register.
     pub bar: BarIndex,
-    /// In which addresses.
+    /// The address space.
     pub space: Space,
     /// Its first address.
     pub base: u64,
@@ -228,7 +229,7 @@ pub struct Decoded {
     pub size: u64,
 }
 
-/// What the command register lets a function decode.
+/// The command register: what a function may decode and do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Command(pub u16);
 
@@ -237,7 +238,7 @@ impl Command {
     pub const IO: u16 = 1;
     /// Decode memory BARs.
     pub const MEMORY: u16 = 2;
-    /// The function may access memory, and send messages.
+    /// The function may access memory and send message interrupts.
     pub const MASTER: u16 = 4;
     /// The function must not raise INTx.
     pub const INTX_DISABLE: u16 = 1 << 10;
@@ -254,13 +255,13 @@ struct Bar {
     kind: BarKind,
     /// A power of two.
     size: u64,
-    /// The address bits, as written.
+    /// The address bits as the guest wrote them.
     base: u64,
-    /// Of the ROM: bit 0.
+    /// Bit 0 of the ROM's register.
     enabled: bool,
 }
 
-/// The registers of one function, at what they hold now.
+/// The registers of one function, with their present values.
 #[derive(Debug, Clone)]
 pub struct Bars {
     windows: Windows,
@@ -274,7 +275,7 @@ impl Bars {
         Self { windows, bars: [None; 7] }
     }
 
-    /// Registers at 0, where nothing is decoded.
+    /// Registers at address 0, where nothing is decoded.
     ///
     /// # Errors
     /// When two of them want the same register, or one is of a size or kind that cannot be.
@@ -297,7 +298,8 @@ impl Bars {
         Ok(bars)
     }
 
-    /// Gives each a place, the largest first. One that finds none stays at 0, for the guest to place.
+    /// Assigns an address to each register, the largest BAR first. A BAR that finds no room stays at 0, for
+    /// the guest to place.
     pub fn assign(&mut self, room: &mut Room) {
         let mut bars: Vec<&mut Bar> = self.bars.iter_mut().flatten().collect();
         bars.sort_by_key(|bar| std::cmp::Reverse(bar.size));
@@ -306,19 +308,20 @@ impl Bars {
         }
     }
 
-    /// Whether the function has this BAR, and it is somewhere.
+    /// Whether the function has this BAR and the BAR has an address.
     #[must_use]
     pub fn is_placed(&self, index: BarIndex) -> bool {
         self.bars.get(index.at()).copied().flatten().is_some_and(|bar| bar.base != 0)
     }
 
-    /// The size of a BAR, a power of two; `None` when the function has not got it.
+    /// The size of a BAR, a power of two; `None` if the function does not have the BAR.
     #[must_use]
     pub fn size(&self, index: BarIndex) -> Option<u64> {
         self.bars.get(index.at())?.map(|bar| bar.size)
     }
 
-    /// The BAR that register `number` belongs to, and the bit at which the register begins in it.
+    /// The BAR that register `number` is a part of, and the bit of the BAR's value at which the register
+    /// begins.
     fn of_register(&self, number: u8) -> Option<(usize, u32)> {
         let number = usize::from(number);
         let has = |number: usize| self.bars.get(number).copied().flatten();
@@ -329,7 +332,7 @@ impl Bars {
         has(before).filter(|bar| bar.kind.is_wide()).map(|_| (before, 32))
     }
 
-    /// What register `number` (0 to 5; 6 is the ROM's) reads.
+    /// The value that register `number` reads (0 to 5; 6 is the ROM's).
     #[must_use]
     pub fn read(&self, number: u8) -> u32 {
         let Some((index, shift)) = self.of_register(number) else { return 0 };
@@ -350,7 +353,7 @@ impl Bars {
         }
     }
 
-    /// What is decoded with this command register, in the order of the registers.
+    /// The BARs that are decoded with this command register, in the order of the registers.
     #[must_use]
     pub fn decoded(&self, command: Command) -> Vec<Decoded> {
         let place = |(index, bar): (&BarIndex, &Option<Bar>)| {

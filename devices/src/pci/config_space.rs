@@ -1,11 +1,12 @@
-//! A type-0 configuration space (PCI 3.0 §6.1, §6.2, §6.7): header, base address registers, a list of capabilities.
-//! Pure; must never call anyone. What a write means beyond the header is for its function.
+//! A type-0 configuration space (PCI 3.0 §6.1, §6.2, §6.7): header, base address registers, a list of
+//! capabilities. Pure; must never call anyone. Whether a write beyond the header has an effect is the
+//! function's decision.
 
 use std::fmt;
 
 use super::bar::{BarIndex, Bars, Command, Decoded};
 
-/// Who the function is.
+/// The ids and the class of a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
     /// Vendor.
@@ -28,7 +29,7 @@ impl fmt::Display for Identity {
     }
 }
 
-/// What a configuration write touched.
+/// The part of the space that a configuration write touched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
     /// The command register or a base address register: ask [`ConfigSpace::decoded`] again.
@@ -62,22 +63,22 @@ pub mod offset {
     pub const ROM: u16 = 0x30;
     /// The first capability.
     pub const CAPABILITIES: u16 = 0x34;
-    /// What the guest notes of the interrupt's line.
+    /// The interrupt line register, where the guest keeps a number of its own.
     pub const INTERRUPT_LINE: u16 = 0x3c;
-    /// Which pin the function interrupts by: 1 is INTA, 0 none.
+    /// The function's interrupt pin: 1 is INTA, 0 none.
     pub const INTERRUPT_PIN: u16 = 0x3d;
-    /// Behind the header.
+    /// The first offset behind the header.
     pub const HEADER_END: u16 = 0x40;
 }
 
-/// Length in bytes. Beyond it a conventional function reads zero.
+/// The length in bytes. Beyond it, a conventional function reads zero.
 const LENGTH: usize = 256;
-/// What of the command register can be written: I/O, memory, master, parity, SERR, INTx disable.
+/// The writable bits of the command register: I/O, memory, master, parity, SERR, INTx disable.
 const COMMAND_WRITABLE: u16 = 0x0547;
-/// Of the status register: there is a list of capabilities.
+/// Bit of the status register: the function has a list of capabilities.
 pub(super) const STATUS_CAPABILITIES: u16 = 1 << 4;
 
-/// The base address register at `offset`, a multiple of 4.
+/// The number of the base address register at `offset`, a multiple of 4; `None` if there is none.
 #[must_use]
 pub fn bar_register(offset: u16) -> Option<u8> {
     match offset {
@@ -91,17 +92,17 @@ pub fn bar_register(offset: u16) -> Option<u8> {
 #[derive(Debug, Clone)]
 pub struct ConfigSpace {
     bytes: [u8; LENGTH],
-    /// A set bit can be written.
+    /// A set bit can be written by the guest.
     writable: [u8; LENGTH],
     bars: Bars,
-    /// Where the pointer to the next capability belongs.
+    /// The offset of the byte that will hold the pointer to the next capability.
     link: u16,
-    /// Where the next capability may begin.
+    /// The offset at which the next capability may begin.
     free: u16,
 }
 
 impl ConfigSpace {
-    /// A header, without capabilities. `pin` is 1 for INTA, 0 for none.
+    /// A header without capabilities. `pin` is 1 for INTA, 0 for none.
     #[must_use]
     pub fn new(identity: Identity, bars: Bars, pin: u8) -> Self {
         let mut space = Self {
@@ -123,8 +124,8 @@ impl ConfigSpace {
         space
     }
 
-    /// Appends a capability: its id, then `body` from offset 2 on, of which the bits set in `writable` (from the
-    /// same offset on) can be written. Says where it begins.
+    /// Appends a capability: its id, and `body` from offset 2 on. The guest can write the bits that are set
+    /// in `writable`, which begins at offset 2, too. Returns the capability's offset.
     ///
     /// # Errors
     /// When 256 bytes are not enough.
@@ -143,7 +144,8 @@ impl ConfigSpace {
         Ok(at)
     }
 
-    /// Sets bytes that the guest reads, whether it can write them or not. What lies outside is cut off.
+    /// Sets bytes that the guest reads, whether the guest can write them or not. Bytes outside the space are
+    /// ignored.
     pub fn set(&mut self, offset: u16, bytes: &[u8]) {
         copy(&mut self.bytes, offset, bytes);
     }
@@ -165,7 +167,7 @@ impl ConfigSpace {
         Command(self.word(offset::COMMAND))
     }
 
-    /// Where the BARs are.
+    /// The BARs that are decoded now.
     #[must_use]
     pub fn decoded(&self) -> Vec<Decoded> {
         self.bars.decoded(self.command())
@@ -205,7 +207,7 @@ impl ConfigSpace {
     }
 }
 
-/// Overwrites `to` from `offset` on; what lies outside is cut off.
+/// Overwrites `to` from `offset` on. Bytes outside `to` are ignored.
 fn copy(to: &mut [u8], offset: u16, from: &[u8]) {
     for (to, from) in to.iter_mut().skip(usize::from(offset)).zip(from) {
         *to = *from;

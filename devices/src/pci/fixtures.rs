@@ -1,5 +1,5 @@
-//! What a function has registered with the machine inside one of its BARs: memory of a peer, doorbells. They go
-//! where the BAR goes. Called under the function's lock, on vCPU threads; never waits.
+//! What a function registers with the machine inside one of its BARs: memory of a peer, and doorbells. The
+//! registrations move with the BAR. Called under the function's lock, on vCPU threads; must never wait.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,7 +11,7 @@ use crate::ports::{
     Access, FileRange, Guard, OnVanished, PortError, Ports, WriteAddress, WriteMatch, WriteWidth,
 };
 
-/// Something at a place inside a BAR.
+/// A registration inside a BAR.
 pub enum Fixture {
     /// A piece of a peer's file.
     Memory {
@@ -22,18 +22,18 @@ pub enum Fixture {
         /// See [`crate::ports::DeviceMemory::map`].
         vanished: OnVanished,
     },
-    /// Writes of the guest that signal an eventfd.
+    /// Guest writes that signal an eventfd.
     Doorbell {
         /// The eventfd.
         fd: OwnedFd,
-        /// How wide the writes are.
+        /// The width of the writes.
         width: WriteWidth,
-        /// What is written; `None` matches every value.
+        /// The value that is written; `None` matches every value.
         value: Option<u64>,
     },
 }
 
-/// A fixture, for removing it.
+/// Identifies a fixture, for removing it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FixtureId(u64);
 
@@ -53,16 +53,16 @@ pub struct Fixtures {
 }
 
 impl Fixtures {
-    /// None yet, and the BAR is nowhere.
+    /// No fixtures yet, and the BAR is not decoded.
     #[must_use]
     pub fn new(bar: BarIndex, ports: Ports) -> Self {
         Self { bar, ports, place: None, next: 0, fixed: BTreeMap::new() }
     }
 
-    /// Puts `what` at `offset` in the BAR: now, and wherever the BAR goes.
+    /// Registers `what` at `offset` in the BAR: at the BAR's present address, and at each later one.
     ///
     /// # Errors
-    /// When the machine refuses it at the present place. It is not added then.
+    /// When the machine refuses the fixture at the present address. The fixture is not added then.
     pub fn add(&mut self, offset: u64, what: Fixture) -> Result<FixtureId, PortError> {
         let mut fixed = Fixed { offset, what, guard: None };
         fixed.register(self.place, &self.ports)?;
@@ -72,27 +72,29 @@ impl Fixtures {
         Ok(id)
     }
 
-    /// Takes a fixture away.
+    /// Removes a fixture.
     pub fn remove(&mut self, id: FixtureId) {
         self.fixed.remove(&id);
     }
 
-    /// Takes all fixtures away.
+    /// Removes all fixtures.
     pub fn clear(&mut self) {
         self.fixed.clear();
     }
 
-    /// The BAR is where `decoded` has it, or nowhere. When that is where it was, only what was refused there is tried again.
+    /// Moves the fixtures to where `decoded` has the BAR, or unregisters them if `decoded` does not have the
+    /// BAR. If the BAR has not moved, only fixtures that were refused before are tried again.
     ///
     /// # Errors
-    /// The first refusal of the machine, as when the guest puts two BARs on the same addresses. All other fixtures
-    /// are in place then, and accesses to the refused one come to the bus.
+    /// The first refusal of the machine, for instance when the guest puts two BARs at the same addresses. All
+    /// other fixtures are in place then, and accesses to the refused one come to the bus.
     pub fn place(&mut self, decoded: &[Decoded]) -> Result<(), PortError> {
         let mine = decoded.iter().find(|decoded| decoded.bar == self.bar);
         let place = mine.map(|decoded| (decoded.space, decoded.base));
         if place != self.place {
             self.place = place;
-            // All have to be gone from the old place before one is at the new: the two may overlap.
+            // All fixtures are removed from the old address before one is registered at the new address,
+            // because the two ranges may overlap.
             for fixed in self.fixed.values_mut() {
                 fixed.guard = None;
             }
@@ -108,7 +110,7 @@ impl Fixtures {
 impl Fixed {
     fn register(&mut self, place: Option<(Space, u64)>, ports: &Ports) -> Result<(), PortError> {
         let Some((space, base)) = place else { return Ok(()) };
-        // A BAR does not wrap, and what lies beyond its end is refused by the machine.
+        // A BAR does not wrap, and the machine refuses what lies beyond the end of the address space.
         let at = base.saturating_add(self.offset);
         let guard = match (&self.what, space) {
             (Fixture::Memory { piece, access, vanished }, Space::Memory) => {
@@ -125,7 +127,7 @@ impl Fixed {
                 let when = WriteMatch { address, width: *width, value: *value };
                 ports.doorbells.bind(fd.as_fd(), when)?
             }
-            // There is no memory behind ports.
+            // I/O ports have no memory behind them.
             (Fixture::Memory { .. }, Space::Io) => return Ok(()),
         };
         self.guard = Some(guard);

@@ -1,6 +1,7 @@
-//! The root of PCI (PCI 3.0 §3.2.2.3.2, PCIe 5.0 §7.2.2): bus 0, its functions, configuration by ECAM and by ports
-//! 0xCF8 and 0xCFC, and the windows through which the processor reaches BARs. It says where an access goes; what it
-//! does is the function's. No lock of the bridge is held while a BAR is accessed.
+//! The root of PCI (PCI 3.0 §3.2.2.3.2, PCIe 5.0 §7.2.2): bus 0 with its functions, configuration accesses by
+//! ECAM and by the ports 0xCF8 and 0xCFC, and the windows through which the processor reaches BARs. The
+//! bridge decides which function gets an access, and the function decides what the access does. No lock of
+//! the bridge may be held while a BAR is accessed.
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -15,10 +16,10 @@ use crate::lock;
 pub const ECAM_LENGTH: u64 = 1 << 20;
 /// The first of the configuration ports.
 pub const CONFIG_PORTS: u64 = 0xcf8;
-/// How many there are.
+/// How many configuration ports there are.
 pub const CONFIG_PORTS_LENGTH: u64 = 8;
 
-/// Red Hat's generic PCIe host bridge: known to guests, and without quirks.
+/// Red Hat's generic PCIe host bridge, which guests know and for which they have no quirks.
 const IDENTITY: Identity = Identity {
     vendor: 0x1b36,
     device: 0x0008,
@@ -34,7 +35,7 @@ pub enum InsertError {
     /// All 31 numbers are taken.
     #[error("all 31 PCI devices are in use")]
     Full,
-    /// This one is.
+    /// This number is taken.
     #[error("PCI device {0} is in use")]
     Taken(DeviceNumber),
 }
@@ -49,13 +50,13 @@ enum Place {
 /// A function on the bus.
 struct Entry {
     function: Arc<dyn Function>,
-    /// Held across a configuration write, so that what is noted of its BARs is what the guest wrote last.
+    /// Held across a configuration write, so that `decoded` always reflects the guest's last write.
     order: Mutex<Place>,
-    /// Never held while the function is called.
+    /// Must never be held while the function is called.
     decoded: Mutex<Vec<Decoded>>,
 }
 
-/// A BAR in its address space.
+/// A BAR at its present addresses.
 struct Routed {
     start: u64,
     last: u64,
@@ -70,16 +71,17 @@ struct Routes {
     io: Vec<Routed>,
 }
 
-/// Where interrupt pins lead.
+/// The lines that interrupt pins lead to.
 #[derive(Clone)]
 pub struct Intx {
     /// The lines.
     pub lines: Arc<IntxLines>,
-    /// Their GSIs: pin INTA of device n leads to number n modulo 4, INTB to the next, and so on.
+    /// The lines' GSIs. Pin INTA of device n leads to the GSI at index n modulo 4, INTB to the next one, and
+    /// so on.
     pub gsis: [u32; 4],
 }
 
-/// The root: see the module's page.
+/// The root of PCI; see the module's page.
 pub struct HostBridge {
     windows: Windows,
     intx: Option<Intx>,
@@ -92,7 +94,7 @@ pub struct HostBridge {
 }
 
 impl HostBridge {
-    /// An empty bus whose functions have message interrupts only.
+    /// An empty bus without interrupt lines: its functions have message interrupts only.
     #[must_use]
     pub fn new(windows: Windows) -> Arc<Self> {
         Self::make(windows, None)
@@ -117,7 +119,7 @@ impl HostBridge {
         })
     }
 
-    /// The addresses that the bus has.
+    /// The windows that lead to the bus.
     #[must_use]
     pub fn windows(&self) -> Windows {
         self.windows
@@ -137,21 +139,21 @@ impl HostBridge {
         Some((Arc::clone(lines), *gsi))
     }
 
-    /// The lowest number that is free.
+    /// The lowest device number that is free.
     #[must_use]
     pub fn free(&self) -> Option<DeviceNumber> {
         DeviceNumber::ALL.filter_map(DeviceNumber::new).find(|number| self.entry(number.get()).is_none())
     }
 
-    /// Gives the BARs of a new function their places, as firmware would.
+    /// Assigns addresses to the BARs of a new function, as firmware would.
     pub fn assign(&self, bars: &mut Bars) {
         bars.assign(&mut lock(&self.room));
     }
 
-    /// Puts `function` on the bus, at `number` or at the lowest one that is free.
+    /// Puts `function` on the bus, at `number` or at the lowest number that is free.
     ///
     /// # Errors
-    /// When there is no place.
+    /// When the number is taken, or all numbers are.
     pub fn insert(
         &self,
         number: Option<DeviceNumber>,
@@ -178,8 +180,9 @@ impl HostBridge {
         Ok(number)
     }
 
-    /// Takes a function off the bus. Waits for a configuration write that is under way on another vCPU, and none
-    /// comes afterwards; another call that has begun there may still be under way.
+    /// Takes a function off the bus. Waits for a configuration write to the function that is under way on
+    /// another vCPU. No configuration write reaches the function afterwards; any other call that another vCPU
+    /// has begun may still be under way.
     pub fn remove(&self, number: DeviceNumber) -> Option<Arc<dyn Function>> {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         let entry = entries.get_mut(usize::from(number.get())).and_then(Option::take);
@@ -202,9 +205,9 @@ impl HostBridge {
         entries.get(usize::from(device)).cloned().flatten()
     }
 
-    /// Finds out where the BARs are now.
+    /// Rebuilds `routes` from the BARs that the functions decode.
     fn reroute(&self) {
-        // The order of the locks is entries, decoded, routes; nobody takes them the other way.
+        // The lock order is order, entries, routes, decoded. The locks must never be taken in another order.
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
         let Routes { memory, io } = &mut *routes;
@@ -218,7 +221,8 @@ impl HostBridge {
                 };
                 let at = list.partition_point(|other| other.start < base);
                 let clear = |other: Option<&Routed>| other.is_none_or(|o| last < o.start || o.last < base);
-                // Two BARs on the same addresses: the guest's mistake, and the first one's gain.
+                // The guest has put two BARs at the same addresses, which is a mistake. The first BAR gets
+                // the accesses.
                 if clear(list.get(at)) && clear(at.checked_sub(1).and_then(|before| list.get(before))) {
                     let function = Arc::clone(&entry.function);
                     list.insert(at, Routed { start: base, last, bar, function });
@@ -237,7 +241,7 @@ impl HostBridge {
         (last <= route.last).then(|| (Arc::clone(&route.function), route.bar, offset))
     }
 
-    /// A read inside one dword of the configuration space of `device`.
+    /// Reads inside one dword of the configuration space of `device`.
     fn config_read(&self, device: u8, offset: u16, data: &mut [u8]) {
         if device == 0 {
             return lock(&self.bridge).read(offset, data);
@@ -267,32 +271,33 @@ impl HostBridge {
         }
     }
 
-    /// What puts this bridge's configuration space on the memory bus, [`ECAM_LENGTH`] bytes.
+    /// The device for the memory bus that gives access to the configuration space by ECAM: [`ECAM_LENGTH`]
+    /// bytes.
     #[must_use]
     pub fn ecam(self: &Arc<Self>) -> Arc<dyn BusDevice> {
         Arc::new(Ecam(Arc::clone(self)))
     }
 
-    /// What puts it on the I/O bus, at [`CONFIG_PORTS`].
+    /// The device for the I/O bus at [`CONFIG_PORTS`] that gives access to the configuration space.
     #[must_use]
     pub fn config_ports(self: &Arc<Self>) -> Arc<dyn BusDevice> {
         Arc::new(ConfigPorts(Arc::clone(self)))
     }
 
-    /// What belongs at a window of memory.
+    /// The device for the memory bus at a window of memory: it passes accesses on to BARs.
     #[must_use]
     pub fn memory(self: &Arc<Self>, window: Window) -> Arc<dyn BusDevice> {
         Arc::new(Through { bridge: Arc::clone(self), space: Space::Memory, base: window.base })
     }
 
-    /// What belongs at the window of I/O ports.
+    /// The device for the I/O bus at the window of I/O ports: it passes accesses on to BARs.
     #[must_use]
     pub fn io(self: &Arc<Self>) -> Arc<dyn BusDevice> {
         Arc::new(Through { bridge: Arc::clone(self), space: Space::Io, base: self.windows.io.base })
     }
 }
 
-/// The pieces of an access that lie in one dword each: where in the data they begin, and their offsets.
+/// Splits an access into pieces of one dword each: the range of each piece in the data, and its offset.
 fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (std::ops::Range<usize>, u64)> {
     let mut done = 0_usize;
     std::iter::from_fn(move || {
@@ -305,7 +310,7 @@ fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (std::ops::Range<u
     })
 }
 
-/// Device and register at an offset of the ECAM; functions other than 0 are not there.
+/// The device and register at an offset of the ECAM; `None` for functions other than 0, which do not exist.
 fn ecam_place(at: u64) -> Option<(u8, u16)> {
     let device = u8::try_from(at >> 15).ok().filter(|device| *device < 32)?;
     let register = u16::try_from(at & 0xfff).ok()?;
@@ -340,7 +345,8 @@ impl ConfigPorts {
     const ENABLE: u32 = 1 << 31;
     const DATA: u64 = 4;
 
-    /// Device and register that the data ports lead to; `None` when the address is not one of this bus.
+    /// The device and register that the data port leads to; `None` when the address register selects nothing
+    /// on this bus.
     fn place(&self, port: u64) -> Option<(u8, u16)> {
         let address = *lock(&self.0.address);
         let [register, function, bus, _] = address.to_le_bytes();
@@ -369,7 +375,7 @@ impl BusDevice for ConfigPorts {
     }
 }
 
-/// A window.
+/// A window to the BARs.
 struct Through {
     bridge: Arc<HostBridge>,
     space: Space,

@@ -1,5 +1,5 @@
-//! MSI (PCI 3.0 §6.8.1): the registers of the capability, and the routes behind its vectors. Called under the
-//! function's lock; never waits.
+//! MSI (PCI 3.0 §6.8.1): the registers of the capability, and the routes of its vectors. Called under the
+//! function's lock; must never wait.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use transport::vhost_user::vring::Call;
 use super::vectors::Vectors;
 use crate::ports::{Interrupts, PortError, Route};
 
-/// Id of the capability.
+/// The capability's id.
 pub const CAPABILITY: u8 = 0x05;
 /// The most vectors that a function may have.
 pub const MAX_VECTORS: u8 = 32;
@@ -17,10 +17,10 @@ pub const MAX_VECTORS: u8 = 32;
 const ENABLE: u16 = 1;
 const MULTIPLE_ENABLE: u16 = 7 << 4;
 
-/// What a function's capability has.
+/// The properties of a function's MSI capability.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsiSpec {
-    /// Vectors: a power of two, 32 at most.
+    /// The number of vectors: a power of two, 32 at most.
     pub vectors: u8,
     /// Whether addresses have 64 bits.
     pub wide: bool,
@@ -50,16 +50,16 @@ enum Register {
 }
 
 impl Msi {
-    /// Off.
+    /// MSI that is off.
     #[must_use]
     pub fn new(spec: MsiSpec, interrupts: Arc<dyn Interrupts>) -> Self {
         Self { spec, control: 0, address: 0, data: 0, masks: 0, vectors: Vectors::new(interrupts) }
     }
 
-    /// Bytes of the capability.
+    /// The length of the capability in bytes.
     #[must_use]
     pub fn length(spec: MsiSpec) -> u8 {
-        // The last two bytes beside the data are reserved, and ours all the same.
+        // The two reserved bytes after the data register belong to the capability, too.
         12 + if spec.wide { 4 } else { 0 } + if spec.maskable { 8 } else { 0 }
     }
 
@@ -69,10 +69,11 @@ impl Msi {
         self.control & ENABLE != 0
     }
 
-    /// Puts `call` behind `vector`, for good.
+    /// Connects `call` to `vector`, for good.
     ///
     /// # Errors
-    /// When the vector is live and the machine refuses the route: it is tried again at the vector's next change.
+    /// When the vector is live and the machine refuses the route. The route is tried again at the vector's
+    /// next change.
     pub fn connect(&mut self, vector: u8, call: Arc<Call>) -> Result<(), PortError> {
         let id = self.vectors.connect(None, call, None)?;
         self.vectors.retarget(id, Some(vector.into()), self.route(vector.into()))
@@ -91,7 +92,8 @@ impl Msi {
         }
     }
 
-    /// The dword at `offset` of the capability; of the first one, the upper half's bits that can be written.
+    /// The dword at `offset` of the capability. Of the first dword, only the writable bits of the message
+    /// control register.
     #[must_use]
     pub fn read(&self, offset: u8) -> u32 {
         match self.register(offset) {
@@ -109,7 +111,7 @@ impl Msi {
     /// The guest writes the whole dword at `offset` of the capability.
     ///
     /// # Errors
-    /// When the machine refuses a route; what its vector is signalled stays pending.
+    /// When the machine refuses a route. Signals of that vector stay pending.
     pub fn write(&mut self, offset: u8, value: u32) -> Result<(), PortError> {
         let [a, b, c, d] = value.to_le_bytes();
         match self.register(offset) {
@@ -130,7 +132,7 @@ impl Msi {
         self.vectors.sync(|vector| routes.get(usize::from(vector)).copied().flatten())
     }
 
-    /// Where a vector leads now; `None` while it is masked, or off.
+    /// The present route of a vector; `None` while the vector is masked or off.
     fn route(&self, vector: u16) -> Option<Route> {
         let wanted = 1_u16 << ((self.control & MULTIPLE_ENABLE) >> 4).min(5);
         let enabled = wanted.min(self.spec.vectors.into());

@@ -1,5 +1,6 @@
-//! MSI-X (PCI 3.0 §6.8.2): table, pending bits, and the routes behind the vectors. Masking, unmasking and retargeting
-//! attach and detach routes; the eventfds stay. Called under the function's lock; never waits.
+//! MSI-X (PCI 3.0 §6.8.2): table, pending bits, and the routes of the vectors. Masking, unmasking and
+//! retargeting attach and detach routes; the eventfds stay. Called under the function's lock; must never
+//! wait.
 
 use std::sync::Arc;
 
@@ -10,17 +11,17 @@ use super::vectors::ConnectionId;
 use super::vectors::Vectors;
 use crate::ports::{Interrupts, PortError, Route};
 
-/// Id of the capability.
+/// The capability's id.
 pub const CAPABILITY: u8 = 0x11;
 /// The most vectors that a table may have.
 pub const MAX_VECTORS: u16 = 2048;
-/// Bytes of a table entry.
+/// The length of a table entry in bytes.
 pub const ENTRY: u64 = 16;
 
 /// Bits of the message control register, at offset 2 of the capability.
 const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
-/// The bit of an entry's vector control.
+/// The mask bit of an entry's vector control.
 const MASKED: u32 = 1;
 
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +42,7 @@ impl Entry {
         Self {
             address: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
             data: u32::from_le_bytes([i, j, k, l]),
-            // The rest of the vector control is reserved.
+            // The other bits of the vector control are reserved.
             control: u32::from(m) & MASKED,
         }
     }
@@ -53,7 +54,7 @@ pub fn enables(control: u16) -> bool {
     control & ENABLE != 0
 }
 
-/// The MSI-X of one function: as many vectors as its table has entries.
+/// The MSI-X of one function. Its table has one entry for each vector.
 pub struct Msix {
     entries: Vec<Entry>,
     control: u16,
@@ -61,7 +62,7 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// All vectors masked, MSI-X off. `vectors` is cut to 1 to [`MAX_VECTORS`].
+    /// MSI-X off and all vectors masked. `vectors` is clamped to 1..=[`MAX_VECTORS`].
     #[must_use]
     pub fn new(vectors: u16, interrupts: Arc<dyn Interrupts>) -> Self {
         let entry = Entry { address: 0, data: 0, control: MASKED };
@@ -75,8 +76,9 @@ impl Msix {
         u16::try_from(self.entries.len()).unwrap_or(MAX_VECTORS)
     }
 
-    /// The capability's body from offset 2 on, for [`super::ConfigSpace::add_capability`], with table and pending
-    /// bits at these 8-aligned offsets of their BARs; and the mask of what of it can be written.
+    /// The capability's body from offset 2 on, for [`super::ConfigSpace::add_capability`], and the mask of
+    /// its writable bits. `table` and `pba` are the BARs of the table and of the pending bits, with 8-aligned
+    /// offsets in them.
     #[must_use]
     pub fn capability(&self, table: (BarIndex, u32), pba: (BarIndex, u32)) -> ([u8; 10], [u8; 2]) {
         let at = |(bar, offset): (BarIndex, u32)| (offset & !7 | u32::from(bar.get())).to_le_bytes();
@@ -85,7 +87,7 @@ impl Msix {
         ([c0, c1, t0, t1, t2, t3, p0, p1, p2, p3], (ENABLE | FUNCTION_MASK).to_le_bytes())
     }
 
-    /// The message control register as it reads.
+    /// The value that the message control register reads.
     #[must_use]
     pub fn control(&self) -> u16 {
         self.control | (self.count() - 1)
@@ -100,7 +102,7 @@ impl Msix {
     /// The guest writes the message control register.
     ///
     /// # Errors
-    /// When the machine refuses a route; what its vector is signalled stays pending.
+    /// When the machine refuses a route. Signals of that vector stay pending.
     pub fn set_control(&mut self, value: u16) -> Result<(), PortError> {
         let before = std::mem::replace(&mut self.control, value & (ENABLE | FUNCTION_MASK));
         if before == self.control {
@@ -110,7 +112,7 @@ impl Msix {
         vectors.sync(|vector| route(entries, *control, vector))
     }
 
-    /// Fills `data` from `offset` in the table; zeroes beyond its end.
+    /// Fills `data` from `offset` in the table. Bytes beyond its end read zero.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         for (at, byte) in addresses(offset).zip(data) {
@@ -123,11 +125,11 @@ impl Msix {
     /// Takes `data` at `offset` in the table.
     ///
     /// # Errors
-    /// When the machine refuses a route; what its vector is signalled stays pending.
+    /// When the machine refuses a route. Signals of that vector stay pending.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) -> Result<(), PortError> {
         let mut result = Ok(());
         let end = offset.saturating_add(u64::try_from(data.len()).unwrap_or(u64::MAX));
-        // An access is 8 bytes at most: one entry, or two.
+        // An access has 8 bytes at most, so it touches one entry or two.
         for index in offset / ENTRY..end.div_ceil(ENTRY) {
             let Ok(vector) = u16::try_from(index) else { break };
             let Some(entry) = self.entries.get_mut(usize::from(vector)) else { break };
@@ -145,8 +147,8 @@ impl Msix {
         result
     }
 
-    /// Fills `data` from `offset` in the pending bits; zeroes beyond their end. A vector is pending when it was
-    /// signalled while it has no route.
+    /// Fills `data` from `offset` in the pending bits. Bytes beyond their end read zero. A vector is pending
+    /// when it has been signalled and has no route.
     pub fn read_pba(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         for (at, byte) in addresses(offset).zip(data) {
@@ -158,7 +160,7 @@ impl Msix {
         }
     }
 
-    /// Puts `call` behind `vector`, or behind none. Several calls may share a vector.
+    /// Connects `call` to `vector`, or to no vector. Several calls may share a vector.
     ///
     /// # Errors
     /// When the vector is live and the machine refuses the route.
@@ -167,7 +169,7 @@ impl Msix {
         self.vectors.connect(vector, call, route)
     }
 
-    /// Puts a connected call behind another vector, or behind none.
+    /// Connects a call that is connected already to another vector, or to no vector.
     ///
     /// # Errors
     /// When the vector is live and the machine refuses the route.
@@ -176,18 +178,18 @@ impl Msix {
         self.vectors.retarget(id, vector, route)
     }
 
-    /// Takes a call away.
+    /// Disconnects a call.
     pub fn disconnect(&mut self, id: ConnectionId) {
         self.vectors.disconnect(id);
     }
 }
 
-/// `first` and those behind it, to the end of the numbers.
+/// The addresses from `first` on, up to the largest.
 fn addresses(first: u64) -> impl Iterator<Item = u64> {
     std::iter::successors(Some(first), |at| at.checked_add(1))
 }
 
-/// Where a vector leads now; `None` while it is masked.
+/// The present route of a vector; `None` while the vector is masked.
 fn route(entries: &[Entry], control: u16, vector: u16) -> Option<Route> {
     let Entry { address, data, control: mask } = *entries.get(usize::from(vector))?;
     let live = control & (ENABLE | FUNCTION_MASK) == ENABLE && mask & MASKED == 0;

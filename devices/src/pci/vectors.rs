@@ -1,6 +1,6 @@
-//! The interrupts of one function behind its message vectors, whichever capability describes those: a `Call` has one
-//! route while its vector is live, and none while it is masked. What is signalled meanwhile stays in the eventfd.
-//! Called under the function's lock; never waits.
+//! The interrupts of one function that are behind message vectors, for MSI and MSI-X alike. A `Call` has one
+//! route while its vector is live, and no route while the vector is masked. A signal that comes meanwhile
+//! stays in the eventfd. Called under the function's lock; must never wait.
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -11,12 +11,12 @@ use transport::vhost_user::vring::Call;
 
 use crate::ports::{Guard, Interrupts, PortError, Route};
 
-/// A `Call` behind a vector, for moving or removing it.
+/// Identifies a connected `Call`, for moving or removing it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(u64);
 
 struct Connection {
-    /// `None`: behind no vector, and never delivered.
+    /// `None` if the call is connected to no vector; it is then never delivered.
     vector: Option<u16>,
     call: Arc<Call>,
     live: Option<(Route, Guard)>,
@@ -27,7 +27,7 @@ impl Connection {
         if self.live.as_ref().map(|(route, _)| *route) == to {
             return Ok(());
         }
-        // An eventfd has one route at a time.
+        // The old route is removed first, because an eventfd has one route at a time.
         self.live = None;
         if let Some(route) = to {
             self.live = Some((route, interrupts.attach(self.call.as_fd(), route)?));
@@ -35,7 +35,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether there is a signal that nobody was told of.
+    /// Whether the eventfd holds a signal that was not delivered.
     fn is_pending(&self) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut fds = [PollFd::from_borrowed_fd(self.call.as_fd(), PollFlags::IN)];
@@ -84,8 +84,8 @@ impl Vectors {
         connection.lead(route, self.interrupts.as_ref())
     }
 
-    /// Leads every connection along `route` of its vector; `None` masks. Returns the first refusal: the others are
-    /// led, and what the refused one signals stays pending.
+    /// Gives every connection the `route` of its vector; `None` masks the vector. Returns the first refusal.
+    /// The other connections get their routes all the same, and signals of the refused one stay pending.
     pub(super) fn sync(&mut self, route: impl Fn(u16) -> Option<Route>) -> Result<(), PortError> {
         let mut result = Ok(());
         for connection in self.connections.values_mut() {
@@ -95,7 +95,7 @@ impl Vectors {
         result
     }
 
-    /// The same, for the connections of one vector.
+    /// Like [`Vectors::sync`], for the connections of one vector.
     pub(super) fn sync_one(&mut self, vector: u16, route: Option<Route>) -> Result<(), PortError> {
         let mut result = Ok(());
         for connection in self.connections.values_mut().filter(|c| c.vector == Some(vector)) {
@@ -104,7 +104,7 @@ impl Vectors {
         result
     }
 
-    /// Whether a signal of `vector` waits for it to be unmasked.
+    /// Whether a signal of `vector` waits for the vector to be unmasked.
     pub(super) fn is_pending(&self, vector: u16) -> bool {
         self.connections.values().any(|c| c.vector == Some(vector) && c.is_pending())
     }

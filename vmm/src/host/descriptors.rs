@@ -1,5 +1,8 @@
-//! Raw descriptors, here and nowhere else: those that whoever started us left open (`socket=fd=N`), eventfds in
-//! the type that `kvm-ioctls` wants, and the one request to KVM that it cannot make. And how many there may be.
+//! The only place where raw descriptors become owned ones or go into a call that takes a number:
+//! - descriptors that the parent process left open for us (`socket=fd=N`);
+//! - eventfds in the type that `kvm-ioctls` wants;
+//! - the KVM_IOEVENTFD request that `kvm-ioctls` cannot make;
+//! - the limit of open descriptors.
 
 #![allow(unsafe_code)]
 
@@ -26,8 +29,9 @@ ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 
 static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 
-/// Lets this process have as many descriptors open as its user may: a device takes one a queue and more, and shells
-/// give 1 024. (They are low by default for the sake of programs that use `select`.)
+/// Raises this process's limit of open descriptors to what its user may have. A device takes one descriptor
+/// or more for each queue, and shells give 1 024. (The limit is low by default for programs that use
+/// `select`.)
 pub(crate) fn allow_many() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
@@ -36,7 +40,7 @@ pub(crate) fn allow_many() {
 }
 
 /// Takes over a connected unix stream socket, once. Call it before this process opens descriptors of its own,
-/// that is while the command line is read.
+/// that is, while the command line is read.
 ///
 /// # Errors
 /// When the number is not that of an open, connected stream socket, or was taken before.
@@ -47,8 +51,8 @@ pub(crate) fn inherited_stream(number: RawFd) -> io::Result<UnixStream> {
     if !TAKEN.lock().unwrap_or_else(PoisonError::into_inner).insert(number) {
         return Err(io::Error::other("this descriptor is used already"));
     }
-    // SAFETY: the descriptor is open, numbers up to 2 are refused by the caller, this process has opened none of
-    // its own yet, and the set above sees to it that nobody else takes it.
+    // SAFETY: the descriptor is open, the caller refuses numbers up to 2, this process has not opened any
+    // descriptor of its own yet, and the set above makes sure that each number is taken once.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     if socket_type(&fd)? != rustix::net::SocketType::STREAM {
         return Err(io::Error::other("it is not a stream socket"));
@@ -65,12 +69,13 @@ pub(crate) fn inherited_stream(number: RawFd) -> io::Result<UnixStream> {
 /// When the process has no descriptor left.
 pub(crate) fn eventfd(fd: BorrowedFd<'_>) -> io::Result<EventFd> {
     let owned = fd.try_clone_to_owned()?;
-    // SAFETY: the descriptor was just made by dup, and ownership moves to the `EventFd`.
+    // SAFETY: the descriptor was just made by dup, and its ownership moves to the `EventFd`.
     Ok(unsafe { EventFd::from_raw_fd(owned.into_raw_fd()) })
 }
 
-/// Raises the count of an eventfd the way the kernel's own code does, as the notice of an asynchronous read that is over at
-/// once: that never waits, whatever a peer that has the eventfd, too, does to it. A write could.
+/// Signals an eventfd by the notification of an asynchronous read that completes at once. Such a notification
+/// comes from the kernel's own code, so it never waits, whatever a peer that also holds the eventfd does to
+/// it. A write could wait.
 ///
 /// # Errors
 /// When it is no eventfd, or the host has no asynchronous reads.
@@ -82,24 +87,24 @@ pub(crate) fn signal(fd: BorrowedFd<'_>) -> io::Result<()> {
         Some(reads) => reads,
         none => none.insert(Reads::new()?),
     };
-    // SAFETY: every field is a number, and zero is one.
+    // SAFETY: every field is a number, and zero is a valid number.
     let mut read: libc::iocb = unsafe { std::mem::zeroed() };
     // An empty read (operation 0) of an empty file.
     read.aio_fildes = u32::try_from(nothing.as_raw_fd()).unwrap_or(u32::MAX);
     read.aio_flags = NOTICE;
     read.aio_resfd = u32::try_from(fd.as_raw_fd()).unwrap_or(u32::MAX);
     let list = [&raw mut read];
-    // SAFETY: the list holds one request, which names no buffer and is over when the call returns.
+    // SAFETY: the list holds one request. It names no buffer and is complete when the call returns.
     check(unsafe { libc::syscall(libc::SYS_io_submit, *context, 1_usize, list.as_ptr()) })?;
     let mut event = [0_u64; 4];
-    // SAFETY: the event is room for the one that is there; nothing is waited for.
+    // SAFETY: `event` has room for the one event that is there; the call does not wait.
     let one = unsafe {
         libc::syscall(libc::SYS_io_getevents, *context, 1_usize, 1_usize, event.as_mut_ptr(), 0_usize)
     };
     check(one)
 }
 
-/// Asynchronous reads of the kernel, and a file that holds nothing.
+/// A context for asynchronous reads of the kernel, and an empty file to read.
 struct Reads {
     context: u64,
     nothing: OwnedFd,
@@ -109,7 +114,7 @@ impl Reads {
     fn new() -> io::Result<Self> {
         let nothing = rustix::fs::memfd_create("nothing", rustix::fs::MemfdFlags::CLOEXEC)?;
         let mut context = 0_u64;
-        // SAFETY: the kernel writes the number of the context, which lasts as long as the process.
+        // SAFETY: the kernel writes the number of the context. The context lasts as long as the process.
         check(unsafe { libc::syscall(libc::SYS_io_setup, 1_u32, &raw mut context) })?;
         Ok(Self { context, nothing })
     }
@@ -119,16 +124,17 @@ fn check(returned: libc::c_long) -> io::Result<()> {
     if returned < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whether an ioeventfd comes or goes.
+/// Whether an ioeventfd is added or removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ioeventfd {
-    /// From now on KVM signals it.
+    /// KVM signals the eventfd from now on.
     Assign,
-    /// It does so no longer.
+    /// KVM no longer signals the eventfd.
     Deassign,
 }
 
-/// Has KVM signal `fd` when the guest writes `when`. `kvm-ioctls` cannot ask for a width without a value.
+/// Makes KVM signal `fd` when the guest makes the write `when`, or stop doing so. `kvm-ioctls` cannot ask for
+/// a width without a value.
 ///
 /// # Errors
 /// When KVM refuses.

@@ -1,8 +1,9 @@
 //! Memory mapped into this process: guest RAM, register pages, and pieces of peers' files.
 //!
-//! Guest RAM is a memfd (see `arch::ram`). It is mapped because KVM wants a user address; nothing in the VMM
-//! touches guest RAM here: a peer may take pages away (see `guest_memory`). A peer's file is a [`PeerMapping`], which has no
-//! way to touch the memory: the peer may make the file shorter at any moment.
+//! Guest RAM is a memfd (see `arch::ram`). It is mapped because KVM wants a user address. The VMM must never
+//! touch guest RAM through this mapping, because a peer may take pages away (see `guest_memory`). A peer's
+//! file is a [`PeerMapping`], which has no way to touch the memory: the peer may make the file shorter at any
+//! moment.
 
 #![allow(unsafe_code)]
 
@@ -38,7 +39,8 @@ impl Mapping {
     /// # Errors
     /// When the host refuses the mapping.
     pub fn anonymous(size: u64) -> Result<Self, PortError> {
-        // Readable and writable, private and anonymous; without MAP_NORESERVE, which is the builder's default.
+        // Readable and writable, private and anonymous. Without MAP_NORESERVE, which is the builder's
+        // default.
         let region = MmapRegionBuilder::new(length(size)?).with_mmap_prot(0x3).with_mmap_flags(0x22).build();
         region.map(|region| Mapping(Arc::new(region))).map_err(|error| cannot_map(size, error))
     }
@@ -49,7 +51,7 @@ impl Mapping {
     /// When the host refuses.
     pub fn leave_out_of_cores(&self) -> io::Result<()> {
         let (begin, length) = (self.0.as_ptr().cast(), self.0.size());
-        // SAFETY: the range is this mapping; the advice changes nothing but what a core dump holds.
+        // SAFETY: the range is this mapping. The advice changes only what a core dump holds.
         Ok(unsafe { madvise(begin, length, Advice::LinuxDontDump) }?)
     }
 
@@ -79,22 +81,22 @@ impl PeerMapping {
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
             Access::ReadOnly => ProtFlags::READ,
         };
-        // SAFETY: the kernel chooses the address, so that nothing that is mapped already can be replaced.
+        // SAFETY: the kernel chooses the address, so the call cannot replace an existing mapping.
         let mapped = unsafe { mmap(null_mut(), length, protection, MapFlags::SHARED, &**fd, *offset) };
         let address = mapped.map_err(|error| cannot_map(*size, io::Error::from(error)))?;
         Ok(PeerMapping { address: address.expose_provenance(), length, _file: Arc::clone(fd) })
     }
 
-    /// Address in this process, and bytes.
+    /// The address in this process, and the length in bytes.
     pub fn place(&self) -> (usize, usize) {
         (self.address, self.length)
     }
 
-    /// Has the kernel fetch every page of the `length` bytes from `offset`, as an access of the guest would. Pages that
-    /// the file lacks are made where that is possible; nobody here touches one.
+    /// Makes the kernel fetch every page of the `length` bytes from `offset`, as an access by the guest
+    /// would. Pages that the file lacks are created where possible. This process does not touch the pages.
     ///
     /// # Errors
-    /// When a page cannot be had.
+    /// When the kernel cannot provide a page.
     pub fn populate(&self, offset: usize, length: usize) -> io::Result<()> {
         let length = length.min(self.length.saturating_sub(offset));
         let begin = std::ptr::with_exposed_provenance_mut(self.address.saturating_add(offset));
@@ -105,7 +107,7 @@ impl PeerMapping {
 
 impl Drop for PeerMapping {
     fn drop(&mut self) {
-        // SAFETY: this is what `new` mapped; nobody has a pointer to it, and its slot is gone.
+        // SAFETY: this is what `new` mapped. Nothing has a pointer to it, and its slot is gone.
         let done = unsafe { munmap(std::ptr::with_exposed_provenance_mut(self.address), self.length) };
         if let Err(error) = done {
             log::warn!("cannot unmap a peer's file: {error}");
@@ -113,12 +115,13 @@ impl Drop for PeerMapping {
     }
 }
 
-/// Lets go of the pages of this program's own text and constants: most of them were for the start alone (command
-/// line, images, first words with peers), and what runs from here on comes back by itself, from the page cache. For
-/// a process that does nothing else; a library's user is left alone.
+/// Releases the resident pages of this program's text and constants. Most of them were needed only for the
+/// start: command line, images, the first messages with peers. Pages that are needed again come back from the
+/// page cache. Only for a process that runs nothing but the machine; a process that uses this crate as a
+/// library does not call it.
 pub(crate) fn release_text() {
-    // SAFETY: names that the linker gives to the first byte of the program and to the end of its text; nothing is
-    // read through them.
+    // SAFETY: the linker gives these names to the first byte of the program and to the end of its text.
+    // Nothing is read through them.
     unsafe extern "C" {
         static __executable_start: u8;
         static etext: u8;
@@ -127,14 +130,14 @@ pub(crate) fn release_text() {
     let end = (&raw const etext).addr();
     let pages = end.saturating_sub(start) / PAGE_BYTES;
     let begin = (&raw const __executable_start).cast_mut().cast();
-    // SAFETY: from the program's first page to its text's last whole one there are only file mappings that nobody
-    // writes to: each page is read from the file again when it is touched.
+    // SAFETY: between the program's first page and the last whole page of its text, there are only file
+    // mappings that nothing writes to. Each page is read from the file again when it is touched.
     if let Err(error) = unsafe { madvise(begin, pages.saturating_mul(PAGE_BYTES), Advice::LinuxDontNeed) } {
         log::debug!("the pages of the start stay resident: {error}");
     }
 }
 
-/// Bytes of a page of the guest, and of the host.
+/// The size in bytes of a page, of the guest and of the host.
 pub(crate) const PAGE: u64 = 4096;
 
 const PAGE_BYTES: usize = 4096;

@@ -1,4 +1,4 @@
-//! The host: KVM, mappings and memory slots, descriptors.
+//! What the machine takes from the host: KVM, mappings and memory slots, descriptors.
 
 pub(crate) mod descriptors;
 mod guest_memory;

@@ -1,14 +1,16 @@
-//! Pieces of peers' files that the guest sees as memory, and what happens when a page of one cannot be had: the peer made
-//! the file shorter, punched a hole, or there is no memory left for the page.
+//! Pieces of peers' files that the guest sees as memory, and what happens when a page of a piece cannot be
+//! provided: the peer made the file shorter or punched a hole, or there is no memory left for the page.
 //!
-//! The guest's access to such a page shows itself in one of three ways:
-//! 1. `KVM_RUN` fails with EFAULT: [`PeerMemory::remove`].
-//! 2. KVM emulates the instruction, and the access comes out as MMIO: [`PeerMemory::missed`].
-//! 3. KVM says nothing. With hardware paging and guest interrupts on, KVM asks for the page asynchronously, ignores the
-//!    failure and enters the guest again, for ever. So [`PeerMemory::look`] examines the pieces several times a second.
+//! The guest's access to such a page shows in one of three ways:
+//! 1. `KVM_RUN` fails with EFAULT. The vCPU calls [`PeerMemory::remove`].
+//! 2. KVM emulates the instruction, and the access comes out as MMIO. The vCPU calls [`PeerMemory::missed`].
+//! 3. KVM reports nothing. With hardware paging and with guest interrupts on, KVM asks for the page
+//!    asynchronously, ignores
+//! the failure and enters the guest again, for ever. So the control loop calls [`PeerMemory::look`] several
+//! times a second, which examines the pieces.
 //!
-//! In each case the piece is taken out of the guest and its owner is told. The vCPU goes on: its access finds no slot and
-//! comes to the bus. Nothing in the VMM touches a piece.
+//! In each case the piece is removed from the guest and its owner is told. The vCPU goes on: its access finds
+//! no slot and comes to the bus. The VMM must never touch a piece.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -30,11 +32,11 @@ use crate::host::slots::{Slot, Slots};
 /// How a file gets its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Store {
-    /// A memfd: as long as the host has memory.
+    /// A memfd: it gets pages as long as the host has memory.
     Memory,
-    /// A tmpfs that has room for so many.
+    /// A file on a tmpfs with a size limit.
     Limited,
-    /// Huge pages, of which the host has a fixed number.
+    /// A file of huge pages, of which the host has a fixed number.
     Huge,
 }
 
@@ -52,19 +54,20 @@ struct ShownPiece {
 }
 
 impl ShownPiece {
-    /// Whether the file can lose the piece without a word from the kernel.
+    /// Whether the piece can lose a page without a report from KVM.
     fn needs_looks(&self) -> bool {
         !self.is_sealed || self.store != Store::Memory
     }
 
-    /// Why a page of the piece cannot be had, as far as that can be said without fetching pages of a file that has room.
+    /// Why a page of the piece cannot be provided; `None` if there is no such page. If the file has room for
+    /// new pages, none is fetched, and only the file's length is checked.
     fn fault(&self) -> Option<io::Error> {
         let whole = || self.mapping.populate(0, self.mapping.place().1);
         let found = match self.store {
             _ if !self.is_sealed && is_short(&self.file) => Err(io::Error::other(SHORT)),
-            // All pages are there, unless somebody takes them away.
+            // All pages are there, unless a peer takes pages away.
             Store::Huge => whole(),
-            // There is no room for another page, so that nothing is fetched that is not there.
+            // The file system is full, so fetching creates no new pages.
             Store::Limited if fstatfs(&self.file.fd).is_ok_and(|system| system.f_bavail == 0) => whole(),
             Store::Limited | Store::Memory => Ok(()),
         };
@@ -78,23 +81,24 @@ struct AllShown {
     pieces: Vec<ShownPiece>,
 }
 
-/// Which pieces are to go.
+/// Which pieces to remove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Suspects {
-    /// Those that [`PeerMemory::look`] would take.
+    /// The pieces that [`PeerMemory::look`] would remove.
     Lost,
-    /// Those of which a page cannot be fetched. When no such piece is found, those that are too large to be asked; when
-    /// there are none of these either, all.
+    /// The pieces of which a page cannot be fetched. If there are none, the pieces that are too large to be
+    /// fetched. If there are none of these either, all pieces.
     Unreadable,
 }
 
-/// All pieces of one VM. Its lock is never held while the owner of a piece is called or a slot is removed.
+/// All pieces of one VM. The lock must never be held while the owner of a piece is called or a slot is
+/// removed.
 pub struct PeerMemory {
     slots: Arc<Slots>,
     shown: Mutex<AllShown>,
-    /// How many there are, for those who only want to know that there are none.
+    /// The number of pieces, so that a vCPU can see without the lock that there are none.
     count: AtomicUsize,
-    /// Ticks while there are pieces that need looks.
+    /// Ticks while a piece needs looks.
     timer: OwnedFd,
 }
 
@@ -119,8 +123,9 @@ impl PeerMemory {
     /// See [`devices::ports::DeviceMemory::map`].
     ///
     /// # Errors
-    /// See there; also when the file is neither a memfd nor on tmpfs or hugetlbfs. The owner of another file may answer a
-    /// page fault as late as it likes (FUSE), or never (`memfd_secret`), and no deadline reaches a vCPU that waits for it.
+    /// As there. Also when the file is neither a memfd nor on tmpfs or hugetlbfs. The owner of another kind
+    /// of file may answer a page fault late (FUSE) or never (`memfd_secret`), and no deadline ends the wait
+    /// of a vCPU for that answer.
     pub fn show(
         self: &Arc<Self>,
         piece: &FileRange,
@@ -166,15 +171,16 @@ impl PeerMemory {
         self.timer.as_fd()
     }
 
-    /// Takes away the pieces that their files no longer hold. Called by the control loop; does not wait for a peer.
+    /// Removes the pieces that their files no longer hold, and tells their owners. Called by the control
+    /// loop; does not wait for a peer.
     pub fn look(&self) {
         let ticked = rustix::io::read(&self.timer, &mut [0; 8]);
         log::trace!("looking at peers' memory ({ticked:?})");
         self.remove(Suspects::Lost);
     }
 
-    /// KVM could not reach memory of the guest: removes the suspects and tells their owners. Says how many there
-    /// were. Called on vCPU threads, without any lock held.
+    /// KVM could not reach memory of the guest: removes the suspects and tells their owners. Returns the
+    /// number of removed pieces. Called on vCPU threads, without any lock held.
     pub fn remove(&self, suspects: Suspects) -> usize {
         let gone = match suspects {
             Suspects::Lost => self.take(|piece| piece.fault().is_some()),
@@ -184,13 +190,14 @@ impl PeerMemory {
         gone.len()
     }
 
-    /// An access at `address` came out of the guest as MMIO. Called on vCPU threads, without any lock held.
+    /// The guest's access at `address` came out as MMIO: removes the piece at that address if its file no
+    /// longer holds it. Called on vCPU threads, without any lock held.
     pub fn missed(&self, address: u64) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
         }
         let holds = |piece: &ShownPiece| address.wrapping_sub(piece.at.0) < piece.file.size;
-        // Nearly all that comes out of the guest is a register.
+        // Nearly all MMIO accesses are to registers.
         if !self.lock().pieces.iter().any(holds) {
             return;
         }
@@ -198,7 +205,8 @@ impl PeerMemory {
         tell(&gone);
     }
 
-    /// The smallest pieces are asked first: fetching pages of a file with holes makes new pages.
+    /// Removes the pieces of [`Suspects::Unreadable`]. Fetching pages of a file with holes creates pages, so
+    /// the smallest pieces are fetched first, and no more than [`MOST_FETCHED`] bytes.
     fn take_unreadable(&self) -> Vec<ShownPiece> {
         self.lock().pieces.sort_by_key(|piece| piece.file.size);
         let asked = || {
@@ -217,7 +225,7 @@ impl PeerMemory {
         }
         let mut is_asked = asked();
         let found = self.take(|piece| !is_asked(piece));
-        // KVM fails all the same: no piece is above suspicion.
+        // KVM failed although no piece is at fault, so every piece may be.
         if found.is_empty() { self.take(|_| true) } else { found }
     }
 
@@ -229,7 +237,7 @@ impl PeerMemory {
         gone
     }
 
-    /// Counts the pieces, and lets the timer tick while one needs looks.
+    /// Updates the number of pieces, and lets the timer tick while a piece needs looks.
     fn changed(&self, shown: &AllShown) {
         let before = self.count.swap(shown.pieces.len(), Ordering::AcqRel);
         if before == shown.pieces.len() {
@@ -247,16 +255,16 @@ impl PeerMemory {
     }
 }
 
-/// Whether the file ends before the piece does. A page of which the file has one byte is there.
+/// Whether the file ends before the piece does. A page counts as present when the file has one byte of it.
 fn is_short(piece: &FileRange) -> bool {
     let length = fstat(&piece.fd).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
     length.div_ceil(PAGE).saturating_mul(PAGE) < piece.offset.saturating_add(piece.size)
 }
 
 const SHORT: &str = "the file ends before the piece does";
-/// Between two looks.
+/// The time between two looks.
 const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-/// Bytes of peers' files that are fetched to find out which file lacks a page.
+/// The most bytes of peers' files that are fetched to find the file that lacks a page.
 const MOST_FETCHED: u64 = 1 << 30;
 
 fn tell(gone: &[ShownPiece]) {
@@ -266,8 +274,9 @@ fn tell(gone: &[ShownPiece]) {
     }
 }
 
-/// How the file gets its pages, and whether it cannot get shorter. Seals are asked for first: only memfds and files on
-/// tmpfs and hugetlbfs have them, and the answer never comes from a file system in user space.
+/// How the file gets its pages, and whether it is sealed against getting shorter. The seals are asked for
+/// first: only memfds and files on tmpfs and hugetlbfs have seals, and the kernel answers without asking a
+/// file system in user space.
 fn kind(piece: &FileRange) -> io::Result<(Store, bool)> {
     let seals = fcntl_get_seals(&piece.fd).map_err(|_| {
         io::Error::other(

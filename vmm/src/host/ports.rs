@@ -1,7 +1,8 @@
-//! `devices::ports` on a VM of KVM: a doorbell is an ioeventfd, an interrupt route an irqfd, device memory a memory slot.
+//! `devices::ports` on a VM of KVM: a doorbell is an ioeventfd, an interrupt route is an irqfd, and device
+//! memory is a memory slot.
 //!
-//! Each registration returns a guard, and dropping the guard undoes the registration. A device that drops its guards
-//! leaves nothing behind in KVM.
+//! Each registration returns a guard, and dropping the guard undoes the registration. A device that drops its
+//! guards leaves nothing registered with KVM.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -28,14 +29,15 @@ use crate::host::slots::{Slot, Slots};
 pub struct KvmPorts {
     vm: Arc<VmFd>,
     slots: Arc<Slots>,
-    /// What KVM was told of last. Its lock is held across that, so that KVM always has the newest.
+    /// The routes that KVM was given last. The lock is held while KVM is given new routes, so that KVM always
+    /// has the newest.
     routes: Arc<Mutex<RoutingTable>>,
     peer_memory: Arc<PeerMemory>,
 }
 
 impl KvmPorts {
-    /// The ports of `vm`, with its `slots` and the `routes` that were applied to it; and the peers' memory, for
-    /// vCPUs that fault on it.
+    /// The ports of `vm`, with its `slots` and the `routes` that KVM has; also the peers' memory, for vCPUs
+    /// that fault on it.
     ///
     /// # Errors
     /// When no timer can be had.
@@ -50,7 +52,7 @@ impl KvmPorts {
         Ok((Ports { doorbells: kvm.clone(), interrupts: kvm.clone(), memory: kvm }, peer_memory))
     }
 
-    /// A GSI that leads to this message, given back when the guard is dropped.
+    /// A GSI that is routed to this message. Dropping the guard frees the GSI.
     fn message_gsi(&self, message: MsiMessage) -> Result<(Gsi, Guard), PortError> {
         let cannot = |error| PortError::new("route a message interrupt", io::Error::other(error));
         let mut table = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -58,7 +60,8 @@ impl KvmPorts {
         if change == Table::Changed
             && let Err(error) = table.apply(&self.vm)
         {
-            // Nothing was applied: a bad message must not spoil the next change.
+            // KVM applied nothing. The message is removed from the table, or the next change would fail as
+            // well.
             table.forget(gsi);
             return Err(cannot(error));
         }
@@ -104,7 +107,8 @@ impl Interrupts for KvmPorts {
         };
         let fd = duplicate(call)?;
         self.vm.register_irqfd(&fd, gsi).map_err(|error| cannot_route(gsi, error))?;
-        // Dropped in this order: detached, then the GSI may lead elsewhere.
+        // The fields are dropped in this order: the irqfd must be detached before the GSI is freed for
+        // another message.
         Ok(Guard::new((self.detach(fd, gsi), held)))
     }
 
@@ -162,7 +166,7 @@ impl Page {
 
 impl RegisterPage for Page {
     fn store(&self, offset: u16, value: u32) {
-        // A whole register changes at once: the guest may be reading it on another vCPU.
+        // The whole register is stored at once, because another vCPU may be reading it.
         if let Err(error) = self.slice().store(value.to_le(), usize::from(offset), Ordering::Release) {
             log::error!("register page: no register at offset {offset:#x}: {error}");
         }

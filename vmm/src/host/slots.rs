@@ -1,4 +1,5 @@
-//! The memory slots of one VM: which host memory the guest sees where. A slot is removed when its [`Slot`] is dropped.
+//! The memory slots of one VM: which host memory the guest sees at which address. Dropping a [`Slot`] removes
+//! it from KVM.
 
 #![allow(unsafe_code)]
 
@@ -11,10 +12,10 @@ use kvm_ioctls::VmFd;
 
 use crate::host::mapping::{Mapping, PeerMapping};
 
-/// The memory that a slot shows.
+/// The memory behind a slot.
 #[derive(Debug)]
 pub enum Backing {
-    /// Memory of our own.
+    /// Memory of this process.
     Own(Mapping),
     /// A piece of a peer's file.
     Peer(Arc<PeerMapping>),
@@ -33,7 +34,7 @@ impl From<Arc<PeerMapping>> for Backing {
 }
 
 impl Backing {
-    /// Address in this process, and bytes.
+    /// The address in this process, and the length in bytes.
     fn place(&self) -> (usize, usize) {
         match self {
             Backing::Own(mapping) => (mapping.region().as_ptr().addr(), mapping.region().size()),
@@ -42,7 +43,7 @@ impl Backing {
     }
 }
 
-/// Numbers of slots: those below `next` are in use, unless they are in `free`.
+/// The numbers of slots. A number below `next` is in use, unless it is in `free`.
 #[derive(Debug, Default)]
 struct Numbers {
     next: u32,
@@ -58,12 +59,12 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// The slots of `vm`, none of them in use yet; KVM has `limit` of them.
+    /// The slots of `vm`, all unused. KVM allows `limit` slots.
     pub fn new(vm: Arc<VmFd>, limit: u32) -> Arc<Self> {
         Arc::new(Slots { vm, limit, numbers: Mutex::default() })
     }
 
-    /// Shows the guest `backing` at `guest` until the returned slot is dropped.
+    /// Shows the guest `backing` at the guest address `guest` until the returned slot is dropped.
     ///
     /// # Errors
     /// When no slot is left, or KVM refuses the address: it overlaps another slot, or is not aligned.
@@ -98,7 +99,7 @@ impl Slots {
     }
 }
 
-/// One memory slot; removed when dropped.
+/// One memory slot. Dropping it removes the slot from KVM.
 #[derive(Debug)]
 #[must_use = "the slot is removed when this is dropped"]
 pub struct Slot {
@@ -106,12 +107,12 @@ pub struct Slot {
     number: u32,
     guest: u64,
     backing: Backing,
-    /// KVM has it.
+    /// Whether KVM has the slot.
     is_set: bool,
 }
 
 impl Slot {
-    /// Size 0 removes the slot.
+    /// Gives KVM the slot with this size; size 0 removes the slot.
     fn set(&self, size: usize, access: Access) -> Result<(), kvm_ioctls::Error> {
         let number = |value: usize| u64::try_from(value).unwrap_or(u64::MAX);
         let region = kvm_userspace_memory_region {
@@ -121,8 +122,8 @@ impl Slot {
             memory_size: number(size),
             userspace_addr: number(self.backing.place().0),
         };
-        // SAFETY: the region is a live mapping of exactly `size` bytes that this slot keeps until it has been removed
-        // (size 0), and nobody in this process holds a Rust reference into it.
+        // SAFETY: the region is a live mapping of exactly `size` bytes, or `size` is 0. This slot keeps the
+        // mapping until KVM has removed the slot, and nothing in this process holds a Rust reference into it.
         unsafe { self.slots.vm.set_user_memory_region(region) }
     }
 }
