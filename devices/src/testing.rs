@@ -1,4 +1,4 @@
-//! For tests: ports that record what is registered, and a backend that does as it is told.
+//! For tests: ports that record what is registered, and a backend that follows a script.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -20,7 +20,7 @@ use crate::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, 
 use crate::virtio::types::model::{ConfigSource, Model};
 use crate::virtio::types::table::DeviceType;
 
-/// Guest RAM of the tests: one region from 0.
+/// The size of the tests' guest RAM: one region from address 0.
 pub(crate) const RAM: u64 = 0x40_0000;
 
 pub(crate) fn memory() -> MemoryMap {
@@ -29,7 +29,8 @@ pub(crate) fn memory() -> MemoryMap {
     MemoryMap::new(vec![SharedRegion::new(GuestAddr(0), RAM, Arc::new(fd), 0)]).unwrap()
 }
 
-/// Guest RAM whose file cannot be read or written, as that of huge pages cannot be written: all goes through its access.
+/// Guest RAM whose file can be neither read nor written, so that all accesses go through its access
+/// functions. The file of huge pages cannot be written either.
 pub(crate) fn memory_without_a_file() -> MemoryMap {
     let fd = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
     let bytes = vec![0; usize::try_from(RAM).unwrap()];
@@ -71,7 +72,7 @@ pub(crate) fn disk(queues: u16) -> Model {
     }
 }
 
-/// A piece of a peer's file that the guest sees: where it is, its offset in the file, its size.
+/// A piece of a peer's file that the guest sees: its guest address, its offset in the file, its size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Shown {
     pub(crate) at: GuestAddr,
@@ -80,12 +81,13 @@ pub(crate) struct Shown {
     pub(crate) read_only: bool,
 }
 
-/// Both kinds hold a descriptor of their own, as KVM does.
+/// Doorbells and interrupts hold descriptors of their own, as KVM does.
 #[derive(Default)]
 struct Registered {
     doorbells: Vec<(WriteMatch, OwnedFd)>,
     routes: BTreeMap<i32, (Route, OwnedFd)>,
-    /// Level-triggered lines: GSI, what raises it, what its end of interrupt signals.
+    /// Level-triggered lines: GSI, the eventfd that raises the line, the eventfd that the end of interrupt
+    /// signals.
     levels: Vec<(u32, OwnedFd, OwnedFd)>,
     shown: Vec<(Shown, OnVanished)>,
     refuse_doorbell: Option<WriteMatch>,
@@ -127,19 +129,19 @@ impl Recorder {
         shown
     }
 
-    /// The peer makes its files shorter, and the guest notices.
+    /// The peer makes its files shorter: every piece vanishes from the guest.
     pub(crate) fn vanish_all(&self) {
         let gone = std::mem::take(&mut lock(&self.now).shown);
         gone.iter().for_each(|(_, vanished)| vanished());
     }
 
-    /// The lines that something raises: how often since the last time. Takes the signals.
+    /// The lines that were raised, and how often since the last call. Takes the signals.
     pub(crate) fn take_raised(&self) -> Vec<(u32, u64)> {
         let take = |(gsi, call, _): &(u32, OwnedFd, OwnedFd)| (*gsi, take(call));
         lock(&self.now).levels.iter().map(take).collect()
     }
 
-    /// The guest's end of an interrupt on this line.
+    /// The guest ends an interrupt on this line.
     pub(crate) fn end_of_interrupt(&self, gsi: u32) {
         for (_, _, resample) in lock(&self.now).levels.iter().filter(|(line, _, _)| *line == gsi) {
             rustix::io::write(resample, &1_u64.to_ne_bytes()).unwrap();
@@ -150,7 +152,7 @@ impl Recorder {
         lock(&self.now).routes.values().map(|(route, _)| *route).collect()
     }
 
-    /// A write of the guest that ends in the kernel. Says whether it did.
+    /// A write by the guest. Returns whether it signals a doorbell.
     pub(crate) fn guest_writes(&self, address: u64, value: u32) -> bool {
         let exact = WriteMatch::register(GuestAddr(address), value);
         let any = WriteMatch::anything(GuestAddr(address));
@@ -170,7 +172,7 @@ impl Recorder {
         lock(&self.now).refuse_doorbell = Some(when);
     }
 
-    /// As with a file that is read-only, or of a kind that is not mapped.
+    /// From now on maps are refused, as for a file that is read-only or of a kind that is not mapped.
     pub(crate) fn refuse_maps(&self) {
         lock(&self.now).refuse_maps = true;
     }
@@ -183,7 +185,7 @@ impl Recorder {
         lock(&self.now).refuse_routes = false;
     }
 
-    /// What the guest reads without an exit.
+    /// The value that the guest reads in a register page, without an exit.
     pub(crate) fn page_u32(&self, offset: usize) -> u32 {
         u32::from_le_bytes(self.page_bytes(offset, 4).try_into().unwrap())
     }
@@ -192,7 +194,7 @@ impl Recorder {
         lock(&self.page.bytes)[offset..offset + length].to_vec()
     }
 
-    /// The values that the generation register went through.
+    /// The values that the generation register had, in order.
     pub(crate) fn generations(&self) -> Vec<u32> {
         let mut seen = lock(&self.page.generations).clone();
         seen.dedup();
@@ -200,7 +202,7 @@ impl Recorder {
     }
 }
 
-/// The count of an eventfd, which is 0 afterwards.
+/// Reads the count of an eventfd, which is 0 afterwards.
 fn take(fd: &OwnedFd) -> u64 {
     let mut count = [0; 8];
     rustix::io::read(fd, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
@@ -306,7 +308,7 @@ pub(crate) enum Outcome {
     Lost,
 }
 
-/// What a backend saw, and what it is to answer.
+/// What a backend saw, and how it answers.
 #[derive(Default)]
 pub(crate) struct Script {
     pub(crate) calls: Vec<String>,
@@ -315,13 +317,13 @@ pub(crate) struct Script {
     pub(crate) on_read: Outcome,
     pub(crate) on_write: Outcome,
     pub(crate) config: Vec<u8>,
-    /// Where its queues are when they stop.
+    /// The positions of its queues when they stop.
     pub(crate) bases: Vec<RingBase>,
-    /// It has gone without a word.
+    /// It has closed the connection without an answer.
     pub(crate) hung_up: bool,
-    /// A start waits until something comes here.
+    /// A start waits until a message comes here.
     pub(crate) hold_start: Option<Receiver<()>>,
-    /// Looked at in every call: what the machine had registered at that moment.
+    /// Read in every call, to note what the machine had registered at that moment.
     pub(crate) watch: Option<Recorder>,
 }
 

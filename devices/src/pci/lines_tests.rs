@@ -7,7 +7,8 @@ fn call() -> Arc<Call> {
     Arc::new(Call::new().unwrap())
 }
 
-/// Serves the lines as long as they are to be served; the line was raised so often since the last time.
+/// Serves the lines until there is nothing to serve, and checks how often the line was raised since the last
+/// call.
 fn raised(lines: &IntxLines, machine: &Recorder, gsi: u32, expected: u64) {
     serve(lines);
     let count: u64 = machine.take_raised().iter().filter(|(line, _)| *line == gsi).map(|(_, n)| n).sum();
@@ -37,7 +38,8 @@ fn signals_while_the_line_is_high_raise_it_once_more_after_its_end() {
     let _guards = [&first, &second].map(|call| lines.connect(21, Arc::clone(call)).unwrap());
     first.ring().unwrap();
     raised(&lines, &machine, 21, 1);
-    // Of whichever function they are: nobody knows whether the guest has looked there already.
+    // The signal may come from either function: it is unknown whether the guest has read that function's
+    // status already.
     first.ring().unwrap();
     second.ring().unwrap();
     serve(&lines);
@@ -60,7 +62,7 @@ fn a_line_that_is_lowered_before_the_guest_has_looked_is_raised_again() {
     let guard = lines.connect(21, Arc::clone(&call)).unwrap();
     call.ring().unwrap();
     raised(&lines, &machine, 21, 1);
-    // As when the pin was masked.
+    // As when the pin was masked while the line was raised.
     for _ in 0..3 {
         machine.end_of_interrupt(21);
         raised(&lines, &machine, 21, 1);
@@ -69,7 +71,7 @@ fn a_line_that_is_lowered_before_the_guest_has_looked_is_raised_again() {
     machine.end_of_interrupt(21);
     call.ring().unwrap();
     raised(&lines, &machine, 21, 1);
-    // Who does not interrupt any more has nothing to be looked at.
+    // The line is not raised again for a source that was disconnected.
     drop(guard);
     machine.end_of_interrupt(21);
     let other = self::call();

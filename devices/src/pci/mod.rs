@@ -84,10 +84,12 @@ impl fmt::Display for DeviceNumber {
 /// at most the lock that orders this function's configuration writes; [`HostBridge::insert`] calls
 /// [`Function::decoded`] with the list of functions locked. May wait for a peer, up to the deadline.
 pub trait Function: Send + Sync {
-    /// Fills `data`, 1 to 4 bytes inside one aligned dword, from `offset` of the configuration space (below 4096).
+    /// Fills `data`, 1 to 4 bytes inside one aligned dword, from `offset` of the configuration space (below
+    /// 4096).
     fn config_read(&self, offset: u16, data: &mut [u8]);
 
-    /// Takes `data`, 1 to 4 bytes inside one aligned dword, at `offset` of the configuration space (below 4096).
+    /// Takes `data`, 1 to 4 bytes inside one aligned dword, at `offset` of the configuration space (below
+    /// 4096).
     fn config_write(&self, offset: u16, data: &[u8]);
 
     /// The BARs that the function decodes now, all inside the bridge's windows. Asked for after every

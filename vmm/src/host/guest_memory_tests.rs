@@ -19,7 +19,7 @@ fn guest_memory_is_copied_by_the_kernel_and_never_touched() {
         assert!(memory.read(at, &mut data).is_err(), "{at:#x}");
         assert!(memory.write(at, &data).is_err(), "{at:#x}");
     }
-    // What a hole in huge pages is: pages that a touch answers with SIGBUS.
+    // Stands for a hole in huge pages: pages that answer a touch with SIGBUS.
     ftruncate(&file, 0x2000).unwrap();
     assert!(memory.read(0xffe, &mut data).is_err());
     assert!(memory.write(0x1000, &data).is_err());
@@ -62,7 +62,7 @@ fn huge_pages_are_written_and_a_hole_in_them_is_no_signal() {
     let mut data = [0; 4];
     memory.read((2 << 20) - 2, &mut data).unwrap();
     assert_eq!(&data, b"word");
-    // The second page is gone for good.
+    // The second page no longer exists.
     ftruncate(&file, 2 << 20).unwrap();
     assert!(memory.read(2 << 20, &mut data).is_err());
     assert!(memory.write(2 << 20, &data).is_err());

@@ -18,7 +18,7 @@ use crate::host::mapping::Mapping;
 use crate::life::gate::Lifecycle;
 use crate::life::vcpu::{Vcpu, VcpuCounters, Vcpus};
 
-/// Where the tests show a piece: one page.
+/// The guest address at which the tests show a piece of one page.
 const PIECE: u64 = 0x8000;
 
 /// `mov al, [0x8000]; out 0x10, al; jmp` back.
@@ -64,7 +64,7 @@ struct Guest {
 }
 
 impl Guest {
-    /// A guest of 8 KiB that says bytes at a port; `None`, with a printed reason, where there is no KVM.
+    /// A guest of 8 KiB that writes bytes to a port. Where there is no KVM: `None`, with the reason printed.
     fn new() -> Option<Self> {
         let kvm = match crate::host::kvm::open() {
             Ok(kvm) => kvm,
@@ -119,7 +119,7 @@ impl Guest {
         self.lifecycle.open();
     }
 
-    /// Waits until the guest says `byte`.
+    /// Waits until the guest writes `byte` to the port.
     fn expect(&self, byte: u8) {
         let until = Instant::now() + Duration::from_secs(60);
         let mut last = None;
@@ -168,7 +168,7 @@ fn truncated_file_vanishes_from_the_running_guest_which_goes_on() {
     guest.expect(0xff);
     assert_eq!(vanished.load(Ordering::Relaxed), 1);
     assert!(guest.mmio.counters().ranges[0].reads > 0, "the bus answers now");
-    // The peer's repentance changes nothing, and the address is free for another piece.
+    // The peer makes the file long again, which changes nothing. The address is free for another piece.
     ftruncate(&fd, 2 * PAGE).unwrap();
     let (_, tell) = counter();
     let other = guest.memory.show(&second_page(&file(7)), GuestAddr(PIECE), Access::ReadWrite, tell).unwrap();
@@ -219,7 +219,7 @@ fn writes_to_a_read_only_piece_come_to_the_bus() {
     let Some(mut guest) = Guest::new() else { return };
     let fd = file(0x42);
     let (_, tell) = counter();
-    // Opened for reading alone: that is enough.
+    // A file that is open for reading only is enough.
     let read_only = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*fd))).unwrap();
     let piece = FileRange { fd: Arc::new(read_only.into()), ..second_page(&fd) };
     let refused =
@@ -240,7 +240,8 @@ fn writes_to_a_read_only_piece_come_to_the_bus() {
 fn our_own_memory_sent_back_is_shown_like_any_other() {
     use rustix::fs::{SealFlags, fcntl_add_seals};
     let Some(mut guest) = Guest::new() else { return };
-    // Guest memory as `arch::ram` makes it: a peer that was given it hands it back.
+    // Guest memory as `arch::ram` makes it: a peer that was given the memory's file offers it as a file of
+    // its own.
     let ram = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&ram, 0x20_0000).unwrap();
     fcntl_add_seals(&ram, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).unwrap();
@@ -283,13 +284,13 @@ fn pieces_that_cannot_be_are_refused_and_leave_nothing_behind() {
     }
     let wraps = show(u64::MAX - PAGE + 1, PAGE, PIECE).unwrap_err();
     assert!(cause(&wraps).contains("not whole pages"), "{wraps}");
-    // RAM is there.
+    // RAM is at that address.
     assert!(show(0, PAGE, 0x1000).unwrap_err().to_string().contains("at guest address 0x1000"));
     let (pipe, _) = rustix::pipe::pipe().unwrap();
     let piece = FileRange { fd: Arc::new(pipe), offset: 0, size: PAGE };
     let refused = guest.memory.show(&piece, GuestAddr(PIECE), Access::ReadWrite, counter().1).unwrap_err();
     assert!(cause(&refused).contains("not mapped into guests"), "{refused}");
-    // None of the refused has kept the place, nor a slot number.
+    // The refused pieces occupy neither the address nor a slot.
     let guards: Vec<_> = (0..2).map(|n| show(0, PAGE, PIECE + n * PAGE).unwrap()).collect();
     drop(guards);
     assert!(Arc::strong_count(&fd) == 1, "the file is let go");
@@ -343,7 +344,7 @@ fn memory_without_pages_is_refused_at_the_door() {
         let shown = guest.memory.show(&piece(fd), GuestAddr(PIECE), Access::ReadWrite, counter().1);
         cause(&shown.unwrap_err())
     };
-    // A file of a file system that is neither tmpfs nor hugetlbfs, as `memfd_secret` and FUSE are.
+    // A file that is on neither tmpfs nor hugetlbfs, like those of `memfd_secret` and FUSE.
     let plain = File::open("/proc/self/exe").unwrap();
     assert!(refused(plain.into()).contains("not mapped into guests"));
 }
@@ -360,12 +361,12 @@ fn only_the_piece_that_cannot_be_read_is_blamed() {
     ftruncate(&bad, PAGE).unwrap();
     assert_eq!(guest.memory.remove(Suspects::Unreadable), 1);
     assert_eq!((blamed.load(Ordering::Relaxed), innocent.load(Ordering::Relaxed)), (1, 0));
-    // Nobody is found guilty, and something must be the reason.
+    // No piece is found at fault, so the only piece is removed.
     assert_eq!(guest.memory.remove(Suspects::Unreadable), 1);
     assert_eq!(innocent.load(Ordering::Relaxed), 1);
 }
 
-/// A tmpfs of one page, where it can be mounted.
+/// Needs a tmpfs of one page, and is skipped where it cannot be mounted.
 #[test]
 fn a_hole_that_a_full_file_system_cannot_fill_is_found() {
     use std::process::Command;

@@ -1,4 +1,4 @@
-//! A guest at work on a server's function.
+//! A guest uses a server's function.
 
 use super::super::server::Gone;
 use super::super::testing::{self, Mood, Scripted};
@@ -14,9 +14,9 @@ const WINDOWS: Windows = Windows {
     memory64: Window { base: 0x80_0000_0000, size: 0x80_0000_0000 },
     io: Window { base: 0x1000, size: 0xf000 },
 };
-/// Where the pin leads.
+/// The GSI of the pin.
 const PIN: u32 = 20;
-/// Where the guest puts BAR 2.
+/// The address that the guest gives BAR 2.
 const PLACE: u64 = 0x90_0000_0000;
 
 struct Guest {
@@ -30,7 +30,7 @@ impl Guest {
         Self::with(|_| ())
     }
 
-    /// With another configuration space.
+    /// A guest whose server has a changed configuration space.
     fn with(change: impl FnOnce(&mut [u8])) -> Self {
         let (server, machine) = (Scripted::default(), Recorder::default());
         let device = testing::device_with(&server, change);
@@ -40,7 +40,7 @@ impl Guest {
         guest
     }
 
-    /// On another board.
+    /// Puts the function on another board.
     fn plug(&self) {
         self.device.plug(&self.machine.ports(), &HostBridge::new(WINDOWS), Some(PIN)).unwrap();
     }
@@ -80,7 +80,7 @@ impl Guest {
         self.machine.shown().iter().map(|shown| shown.at.0).collect()
     }
 
-    /// BAR 2 at [`PLACE`], decoded.
+    /// Gives BAR 2 the address [`PLACE`] and switches memory decoding on.
     fn enable(&self) {
         self.set(0x18, 0);
         self.set(0x1c, u32::try_from(PLACE >> 32).unwrap());
@@ -147,7 +147,7 @@ fn the_command_register_is_kept_and_forwarded() {
     let guest = Guest::new();
     guest.command(0x0547);
     assert_eq!(guest.server.calls(), ["write 7+4 [47, 05]"]);
-    // The server has the rest; our scripted one forgets it.
+    // The other bits are the server's, and the scripted server does not store them.
     assert_eq!(guest.config(4), 0x0010_0407);
     guest.device.config_write(offset::COMMAND + 1, &[0x01]);
     guest.device.config_write(offset::COMMAND, &[0x06]);
@@ -231,7 +231,7 @@ fn a_lost_server_leaves_nothing_but_all_ones() {
 #[test]
 fn memory_that_cannot_be_mapped_is_the_servers_access_by_access() {
     let guest = Guest::new();
-    // The server gave a file that is read-only, or our own of huge pages.
+    // As when the server's file is read-only, or consists of our own huge pages.
     guest.machine.refuse_maps();
     guest.enable();
     assert!(guest.shown().is_empty());
@@ -273,7 +273,7 @@ fn a_device_that_the_guest_ejected_is_so_until_the_next_board() {
     assert!(!guest.device.is_ejected());
 }
 
-/// Offsets of the capabilities, and the bits that switch them on.
+/// The offsets of the capabilities, and the bits that switch them on.
 const MSIX: u16 = 0x40;
 const MSI: u16 = 0x50;
 const MSIX_ON: u32 = 0x8000_0000;
@@ -398,11 +398,12 @@ fn a_reset_of_the_function_leaves_it_as_after_power_on() {
     guest.entry(0, 0);
     guest.set(MSIX, MSIX_ON);
     guest.server.calls();
-    // Not the reset, but its neighbours.
+    // Not the reset bit, but the bits and bytes beside it.
     guest.device.config_write(0x78, &[0, 0x7f]);
     assert_eq!(guest.machine.routes(), [message(0)]);
     guest.device.config_write(0x78, &[0, 0x80]);
-    // libvfio-user keeps the command register and the enable bit, and would hold on to MSI-X when the pin comes on.
+    // libvfio-user keeps the command register and the enable bit over a reset. Without these writes it would
+    // keep MSI-X when the guest switches the pin on.
     let off = ["write 7+4 [00, 00]", "disarm MsiX", "write 7+42 [00, 00]"];
     assert_eq!(guest.server.calls(), [&["write 7+78 [00, 7f]"], &off[..], &["write 7+78 [00, 80]"]].concat());
     assert!(
@@ -422,7 +423,7 @@ fn a_vector_whose_route_was_refused_has_it_at_its_next_change() {
     for capability in [0x40_u16, 0x50] {
         let guest = Guest::new();
         guest.enable();
-        // Vector 0 of MSI-X leads somewhere before MSI-X comes on.
+        // The guest gives vector 0 of MSI-X a message before it switches MSI-X on.
         for (at, value) in [(0, 0xfee0_0000), (8, 0x40), (12, 0)] {
             guest.set_bar(4, at, value);
         }
@@ -510,7 +511,7 @@ fn a_server_that_lives_and_closes_its_connection_has_removed_the_device() {
 fn all_that_one_access_takes_shares_one_deadline() {
     let guest = Guest::new();
     guest.enable();
-    // Each request is answered in time; a reset of the function takes three of them.
+    // Each request is answered within the deadline; a reset of the function takes three requests.
     guest.server.mood(Mood::Slow(Duration::from_millis(300)));
     let begun = Instant::now();
     guest.device.config_write(0x78, &[0, 0x80]);

@@ -1,13 +1,13 @@
-//! The lines "PCI shape", "Region info" and "Interrupts" of a faulty server.
+//! What a faulty server may say: the lines "PCI shape", "Region info" and "Interrupts" of the fault list.
 
-// Bytes of a header, taken apart.
+// Headers are taken apart into bytes.
 #![allow(clippy::cast_possible_truncation)]
 
 use super::*;
 use crate::pci::BarKind;
 use crate::pci::vfio_user::bars::LARGEST;
 
-/// Extended headers and where they are.
+/// Extended headers and their offsets.
 type Headers<'a> = &'a [(usize, u32)];
 
 /// A configuration space under construction.
@@ -55,7 +55,7 @@ impl Space {
         self.put32(0x10 + index * 4, register)
     }
 
-    /// The list begins here.
+    /// Puts a capability at `at` and lets the list begin there.
     fn capability(self, at: u8, id: u8, next: u8) -> Self {
         let linked = self.put16(6, 0x10).put8(0x34, at);
         linked.put8(at.into(), id).put8(usize::from(at) + 1, next)
@@ -69,7 +69,7 @@ impl Space {
         FunctionShape::judge(&Said { config: &self.config, bars: &self.bars, interrupts: &self.interrupts })
     }
 
-    /// What the guest reads there.
+    /// The dword that the guest reads at `at`.
     fn shown(&self, at: u16) -> u32 {
         let shape = self.judge().unwrap();
         let from = usize::from(at);
@@ -78,7 +78,7 @@ impl Space {
         u32_at(&data, 0).unwrap()
     }
 
-    /// The capabilities as a guest walks them.
+    /// The capabilities that a guest finds when it walks the list.
     fn walked(&self) -> Vec<(u8, u8)> {
         let mut at = self.shown(0x34) as u8;
         let mut walked = Vec::new();
@@ -198,7 +198,8 @@ fn a_64_bit_bar_needs_two_registers_and_hides_what_is_said_of_the_second() {
 #[test]
 fn capability_lists_are_cut_where_they_stop_making_sense() {
     let first = (0x40, id::MSI_X);
-    // Into the header, unaligned, back to itself, into itself, past what is known to be taken.
+    // The next pointer leads into the header, to an unaligned offset, back to itself, into itself, and behind
+    // the bytes that are known to be taken.
     for next in [0x04, 0x3c, 0x51, 0x52, 0x40, 0x44, 0x48] {
         let space = Space::new().link(0x40, id::MSI_X, next);
         assert_eq!(space.walked(), [first], "{next:#x}");
@@ -261,10 +262,10 @@ fn msix_is_ours_wherever_the_capability_says_it_is() {
     let in_bar = |table: u32, pba: u32| Space::new().put32(0x44, table).put32(0x48, pba);
     let memory = |kind, size, region| (kind, size, region);
     for (space, bar, expected) in [
-        // As SPDK has its virtio functions: the register of the pending bits' BAR reads as ports.
+        // SPDK's virtio functions: the register of the BAR that holds the pending bits reads as one of ports.
         (in_bar(0x2002, 0), 0, memory(BarKind::Memory32, 0x1000, 0x20)),
         (in_bar(0, 0x3002), 0, memory(BarKind::Memory32, 0x1000, 0x20)),
-        // A BAR that is not there, and BARs that are too small.
+        // A BAR that is absent, and BARs that are too small.
         (in_bar(4, 0x3002), 4, memory(BarKind::Memory32, 0x1000, 0)),
         (in_bar(0x2_0000 | 4, 0x3002), 4, memory(BarKind::Memory32, 0x4_0000, 0)),
         (in_bar(0x3f08 | 2, 0x2002), 2, memory(BarKind::Prefetchable64, 0x8000, 0x4000)),
@@ -288,12 +289,12 @@ fn msix_that_cannot_work_is_hidden() {
     let nowhere = "its table or its pending bits are where no memory BAR can be";
     let overlap = "its table and its pending bits overlap";
     let cases = [
-        // The upper half of BAR 2, numbers that no BAR has.
+        // The upper half of BAR 2, and numbers that no BAR has.
         (in_bar(3, 0x3002), nowhere),
         (in_bar(6, 0x3002), nowhere),
         (in_bar(7, 0x3002), nowhere),
         (in_bar(0x2002, 3), nowhere),
-        // No BAR is made as large as that.
+        // A BAR is never grown to this size.
         (in_bar(0xffff_fff8 | 2, 0x2002), nowhere),
         (in_bar(0x2002, 0x10_0000 | 2), nowhere),
         (in_bar(0x2002, 0x2002), overlap),
@@ -304,7 +305,7 @@ fn msix_that_cannot_work_is_hidden() {
     }
     let none = Space { interrupts: [1, 1, 0], ..Space::new() };
     assert_eq!(none.msix_oddity(), [Oddity::MsixHidden("the server has no interrupts for it")]);
-    // Side by side is fine.
+    // Table and pending bits side by side do not overlap.
     assert!(in_bar(0x2002, 0x2100 | 2).judge().unwrap().msix.is_some());
 }
 

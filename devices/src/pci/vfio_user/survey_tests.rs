@@ -1,4 +1,4 @@
-//! Servers that are asked what their function is.
+//! The survey of servers that say odd things.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use transport::vfio_user::message::Command;
 
 const CONFIG: usize = 7;
 
-/// A function with MSI-X, whose configuration space has this size.
+/// A function with MSI-X and a configuration space of this size.
 fn offer(size: usize, change: impl FnOnce(&mut [u8])) -> Offer {
     let mut offer = Offer::default();
     let mut config = vec![0; size];
@@ -65,7 +65,7 @@ fn a_function_that_is_quiet_is_not_written_to() {
 
 #[test]
 fn a_list_of_extended_capabilities_that_the_server_makes_last_is_cut() {
-    // 960 of them, one after the other.
+    // 960 capabilities, one after the other.
     let endless = offer(0x1000, |config| {
         for at in (0x100..0x1000).step_by(4) {
             let header = 0x1_000b | u32::try_from(at + 4).unwrap() << 20;

@@ -1,4 +1,4 @@
-//! For tests: a server that does as it is told.
+//! For tests: a server that follows a script.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -13,7 +13,7 @@ use super::server::{CONFIG_REGION, Irq, Server, ServerError, ServerStats, Writes
 use super::survey::{Piece, Region, Reset};
 use crate::lock;
 
-/// How everything that is asked ends.
+/// How every request ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(crate) enum Mood {
     #[default]
@@ -22,7 +22,7 @@ pub(crate) enum Mood {
     Lost,
     /// It closes the connection.
     Closes,
-    /// It takes so long over each request.
+    /// It takes this long for each request.
     Slow(Duration),
 }
 
@@ -31,7 +31,7 @@ pub(crate) struct Script {
     pub(crate) calls: Vec<String>,
     pub(crate) mood: Mood,
     pub(crate) config: Vec<u8>,
-    /// The eventfds of the kind that is armed.
+    /// The kind of interrupts that is armed, and its eventfds.
     pub(crate) armed: Option<(Irq, Vec<OwnedFd>)>,
     /// Its process has ended.
     pub(crate) is_dead: bool,
@@ -49,7 +49,7 @@ impl Scripted {
         lock(&self.0).mood = mood;
     }
 
-    /// The device interrupts.
+    /// The device raises an interrupt.
     pub(crate) fn signal(&self, vector: usize) {
         let script = lock(&self.0);
         let (_, calls) = script.armed.as_ref().unwrap();
@@ -131,8 +131,13 @@ impl Server for Scripted {
     }
 }
 
-/// A function with a trapped BAR 0 of 0x20 bytes, a BAR 2 of 0x4000 that is memory from 0x1000 to 0x3000, four MSI-X
-/// vectors in BAR 4, MSI with two, a pin, and a reset of its own; changed by `change`.
+/// A function with these parts, changed by `change`:
+/// - BAR 0 of 0x20 bytes, all of it answered by the server;
+/// - BAR 2 of 0x4000 bytes, mapped from 0x1000 to 0x3000;
+/// - four MSI-X vectors in BAR 4;
+/// - MSI with two vectors;
+/// - a pin;
+/// - a function-level reset.
 pub(crate) fn device_with(server: &Scripted, change: impl FnOnce(&mut [u8])) -> Arc<VfioUserDevice> {
     let mut config = vec![0; 0x100];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
