@@ -9,7 +9,7 @@ const WINDOWS: Windows = Windows {
 };
 const ECAM: u64 = 0xe000_0000;
 
-/// A function with a BAR of memory and one of ports, which says at each read where it was read.
+/// A function with a memory BAR and a port BAR. Each read returns the BAR and the offset of the read.
 struct Thing {
     config: Mutex<ConfigSpace>,
     writes: Mutex<Vec<(u8, u64, Vec<u8>)>>,
@@ -205,7 +205,8 @@ fn thirty_one_devices_fit_and_a_removed_one_is_gone() {
     assert_eq!(machine.read32(1, 0), u32::MAX);
 }
 
-/// A function that takes its time for a configuration write, and counts those that began and those that ended.
+/// A function whose configuration writes take long. It counts the writes that have begun and those that have
+/// ended.
 #[derive(Default)]
 struct Slow {
     begun: std::sync::atomic::AtomicU32,
@@ -237,7 +238,7 @@ fn a_removed_function_has_no_configuration_write_under_way_and_gets_no_other() {
         let counts = || [&slow.begun, &slow.ended].map(|n| n.load(std::sync::atomic::Ordering::SeqCst));
         let then = std::thread::scope(|scope| {
             for _ in 0..3 {
-                // Until nothing is there.
+                // Until the function is gone.
                 scope.spawn(|| {
                     while machine.read32(1, 0) == 0 {
                         machine.write32(1, 4, 7);

@@ -9,12 +9,10 @@
 //! ```
 //! KVM lowers a line in two cases, and in both the line may have to be raised again:
 //! - At the guest's end of interrupt, whether or not another source has signalled meanwhile. That signal
-//!   would be lost, so
-//! it is remembered.
+//!   would be lost, so it is remembered.
 //! - When the guest unmasks a pin whose line was raised while the pin was masked. The guest has not seen that
-//!   interrupt.
-//! Guests do this when they move interrupts from CPU to CPU. KVM leaves it to the sources to raise the line
-//! again, so the line is raised again until the guest has read a status.
+//!   interrupt. Guests do this when they move interrupts from CPU to CPU. KVM leaves it to the sources to
+//!   raise the line again, so the line is raised again until the guest has read a status.
 //!
 //! The control loop calls [`IntxLines::serve`] when [`IntxLines::as_fd`] is readable. A guest that uses
 //! message interrupts never causes that.

@@ -15,10 +15,10 @@
 //!
 //! # How a function is made
 //! 1. Describe its BARs ([`bar::Bars::new`]) and have the bridge assign their addresses
-//! ([`host_bridge::HostBridge::assign`]).
+//!    ([`host_bridge::HostBridge::assign`]).
 //! 2. Put the BARs into a [`config_space::ConfigSpace`], or keep them beside a proxied configuration space.
 //! 3. Implement [`Function`], with a lock of its own, and put the function on the bus
-//! ([`host_bridge::HostBridge::insert`]).
+//!    ([`host_bridge::HostBridge::insert`]).
 //!
 //! On each configuration write, the bridge calls [`Function::config_write`] and then asks
 //! [`Function::decoded`] where the BARs are now. So a BAR can move, appear or vanish while vCPUs run. Inside

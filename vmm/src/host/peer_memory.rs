@@ -5,9 +5,8 @@
 //! 1. `KVM_RUN` fails with EFAULT. The vCPU calls [`PeerMemory::remove`].
 //! 2. KVM emulates the instruction, and the access comes out as MMIO. The vCPU calls [`PeerMemory::missed`].
 //! 3. KVM reports nothing. With hardware paging and with guest interrupts on, KVM asks for the page
-//!    asynchronously, ignores
-//! the failure and enters the guest again, for ever. So the control loop calls [`PeerMemory::look`] several
-//! times a second, which examines the pieces.
+//!    asynchronously, ignores the failure and enters the guest again, for ever. So the control loop calls
+//!    [`PeerMemory::look`] several times a second, which examines the pieces.
 //!
 //! In each case the piece is removed from the guest and its owner is told. The vCPU goes on: its access finds
 //! no slot and comes to the bus. The VMM must never touch a piece.

@@ -59,7 +59,7 @@ impl InBar {
 /// MSI-X.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsixShape {
-    /// The capability.
+    /// The offset of the capability.
     pub at: u8,
     /// The number of vectors, 1 to 2048.
     pub vectors: u16,
@@ -81,9 +81,9 @@ impl MsixShape {
 /// MSI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsiShape {
-    /// The capability.
+    /// The offset of the capability.
     pub at: u8,
-    /// What it has.
+    /// The properties of the capability.
     pub spec: MsiSpec,
 }
 
@@ -93,7 +93,7 @@ pub enum Oddity {
     /// A capability list is invalid from some pointer on.
     #[error("the capability list is cut at {0:#x}, where none can be")]
     ChainCut(u16),
-    /// MSI-X cannot work.
+    /// MSI-X cannot work, for this reason.
     #[error("MSI-X is hidden: {0}")]
     MsixHidden(&'static str),
     /// Guests see fewer vectors than the capability has.
@@ -111,7 +111,7 @@ pub enum Oddity {
     /// MSI cannot work.
     #[error("MSI is hidden: the server has no interrupts for it")]
     MsiHidden,
-    /// INTx cannot work.
+    /// INTx cannot work, for this reason.
     #[error("the interrupt pin is hidden: {0}")]
     PinHidden(&'static str),
 }
@@ -269,7 +269,7 @@ impl FunctionShape {
         self.overlay.claim(pointer, 0xff, 0);
     }
 
-    /// True when it can be shown.
+    /// Judges the capability. Returns whether guests can be shown it.
     fn show_msix(&mut self, said: &Said<'_>, at: u8) -> bool {
         let [.., count] = *said.interrupts;
         let from = u16::from(at);
@@ -314,7 +314,7 @@ impl FunctionShape {
         true
     }
 
-    /// True when it can be shown.
+    /// Judges the capability. Returns whether guests can be shown it.
     fn show_msi(&mut self, said: &Said<'_>, at: u8) -> bool {
         let [_, count, _] = *said.interrupts;
         let from = u16::from(at);
