@@ -160,7 +160,7 @@ pub trait Interrupts: Send + Sync {
     fn attach(&self, call: BorrowedFd<'_>, route: Route) -> Result<Guard, PortError>;
 
     /// Raises the level-triggered line with this GSI whenever `call` is signalled. The guest's end of
-    /// interrupt lowers the line and signals `resample`, without userspace. A source that still has a reason
+    /// interrupt lowers the line and signals `resample`, all in the kernel. A source that still has a reason
     /// to interrupt then signals `call` again. Several sources may share a line.
     ///
     /// # Errors

@@ -207,7 +207,7 @@ impl HostBridge {
 
     /// Rebuilds `routes` from the BARs that the functions decode.
     fn reroute(&self) {
-        // The lock order is `order`, `entries`, `routes`, `decoded`. No thread may take them in another order.
+        // The lock order is `order`, `entries`, `routes`, `decoded`. No thread takes them in another order.
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
         let Routes { memory, io } = &mut *routes;
