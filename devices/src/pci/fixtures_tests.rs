@@ -88,7 +88,7 @@ fn what_was_refused_is_there_once_the_bar_in_its_way_has_moved() {
     let (mut one, mut other) = (fixtures(&machine), fixtures(&machine));
     one.add(0, memory(0, 0x1000)).unwrap();
     other.add(0, memory(0x1000, 0x1000)).unwrap();
-    // A guest that swaps two BARs while they are decoded.
+    // The guest swaps two BARs while they are decoded.
     one.place(&at(0xc000_0000)).unwrap();
     other.place(&at(0xc000_0000)).unwrap_err();
     one.place(&at(0xc100_0000)).unwrap();

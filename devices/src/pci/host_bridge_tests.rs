@@ -151,7 +151,7 @@ fn bars_are_reached_where_they_are_and_only_while_decoded() {
     assert_eq!(machine.byte(&machine.memory, at + 5), 0x05);
     assert_eq!(machine.byte(&machine.ports, port + 6), 0x26);
     assert_eq!(machine.byte(&machine.memory, at + 0x2000), 0xff, "behind it");
-    // Into the window above 4 GiB.
+    // The BAR moves into the window above 4 GiB.
     machine.write32(1, 0x14, 0x81);
     let far = 0x81_0000_0000 | at;
     assert_eq!(machine.byte(&machine.memory, at + 5), 0xff);

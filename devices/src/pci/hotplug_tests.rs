@@ -140,7 +140,7 @@ fn a_working_device_can_be_switched_off_and_another_one_cannot() {
     assert_eq!(machine.raised(), 0);
     machine.eject(1 << 4);
     assert_eq!((thing.0.load(Ordering::Relaxed), machine.register(Hotplug::PRESENT)), (1, 0));
-    // The slot can be taken again, which also forgets what was said of the one before.
+    // The slot can be used again, and GONE no longer reports the previous device.
     let (number, _) = machine.add(4);
     assert_eq!(machine.register(Hotplug::PRESENT), 1 << 4);
     machine.hotplug.lost(number);

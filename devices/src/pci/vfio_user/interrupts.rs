@@ -79,7 +79,7 @@ pub enum Place {
     Table(u64),
     /// Into the pending bits, at this offset in them.
     Pending(u64),
-    /// Partly into the table or the pending bits: no one answers it.
+    /// Partly into the table or the pending bits: reads all ones, and a write is dropped.
     Across,
     /// To the server.
     Server,

@@ -260,8 +260,8 @@ impl ServerLink {
         if self.is_gone() { Done::No } else { self.judge(self.server.unmask_pin(look)) }
     }
 
-    /// Begins an access of the guest; the deadline counts from now. May first wait for another vCPU's access
-    /// ([`Server::turn`]).
+    /// Begins an access of the guest. It may wait for another vCPU's access first ([`Server::turn`]). The
+    /// deadline counts from the end of that wait.
     #[must_use]
     pub fn access(&self) -> ServerAccess<'_> {
         let _turn = self.server.turn();

@@ -23,9 +23,9 @@ const INTERRUPT_STATUS: u8 = 1 << 3;
 /// One connection.
 pub(super) struct Session {
     client: Client,
-    /// Held by the thread that has a request under way, for protocol versions in which nothing may be sent
-    /// while an answer is due: the server may send a request of its own meanwhile, and takes the next message
-    /// from us for its reply.
+    /// Held by the thread that has a request under way. Only for servers to which nothing may be sent while
+    /// they owe an answer: such a server may send a request of its own meanwhile, and then takes the next
+    /// message from us for the reply.
     turn: Option<Mutex<()>>,
     /// The server's process, if it can be seen from here.
     process: Option<(Pid, OwnedFd)>,
