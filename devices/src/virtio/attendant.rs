@@ -1,6 +1,6 @@
-//! One thread a device for everything that waits for its backend and that no vCPU waits for: the search for a lost
-//! backend, configuration changes, lookups of shared objects, kicks of our own control queues. It starts with the first
-//! job and ends with the device.
+//! The attendant: one thread for each device. It does the work that waits for the backend and for which no
+//! vCPU waits: the search for a lost backend, configuration changes, lookups of shared objects, and kicks of
+//! the control queues that the VMM serves. The thread starts with the first job and ends with the device.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -18,7 +18,7 @@ use crate::virtio::core::state::Effort;
 use crate::virtio::recovery::search::{Attempted, Quest, Search, Trial};
 use crate::virtio::recovery::watch::Standing;
 
-/// What an attendant is asked to do. A lookup that is dropped is for its asker to refuse.
+/// A job for an attendant. When a lookup is dropped without an answer, its sender has to refuse the request.
 pub enum Job {
     /// Search for a backend.
     Search(Effort),
@@ -26,14 +26,15 @@ pub enum Job {
     HungUp,
     /// The backend says that its configuration changed.
     Reload,
-    /// A queue was kicked whose kicks we serve or pass on.
+    /// This queue was kicked, and the VMM serves its kicks or passes them on.
     Kick(u16),
-    /// Another device's backend wants the descriptor of an object of this one's backend.
+    /// The backend of another device asks for the descriptor of an object that this device's backend shares.
     Lookup(Uuid, Box<dyn FnOnce(Result<OwnedFd, Refused>) + Send>),
 }
 
 impl Job {
-    /// Whether doing `other` does this as well. A peer may repeat what it says as often as it likes.
+    /// Whether `other` makes this job superfluous. A peer may repeat a message as often as it likes, and must
+    /// not fill the mailbox that way.
     fn is_done_by(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::HungUp, Self::HungUp) | (Self::Reload, Self::Reload) => true,
@@ -69,17 +70,18 @@ impl fmt::Debug for Attendant {
 
 enum Next {
     Job(Job),
-    /// The time is over.
+    /// The deadline of the wait has passed.
     Due,
     End,
 }
 
-/// How long a backend that took over is watched, and how often it is looked at.
+/// `WATCH`: for how long a backend that took over is watched. `LOOK`: the time between two looks.
 const WATCH: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(20);
 
 impl Attendant {
-    /// The attendant of `device`, which from now on has its backend searched for by it, where it can be found.
+    /// Makes the attendant of `device`. With `search`, the device has its lost backend searched for by this
+    /// attendant.
     #[must_use]
     pub fn new(name: String, device: DeviceHandle, search: Option<Search>) -> Arc<Self> {
         let limit = search.as_ref().map(|search| search.limits.deadline());
@@ -98,8 +100,9 @@ impl Attendant {
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a job done soon. Called on any thread, with or without the device's lock; never waits. False when no thread
-    /// is to be had, or the device has ended: the job is dropped then.
+    /// Hands over a job, which the attendant's thread does soon. Called on any thread, with or without the
+    /// device's lock; never waits. Returns false, and drops the job, when the thread cannot be started or the
+    /// device has ended.
     pub fn post(self: &Arc<Self>, job: Job) -> bool {
         let mut mailbox = self.lock();
         if mailbox.ended {
@@ -129,7 +132,7 @@ impl Attendant {
         self.trial.interrupt();
     }
 
-    /// Has the thread end after the job that is under way. Does not wait.
+    /// Tells the thread to end after the present job. Does not wait.
     pub fn stop(&self) {
         let mut mailbox = self.lock();
         mailbox.ended = true;
@@ -140,7 +143,7 @@ impl Attendant {
         self.changed.notify_all();
     }
 
-    /// Ends the thread. Waits for the job that is under way: a deadline of the backend at most.
+    /// Ends the thread. Waits for the present job: at most one deadline of the backend.
     pub fn end(&self) {
         self.stop();
         let thread = self.lock().thread.take();
@@ -171,7 +174,7 @@ impl Attendant {
 
     fn run(&self) {
         let mut quest: Option<Quest> = None;
-        // A backend that took over: until when, and when it is looked at again.
+        // Set while a backend that took over is watched: the end of the watch, and the time of the next look.
         let mut watch: Option<(Deadline, Instant)> = None;
         loop {
             let due = [quest.as_ref().map(|quest| quest.due), watch.as_ref().map(|(_, due)| *due)];

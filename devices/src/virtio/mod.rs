@@ -1,4 +1,4 @@
-//! Virtio 1.2 devices whose queues are served by other processes.
+//! Virtio 1.2 devices whose queues are served by backends in other processes.
 //!
 //! | chapter | what it holds |
 //! |--|--|

@@ -1,4 +1,4 @@
-//! What the device core asks of whoever serves the queues. Knows no protocol.
+//! The interface between the device core and the backend that serves the queues. Knows no protocol.
 
 pub mod outlets;
 pub mod requests;
@@ -18,60 +18,60 @@ use transport::vhost_user::{InflightArea, IovaMap, LiveSession, Session};
 /// What a backend needs to start the queues.
 #[derive(Debug)]
 pub struct Start<'a> {
-    /// What the driver took of what was offered.
+    /// The features that the driver took.
     pub features: DriverFeatures,
     /// Guest memory.
     pub memory: &'a MemoryMap,
     /// The queues that the driver enabled, checked, and where each begins.
     pub rings: &'a [Ring<'a>],
-    /// Where an earlier backend noted what it had in flight; none when nothing was, or nobody noted it.
+    /// The inflight area of an earlier backend; `None` when nothing was in flight, or there is no area.
     pub inflight: Option<Arc<InflightArea>>,
 }
 
 /// How the queues stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// Every request is finished first; the queues go on later.
+    /// The backend finishes every request first; the queues go on later.
     Drain,
-    /// Nothing is waited for, where the backend can: the inflight area has what is in flight. Elsewhere as
-    /// [`Stop::Drain`].
+    /// Where the backend can, nothing is waited for: the inflight area holds the requests in flight.
+    /// Elsewhere this is like [`Stop::Drain`].
     Suspend,
-    /// Every request is finished first, and the device is reset.
+    /// The backend finishes every request first, and its device is reset.
     Reset,
 }
 
-/// Whether running queues have a changed memory.
+/// Whether running queues use a changed memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryChange {
-    /// They have.
+    /// They use it.
     Done,
-    /// They have to stop and start again for that.
+    /// They have to stop and start again before they use it.
     NeedsRestart,
 }
 
 /// Why a backend did not do what it was asked.
 #[derive(Debug)]
 pub enum BackendError {
-    /// It said no, and can be asked again.
+    /// The backend refused this request; later requests are possible.
     Refused(Box<dyn Error + Send + Sync>),
-    /// It cannot be used any more.
+    /// The backend is lost.
     Lost(Box<dyn Error + Send + Sync>),
 }
 
 impl BackendError {
-    /// The backend was given up before.
+    /// The error for a backend that was given up earlier.
     #[must_use]
     pub fn gone() -> Self {
         Self::Lost("the backend is gone".into())
     }
 
-    /// Whether the peer did not answer in time.
+    /// Whether the cause is a peer that did not answer in time.
     #[must_use]
     pub fn is_silence(&self) -> bool {
         is_silence(self.cause())
     }
 
-    /// What is behind it.
+    /// The cause.
     #[must_use]
     pub fn cause(&self) -> &(dyn Error + Send + Sync + 'static) {
         match self {
@@ -80,7 +80,8 @@ impl BackendError {
     }
 }
 
-/// Whether a peer that did not answer in time is behind `error`: the next one in its place is not worth a wait.
+/// Whether the cause of `error` is a peer that did not answer in time. A driver does not wait for the next
+/// backend then.
 pub(crate) fn is_silence(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -105,32 +106,35 @@ pub struct BackendStats {
     pub worst_wait: Duration,
 }
 
-/// The backend that serves a device's queues. Called with the device's lock held, on vCPU threads and on the attendant's;
-/// a start in the place of a lost backend is called without the lock. Every call ends within the peer's deadline.
+/// The backend that serves a device's queues. Called with the device's lock held, on vCPU threads and on the
+/// attendant's thread. One exception: a start in place of a lost backend is called without the lock. Every
+/// call ends within the peer's deadline.
 pub trait Backend: Send {
-    /// Starts the queues. Gives the inflight area that the backend notes in, if it notes anything.
+    /// Starts the queues. Returns the inflight area that the backend uses, if it uses one.
     ///
     /// # Errors
     /// When they do not run.
     fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError>;
 
-    /// Stops the queues; afterwards the backend touches neither memory nor eventfds. Gives where the queues are, in the
-    /// order in which they were started: nothing when they stood already, or were reset.
+    /// Stops the queues. Afterwards the backend touches neither memory nor eventfds. Returns the position of
+    /// each queue, in the order in which they were started; nothing when the queues were stopped already, or
+    /// were reset.
     ///
     /// # Errors
-    /// When it cannot be said that they stopped. The backend is lost then.
+    /// When the stop is not confirmed. The backend is lost then.
     fn stop(&mut self, how: Stop) -> Result<Vec<RingBase>, BackendError>;
 
-    /// Passes on what the driver wrote to the configuration space, if anything; gives the configuration as it is then.
+    /// Passes on a write of the driver to the configuration space, if there is one. Returns the configuration
+    /// after it.
     ///
     /// # Errors
-    /// When the backend did not take it, or does not say what the configuration is.
+    /// When the backend refuses the write, or does not return its configuration.
     fn config(&mut self, written: Option<(u32, &[u8])>) -> Result<Vec<u8>, BackendError>;
 
-    /// Guest memory is `memory` from now on, for queues that run.
+    /// Makes `memory` the guest's memory, for queues that run.
     ///
     /// # Errors
-    /// When the backend cannot hold that memory, and keeps what it had; or is lost.
+    /// When the backend cannot hold that memory and keeps the old one, or when the backend is lost.
     fn change_memory(&mut self, memory: &MemoryMap) -> Result<MemoryChange, BackendError>;
 
     /// The session, for the messages that few device types use, while the queues run.
@@ -139,33 +143,33 @@ pub trait Backend: Send {
     /// When they do not run.
     fn live(&mut self) -> Result<&mut LiveSession, BackendError>;
 
-    /// The same while the queues stand.
+    /// The session while the queues are stopped.
     ///
     /// # Errors
-    /// When they run.
+    /// When the queues run.
     fn standing(&mut self) -> Result<&mut Session, BackendError>;
 
-    /// What stands between the driver's addresses and guest memory, for a driver that takes ACCESS_PLATFORM. It may be
-    /// asked for as long as the backend lives, connected or not.
+    /// The translations from the driver's addresses to guest memory, for a driver that takes ACCESS_PLATFORM.
+    /// Callable as long as the backend value lives, connected or not.
     fn translations(&self) -> Option<&IovaMap>;
 
-    /// Whether kicks and calls are messages.
+    /// Whether kicks and calls are messages (in-band notifications).
     fn notifies_in_band(&self) -> bool;
 
-    /// Whether the backend can go on with an inflight area of an earlier one.
+    /// Whether the backend can continue from the inflight area of an earlier one.
     fn takes_inflight(&self) -> bool;
 
     /// Whether the backend has ended the connection.
     fn has_hung_up(&self) -> bool;
 
-    /// Gives the backend up: nothing is asked of it any more.
+    /// Gives the backend up: ends the connection and sends no further request.
     fn disconnect(&mut self);
 
     /// Traffic so far.
     fn stats(&self) -> BackendStats;
 }
 
-/// What the failure of a message means.
+/// The meaning of a failed message for the device core.
 pub(crate) fn failed(error: transport::peer::Error) -> BackendError {
     if error.is_fatal() { BackendError::Lost(error.into()) } else { BackendError::Refused(error.into()) }
 }

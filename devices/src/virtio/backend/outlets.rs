@@ -1,8 +1,11 @@
-//! What a backend reaches of the guest by requests of its own: shared memory regions into which it has pieces of its
-//! files mapped (virtio 1.2 §2.10, vhost-user SHMEM_MAP and SHMEM_UNMAP), pages of its own over a queue's notifications
-//! (HOST_NOTIFIER), and calls by message (VRING_CALL). Only the present connection reaches anything, and only while its
-//! queues run; what it showed ends with it. Called on the thread that serves the backends' channels; must never take a
-//! device's lock.
+//! The parts of the guest that a backend reaches by requests of its own:
+//! - shared memory regions, into which it maps pieces of its files (virtio 1.2 §2.10, vhost-user SHMEM_MAP
+//!   and SHMEM_UNMAP);
+//! - the notifications of a queue, over which it puts a page of its own (HOST_NOTIFIER);
+//! - interrupts, by message (VRING_CALL).
+//!
+//! Only the present connection reaches anything, and only while its queues run. Everything it has shown ends
+//! with it. Called on the thread that serves the backends' channels; must never take a device's lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
@@ -18,7 +21,7 @@ use crate::lock;
 use crate::ports::{Access, DeviceMemory, FileRange, Guard, OnVanished, PortError};
 use crate::virtio::types::model::SharedMemory;
 
-/// Why a backend's piece is not shown.
+/// Why a piece of a backend's file is not mapped.
 #[derive(Debug, thiserror::Error)]
 enum MapError {
     #[error("the queues do not run")]
@@ -31,9 +34,10 @@ enum MapError {
     Port(#[from] PortError),
 }
 
-/// What a board has for a device's backend to reach. Called on the thread that serves the backends' channels.
+/// The board's side: shows a backend's memory to the guest. Called on the thread that serves the backends'
+/// channels.
 pub trait Outlet: Send + Sync {
-    /// Shows the guest `piece` at `at` in the region with this id, until the guard is dropped. See
+    /// Maps `piece` at `at` in the region with this id, until the guard is dropped. See
     /// [`DeviceMemory::map`].
     ///
     /// # Errors
@@ -47,26 +51,27 @@ pub trait Outlet: Send + Sync {
         vanished: OnVanished,
     ) -> Result<Guard, PortError>;
 
-    /// Shows `page` over the notifications of a running queue, in the place of an earlier one, until
-    /// [`Outlet::take_notifier_back`], the stop of the queue, or the backend makes its file shorter: then the kick
-    /// eventfd is there again.
+    /// Puts `page` over the notifications of a running queue, in place of an earlier page. The page stays
+    /// until [`Outlet::take_notifier_back`], until the queue stops, or until the backend shortens its file.
+    /// After that, the kick eventfd gets the notifications again.
     ///
     /// # Errors
-    /// When the transport has no place for it, the queue does not run, it is not one page, or the machine refuses.
+    /// When the transport has no place for the page, the queue does not run, the range is not one page, or
+    /// the machine refuses.
     fn show_notifier(&self, queue: u16, page: FileRange) -> Result<(), PortError>;
 
-    /// Takes the page away: the kick eventfd is there again.
+    /// Takes the page away: the kick eventfd gets the notifications again.
     fn take_notifier_back(&self, queue: u16);
 }
 
-/// Shared memory regions at guest addresses that never change, and no place for notifiers.
+/// An outlet with shared memory regions at guest addresses that never change, and no place for notifiers.
 pub struct FixedOutlet {
     memory: Arc<dyn DeviceMemory>,
     places: Vec<Option<SharedMemory>>,
 }
 
 impl FixedOutlet {
-    /// Regions at `places`, by id, of a machine with `memory`.
+    /// Makes the outlet of regions at `places`, by id, on a machine with `memory`.
     #[must_use]
     pub fn new(memory: Arc<dyn DeviceMemory>, places: Vec<Option<SharedMemory>>) -> Self {
         Self { memory, places }
@@ -96,13 +101,15 @@ impl Outlet for FixedOutlet {
     fn take_notifier_back(&self, _: u16) {}
 }
 
-/// What the backends of one device may reach, for its whole life. Clones are the same.
+/// The parts of the guest that the backends of one device may reach, for the device's whole life. All clones
+/// share the same state.
 ///
-/// Its lock is held for a moment, after the device's or without it, and before that of a transport.
+/// Lock order: device, then this, then transport. The lock is held only briefly, with or without the device's
+/// lock.
 #[derive(Clone, Default)]
 pub struct Outlets(Arc<Mutex<State>>);
 
-/// One connection's part of it: nothing, once another connection has taken its place.
+/// The access of one connection. It reaches nothing once another connection has taken its place.
 #[derive(Clone)]
 pub struct Tenancy {
     state: Outlets,
@@ -117,14 +124,14 @@ struct State {
     calls: Vec<Call>,
     judge: ShmemRegions,
     shown: BTreeMap<(u8, u64), Guard>,
-    /// Queues that have a page of the backend's over their notifications, or had.
+    /// Queues whose notifications a page of the backend covers or covered.
     notifiers: BTreeSet<u16>,
-    /// The connection that may act, by number, and whether its queues run.
+    /// The number of the connection that may act, and whether its queues run.
     tenant: u64,
     running: bool,
 }
 
-/// What was shown, to be taken away once the lock is released.
+/// Maps and pages that were shown. They are taken away when this is dropped, after the lock is released.
 #[must_use]
 struct Shown {
     outlet: Option<Arc<dyn Outlet>>,
@@ -150,31 +157,32 @@ impl State {
 }
 
 impl Outlets {
-    /// Those of a device with shared memory regions of these sizes, by id; 0 where there is none.
+    /// Makes the outlets of a device with shared memory regions of these sizes, by id; 0 where there is no
+    /// region.
     #[must_use]
     pub fn new(sizes: Vec<u64>) -> Self {
         let judge = ShmemRegions::new(sizes.clone());
         Self(Arc::new(Mutex::new(State { sizes, judge, ..State::default() })))
     }
 
-    /// The sizes, by id.
+    /// The sizes of the regions, by id.
     #[must_use]
     pub fn sizes(&self) -> Vec<u64> {
         lock(&self.0).sizes.clone()
     }
 
-    /// The calls of the device's queues.
+    /// Sets the calls of the device's queues.
     pub(crate) fn set_calls(&self, calls: Vec<Call>) {
         lock(&self.0).calls = calls;
     }
 
-    /// The device is on a board with this outlet.
+    /// The device was put on a board with this outlet.
     pub fn put(&self, outlet: Arc<dyn Outlet>) {
         let before = lock(&self.0).outlet.replace(outlet);
         drop(before);
     }
 
-    /// Takes everything off that board.
+    /// The device leaves its board: takes everything away.
     pub fn remove(&self) {
         let mut state = lock(&self.0);
         let (shown, outlet) = (state.take_down(), state.outlet.take());
@@ -182,7 +190,7 @@ impl Outlets {
         drop((shown, outlet));
     }
 
-    /// Another connection takes the place of the last one, whose part ends.
+    /// Gives access to a new connection. The access of the last connection ends.
     #[must_use]
     pub fn tenancy(&self) -> Tenancy {
         let mut state = lock(&self.0);
@@ -206,7 +214,7 @@ impl Tenancy {
         state.running |= state.tenant == self.number;
     }
 
-    /// The queues have stopped, or the connection has ended: everything goes.
+    /// The queues have stopped, or the connection has ended: takes everything away.
     pub fn end(&self) {
         let mut state = lock(&self.state.0);
         if state.tenant == self.number {
@@ -216,15 +224,16 @@ impl Tenancy {
         }
     }
 
-    /// Maps a file where the backend asks.
+    /// Maps a piece of a file into a region, as the backend asks.
     ///
     /// # Errors
-    /// When that may not be: outside its region, over another map, beyond the file, or at the wrong time.
+    /// When the area is outside its region, over another map or beyond the file, or when the queues do not
+    /// run.
     pub fn map(&self, area: &ShmemArea, fd: OwnedFd) -> Result<(), Refused> {
         self.try_map(area, fd).map_err(|error| self.refuse("map", area, &error))
     }
 
-    /// Takes maps away again.
+    /// Removes maps, as the backend asks.
     ///
     /// # Errors
     /// When nothing is mapped there, or only a part of a map would go.
@@ -235,7 +244,7 @@ impl Tenancy {
     /// Interrupts the guest for a queue.
     ///
     /// # Errors
-    /// When there is no such queue, or nobody may say so.
+    /// When there is no such queue, or the queues do not run.
     pub fn call(&self, queue: u32) -> Result<(), Refused> {
         let state = lock(&self.state.0);
         self.admitted(&state).map_err(|_| Refused)?;
@@ -243,11 +252,11 @@ impl Tenancy {
         call.ring().map_err(|_| Refused)
     }
 
-    /// Places a page of the backend's over a queue's notifications, or takes it back. The backend rings by itself what
-    /// is written there; the kick eventfd stays its own for all else.
+    /// Puts a page of the backend over a queue's notifications, or takes the page back. The backend handles
+    /// the guest's writes to that page by itself. The kick eventfd still takes all other kicks.
     ///
     /// # Errors
-    /// When there is no place for it: the backend goes on with kicks.
+    /// When there is no place for the page: the backend goes on with kicks.
     pub fn notifier(&self, queue: u8, area: Option<NotifierArea>) -> Result<(), Refused> {
         let queue = u16::from(queue);
         let mut state = lock(&self.state.0);
@@ -302,7 +311,7 @@ impl Tenancy {
         let regions = self.state.downgrade();
         let vanished = Arc::new(move || {
             log::warn!("a backend made a file shorter that the guest sees: it is gone from there");
-            // The guard is dropped without the lock.
+            // The guard is dropped after the lock is released.
             let gone = regions.upgrade().and_then(|state| lock(&state).shown.remove(&(region, at)));
             drop(gone);
         });

@@ -8,15 +8,15 @@ use transport::vhost_user::{BackendChannel, MissAnswers, NotifierArea, Refused};
 
 use crate::virtio::backend::outlets::Tenancy;
 
-/// A backend's own channel, and what is answered on it: to be served from now on.
+/// A backend's own channel and the answers to it. It has to be served from now on.
 pub struct OwnChannel {
-    /// Where it asks.
+    /// The channel on which the backend asks.
     pub channel: BackendChannel,
-    /// What it is told.
+    /// The answers that the backend gets.
     pub answers: Answers,
 }
 
-/// What a device does for its backend. A backend that asks for anything else is refused.
+/// The answers of a device to its backend. Every other request is refused.
 pub struct Answers {
     pub(crate) misses: Option<MissAnswers>,
     pub(crate) tenancy: Tenancy,
@@ -31,15 +31,15 @@ impl Answers {
         self.tenancy.notifier(queue, area)
     }
 
-    /// The backend misses a translation, or was refused an access.
+    /// The backend lacks a translation, or was refused an access.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no translation.
     pub fn iotlb(&self, message: &Iotlb) -> Result<(), Refused> {
         self.misses.as_ref().ok_or(Refused)?.answer(message)
     }
 
-    /// The backend used buffers of a queue, and says so by message: interrupts the guest.
+    /// The backend has used buffers of a queue and says so by message: interrupts the guest.
     ///
     /// # Errors
     /// When there is no such queue.
@@ -47,7 +47,7 @@ impl Answers {
         self.tenancy.call(queue)
     }
 
-    /// The backend shows the guest a piece of a file.
+    /// The backend maps a piece of a file into a shared memory region.
     ///
     /// # Errors
     /// See [`Tenancy::map`].
@@ -55,7 +55,7 @@ impl Answers {
         self.tenancy.map(area, fd)
     }
 
-    /// The backend takes it back.
+    /// The backend removes a map.
     ///
     /// # Errors
     /// See [`Tenancy::unmap`].

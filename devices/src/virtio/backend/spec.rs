@@ -1,4 +1,5 @@
-//! What a user wants of a vhost-user device: data, and where a display is found. Must never speak to a backend.
+//! The user's wishes for a vhost-user device, as data, and the socket of a display. Must never speak to a
+//! backend.
 
 use std::fmt;
 use std::io;
@@ -15,20 +16,20 @@ use transport::vhost_user::features::{ProtocolFeatures, UnknownFeature, Wanted, 
 use crate::virtio::types::model::Wishes;
 use crate::virtio::types::table::DeviceType;
 
-/// What a user wants of a vhost-user device.
+/// The user's wishes for a vhost-user device.
 #[derive(Debug, Clone)]
 pub struct Order {
     /// Its type.
     pub device_type: DeviceType,
     /// Queues and sizes.
     pub wishes: Wishes,
-    /// What to negotiate: see [`DeviceType::wanted`].
+    /// The features to negotiate: see [`DeviceType::wanted`].
     pub wanted: Wanted,
-    /// What the user changed of that.
+    /// The user's changes to the features to negotiate.
     changes: String,
-    /// What is wanted beyond what every device wants.
+    /// Protocol features that this device wants and others do not.
     extra: ProtocolFeatures,
-    /// The device is to outlive its backend.
+    /// The device is to survive the loss of its backend.
     outlives: bool,
     /// The translations of a device behind an IOMMU.
     pub(crate) translations: Option<Arc<IovaMap>>,
@@ -49,16 +50,17 @@ impl Order {
         Ok(Self { device_type, wishes, wanted, changes, extra, outlives: false, translations, display })
     }
 
-    /// The same for a device that is to outlive its backend: wants notes of what is in flight, too,
-    /// unless the user does not; and no packed rings, unless the user does, as how far one got only its backend knows.
+    /// The order for a device that survives the loss of its backend. It wants an inflight area, unless the
+    /// user does not. It wants no packed rings, unless the user does, as only the lost backend knows how far
+    /// it got in a packed ring.
     #[must_use]
     pub fn recoverable(mut self) -> Self {
         self.outlives = true;
         self.with(ProtocolFeatures::INFLIGHT_SHMFD)
     }
 
-    /// The same for a device with a page of its own for each queue's notifications, where a backend may put one of
-    /// its own, unless the user does not want that.
+    /// The order for a device with one page for each queue's notifications, over which a backend may put a
+    /// page of its own. The user may decline this feature.
     #[must_use]
     pub fn with_notifiers(self) -> Self {
         self.with(ProtocolFeatures::HOST_NOTIFIER)
@@ -70,7 +72,7 @@ impl Order {
         if self.outlives {
             defaults = defaults.adjust("-ring_packed").unwrap_or(defaults);
         }
-        // The names of the changes were good once already.
+        // The names of the changes were checked when the order was made.
         self.wanted = self.device_type.wanted_of(defaults, &self.changes).unwrap_or(self.wanted);
         if self.translations.is_some() {
             self.offer_access_platform();
@@ -78,7 +80,7 @@ impl Order {
         self
     }
 
-    /// The same for a device behind an IOMMU with these translations: VIRTIO_F_ACCESS_PLATFORM is offered,
+    /// The order for a device behind an IOMMU with these translations: VIRTIO_F_ACCESS_PLATFORM is offered,
     /// and a backend without it does not fit.
     #[must_use]
     pub fn behind(mut self, translations: Arc<IovaMap>) -> Self {
@@ -87,7 +89,7 @@ impl Order {
         self
     }
 
-    /// The same for a GPU whose backend draws on `display`.
+    /// The order for a GPU whose backend draws on `display`.
     #[must_use]
     pub fn drawing_on(mut self, display: Display) -> Self {
         self.display = Some(display);
@@ -105,13 +107,13 @@ impl Order {
     }
 }
 
-/// The display protocol's socket, which is handed to a GPU's backend at each connection (GPU_SET_SOCKET). What is
-/// said on it is between those two.
+/// The socket of the display protocol, which each GPU backend receives after it connects (GPU_SET_SOCKET).
+/// Only the backend and the display use it.
 #[derive(Debug, Clone)]
 pub enum Display {
     /// The display listens here; each backend gets a connection of its own.
     Path(PathBuf),
-    /// A connection that whoever started us left open; all backends get the same.
+    /// A connection that the parent process left open for us. All backends get the same one.
     Open(Arc<OwnedFd>),
 }
 
@@ -130,7 +132,8 @@ impl Display {
         match self {
             Self::Path(path) => {
                 let stream = socket::connect(path, &Deadline::after(limit), Admission::default())?;
-                // Ours never wait, but backends write pictures in one go, larger than what a socket holds.
+                // Our sockets are non-blocking, but a backend writes a whole picture at once, which is larger
+                // than the socket's buffer.
                 stream.set_nonblocking(false)?;
                 Ok(stream.into())
             }

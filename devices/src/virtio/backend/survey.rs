@@ -1,4 +1,5 @@
-//! A vhost-user backend is asked what it is, and a device made of that. Must never start its queues.
+//! The survey of a vhost-user backend: its features, sizes and configuration, and the device that can be made
+//! of them. Must never start the backend's queues.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,7 +14,7 @@ use crate::virtio::backend::spec::Order;
 use crate::virtio::types::model::SharedMemory;
 use crate::virtio::types::model::{Model, ModelError, Offer};
 
-/// Bytes of shared memory that a device may have: more, no guest could map.
+/// The most bytes of shared memory of a device: no guest could map more.
 const SHARED_MEMORY_MAX: u64 = 1 << 40;
 
 /// Why there is no device at the other end.
@@ -22,7 +23,7 @@ pub enum OpenError {
     /// The backend failed.
     #[error(transparent)]
     Peer(#[from] Error),
-    /// It works, but is not what was asked for.
+    /// The backend works, but does not match the order.
     #[error("{peer} does not fit")]
     Unfit {
         /// The backend's name.
@@ -30,7 +31,7 @@ pub enum OpenError {
         /// Why not.
         source: ModelError,
     },
-    /// The display that a GPU is to draw on.
+    /// The socket of the GPU's display does not connect.
     #[error("cannot connect to the display's socket {name}")]
     Display {
         /// Where it should be.
@@ -38,13 +39,13 @@ pub enum OpenError {
         /// Why not.
         source: io::Error,
     },
-    /// No fd is to be had.
+    /// No descriptor can be made.
     #[error("cannot duplicate a socket")]
     Fd(#[source] io::Error),
 }
 
 impl OpenError {
-    /// What the user may try.
+    /// A remedy that the user may try.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
         match self {
@@ -70,11 +71,11 @@ impl OpenError {
     }
 }
 
-/// What a backend says of itself.
+/// The result of a survey.
 pub(crate) struct Survey {
     pub(crate) session: Session,
     pub(crate) model: Model,
-    /// Bytes of configuration that it gave.
+    /// The size in bytes of the configuration that the backend returned.
     pub(crate) config_size: usize,
     /// The sizes of its shared memory regions, by id.
     pub(crate) shared: Vec<u64>,
@@ -95,7 +96,8 @@ impl Survey {
         let has_config = session.protocol().contains(ProtocolFeatures::CONFIG) && most > 0;
         let config = match has_config.then(|| session.read_config(most)).transpose() {
             Ok(config) => config,
-            // Promised, but not given: as good as none, where the device can do without.
+            // The backend announced a configuration and does not return it. Where the device can do without,
+            // this counts as no configuration.
             Err(error) if !error.is_fatal() && !order.device_type.needs_config() => {
                 log::warn!("{error}");
                 None
@@ -127,7 +129,7 @@ impl Survey {
     }
 }
 
-/// Regions of these sizes, whose places are yet to be found.
+/// Regions of these sizes, without places yet.
 fn shared_memory(sizes: &[u64]) -> Result<Vec<Option<SharedMemory>>, ModelError> {
     let total = sizes.iter().try_fold(0_u64, |sum, size| sum.checked_add(*size));
     if total.is_none_or(|total| total > SHARED_MEMORY_MAX) {

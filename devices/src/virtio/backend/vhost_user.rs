@@ -1,5 +1,5 @@
-//! The backend of a device over vhost-user: a `Session` while the queues stand, a `LiveSession` while
-//! they run. Must never send a message of its own making: that is the transport's.
+//! The vhost-user backend of a device: a `Session` while the queues are stopped, a `LiveSession` while they
+//! run. Must never build a message itself: that is the task of `transport`.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
@@ -18,7 +18,7 @@ pub use crate::virtio::backend::spec::Order;
 pub use crate::virtio::backend::survey::OpenError;
 use crate::virtio::backend::{Backend, BackendError, BackendStats, MemoryChange, Start, Stop, failed};
 
-/// The connection, by what it can do.
+/// The connection, in the state that decides which messages are possible.
 enum Link {
     Standing(Session),
     Live(LiveSession),
@@ -30,17 +30,18 @@ pub struct VhostUser {
     link: Link,
     config_size: usize,
     translations: Option<Arc<IovaMap>>,
-    /// What the backend reaches by requests of its own.
+    /// What the backend may reach in the guest by requests of its own.
     tenancy: Tenancy,
-    /// Kicks and calls are messages.
+    /// Whether kicks and calls are messages.
     in_band: bool,
-    /// What running queues were told of.
+    /// The memory that the backend was told of, while the queues run.
     memory: Option<MemoryMap>,
     /// Counters of the connections that ended.
     past: Arc<Mutex<Stats>>,
 }
 
-/// Tells the backend what came and what went, and of its translations. A refusal leaves it with what it had.
+/// Tells the backend of added and removed memory regions, and of their translations. When the backend
+/// refuses, it keeps the memory that it had.
 fn slots(
     live: &mut LiveSession,
     old: &MemoryMap,
@@ -64,13 +65,13 @@ fn slots(
             return Err(error);
         }
     }
-    // Nothing that goes is still translated.
+    // No translation may point to memory that is removed.
     forget(live, new, map)?;
     let gone = old.regions().iter().filter(|region| lacks(new, region));
     gone.map(|region| live.remove_region(region)).try_for_each(|removed| removed.map_err(failed))
 }
 
-/// Memory that came means itself.
+/// Added memory has identical I/O virtual addresses.
 fn translate(
     live: &mut LiveSession,
     region: &SharedRegion,
@@ -83,7 +84,7 @@ fn translate(
     }
 }
 
-/// Takes the translations of all but `memory` back. A backend that has none may say no.
+/// Removes the translations of all memory but `memory`. A backend that has no such translation may refuse.
 fn forget(live: &mut LiveSession, memory: &MemoryMap, map: Option<&IovaMap>) -> Result<(), BackendError> {
     for range in map.map(|map| map.keep(memory)).unwrap_or_default() {
         match live.revoke(&range) {
@@ -94,7 +95,7 @@ fn forget(live: &mut LiveSession, memory: &MemoryMap, map: Option<&IovaMap>) -> 
     Ok(())
 }
 
-/// Two connections' counters in one.
+/// Adds the counters of two connections.
 fn sum(a: Stats, b: Stats) -> Stats {
     Stats {
         sent: a.sent.saturating_add(b.sent),
@@ -124,12 +125,12 @@ impl VhostUser {
         Self { link, config_size, translations, tenancy, in_band, memory: None, past }
     }
 
-    /// Takes the link out.
+    /// Takes the link out and leaves `Gone`.
     fn take(&mut self) -> Link {
         std::mem::replace(&mut self.link, Link::Gone)
     }
 
-    /// Brings the queues to a stand, if they run: where they are then, in the order in which they were started.
+    /// Stops the queues, if they run. Returns their positions, in the order in which they were started.
     fn halt(
         &mut self,
         how: impl FnOnce(LiveSession) -> Result<(Session, Vec<RingBase>), Lost>,
@@ -156,13 +157,14 @@ impl VhostUser {
         }
     }
 
-    /// A connection is over: its counters stay.
+    /// A connection has ended: keeps its counters.
     fn ended(&self, stats: Stats) {
         let mut past = lock(&self.past);
         *past = sum(*past, stats);
     }
 
-    /// The same after an operation that began at `begun` and ended it.
+    /// Keeps the counters of a connection that ended in an operation begun at `begun`, and counts the failed
+    /// wait.
     fn failed_since(&self, begun: Instant, before: Stats) {
         let took = begun.elapsed();
         let failure = Stats { failures: 1, worst_wait: took, total_wait: took, ..Stats::default() };
@@ -180,7 +182,7 @@ impl Backend for VhostUser {
     fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError> {
         let mut session = match self.take() {
             Link::Standing(session) => session,
-            // The device starts what stands and nothing else.
+            // The device core starts only stopped queues.
             link @ (Link::Live(_) | Link::Gone) => {
                 self.ended(link.stats());
                 return Err(BackendError::gone());
@@ -203,8 +205,8 @@ impl Backend for VhostUser {
                 Ok(inflight)
             }
             Err(lost) => {
-                // Only what was never sent leaves the session as it was; a backend that refuses in the
-                // middle is half started.
+                // The session is unchanged only if nothing was sent. A backend that refuses in the middle of
+                // a start is half started.
                 let (error, session) = lost.into_parts();
                 match session {
                     Some(session) => {
@@ -242,17 +244,17 @@ impl Backend for VhostUser {
         config.map_err(failed)
     }
 
-    /// Piece by piece where the backend has memory slots.
+    /// Where the backend has memory slots, changes them one by one.
     fn change_memory(&mut self, memory: &MemoryMap) -> Result<MemoryChange, BackendError> {
         let Link::Live(live) = &mut self.link else {
-            // It is told at the next start.
+            // The backend is told at its next start.
             return Ok(MemoryChange::Done);
         };
         live.session().holds(memory).map_err(failed)?;
         if !live.has_mem_slots() {
             return Ok(MemoryChange::NeedsRestart);
         }
-        // It runs, so it was told of some memory.
+        // The queues run, so the backend was told of some memory.
         let old = self.memory.as_ref().ok_or_else(BackendError::gone)?;
         slots(live, old, memory, self.translations.as_deref())?;
         self.memory = Some(memory.clone());
@@ -295,7 +297,7 @@ impl Backend for VhostUser {
             Link::Gone => return true,
         };
         let mut ended = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
-        // An interrupted look is no sign of anything.
+        // An interrupted poll is not a hang-up.
         poll(&mut ended, Some(&Timespec::default())).is_ok_and(|count| count > 0)
     }
 

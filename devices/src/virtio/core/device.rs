@@ -1,6 +1,6 @@
-//! A virtio device: registers, backend and phase, for every type and every transport. It carries out
-//! the effects of register writes. How queues start and stop is in `start`; how the backend is lost in `vacancy`. Must
-//! never touch a ring, wait without a bound, or know an offset of a transport.
+//! A virtio device, the same for every type and every transport: its registers, backend and phase. It carries
+//! out the effects of register writes. `start` has the start and stop of queues; `vacancy` has the loss of
+//! the backend. Must never touch a ring, wait without a bound, or know an offset of a transport.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -28,72 +28,72 @@ use crate::virtio::types::table::DeviceType;
 
 pub use crate::virtio::core::report::{DeviceStats, PhaseReport, Trapped};
 
-/// "OUTB": who made the device, for drivers that ask.
+/// "OUTB": the vendor id that drivers can read.
 const VENDOR_ID: u32 = u32::from_le_bytes(*b"OUTB");
 
 /// VIRTIO_NET_F_GUEST_ANNOUNCE.
 const NET_F_GUEST_ANNOUNCE: u32 = 21;
 
-/// Why a device is not plugged into a board.
+/// Why a device cannot be plugged into a board.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
-    /// No eventfd is to be had.
+    /// No eventfd can be made.
     #[error("cannot make an eventfd")]
     Eventfd(#[source] io::Error),
-    /// The machine refused.
+    /// The machine refused an interrupt, a page or a doorbell.
     #[error("cannot connect the device to the machine")]
     Port(#[from] PortError),
-    /// The transport has no room for it.
+    /// The transport has no room for the device.
     #[error("cannot describe the device to the guest")]
     Describe(#[source] Box<dyn Error + Send + Sync>),
 }
 
-/// What a device has on a board.
+/// The state of a device that exists only on a board.
 pub(crate) struct Plugged {
     pub(crate) transport: Box<dyn Face>,
     _config_route: Guard,
 }
 
-/// Hears what becomes of a device. Called with the device's lock; must not wait.
+/// Called when a device's phase changes, with the device's lock held; must not wait.
 pub type Listener = Box<dyn Fn(PhaseReport) + Send>;
 
-/// What serves a queue in the place of the backend. Called on the attendant's thread, with the device's lock held for one
-/// request and so for one deadline of the backend at most.
+/// The VMM's own server for one queue, in place of the backend. Called on the attendant's thread. The
+/// device's lock is held for one request, so for at most one deadline of the backend.
 pub trait Service: Send {
-    /// The queue, for a driver that took `features`.
+    /// The number of the served queue, for a driver that took `features`.
     fn queue(&self, features: DriverFeatures) -> u16;
 
     /// The driver has set the queues up anew.
     fn reset(&mut self);
 
-    /// A backend runs the queues: the first one, or another one.
+    /// A backend has started the queues: the first backend, or another one.
     fn started(&mut self);
 
-    /// The driver resets a device that runs.
+    /// The driver resets a running device.
     fn end(&mut self, backend: &mut dyn Backend);
 
-    /// Another backend took over. Says why the driver cannot go on, if so.
+    /// Another backend took over. Returns the reason if the driver cannot go on.
     fn replaced(&mut self) -> Option<&'static str>;
 
-    /// Whether requests are answered without a backend: a driver may wait for the answer, turning, and all that would
-    /// change the guest's network waits behind it.
+    /// Whether requests are answered without a backend. A driver may busy-wait for the answer, and then
+    /// blocks every other change of the guest's network.
     fn answers_alone(&self) -> bool;
 
-    /// Serves one request of `device`. Says whether there is more to do.
+    /// Serves one request of `device`. Returns whether there are more requests.
     ///
     /// # Errors
-    /// When the queue is none.
+    /// When the contents of the ring are not valid.
     fn serve(&mut self, device: &mut Device, queue: u16) -> io::Result<bool>;
 }
 
-/// A device lives as long as the machine. A board plugs it into a transport and unplugs it again.
+/// A virtio device. It lives as long as the machine. A board plugs it into a transport and unplugs it again.
 pub struct Device {
     pub(crate) name: String,
     device_type: DeviceType,
     pub(crate) config_source: ConfigSource,
     pub(crate) registers: Registers,
     pub(crate) backend: Box<dyn Backend>,
-    /// Where the backend that runs, or was cut off, notes what it has in flight.
+    /// The inflight area of the backend that runs or was cut off.
     pub(crate) inflight: Option<Arc<InflightArea>>,
     outlets: Outlets,
     pub(crate) plugged: Option<Plugged>,
@@ -106,9 +106,9 @@ pub struct Device {
     pub(crate) seeker: Option<Seeker>,
     /// What serves a queue in the place of the backend.
     pub(crate) service: Option<Box<dyn Service>>,
-    /// The machine has ended: no other backend may come.
+    /// The machine has ended: no other backend may be taken.
     pub(crate) retired: bool,
-    /// The machine ends, and has cut the connection to the backend.
+    /// The machine is ending and has cut the connection to the backend itself.
     pub(crate) cut: Arc<AtomicBool>,
     trapped: Trapped,
     pub(crate) activations: u64,
@@ -118,19 +118,19 @@ pub struct Device {
     pub(crate) noted: BTreeSet<&'static str>,
 }
 
-/// What a device is made of, but for its transport.
+/// The parts of a device, except for its transport.
 pub struct Parts {
     /// What the user calls it.
     pub name: String,
     /// What the guest sees.
     pub model: Model,
-    /// Who serves it.
+    /// The backend that serves its queues.
     pub backend: Box<dyn Backend>,
-    /// What the backend reaches by requests of its own.
+    /// What the backend may reach in the guest by requests of its own.
     pub outlets: Outlets,
     /// Guest memory.
     pub memory: MemoryMap,
-    /// What serves the last queue in the place of the backend.
+    /// The server of the last queue, when the VMM serves it in place of the backend.
     pub service: Option<Box<dyn Service>>,
 }
 
@@ -138,7 +138,7 @@ impl Device {
     /// A device at power-on that is on no board.
     ///
     /// # Errors
-    /// When eventfds run out.
+    /// When no eventfd can be made.
     pub fn new(parts: Parts) -> io::Result<Self> {
         let Parts { name, model, backend, outlets, memory, service } = parts;
         let Model { device_type, features, queues, queue_size, config, config_source, shared_memory } = model;
@@ -185,7 +185,7 @@ impl Device {
     /// Puts the device on a board, where the guest sees it through `transport`.
     ///
     /// # Errors
-    /// When the machine refuses the interrupt of configuration changes.
+    /// When the machine refuses the interrupt for configuration changes.
     pub(crate) fn plug(
         &mut self,
         transport: Box<dyn Face>,
@@ -199,8 +199,8 @@ impl Device {
         Ok(())
     }
 
-    /// Takes the device off its board: the queues stop as in a reset by the guest, the registers are as at power-on.
-    /// Waits for the backend, within its deadline.
+    /// Takes the device off its board. The queues stop as in a reset by the guest; the registers are as at
+    /// power-on. Waits for the backend, within its deadline.
     pub(crate) fn unplug(&mut self) {
         self.machine_reset();
         self.outlets.remove();
@@ -244,8 +244,8 @@ impl Device {
         &self.registers
     }
 
-    /// A write of the driver to a register. May wait for the backend, within its deadline; when this
-    /// returns, the guest sees the outcome.
+    /// Carries out a write of the driver to a register. May wait for the backend, within its deadline. When
+    /// this returns, the guest sees the outcome.
     pub(crate) fn write(&mut self, reg: Reg, value: u32) {
         let effect = self.registers.write(reg, value);
         self.count(reg, effect);
@@ -262,7 +262,8 @@ impl Device {
         self.show_registers();
     }
 
-    /// A write of the driver to the configuration space. May wait for the backend, within its deadline.
+    /// Carries out a write of the driver to the configuration space. May wait for the backend, within its
+    /// deadline.
     pub fn write_config(&mut self, offset: usize, data: &[u8]) {
         if matches!(self.phase, Phase::Running(_)) {
             self.trapped.config += 1;
@@ -291,8 +292,8 @@ impl Device {
         }
     }
 
-    /// Tells the backend of a write, and shows what it makes of it: there are devices whose configuration is a window
-    /// that such a write moves.
+    /// Tells the backend of a configuration write, and shows the configuration that results. In some device
+    /// types, such a write selects which data the configuration shows.
     fn tell_config(&mut self, offset: u32, bytes: &[u8]) {
         match self.backend.config(Some((offset, bytes))) {
             Ok(config) => {
@@ -305,15 +306,15 @@ impl Device {
         }
     }
 
-    /// Notes an access that the transport itself could not make sense of.
+    /// Logs, once for each text, something unusual that the driver or the backend did.
     pub fn note(&mut self, what: &'static str) {
         if self.noted.insert(what) {
             log::warn!("{}: {what} (logged once)", self.name);
         }
     }
 
-    /// The backend says that its configuration changed: reads it again and tells the driver. A
-    /// configuration that reads as before is no change. Waits for the backend, within its deadline.
+    /// The backend has reported a change of its configuration: reads the configuration again and interrupts
+    /// the driver if it differs. Waits for the backend, within its deadline.
     pub fn config_changed(&mut self) {
         let asked = self.config_source == ConfigSource::Backend && self.phase.has_backend();
         if asked && self.reload_config() {
@@ -321,8 +322,8 @@ impl Device {
         }
     }
 
-    /// Has the network learn where the guest's address is, as after a migration, when the guest does not do
-    /// so itself. Waits for the backend, within its deadline.
+    /// Asks the backend to announce the guest's address to the network (SEND_RARP), as after a migration.
+    /// Does nothing when the guest announces itself. Waits for the backend, within its deadline.
     pub fn announce(&mut self) {
         let accepted = self.registers.accepted().filter(|features| !features.has(NET_F_GUEST_ANNOUNCE));
         let mac = accepted.and_then(|features| self.device_type.mac(features, self.registers.config()));
@@ -338,11 +339,11 @@ impl Device {
         }
     }
 
-    /// The fd of an object that the device's backend shares with other devices. Waits for the backend,
-    /// within its deadline.
+    /// The descriptor of an object that this device's backend shares with other devices. Waits for the
+    /// backend, within its deadline.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no such object, or no backend.
     pub fn shared_object(&mut self, uuid: Uuid) -> Result<OwnedFd, Refused> {
         if !self.phase.has_backend() {
             return Err(Refused);
@@ -356,36 +357,39 @@ impl Device {
         })
     }
 
-    /// What is to become of the device when its peer is lost, from now on.
+    /// Sets what becomes of the device when its backend is lost.
     pub fn on_loss(&mut self, on_loss: OnLoss) {
         self.on_loss = on_loss;
     }
 
-    /// Tells the listener that the device has lost its backend, broken, or found a backend again.
+    /// Tells the listener the present phase: the device has lost its backend, is broken, or has found a
+    /// backend again.
     pub(crate) fn tell(&self) {
         if let Some(listener) = &self.listener {
             listener(self.phase());
         }
     }
 
-    /// A connection of the device has ended: its backend is lost, unless that was the connection of an earlier one.
+    /// A connection of the device has ended. The backend is lost, unless the connection belonged to an
+    /// earlier backend.
     pub fn connection_ended(&mut self) {
         if self.phase.has_backend() && self.backend.has_hung_up() {
             self.lose("the backend closed the connection".to_owned(), false);
         }
     }
 
-    /// The backend is gone: the device breaks, or recovers, as it was made to.
+    /// The backend is lost: the device breaks or recovers, as set by [`Device::on_loss`].
     pub fn peer_lost(&mut self, why: &str) {
         self.lose(why.to_owned(), false);
     }
 
-    /// No backend will come, or only such as cannot be used: the device breaks.
+    /// No backend will come, or none that fits: the device breaks.
     pub fn give_up(&mut self, why: &str) {
         self.break_down(why.to_owned());
     }
 
-    /// The machine restarts: as at power-on, and the backend stops as in a reset by the guest.
+    /// The machine restarts: the registers are as at power-on, and the backend stops as in a reset by the
+    /// guest.
     pub(crate) fn machine_reset(&mut self) {
         self.registers.reset();
         self.quiesce();
@@ -399,13 +403,13 @@ impl Device {
         self.backend.disconnect();
     }
 
-    /// Where the device is.
+    /// The phase of the device.
     #[must_use]
     pub fn phase(&self) -> PhaseReport {
         self.phase.report()
     }
 
-    /// What it did so far.
+    /// The device's counters.
     #[must_use]
     pub fn stats(&self) -> DeviceStats {
         DeviceStats {
@@ -457,7 +461,7 @@ impl Device {
         }
     }
 
-    /// Reads the configuration from the backend and shows it. Says whether it is another.
+    /// Reads the configuration from the backend and shows it. Returns whether it changed.
     fn reload_config(&mut self) -> bool {
         match self.backend.config(None) {
             Ok(config) => return self.show_config(config),
@@ -469,9 +473,9 @@ impl Device {
         false
     }
 
-    /// Shows a configuration of the backend. Says whether it is another.
+    /// Shows a configuration that came from the backend. Returns whether it changed.
     pub(crate) fn show_config(&mut self, mut config: Vec<u8>) -> bool {
-        // What is no longer there stays as it was.
+        // When the new configuration is shorter, the rest of the old one stays.
         let old = self.registers.config();
         config.truncate(old.len());
         config.extend_from_slice(old.get(config.len()..).unwrap_or_default());
@@ -488,7 +492,8 @@ impl Device {
         true
     }
 
-    /// Tells the driver that the configuration or the status changed, if it is ready to hear that.
+    /// Interrupts the driver because the configuration or the status changed, if the driver may be
+    /// interrupted.
     pub(crate) fn interrupt_config(&mut self) {
         let may = self.registers.note_config_interrupt();
         self.show_registers();

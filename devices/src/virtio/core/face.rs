@@ -1,14 +1,15 @@
-//! What a device asks of its transport: to be shown, and to have its queues connected.
+//! What the device core asks of a transport: to show registers and configuration, and to connect queues. Must
+//! never call the device.
 
 use transport::vhost_user::vring::{Call, Kick};
 
 use crate::ports::{Guard, PortError};
 use crate::virtio::core::registers::Registers;
 
-/// How a transport shows a device to the guest. Called with the device's lock held.
+/// The transport as the device core sees it. Called with the device's lock held.
 pub trait Face: Send {
-    /// Connects a queue: the guest's notification rings `kick`, `call` interrupts the guest, until the
-    /// guard is dropped.
+    /// Connects a queue until the guard is dropped: the guest's notification rings `kick`, and `call`
+    /// interrupts the guest.
     ///
     /// # Errors
     /// When the machine refuses.

@@ -1,4 +1,5 @@
-//! A device shared between threads: its lock, and the two waits of a driver for the attendant's work.
+//! A device shared between threads: its lock, and the two waits of a driver for work of the attendant. Must
+//! never be called on the thread that serves the backends' own requests.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,8 +19,9 @@ use crate::virtio::core::status::Status;
 
 /// A device shared by the bus (vCPU threads), its attendant and the control loop.
 ///
-/// Each call takes the device's lock, and may hold it across one bounded exchange with the backend.
-/// Must not be called on the thread that serves the backend's own requests: it could wait for itself.
+/// Each call takes the device's lock, and may hold the lock during one bounded exchange with the backend.
+/// Must not be called on the thread that serves the backend's own requests: that thread could wait for
+/// itself.
 #[derive(Debug, Clone)]
 pub struct DeviceHandle(Arc<Shared>);
 
@@ -28,7 +30,7 @@ struct Shared {
     device: Mutex<Device>,
     /// A search or a start is over.
     changed: Condvar,
-    /// The device's own flag that its connection was cut by us.
+    /// Shared with the device: we have cut its connection.
     cut: Arc<AtomicBool>,
 }
 
@@ -48,14 +50,16 @@ impl DeviceHandle {
         act(&mut lock(&self.0.device))
     }
 
-    /// The machine ends and cuts the connection: its loss is no news. Takes no lock.
+    /// The machine ends and cuts the connection to the backend, so the loss is not an error. Takes no lock.
     pub fn note_cut(&self) {
         self.0.cut.store(true, Ordering::Release);
     }
 
-    /// See [`Device::write`]. A write of the status field may wait for work of the attendant first, without the lock:
-    /// a reset for a backend that starts the queues, one deadline at most; `FEATURES_OK` on a broken device for the
-    /// search, where the lost backend was not silent, for the limit of [`DeviceHandle::search_with`] at most.
+    /// See [`Device::write`]. A write to the status field may first wait, without the lock, for work of the
+    /// attendant:
+    /// - A reset waits while a backend starts the queues: one deadline at most.
+    /// - `FEATURES_OK` on a broken device waits for the search, at most for the limit of
+    ///   [`DeviceHandle::search_with`]. It does not wait when the lost backend was silent.
     pub fn write(&self, reg: Reg, value: u32) {
         let mut device = lock(&self.0.device);
         if reg == Reg::Status && value == 0 {
@@ -73,7 +77,7 @@ impl DeviceHandle {
         device.write(reg, value);
     }
 
-    /// The device once no backend starts its queues.
+    /// Waits until no backend is starting the queues, and returns the locked device.
     fn after_start<'d>(
         &self,
         device: std::sync::MutexGuard<'d, Device>,
@@ -87,8 +91,8 @@ impl DeviceHandle {
         self.0.changed.notify_all();
     }
 
-    /// Lets a device ask for another backend: when it is lost, or at each reset of a broken device. A driver's
-    /// FEATURES_OK waits for the latter, for `limit` at most.
+    /// Gives the device a way to ask for another backend: after a loss, and at each reset of a broken device.
+    /// After such a reset, the driver's FEATURES_OK waits for the outcome, for `limit` at most.
     pub fn search_with(&self, limit: Duration, ask: Ask) {
         self.with(|device| device.search_with(limit, ask));
     }
@@ -146,13 +150,15 @@ impl DeviceHandle {
         self.with(|device| device.change_memory(memory))
     }
 
-    /// The machine pauses: running queues stand, with what is in flight kept for later where the backend can. A device
-    /// without a backend is as it was. Waits for a start that is under way, and for the backend within its deadline.
+    /// The machine pauses: running queues stop. Where the backend can, requests in flight stay in the
+    /// inflight area for later. A device without a backend stays as it is. Waits for a start that is under
+    /// way, and for the backend within its deadline.
     pub fn suspend(&self) {
         self.after_start(lock(&self.0.device)).suspend();
     }
 
-    /// The machine goes on: suspended queues start where they stood. Waits for the backend within its deadline.
+    /// The machine goes on: suspended queues start where they stopped. Waits for the backend within its
+    /// deadline.
     pub fn resume(&self) {
         self.with(Device::resume);
     }
@@ -169,7 +175,8 @@ impl DeviceHandle {
         self.with(|device| device.stats())
     }
 
-    /// The same, unless somebody holds the device's lock, perhaps over an exchange. Never waits.
+    /// See [`Device::stats`]. Returns `None` while another thread holds the device's lock, perhaps during an
+    /// exchange with the backend. Never waits.
     #[must_use]
     pub fn stats_now(&self) -> Option<DeviceStats> {
         match self.0.device.try_lock() {

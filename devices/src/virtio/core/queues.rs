@@ -1,5 +1,5 @@
-//! The eventfds of a device's queues, and how they are connected for a start. Must never look into a ring
-//! that somebody serves.
+//! The eventfds of a device's queues, and how the queues are connected for a start. Must never look into a
+//! ring that a backend serves, except for the indexes.
 
 use std::io;
 
@@ -25,7 +25,7 @@ pub(crate) enum ConnectError {
     Port(#[from] PortError),
 }
 
-/// Why there are no rings to give to a backend.
+/// Why no rings can be given to a backend.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RingsError {
     #[error(transparent)]
@@ -34,12 +34,12 @@ pub(crate) enum RingsError {
     Fd(#[from] io::Error),
 }
 
-/// What the rings say of a backend that took over.
+/// What the rings show about a backend that took over.
 #[derive(Debug, Default)]
 pub(crate) struct Verdicts {
-    /// There is one that has not moved.
+    /// At least one ring has not moved yet.
     pub(crate) unmoved: bool,
-    /// The queue that was begun anew, where it should have gone on, and where it is.
+    /// A queue whose used index the backend began anew: the queue, the expected index and the actual index.
     pub(crate) anew: Option<(u16, u16, u16)>,
 }
 
@@ -52,11 +52,11 @@ struct Pair {
 /// One kick and one call for each queue, for the whole life of the device.
 pub(crate) struct Wiring {
     pairs: Vec<Pair>,
-    /// The queue that no backend is told of.
+    /// The queue that the VMM serves itself; no backend is told of it.
     ours: Option<u16>,
 }
 
-/// A ring with eventfds of its own, as a start need not hold the device's lock.
+/// A ring that borrows nothing from the device, for a start without the device's lock.
 #[derive(Debug)]
 pub(crate) struct OwnedRing {
     index: u16,
@@ -70,7 +70,7 @@ pub(crate) struct OwnedRing {
 }
 
 impl OwnedRing {
-    /// As it is told to a backend.
+    /// The ring as a backend is told of it.
     pub(crate) fn as_ring(&self) -> Ring<'_> {
         let Self { index, size, desc, driver, device, base, kick, call } = self;
         Ring {
@@ -87,7 +87,7 @@ impl OwnedRing {
     }
 }
 
-/// Where the driver's addresses lead.
+/// The translation of the driver's addresses to guest memory.
 pub(crate) fn space<'a>(registers: &Registers, memory: &'a MemoryMap, backend: &'a dyn Backend) -> Space<'a> {
     let translated = registers.accepted().is_some_and(|features| features.has(bit::ACCESS_PLATFORM));
     Space { memory, translations: backend.translations().filter(|_| translated) }
@@ -99,8 +99,8 @@ impl Wiring {
         Ok(Self { pairs: (0..queues).map(pair).collect::<io::Result<_>>()?, ours: None })
     }
 
-    /// From now on this queue is served in the place of the backend. It takes its kicks by the eventfd of the last one,
-    /// wherever it is.
+    /// From now on the VMM serves this queue in place of the backend. Its kicks use the eventfd of the
+    /// device's last queue, whichever number the queue has.
     pub(crate) fn set_ours(&mut self, queue: u16) {
         self.ours = Some(queue);
     }
@@ -119,7 +119,7 @@ impl Wiring {
         if self.ours == Some(queue) { self.pairs.last() } else { self.pairs.get(usize::from(queue)) }
     }
 
-    /// Has the queue of ours looked at.
+    /// Kicks the queue that the VMM serves.
     pub(crate) fn kick_ours(&self) -> io::Result<()> {
         self.ours.map_or(Ok(()), |queue| self.kick(queue))
     }
@@ -133,8 +133,8 @@ impl Wiring {
         queues.filter(|((_, queue), _)| queue.ready).map(|((index, queue), pair)| (index, queue, pair))
     }
 
-    /// Checks every queue that the driver enabled, and connects it to the guest: what undoes the
-    /// connections.
+    /// Checks every queue that the driver enabled, and connects it to the guest. The connections last until
+    /// the guards are dropped.
     pub(crate) fn connect(
         &self,
         registers: &Registers,
@@ -152,7 +152,7 @@ impl Wiring {
         Ok(self.enabled(registers).map(connect).collect::<Result<_, _>>()?)
     }
 
-    /// What a backend is told of the queues that the driver enabled.
+    /// The rings that the driver enabled, as a backend is told of them.
     pub(crate) fn rings(
         &mut self,
         registers: &Registers,
@@ -174,7 +174,7 @@ impl Wiring {
                 (_, Some(base)) => *base,
                 (_, None) => Orphan::new(index, queue, layout, space)?.resume(notes, &pair.past)?,
             };
-            // A packed ring is not resumed: its number is of no interest.
+            // A packed ring is never resumed, so its origin is not needed.
             let origin = u16::try_from(base.0).unwrap_or(0);
             pair.past = Past { origin, cut: None, handed_over: (*begin == Begin::CutOff).then_some(origin) };
             let QueueState { size, desc, driver, device, .. } = *queue;
@@ -184,8 +184,8 @@ impl Wiring {
         queues.map(ring).collect()
     }
 
-    /// The backend is lost: remembers how far the queues got, for what the driver does from now on is
-    /// certainly not done.
+    /// The backend is lost: saves the contents of the rings. Requests that the driver makes available after
+    /// this are certainly not done.
     pub(crate) fn cut(&mut self, registers: &Registers, space: Space<'_>) {
         let layout = registers.ring_layout();
         for ((index, queue), pair) in (0_u16..).zip(registers.queues()).zip(&mut self.pairs) {
@@ -194,7 +194,7 @@ impl Wiring {
         }
     }
 
-    /// Whether the backend that took over goes on where the last one stopped.
+    /// Judges by the rings whether the backend that took over goes on where the last one stopped.
     pub(crate) fn judge(&mut self, registers: &Registers, space: Space<'_>) -> Verdicts {
         let layout = registers.ring_layout();
         let mut verdicts = Verdicts::default();
@@ -211,28 +211,28 @@ impl Wiring {
         verdicts
     }
 
-    /// Passes on a kick that did not end in the kernel.
+    /// Rings a queue's kick eventfd, for a kick that KVM did not pass on itself.
     pub(crate) fn kick(&self, queue: u16) -> io::Result<()> {
         self.kicked(queue).map_or(Ok(()), |pair| pair.kick.ring())
     }
 
-    /// Has every queue looked at that the driver enabled: a kick may have been suppressed.
+    /// Kicks every queue that the driver enabled, as a kick may have been suppressed.
     pub(crate) fn kick_all(&self, registers: &Registers) -> io::Result<()> {
         self.enabled(registers).try_for_each(|(_, _, pair)| pair.kick.ring())
     }
 
-    /// Takes the kicks of a queue that is ours.
+    /// Clears the kick eventfd of a queue whose kicks the VMM reads.
     pub(crate) fn take_kick(&self, queue: u16) -> io::Result<()> {
         self.kicked(queue).map_or(Ok(()), |pair| pair.kick.take().map(drop))
     }
 
-    /// Descriptors of the kicks of these queues.
+    /// Duplicates of the kick eventfds of the wanted queues.
     pub(crate) fn clone_kicks(&self, wanted: impl Fn(u16) -> bool) -> io::Result<Vec<(u16, Kick)>> {
         let pairs = (0_u16..).zip(&self.pairs).filter(|(queue, _)| wanted(*queue));
         pairs.map(|(queue, pair)| Ok((queue, pair.kick.try_clone()?))).collect()
     }
 
-    /// Descriptors of all calls.
+    /// Duplicates of all call eventfds.
     pub(crate) fn clone_calls(&self) -> io::Result<Vec<Call>> {
         self.pairs.iter().map(|pair| pair.call.try_clone()).collect()
     }
@@ -242,13 +242,13 @@ impl Wiring {
         self.pairs.get(usize::from(queue)).map_or(Ok(()), |pair| pair.call.ring())
     }
 
-    /// Interrupts the guest for every queue that it enabled: there may be used buffers that nobody
-    /// told it of.
+    /// Interrupts the guest for every queue that the driver enabled, as there may be used buffers of which
+    /// the guest was not told.
     pub(crate) fn call_all(&self, registers: &Registers) -> io::Result<()> {
         self.enabled(registers).try_for_each(|(_, _, pair)| pair.call.ring())
     }
 
-    /// Takes what is left in the eventfds, so that the next start begins with nothing pending.
+    /// Clears the eventfds, so that the next start begins with nothing pending.
     pub(crate) fn drain(&self) -> io::Result<()> {
         self.pairs.iter().try_for_each(|pair| pair.kick.take().and(pair.call.take()).map(drop))
     }

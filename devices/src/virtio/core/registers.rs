@@ -1,6 +1,6 @@
-//! Virtio 1.2 §2 and §4: the registers of a device, by name, for every transport. Pure: a read has
-//! no side effect, a write answers with an [`Effect`] for the device to carry out. Must never know
-//! an offset of a transport, nor call anyone.
+//! Virtio 1.2 §2 and §4: the registers of a device, by name, for every transport. Pure: a read has no side
+//! effect, and a write returns an [`Effect`] that the device carries out. Must never know an offset of a
+//! transport, nor call anyone.
 
 use transport::memory::GuestAddr;
 use transport::vhost_user::features::{DeviceFeatures, DriverFeatures, WITHHELD, bit};
@@ -18,13 +18,13 @@ pub enum Half {
     High,
 }
 
-/// The registers. Which can be read and which written is up to the transport's map; a write to one
-/// that cannot be written is refused, a read of one that cannot be read gives 0.
+/// The registers. The transport's map decides which ones can be read and which can be written. A write to a
+/// read-only register is refused; a read of a write-only register gives 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reg {
-    /// What kind of device this is.
+    /// The virtio device id.
     DeviceId,
-    /// Who made it.
+    /// The vendor id.
     VendorId,
     /// 32 of the features that the device offers.
     DeviceFeatures,
@@ -34,19 +34,19 @@ pub enum Reg {
     DriverFeatures,
     /// Which 32.
     DriverFeaturesSel,
-    /// The queue that the queue registers are about.
+    /// The queue to which the queue registers refer.
     QueueSel,
-    /// Its largest size; 0 when there is no such queue.
+    /// The largest size of the selected queue; 0 when there is no such queue.
     QueueSizeMax,
-    /// Its size.
+    /// The size of the selected queue.
     QueueSize,
-    /// Whether it is enabled.
+    /// Whether the selected queue is enabled.
     QueueReady,
-    /// There is something in this queue.
+    /// A queue number: that queue has new buffers.
     QueueNotify,
-    /// Why the device interrupted.
+    /// The reasons of the device's interrupts.
     InterruptStatus,
-    /// Which of these reasons the driver has seen.
+    /// The interrupt reasons that the driver acknowledges.
     InterruptAck,
     /// The device status field.
     Status,
@@ -56,24 +56,24 @@ pub enum Reg {
     QueueDriver(Half),
     /// Device area of the selected queue.
     QueueDevice(Half),
-    /// The shared memory region that the next two are about.
+    /// The shared memory region to which the next two registers refer.
     ShmSel,
-    /// Its length; all ones when there is no such region.
+    /// The length of the selected region; all ones when there is no such region.
     ShmLen(Half),
-    /// Its guest address.
+    /// The guest address of the selected region.
     ShmBase(Half),
     /// Changes with every change of the configuration.
     ConfigGeneration,
 }
 
-/// What a write asks of the device.
+/// The action that a write requires of the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// Nothing more.
+    /// No further action.
     None,
     /// The driver is ready: start the queues.
     Activate,
-    /// The driver reset the device; the registers already are.
+    /// The driver reset the device. The registers are reset already.
     Reset,
     /// The driver kicked this queue.
     Notify(u16),
@@ -106,14 +106,14 @@ pub enum Refusal {
     ConfigBounds,
 }
 
-/// What a device is, before any driver came.
+/// The properties of a device before any driver uses it.
 #[derive(Debug, Clone)]
 pub struct Identity {
     /// Virtio device id (§5).
     pub device_id: u32,
     /// Vendor id.
     pub vendor_id: u32,
-    /// Features offered. What no transport of ours can do is taken out by [`Registers::new`].
+    /// The features offered. [`Registers::new`] removes the features that no transport of ours can carry.
     pub features: DeviceFeatures,
     /// How many queues.
     pub queues: u16,
@@ -131,13 +131,13 @@ pub struct Registers {
     device_id: u32,
     vendor_id: u32,
     offered: DeviceFeatures,
-    /// What is offered from the next reset on.
+    /// The features that are offered from the next reset on.
     next_offer: Option<DeviceFeatures>,
     shared_memory: Vec<Option<SharedMemory>>,
     config: Vec<u8>,
     generation: u32,
     broken: bool,
-    // From here on: gone with a reset.
+    // A reset clears the fields from here on.
     status: Status,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -151,9 +151,10 @@ pub struct Registers {
     config_pending: bool,
 }
 
-/// What of `features` a driver may be offered: all but those that this core cannot carry, whoever asked for them.
+/// The part of `features` that a driver may be offered: all features that this core can carry. A user's
+/// request does not change that.
 fn carried(features: DeviceFeatures) -> DeviceFeatures {
-    // Whether addresses are translated is between the user and the backend.
+    // ACCESS_PLATFORM passes: the user and the backend decide whether addresses are translated.
     let not_carried = WITHHELD.iter().filter(|number| **number != bit::ACCESS_PLATFORM);
     let not_carried = not_carried.fold(0, |bits, number| bits | 1_u64 << number);
     DeviceFeatures::from_bits(features.bits() & !not_carried)
@@ -178,7 +179,7 @@ fn with_half(old: u64, half: Half, new: u32) -> u64 {
     }
 }
 
-/// The half of a feature word that a selector of 0 or 1 means.
+/// The half of the features that a selector of 0 or 1 means.
 fn selected(selector: u32) -> Option<Half> {
     match selector {
         0 => Some(Half::Low),
@@ -220,19 +221,20 @@ impl Registers {
         self.status
     }
 
-    /// What the driver is offered.
+    /// The features that the driver is offered.
     #[must_use]
     pub fn offered(&self) -> DeviceFeatures {
         self.offered
     }
 
-    /// What the next driver is offered.
+    /// The features that the next driver is offered.
     #[must_use]
     pub fn offered_next(&self) -> DeviceFeatures {
         self.next_offer.unwrap_or(self.offered)
     }
 
-    /// Offers other features, to the next driver: the present one goes on with what it saw.
+    /// Offers other features from the next reset on. The present driver keeps the features that it was
+    /// offered.
     pub fn offer_next(&mut self, features: DeviceFeatures) {
         let features = carried(features);
         if self.status == Status::default() {
@@ -242,7 +244,7 @@ impl Registers {
         }
     }
 
-    /// What the driver took, once `FEATURES_OK` is set.
+    /// The features that the driver took, once `FEATURES_OK` is set.
     #[must_use]
     pub fn accepted(&self) -> Option<DriverFeatures> {
         self.accepted
@@ -263,7 +265,7 @@ impl Registers {
         &self.queues
     }
 
-    /// How many there are.
+    /// The number of queues.
     #[must_use]
     pub fn queue_count(&self) -> u16 {
         u16::try_from(self.queues.len()).unwrap_or(u16::MAX)
@@ -281,7 +283,7 @@ impl Registers {
         &self.config
     }
 
-    /// The value of `reg`; 0 for those that can only be written.
+    /// The value of `reg`; 0 for write-only registers.
     #[must_use]
     pub fn read(&self, reg: Reg) -> u32 {
         let queue = self.selected_queue();
@@ -294,8 +296,8 @@ impl Registers {
             Reg::QueueSizeMax => queue.map_or(0, |q| q.max_size.into()),
             Reg::QueueSize => queue.map_or(0, |q| q.size.into()),
             Reg::QueueReady => queue.map_or(0, |q| q.ready.into()),
-            // A used buffer is always possible: an interrupt that has no other reason has this one, and
-            // the register never has to change on the way of a request.
+            // A used buffer is always possible, so the register always shows this reason. So it never has to
+            // change on the path of a request.
             Reg::InterruptStatus if self.config_pending => USED_BUFFER | CONFIG_CHANGE,
             Reg::InterruptStatus => USED_BUFFER,
             Reg::Status => self.status.bits().into(),
@@ -316,7 +318,7 @@ impl Registers {
         }
     }
 
-    /// Takes a write, and says what the device has to do about it.
+    /// Takes a write and returns the action that it requires of the device.
     #[must_use]
     pub fn write(&mut self, reg: Reg, value: u32) -> Effect {
         match reg {
@@ -359,7 +361,8 @@ impl Registers {
         }
     }
 
-    /// Takes a write of the driver to the configuration: what is there now is for the backend to say.
+    /// Takes a write of the driver to the configuration. The contents here do not change: the backend decides
+    /// what results from the write.
     #[must_use]
     pub fn write_config(&mut self, offset: usize, data: &[u8]) -> Effect {
         let end = offset.checked_add(data.len());
@@ -369,13 +372,14 @@ impl Registers {
         Effect::WriteConfig
     }
 
-    /// Begins a change of the configuration: a driver that read a part of the old one will notice.
+    /// Begins a change of the configuration. A driver that has read a part of the old one will notice by the
+    /// generation.
     pub fn begin_config_change(&mut self) {
         self.generation = self.generation.wrapping_add(1);
     }
 
-    /// Ends it with the new contents, which keep the size of the old: what is longer is cut, what is
-    /// shorter leaves the rest as it was.
+    /// Ends the change with the new contents. The size stays: a longer configuration is cut, and a shorter
+    /// one leaves the rest unchanged.
     pub fn end_config_change(&mut self, config: &[u8]) {
         for (old, new) in self.config.iter_mut().zip(config) {
             *old = *new;
@@ -383,8 +387,8 @@ impl Registers {
         self.generation = self.generation.wrapping_add(1);
     }
 
-    /// Notes a reason for a configuration interrupt and says whether one may be sent: a driver that
-    /// is not ready must not be interrupted (§2.1.2).
+    /// Records a configuration change in the interrupt status. Returns whether an interrupt may be sent: a
+    /// driver that is not ready must not be interrupted (§2.1.2).
     #[must_use]
     pub fn note_config_interrupt(&mut self) -> bool {
         let ready = self.status.has(Status::DRIVER_OK);
@@ -392,8 +396,8 @@ impl Registers {
         ready
     }
 
-    /// The device cannot go on with this driver (§2.1.2). No driver is at work on a device whose status
-    /// is 0, and none may be kept from seeing that the reset is done.
+    /// The device cannot go on with this driver (§2.1.2): sets `NEEDS_RESET`, unless the status is 0. No
+    /// driver is at work then, and a driver that waits for its reset must read 0.
     pub fn need_reset(&mut self) {
         if self.status != Status::default() {
             self.status.need_reset();
@@ -406,21 +410,21 @@ impl Registers {
         self.status.has(Status::NEEDS_RESET)
     }
 
-    /// The device cannot go on: `NEEDS_RESET` for the present driver, no `FEATURES_OK` for the next.
+    /// The device is broken: `NEEDS_RESET` for the present driver, no `FEATURES_OK` for the next one.
     pub fn mark_broken(&mut self) {
         self.broken = true;
         self.need_reset();
     }
 
-    /// The device can go on again, with the next driver that comes.
+    /// The device is not broken any more, from the next driver on.
     pub fn mend(&mut self) {
         self.broken = false;
     }
 
-    /// As at power-on, with a status of 0. What the device is, its configuration and its generation
-    /// stay; so does being broken.
+    /// Resets to the state at power-on, with a status of 0. The identity, the configuration and its
+    /// generation stay. A broken device stays broken.
     pub fn reset(&mut self) {
-        // Spelled out in full, so that a new field cannot be forgotten.
+        // Every field is named here, so that a new field cannot be forgotten.
         let Self {
             device_id: _,
             vendor_id: _,
@@ -476,7 +480,7 @@ impl Registers {
     }
 
     fn write_status(&mut self, value: u32) -> Effect {
-        // The field has eight bits; more make the write meaningless.
+        // The status field has eight bits: a larger value is invalid.
         let Ok(written) = u8::try_from(value) else {
             return Effect::Refused(Refusal::IllegalStatus);
         };
@@ -505,7 +509,7 @@ impl Registers {
         Effect::None
     }
 
-    /// `FEATURES_OK` stays clear when the device cannot agree (§3.1.1, step 6).
+    /// Accepts the driver's features. On failure `FEATURES_OK` stays clear (§3.1.1, step 6).
     fn agree_on_features(&mut self) -> Result<(), Refusal> {
         if self.broken {
             return Err(Refusal::DeviceBroken);
@@ -526,7 +530,7 @@ impl Registers {
         let Some(queue) = index.and_then(|index| self.queues.get_mut(index)) else {
             return Effect::Refused(Refusal::NoSuchQueue);
         };
-        // Disabling what is disabled is what drivers do to make sure; it is no change.
+        // Drivers disable a disabled queue to make sure. This is no change.
         if reg == Reg::QueueReady && value == 0 && !queue.ready {
             return Effect::None;
         }
@@ -534,7 +538,7 @@ impl Registers {
             return Effect::Refused(Refusal::QueueLocked);
         }
         match reg {
-            // A size that has no 16 bits is remembered as the invalid size 0, for activation to name.
+            // A size beyond 16 bits is stored as the invalid size 0. Activation reports the error.
             Reg::QueueSize => queue.size = u16::try_from(value).unwrap_or(0),
             Reg::QueueReady => queue.ready = value & 1 != 0,
             Reg::QueueDesc(half) => queue.desc = GuestAddr(with_half(queue.desc.0, half, value)),

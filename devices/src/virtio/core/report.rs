@@ -9,22 +9,22 @@ pub enum PhaseReport {
     Idle,
     /// The backend serves the queues.
     Running,
-    /// The queues stand while the machine is paused.
+    /// The machine is paused and the queues are stopped.
     Suspended,
-    /// The driver made a mistake, this one; it has to reset the device.
+    /// The driver made a mistake, described here, and has to reset the device.
     NeedsReset(String),
-    /// The backend was lost, for this reason, and another one is waited for.
+    /// The backend was lost for this reason, and the device waits for another one.
     Recovering(String),
-    /// The device cannot go on, for this reason.
+    /// The device is broken for this reason.
     Broken(String),
 }
 
 /// Writes that came to userspace while the queues ran, by register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Trapped {
-    /// Kicks: a request that passed through us. 0 when the machine keeps its promise.
+    /// Kicks. 0 as long as KVM passes every kick directly to the backend.
     pub queue_notify: u64,
-    /// Acknowledgements of used buffers alone. 0 as well.
+    /// Acknowledgements of used buffers and nothing else. 0 as long as KVM swallows them.
     pub interrupt_ack: u64,
     /// Acknowledgements of a configuration change.
     pub config_ack: u64,
@@ -34,14 +34,14 @@ pub struct Trapped {
     pub other: u64,
 }
 
-/// What a device did so far.
+/// The counters of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceStats {
     /// The device's name.
     pub name: String,
     /// Its type's name.
     pub kind: &'static str,
-    /// Where it is now.
+    /// The present phase.
     pub phase: PhaseReport,
     /// How often its queues were started.
     pub activations: u64,

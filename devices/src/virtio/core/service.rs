@@ -1,6 +1,6 @@
-//! A queue that the VMM serves in the place of the backend, and kicks that it passes on. Called on the attendant's thread,
-//! with the device's lock held for one request and so for one deadline of the backend at most. Must never be called on a
-//! vCPU.
+//! The queue that the VMM serves in place of the backend, and the kicks that the VMM passes on to the backend
+//! by message. Called on the attendant's thread. The device's lock is held for one request, so for at most
+//! one deadline of the backend. Must never be called on a vCPU.
 
 use std::io;
 
@@ -12,11 +12,11 @@ use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::state::Phase;
 
 impl DeviceHandle {
-    /// The queues whose kicks want [`DeviceHandle::serve_kick`]: none when the device's backend serves them all by
-    /// eventfd. They stay the same for the device's whole life.
+    /// The queues whose kicks need [`DeviceHandle::serve_kick`], with their kick eventfds. Empty when the
+    /// backend serves all queues by eventfd. The queues stay the same for the device's whole life.
     ///
     /// # Errors
-    /// When no descriptor is to be had.
+    /// When no descriptor can be duplicated.
     pub fn kicks_to_serve(&self) -> io::Result<Vec<(u16, Kick)>> {
         self.with(|device| {
             let ours = device.service.is_some();
@@ -26,7 +26,7 @@ impl DeviceHandle {
         })
     }
 
-    /// A kick rang that the VMM serves or passes on. May wait for the backend, within its deadline.
+    /// Serves a kick that the VMM serves or passes on. May wait for the backend, within its deadline.
     pub fn serve_kick(&self, queue: u16) {
         self.with(|device| {
             if device.service.is_some() && queue == device.wiring.last() {
@@ -43,7 +43,7 @@ impl Device {
         self.service.iter_mut().for_each(|service| service.reset());
     }
 
-    /// A backend runs the queues: what was asked meanwhile is done.
+    /// A backend has started the queues: tells the service, and serves the requests that waited.
     pub(crate) fn begin_service(&mut self) {
         if let Some(service) = &mut self.service {
             service.started();
@@ -51,7 +51,7 @@ impl Device {
         }
     }
 
-    /// The queues run (again): what came before that waits.
+    /// Kicks the served queue, as requests may be waiting there.
     fn continue_service(&self) {
         if let Err(error) = self.wiring.kick_ours() {
             log::warn!("{}: cannot kick its control queue: {error}", self.name);
@@ -63,14 +63,16 @@ impl Device {
         service.end(backend.as_mut());
     }
 
-    /// Another backend took over, which may not know what the driver relies on.
+    /// Another backend took over. It may lack state on which the driver relies; then the driver has to reset
+    /// the device.
     pub(crate) fn service_replaced(&mut self) {
         if let Some(why) = self.service.as_mut().and_then(|service| service.replaced()) {
             self.stop_and_need_reset(why.to_owned());
         }
     }
 
-    /// Whether kicks of this queue count though the device is broken: its requests are refused.
+    /// Whether kicks of this queue are served although the device is broken, so that its requests are
+    /// refused.
     pub(crate) fn refuses(&self, queue: u16) -> bool {
         let alone = self.service.as_ref().is_some_and(|service| service.answers_alone());
         self.phase.is_broken() && alone && self.wiring.ours() == Some(queue)
@@ -116,7 +118,8 @@ impl Device {
         self.show_registers();
     }
 
-    /// The driver, or the backend, left the queues in a state from which only a reset leads on.
+    /// Stops the queues and asks the driver for a reset, because the driver or the backend left the queues in
+    /// a state that only a reset mends.
     pub(crate) fn stop_and_need_reset(&mut self, why: String) {
         if self.stop() {
             self.need_reset(why);

@@ -1,5 +1,5 @@
-//! A device's queues start, stop, and fail: the transitions of [`Phase`]. Called with the device's lock
-//! held. Must never leave a backend on rings that the guest was told are its own again.
+//! The start, stop and failure of a device's queues: the transitions of [`Phase`]. Called with the device's
+//! lock held. Must never leave a backend on rings after the guest was told that the rings are its own again.
 
 use transport::memory::MemoryMap;
 use transport::vhost_user::Refused;
@@ -16,11 +16,11 @@ use crate::virtio::ring::split::Notes;
 
 /// Why the queues did not start.
 enum StartError {
-    /// The driver's mistake.
+    /// The driver made a mistake; a reset helps.
     Driver(String),
-    /// The machine's failure.
+    /// The machine failed; a reset does not help.
     Lasting(String),
-    /// The backend's failure.
+    /// The backend failed and is lost.
     Lost(BackendError),
 }
 
@@ -44,13 +44,15 @@ impl Device {
         space(&self.registers, &self.memory, self.backend.as_ref())
     }
 
-    /// The driver is ready: connects the queues and starts the backend, now or when there is one.
+    /// The driver is ready: connects the queues and starts the backend. Without a backend, the next backend
+    /// starts the queues.
     pub(crate) fn activate(&mut self) {
         if self.phase.is_broken() {
-            // The driver went on with a device that broke under its hands: now it may be told.
+            // The device broke between FEATURES_OK and DRIVER_OK. The driver may be interrupted only from now
+            // on.
             return self.interrupt_config();
         }
-        // A driver that writes registers sees them through a transport.
+        // A driver reaches the registers only through a transport, so there is one.
         let Some(Plugged { transport, .. }) = &self.plugged else { return };
         if let (Some(service), Some(features)) = (&self.service, self.registers.accepted()) {
             self.wiring.set_ours(service.queue(features));
@@ -64,7 +66,7 @@ impl Device {
         }
     }
 
-    /// Has the connected queues served. The connections are undone again when this fails.
+    /// Has the backend serve the connected queues. When the start fails, the connections are undone again.
     fn start(&mut self, guards: Vec<Guard>) -> Result<(), StartError> {
         if let Phase::Vacant(vacancy) = &mut self.phase {
             vacancy.queues = Some(Waiting { guards, begin: Begin::Fresh });
@@ -80,7 +82,7 @@ impl Device {
                 Ok(())
             }
             Err(lost @ StartError::Lost(_)) => {
-                // It may have served some of them before it failed.
+                // The backend may have served some of the queues before it failed.
                 self.phase = Phase::Running(guards);
                 Err(lost)
             }
@@ -88,7 +90,7 @@ impl Device {
         }
     }
 
-    /// The backend starts the queues where `begin` says.
+    /// Has the backend start the queues at `begin`.
     fn start_at(&mut self, begin: &Begin) -> Result<(), StartError> {
         let Self { registers, wiring, memory, backend, inflight, .. } = self;
         let Some(features) = registers.accepted() else {
@@ -113,8 +115,8 @@ impl Device {
         }
     }
 
-    /// The machine pauses: running queues stand, with what is in flight kept for later where the backend can. A device
-    /// without a backend is as it was.
+    /// The machine pauses: running queues stop. Where the backend can, requests in flight stay in the
+    /// inflight area for later. A device without a backend stays as it is.
     pub(crate) fn suspend(&mut self) {
         if !matches!(self.phase, Phase::Running(_)) {
             return;
@@ -129,8 +131,8 @@ impl Device {
         }
     }
 
-    /// The machine goes on: suspended queues start where they stood. Kicks and calls that either side suppressed
-    /// meanwhile are made up for.
+    /// The machine goes on: suspended queues start where they stopped. Every queue gets a kick and a call, as
+    /// either side may have suppressed its own meanwhile.
     pub(crate) fn resume(&mut self) {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Suspended(Waiting { guards, begin }) => {
@@ -141,7 +143,7 @@ impl Device {
         }
     }
 
-    /// Queues that ran, and stand, start again.
+    /// Starts queues again that ran and were stopped.
     fn restart(&mut self, begin: &Begin) {
         match self.start_at(begin) {
             Ok(()) => {
@@ -152,21 +154,21 @@ impl Device {
                 self.call_all();
             }
             Err(StartError::Lost(lost)) => self.lose_by(&lost),
-            // They did run, and now they do not.
+            // These queues ran before, so the driver made no mistake.
             Err(StartError::Driver(why) | StartError::Lasting(why)) => self.lose(why, false),
         }
     }
 
-    /// Makes `memory` the guest's memory as far as this device goes. Its queues go on: without a stop where the backend
-    /// has memory slots. Waits for the backend, within its deadline. Memory that grows is told to devices before the
-    /// guest, memory that shrinks after it.
+    /// Makes `memory` the guest's memory for this device. The queues go on, without a stop where the backend
+    /// has memory slots. Waits for the backend, within its deadline. When memory grows, devices must be told
+    /// before the guest. When memory shrinks, devices must be told after the guest.
     ///
     /// # Errors
-    /// When the backend cannot hold it; then everything is as it was.
+    /// When the backend cannot hold that memory. Nothing has changed then.
     pub fn change_memory(&mut self, memory: &MemoryMap) -> Result<(), Refused> {
         let changed = match self.phase {
             Phase::Running(_) => self.backend.change_memory(memory),
-            // Told at the next start.
+            // The backend is told at its next start.
             _ => Ok(MemoryChange::Done),
         };
         if let Err(BackendError::Refused(error)) = &changed {
@@ -178,7 +180,7 @@ impl Device {
             Ok(MemoryChange::Done) => {}
             Ok(MemoryChange::NeedsRestart) => match self.backend.stop(Stop::Drain) {
                 Ok(bases) => {
-                    // What had been in flight is done.
+                    // The backend finished everything in flight before it stopped.
                     self.inflight = None;
                     self.restart(&Begin::Stood(bases));
                 }
@@ -189,19 +191,19 @@ impl Device {
         Ok(())
     }
 
-    /// Stops what runs; the registers are reset already.
+    /// Stops the queues for a reset. The registers are reset already.
     pub(crate) fn quiesce(&mut self) {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle | Phase::NeedsReset(_) => {}
             Phase::Vacant(mut vacancy) => {
-                // The kicks and interrupts end here.
+                // This drops the queues' connections: kicks and interrupts end here.
                 self.resets += u64::from(vacancy.queues.take().is_some());
                 self.phase = Phase::Vacant(vacancy);
                 self.drain();
             }
             Phase::Running(guards) | Phase::Suspended(Waiting { guards, .. }) => {
                 self.resets += 1;
-                // No new kick, no further interrupt, then the backend.
+                // In this order: kicks end, interrupts end, the backend stops.
                 drop(guards);
                 self.end_service();
                 self.stop();
@@ -210,11 +212,11 @@ impl Device {
         }
     }
 
-    /// Stops the queues for a reset. Says whether the backend lets it be said that they stopped.
+    /// Stops the queues for a reset. Returns whether the backend confirmed the stop.
     pub(crate) fn stop(&mut self) -> bool {
         match self.backend.stop(Stop::Reset) {
             Ok(_) => {
-                // It finished what it had in flight.
+                // The backend finished everything in flight before it stopped.
                 self.inflight = None;
                 true
             }
@@ -232,21 +234,21 @@ impl Device {
         }
     }
 
-    /// Interrupts the guest for every queue, as nobody knows whether it was told of the last used buffers.
+    /// Interrupts the guest for every queue, as the guest may not have been told of the last used buffers.
     pub(crate) fn call_all(&self) {
         if let Err(error) = self.wiring.call_all(&self.registers) {
             log::warn!("{}: cannot interrupt: {error}", self.name);
         }
     }
 
-    /// The driver cannot go on; after its reset it, or another one, may try again.
+    /// The present driver cannot go on. After a reset, a driver may try again.
     pub(crate) fn need_reset(&mut self, why: String) {
         if self.noted.insert("reset") {
             log::warn!("device {} needs a reset: {why} (logged once)", self.name);
         }
         self.registers.need_reset();
         match &mut self.phase {
-            // The driver's state comes back with the backend.
+            // The next backend would start these queues; the driver has to set them up anew.
             Phase::Vacant(vacancy) => vacancy.queues = None,
             phase => *phase = Phase::NeedsReset(why),
         }

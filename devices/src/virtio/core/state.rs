@@ -1,4 +1,4 @@
-//! Where a device is in its life. Data only.
+//! The phases of a device, with a drawing at `Phase`. Data only: must never act on a device.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use crate::virtio::core::report::PhaseReport;
 /// What becomes of a device whose backend is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnLoss {
-    /// It breaks at once, and the driver is told.
+    /// The device breaks at once, and the driver is told.
     #[default]
     Break,
-    /// It waits for another backend; the driver is told nothing.
+    /// The device waits for another backend, and the driver is told nothing.
     Recover,
 }
 
-/// Where a device is in its life.
+/// The phase of a device.
 ///
 /// ```text
 ///                 DRIVER_OK, backend started                backend lost
@@ -30,48 +30,51 @@ pub enum OnLoss {
 ///        │   cannot be: the driver's mistake  │                              │
 ///        └──────────────────────────────────────────────────────────────────┘
 /// ```
-/// Only what the backend or the machine did lasts. `NEEDS_RESET` is shown to the driver that was at work when its
-/// mistake or the loss happened (§2.1.2), and goes with its reset: a reset device reads 0, as drivers wait for that. A
-/// broken device says so to the next driver by refusing `FEATURES_OK` (§3.1.1, step 6), the earliest point at which a
-/// driver takes a no and gives up.
+/// What lasts beyond a reset: the loss of the backend, and failures of the machine. The driver's own mistakes
+/// do not last.
 ///
-/// A recovering device is whole for its driver: it can be reset, and started, at any time; what it asks of the backend is
-/// done once there is one.
+/// `NEEDS_RESET` (§2.1.2) is shown to the driver that was at work at the time of its mistake or of the loss.
+/// The bit goes with the driver's reset: a reset device reads 0, as drivers wait for that. A broken device
+/// refuses `FEATURES_OK` to the next driver (§3.1.1, step 6), the earliest point at which a driver accepts a
+/// refusal and gives up.
+///
+/// A driver sees no difference between a recovering and a running device: the driver may reset and start it
+/// at any time. Requests to the backend are made once there is a backend again.
 pub(crate) enum Phase {
     Idle,
-    /// The guards are the queues' connections to the guest.
+    /// The backend serves the queues. The guards hold the queues' connections to the guest.
     Running(Vec<Guard>),
-    /// The queues stand while the machine is paused, and go on where they were.
+    /// The machine is paused and the queues are stopped. They go on later where they stopped.
     Suspended(Waiting),
-    /// The driver asked for what cannot be; the backend is as it was.
+    /// The driver asked for something impossible. The backend is not affected.
     NeedsReset(String),
     /// There is no backend.
     Vacant(Vacancy),
 }
 
-/// A device without a backend. A *recovering* device has its backend searched for as long as the user allows. A *broken*
-/// device has it searched for once at each reset.
+/// A device without a backend. The lost backend of a *recovering* device is searched for as long as the user
+/// allows. The backend of a *broken* device is searched for once at each reset.
 pub(crate) struct Vacancy {
     /// How the last backend was lost.
     pub(crate) why: String,
-    /// The driver was told: the device is broken. Otherwise it is recovering.
+    /// Whether the driver was told of the loss: the device is broken then. Otherwise it is recovering.
     pub(crate) told: bool,
-    /// What the next backend has to start.
+    /// The queues that the next backend has to start.
     pub(crate) queues: Option<Waiting>,
-    /// What others wait for.
+    /// The work under way for which other threads may wait.
     pub(crate) work: Work,
     /// How long a driver may wait for the outcome of a search.
     pub(crate) patience: Duration,
 }
 
-/// What is done about a vacancy without the device's lock.
+/// The work on a vacancy that is done without the device's lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Work {
-    /// Nothing that others wait for.
+    /// No work that other threads wait for.
     None,
-    /// A broken device's backend is searched for, once: its driver's FEATURES_OK waits for the outcome.
+    /// One search for a broken device's backend: the driver's FEATURES_OK waits for the outcome.
     Search,
-    /// A backend starts the queues: a reset waits until it has.
+    /// A backend is starting the queues: a reset waits until the start ends.
     Start,
 }
 
@@ -84,36 +87,36 @@ pub enum Effort {
     Once,
 }
 
-/// Has a search begun soon, on a thread that may wait. False when there is no such thread. Called with the device's lock
-/// held; must not wait.
+/// Asks another thread, which may wait, to begin a search soon. Returns false when there is no such thread.
+/// Called with the device's lock held; must not wait.
 pub type Ask = Box<dyn Fn(Effort) -> bool + Send>;
 
-/// How a device asks for a backend to be searched for.
+/// The way in which a device asks for a search for its backend.
 pub(crate) struct Seeker {
     /// How long a driver's FEATURES_OK may wait for the outcome of a search.
     pub(crate) limit: Duration,
     pub(crate) ask: Ask,
 }
 
-/// Queues of a driver that is ready: the guest's kicks gather in their eventfds.
+/// Queues that a driver has started while no backend serves them. The guest's kicks gather in their eventfds.
 pub(crate) struct Waiting {
     pub(crate) guards: Vec<Guard>,
     pub(crate) begin: Begin,
 }
 
-/// Where queues begin.
+/// The positions at which queues begin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Begin {
-    /// Where queues begin that the driver has just set up.
+    /// The first position of queues that the driver has just set up.
     Fresh,
-    /// Where a lost backend was cut off, which the rings and the inflight area tell.
+    /// The positions at which a lost backend was cut off, found in the rings and the inflight area.
     CutOff,
-    /// Here, in the order of the queues: they were stopped in order.
+    /// These positions, in the order of the queues: the queues were stopped in order.
     Stood(Vec<RingBase>),
 }
 
 impl Phase {
-    /// For reports.
+    /// The phase as it is reported.
     pub(crate) fn report(&self) -> PhaseReport {
         match self {
             Self::Idle => PhaseReport::Idle,
@@ -125,7 +128,7 @@ impl Phase {
         }
     }
 
-    /// Whether there is a backend to ask.
+    /// Whether the device has a backend.
     pub(crate) fn has_backend(&self) -> bool {
         !matches!(self, Self::Vacant(_))
     }

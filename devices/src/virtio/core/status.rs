@@ -1,5 +1,5 @@
-//! Virtio 1.2 §2.1 and §3.1: the device status field and its legal transitions, as a table.
-//! Decides nothing but which transition a write is.
+//! Virtio 1.2 §2.1 and §3.1: the device status field and its legal transitions, as a table. Decides only
+//! which transition a write is.
 
 use std::fmt;
 
@@ -15,18 +15,18 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Status(u8);
 
-/// What a write to the status field means.
+/// The meaning of a write to the status field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transition {
     /// The driver resets the device.
     Reset,
-    /// The driver writes what is there.
+    /// The driver writes the present value.
     Same,
     /// One or more steps forward, in the order in which they are taken.
     Steps(&'static [Step]),
     /// The driver gives up.
     GiveUp,
-    /// Anything else: a step left out, a bit taken back, an unknown bit.
+    /// Any other value: a step is left out, a bit is taken back, or a bit is unknown.
     Illegal,
 }
 
@@ -79,9 +79,10 @@ impl Status {
         self.0 & !Self::NEEDS_RESET
     }
 
-    /// What writing `written` means in this state. The specification asks for an order of steps, not for a
-    /// write each: several drivers (the crate `virtio-drivers`, `SeaBIOS`) take two steps in one write.
-    /// `NEEDS_RESET` belongs to the device; it is ignored, because drivers write back what they have read.
+    /// The meaning of writing `written` in this state. The specification asks for an order of steps, but not
+    /// for one write for each step: several drivers (the crate `virtio-drivers`, `SeaBIOS`) take two steps in
+    /// one write. `NEEDS_RESET` belongs to the device. The bit is ignored in writes, because drivers write
+    /// back the value that they have read.
     #[must_use]
     pub fn transition(self, written: u8) -> Transition {
         if written == 0 {

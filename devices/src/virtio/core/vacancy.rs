@@ -1,5 +1,5 @@
-//! A device loses its backend, and asks for another one. The search and its success are in
-//! the chapter `recovery`. Called with the device's lock held; waits for nobody.
+//! The loss of a device's backend, and the request for another one. The search itself is in the chapter
+//! `recovery`. Called with the device's lock held; never waits.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::virtio::core::device::Device;
 use crate::virtio::core::queues::space;
 use crate::virtio::core::state::{Ask, Begin, Effort, OnLoss, Phase, Seeker, Vacancy, Waiting, Work};
 
-/// How long a driver waits once after a restart of the machine: far longer than a backend takes that answers.
+/// The longest wait of a driver after a restart of the machine. A backend that answers takes far less.
 const GRACE: Duration = Duration::from_millis(200);
 
 impl Device {
@@ -18,8 +18,8 @@ impl Device {
         self.seeker = Some(Seeker { limit, ask });
     }
 
-    /// The driver, or the machine, has reset the device: a broken one asks for another backend, unless it is searched
-    /// for already.
+    /// The driver or the machine has reset the device. A broken device asks for another backend, unless a
+    /// search is under way.
     pub(crate) fn seek(&mut self) {
         if let (Some(seeker), Phase::Vacant(vacancy)) = (&self.seeker, &mut self.phase)
             && vacancy.told
@@ -31,8 +31,8 @@ impl Device {
         }
     }
 
-    /// The machine has restarted: the backend of a broken device is searched for, and its driver may wait a moment for
-    /// one that has come in the place of a silent one.
+    /// The machine has restarted: a broken device asks for a search. Its driver may wait a moment, even if
+    /// the lost backend was silent, as another backend may have come meanwhile.
     pub(crate) fn seek_anew(&mut self) {
         let grace = GRACE.min(self.search_limit());
         if let Phase::Vacant(vacancy) = &mut self.phase {
@@ -45,13 +45,14 @@ impl Device {
         self.seeker.as_ref().map_or(Duration::ZERO, |seeker| seeker.limit)
     }
 
-    /// How long a driver may wait for the next backend, where the last one was `silent` or not: a peer that did not
-    /// answer is not waited for twice.
+    /// How long a driver may wait for the next backend. Zero when the last backend was `silent`: a driver
+    /// waits only once for a peer that does not answer.
     pub(crate) fn patience(&self, silent: bool) -> Duration {
         if silent { Duration::ZERO } else { self.search_limit() }
     }
 
-    /// For how long a driver that is to agree on features waits for the outcome of a search; `None` when there is none.
+    /// How long the driver's FEATURES_OK waits for the outcome of a search; `None` when no search is under
+    /// way.
     pub(crate) fn awaits_search(&self) -> Option<Duration> {
         match &self.phase {
             Phase::Vacant(Vacancy { work: Work::Search, patience, .. }) => Some(*patience),
@@ -59,14 +60,14 @@ impl Device {
         }
     }
 
-    /// A driver has waited for a search as long as it may.
+    /// A driver has waited for a search as long as it may; later drivers do not wait for it.
     pub(crate) fn stop_waiting(&mut self) {
         if let Phase::Vacant(vacancy) = &mut self.phase {
             vacancy.patience = Duration::ZERO;
         }
     }
 
-    /// Whether a backend starts the queues without the device's lock.
+    /// Whether a backend is starting the queues, without the device's lock.
     pub(crate) fn is_starting(&self) -> bool {
         matches!(&self.phase, Phase::Vacant(Vacancy { work: Work::Start, .. }))
     }
@@ -76,7 +77,8 @@ impl Device {
         self.lose(chain(error.cause()), error.is_silence());
     }
 
-    /// The backend is lost. The control loop and a vCPU may both report the same loss: the second report is ignored.
+    /// The backend is lost. The control loop and a vCPU may both report the same loss; the second report is
+    /// ignored.
     pub(crate) fn lose(&mut self, why: String, silent: bool) {
         if !self.phase.has_backend() {
             return;
@@ -106,14 +108,15 @@ impl Device {
         }
     }
 
-    /// No backend serves the queues any more: remembers where they are, and tells the driver of all that was used.
+    /// No backend serves the queues any more: saves the contents of the rings, and interrupts the driver for
+    /// all used buffers.
     pub(crate) fn cut_off(&mut self) {
         let Self { wiring, registers, memory, backend, .. } = self;
         wiring.cut(registers, space(registers, memory, backend.as_ref()));
         self.call_all();
     }
 
-    /// The device cannot go on: the driver is told.
+    /// The device breaks, and the driver is told.
     pub(crate) fn break_down(&mut self, why: String) {
         if self.phase.is_broken() {
             return;
@@ -126,7 +129,7 @@ impl Device {
             Phase::Vacant(vacancy) => vacancy.patience,
             _ => self.patience(false),
         };
-        // The connections of the queues go with the phase.
+        // This drops the queues' connections to the guest.
         self.phase = Phase::Vacant(Vacancy { why, told: true, queues: None, work: Work::None, patience });
         self.backend.disconnect();
         self.registers.mark_broken();

@@ -1,12 +1,12 @@
-//! A vhost-user backend that comes back: asks whoever is there now what it is, and lets it take the
-//! place of the one that was lost. Must never be called on a thread that others wait for.
+//! A vhost-user backend that is found again: it is surveyed, and takes the place of the lost one. Must never
+//! be called on a thread for which other threads wait.
 //!
-//! What a machine does with it, for each device with [`OnLoss::Recover`](crate::virtio::OnLoss):
-//! 1. the control loop sees the hang-up, unwatches it, and calls `handle.peer_lost(…)`; whoever else
-//!    noticed first, the hang-up comes in any case;
-//! 2. a helper thread tries, at every interval: connect; [`Reconnect::attempt`]; until it succeeds or
-//!    the error [is final](ReconnectError::is_final), and hands the new hang-up to the control loop;
-//! 3. the thread ends before the device leaves its board.
+//! The steps for each device with [`OnLoss::Recover`](crate::virtio::OnLoss):
+//! 1. The control loop sees the hang-up and posts it to the device's attendant, which reports the loss to the
+//!    device. The hang-up comes in any case, even if a vCPU noticed the loss first.
+//! 2. The attendant connects and calls [`Reconnect::attempt`], again after each interval, until it succeeds
+//!    or the error [is final](ReconnectError::is_final).
+//! 3. The attendant ends before the device does.
 
 use std::error::Error;
 use std::io;
@@ -27,13 +27,13 @@ use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::recovery::vacancy::{Candidate, FillError, Misfit};
 use crate::virtio::types::model::Model;
 
-/// Why a backend that was connected to does not serve the device.
+/// Why a backend does not serve the device although we connected to it.
 #[derive(Debug, thiserror::Error)]
 pub enum ReconnectError {
-    /// It failed, or is no such device.
+    /// The backend failed, or is not a device of this kind.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// It is a device, but another one, or it failed while it started.
+    /// The backend does not match the lost one, or failed while it started.
     #[error("{peer} cannot take over")]
     Fill {
         /// The backend's name.
@@ -54,7 +54,7 @@ impl ReconnectError {
         }
     }
 
-    /// Whether there is no point in another try: the device is broken, or waits for no backend.
+    /// Whether another attempt is pointless: the device is broken, or waits for no backend.
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
@@ -64,24 +64,24 @@ impl ReconnectError {
     }
 }
 
-/// A backend that was asked what it is, and the device to make of it.
+/// A backend that was surveyed, and the device that can be made of it.
 pub struct Opened {
     /// What the guest will see.
     pub model: Model,
     /// Serves the queues.
     pub backend: VhostUser,
-    /// The backend's own requests, when it may make any: to be served from now on.
+    /// The channel for the backend's own requests, if the backend uses one. It has to be served from now on.
     pub channel: Option<OwnChannel>,
-    /// Readable as soon as the connection is gone, and again for that of each later backend.
+    /// Readable when the connection has ended. It serves the connection of each later backend, too.
     pub hang_up: Arc<HangUp>,
-    /// For when it is lost.
+    /// Replaces the backend after a loss.
     pub reconnect: Reconnect,
-    /// What it reaches by requests of its own.
+    /// What the backend may reach in the guest by requests of its own.
     pub outlets: Outlets,
 }
 
-/// Asks the backend what it offers and makes a device of that. Waits for a deadline at most for each thing that it asks:
-/// features, configuration, and what few devices have: shared memory, an MTU, a display.
+/// Surveys the backend and makes a device of it. Waits for at most one deadline for each answer: features,
+/// configuration, and, for few devices, shared memory, an MTU or a display.
 ///
 /// # Errors
 /// When the backend fails, or does not fit the order.
@@ -94,20 +94,20 @@ pub fn open(connection: Connection, order: &Order) -> Result<Opened, OpenError> 
     Ok(Opened { model, backend, channel, hang_up, reconnect, outlets })
 }
 
-/// A backend that stands ready, and the device that could be made of it.
+/// A surveyed backend that is ready to start, and the device that can be made of it.
 pub(crate) struct Attended {
     pub(crate) model: Model,
     pub(crate) backend: VhostUser,
 }
 
-/// What is needed to replace the backend of one device, for the whole life of that device. Shared
-/// between threads; one of them at a time does something.
+/// What is needed to replace the backend of one device, for the device's whole life. Shared between threads;
+/// only one of them makes an attempt at a time.
 #[derive(Clone)]
 pub struct Reconnect {
     order: Order,
-    /// Bytes of configuration that the first backend had.
+    /// The first backend's configuration size in bytes.
     config_size: usize,
-    /// Whether the first one took notifications by messages.
+    /// Whether the first backend used in-band notifications.
     in_band: bool,
     outlets: Outlets,
     past: Arc<Mutex<Stats>>,
@@ -122,12 +122,13 @@ impl Reconnect {
         Ok(Self { order, config_size, in_band, outlets, past: Arc::default(), hang_up })
     }
 
-    /// Tells when the present backend's connection is gone.
+    /// The hang-up that reports the end of the present backend's connection.
     pub(crate) fn hang_up(&self) -> Arc<HangUp> {
         Arc::clone(&self.hang_up)
     }
 
-    /// Takes a backend as it was surveyed, with what is kept for it, and has its channel answered.
+    /// Prepares a surveyed backend: its counters continue, its hang-up is watched, and its own channel gets
+    /// answers.
     pub(crate) fn attend(&self, survey: Survey) -> Result<(Attended, Option<OwnChannel>), OpenError> {
         let Survey { mut session, model, .. } = survey;
         self.hang_up.watch(session.as_fd()).map_err(OpenError::Fd)?;
@@ -139,14 +140,14 @@ impl Reconnect {
         Ok((Attended { model, backend }, channel))
     }
 
-    /// Lets the backend at the other end of `connection` serve `device`, which is recovering or broken. Whoever
-    /// answers the backends' own requests gets its channel before its rings start, by `serve`.
+    /// Lets the backend at the other end of `connection` serve `device`, which is recovering or broken. The
+    /// backend's own channel is given to `serve` before the rings start.
     ///
-    /// Waits as [`open`] does, and for the start, without the device's lock: for a thread of its own.
+    /// Waits as [`open`] does, and for the start, without the device's lock. Call it on a thread of its own.
     ///
     /// # Errors
-    /// When the backend fails: the device goes on waiting, try again later. Or when it does not fit, or
-    /// is not waited for: see [`ReconnectError::is_final`].
+    /// When the backend fails: the device goes on waiting, and a later attempt may succeed. When the backend
+    /// does not fit or the device does not wait for one: see [`ReconnectError::is_final`].
     pub fn attempt(
         &self,
         device: &DeviceHandle,
@@ -173,7 +174,7 @@ impl Reconnect {
         device.fill(candidate).map_err(refused)
     }
 
-    /// A candidate of what was surveyed, if it has what drivers know of.
+    /// Makes a candidate of a surveyed backend, if it has everything on which the driver relies.
     fn candidate(&self, survey: Survey, serve: impl FnOnce(OwnChannel)) -> Result<Candidate, CandidateError> {
         if survey.config_size < self.config_size {
             return Err(Misfit::Config { has: survey.config_size, needs: self.config_size }.into());

@@ -1,4 +1,4 @@
-//! A backend is lost, and another one takes its place.
+//! How a lost backend is found again, or another one takes its place.
 
 pub mod candidate;
 pub mod search;

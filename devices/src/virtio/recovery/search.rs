@@ -1,5 +1,5 @@
-//! Where a backend is found, and one attempt to find it again. Called on the thread of the device's attendant, without
-//! the device's lock: neither a vCPU nor the control loop waits for a backend that is away.
+//! The place where a backend is found, and one attempt to find it again. Called on the thread of the device's
+//! attendant, without the device's lock: neither a vCPU nor the control loop waits for an absent backend.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ use crate::virtio::core::state::Effort;
 use crate::virtio::recovery::candidate::{Reconnect, ReconnectError};
 use crate::virtio::recovery::vacancy::UnderWay;
 
-/// Where a backend is found, again and again.
+/// The place where each backend of a device is found.
 #[derive(Debug)]
 pub enum Meeting {
     /// The backend listens at this path.
@@ -30,15 +30,15 @@ pub enum Meeting {
     Server(Listener),
 }
 
-/// How long an attempt waits for a connection before it looks whether the search is to end.
+/// How long an attempt waits for a connection before it checks whether the search is to end.
 const GLANCE: Duration = Duration::from_millis(200);
 
-/// Longer than any machine lives, and far from where a clock overflows.
+/// Longer than any machine lives, without overflow of the clock.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 impl Meeting {
-    /// One attempt. A path where nobody listens fails at once; a full listen queue of the backend, and our own listener,
-    /// are waited for, for `patience` at most.
+    /// One attempt. It fails at once when nobody listens at the path. It waits for at most `patience` when
+    /// the backend's listen queue is full, or when we listen.
     fn meet(&self, limits: &Limits, patience: Duration) -> Result<Connection, Error> {
         let deadline = Deadline::after(patience);
         match self {
@@ -47,7 +47,8 @@ impl Meeting {
         }
     }
 
-    /// The first meeting, for `patience` at most; a patience of zero has no end, and without one there is one attempt.
+    /// The first connection to a backend. `patience` limits the wait; zero means no limit; `None` means one
+    /// attempt.
     ///
     /// # Errors
     /// When no backend comes.
@@ -69,42 +70,42 @@ fn attempts(patience: Duration) -> Attempts {
     Attempts::lasting((!patience.is_zero()).then_some(patience))
 }
 
-/// What it takes to find a device's backend again.
+/// The parameters of a search for a device's backend.
 pub struct Search {
     /// Where the backend is found.
     pub meeting: Meeting,
-    /// For how long a recovering device's backend is searched for; zero: for ever.
+    /// For how long the backend of a recovering device is searched for; zero means without limit.
     pub patience: Duration,
     /// Deadline and trace of the new connection.
     pub limits: Limits,
-    /// What the new backend has to match.
+    /// Checks that the new backend matches the lost one, and installs it.
     pub reconnect: Reconnect,
-    /// Has the new backend's own channel served.
+    /// Takes the new backend's own channel and has it served.
     pub serve: Box<dyn Fn(OwnChannel) + Send + Sync>,
 }
 
-/// The connection of the attempt that is under way, for others to end it.
+/// The connection of the present attempt, so that other threads can end it.
 #[derive(Debug, Default)]
 pub(crate) struct Trial(Mutex<Tried>);
 
 #[derive(Debug, Default)]
 struct Tried {
     connection: Option<OwnedFd>,
-    /// No attempt is to be made any more.
+    /// No further attempt may be made.
     ended: bool,
-    /// We ended the connection: what came of the attempt says nothing of the peer.
+    /// We ended the connection ourselves: the outcome of the attempt says nothing about the peer.
     interrupted: bool,
 }
 
 impl Trial {
-    /// Has `connection` end with [`Trial::interrupt`], until the guard is dropped.
+    /// Lets [`Trial::interrupt`] end `connection`, until the guard is dropped.
     fn of(&self, connection: BorrowedFd<'_>) -> Exchange<'_> {
         let mut tried = lock(&self.0);
         tried.interrupted = false;
         match connection.try_clone_to_owned() {
             Ok(socket) if tried.ended => hang_up(&socket),
             Ok(socket) => tried.connection = Some(socket),
-            // Only the deadlines of the exchange end it then.
+            // Without the duplicate, only the deadlines of the exchange end it.
             Err(error) => log::debug!("a search for a backend cannot be cut short: {error}"),
         }
         Exchange(self)
@@ -119,7 +120,7 @@ impl Trial {
         }
     }
 
-    /// The same, and every attempt that comes after it.
+    /// Ends the present attempt and every later one. Does not wait.
     pub(crate) fn end(&self) {
         lock(&self.0).ended = true;
         self.interrupt();
@@ -134,7 +135,7 @@ impl Trial {
     }
 }
 
-/// While this lives, others may end the attempt.
+/// While this guard lives, other threads may end the attempt.
 #[must_use]
 struct Exchange<'t>(&'t Trial);
 
@@ -157,7 +158,7 @@ pub(crate) struct Quest {
     pub(crate) due: Instant,
 }
 
-/// What came of an attempt.
+/// The outcome of an attempt.
 pub(crate) enum Attempted {
     Found,
     GivenUp,
@@ -177,7 +178,7 @@ impl Search {
             Err(error) => error,
         };
         if quest.effort == Effort::Once {
-            // An attempt that we interrupted ourselves does not tell whether the peer answers.
+            // An attempt that we interrupted does not show whether the peer answers.
             let silent = (!trial.was_interrupted()).then(|| error.is_silence());
             device.search_failed(&error, silent);
             return Attempted::GivenUp;
@@ -206,8 +207,8 @@ impl Search {
         self.reconnect.attempt(device, connection, |channel| (self.serve)(channel))
     }
 
-    /// A connection. A recovering device is looked after again soon; a driver waits for that of a broken one, for a
-    /// deadline of the peer.
+    /// Connects to a backend. For a recovering device the wait is short, as another attempt follows. For a
+    /// broken device, whose driver waits, it is at most one deadline of the peer.
     fn meet(&self, effort: Effort, trial: &Trial) -> Result<Connection, Error> {
         let patience = if effort == Effort::Once { self.limits.deadline() } else { GLANCE };
         let deadline = Deadline::after(patience);

@@ -1,6 +1,6 @@
-//! A backend fills the vacancy that a lost one left, while the guest runs. Its queues start without the device's lock, so
-//! that neither vCPUs nor the control loop wait for a backend that may be no better than the last one. Must never leave
-//! two backends, or a reset driver and a backend, on the same rings.
+//! A backend takes the place of a lost one while the guest runs. Its queues start without the device's lock.
+//! So neither vCPUs nor the control loop wait for a backend that may be no better than the last one. Must
+//! never leave two backends, or a reset driver and a backend, on the same rings.
 //!
 //! ```text
 //!   attendant                             device lock    vCPU
@@ -31,21 +31,21 @@ use crate::virtio::core::state::{Begin, Phase, Vacancy, Work};
 use crate::virtio::ring::split::{Notes, ResumeError};
 use crate::virtio::types::model::{ConfigSource, Model};
 
-/// A backend that was asked what it is.
+/// A surveyed backend that may fill a vacancy.
 pub struct Candidate {
-    /// The device that could be made of it.
+    /// The device that can be made of the backend.
     pub model: Model,
-    /// Nothing has started it yet.
+    /// The backend, not started yet.
     pub backend: Box<dyn Backend>,
 }
 
-/// How a backend differs from the one whose place it is to take.
+/// How a backend differs from the one that it is to replace.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Misfit {
     /// The driver uses features that the backend does not have.
     #[error("it lacks the features {0:#x}, which the driver uses")]
     Features(u64),
-    /// The driver knows of more queues.
+    /// The device has more queues than the backend serves.
     #[error("it serves {has} queues, the device has {needs}")]
     Queues {
         /// What it serves.
@@ -53,13 +53,14 @@ pub enum Misfit {
         /// What the device has.
         needs: u16,
     },
-    /// The thread that passes kicks on knows of the other way.
+    /// One backend uses in-band notifications and the other does not. The thread that passes kicks on cannot
+    /// switch.
     #[error("it takes notifications in another way, by messages or by eventfds")]
     Notifications,
-    /// The driver knows of other regions.
+    /// The shared memory regions differ from those that the driver knows.
     #[error("its shared memory regions are not those that there were")]
     SharedMemory,
-    /// The driver knows of more configuration.
+    /// The configuration is smaller than the one that the driver knows.
     #[error("it has {has} bytes of configuration, there were {needs}")]
     Config {
         /// What it has.
@@ -69,24 +70,24 @@ pub enum Misfit {
     },
 }
 
-/// Why a backend does not fill a vacancy.
+/// Why a backend does not serve a device that waits for one.
 #[derive(Debug, thiserror::Error)]
 pub enum FillError {
-    /// It is another kind of backend; the device is broken now.
+    /// The backend does not match the lost one; the device is broken now.
     #[error(transparent)]
     Unfit(#[from] Misfit),
-    /// It cannot be told of these rings or of this memory; the device is broken now.
+    /// The backend cannot be told of these rings or of this memory; the device is broken now.
     #[error("the backend cannot serve what the driver set up")]
     Refused(#[source] Box<dyn Error + Send + Sync>),
-    /// It failed while it started; another one may do better.
+    /// The backend failed while it started; another one may succeed.
     #[error("the backend did not start")]
     Failed(#[source] Box<dyn Error + Send + Sync>),
-    /// The device waits for none, or for another one that is being started.
+    /// The device waits for no backend, or another backend is being started.
     #[error("the device waits for no backend")]
     NotWanted,
 }
 
-/// What there is to start, with nothing borrowed from the device.
+/// A start, with nothing borrowed from the device.
 struct Job {
     candidate: Candidate,
     features: DriverFeatures,
@@ -95,7 +96,7 @@ struct Job {
     inflight: Option<Arc<InflightArea>>,
 }
 
-/// A candidate that runs the queues, and the inflight area in which it notes.
+/// A candidate that runs the queues, and its inflight area.
 type Started = (Candidate, Option<Arc<InflightArea>>);
 
 impl Job {
@@ -107,23 +108,26 @@ impl Job {
     }
 }
 
-/// What comes of a candidate that fits.
+/// What happens to a candidate that fits.
 enum Begun {
-    /// It serves the device; there is nothing to start.
+    /// It serves the device, without queues to start.
     Installed,
-    /// It is to be started.
+    /// Its queues have to be started.
     Starts(Job),
-    /// The rings do not tell yet what was in flight.
+    /// The rings do not show yet which requests were in flight.
     InDoubt(Candidate),
 }
 
-/// For how long a driver is waited for whose rings leave a doubt, and how often they are looked at. Its interrupt has told
-/// it of all that was used when the backend was lost. What it makes available after that is in flight for certain, and
-/// when all its requests are, no doubt is left: most drivers need no more than to be scheduled once.
+/// `DOUBT`: how long we wait for a driver whose rings leave a doubt. `LOOK`: the time between two looks at
+/// the rings.
+///
+/// When the backend was lost, the driver's interrupt told it of all used buffers. Requests that the driver
+/// makes available after the loss are certainly in flight. Once all its requests are of that kind, no doubt
+/// is left. Most drivers need no more than to be scheduled once.
 const DOUBT: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Work on a vacancy ends with this, even when its thread panics: others wait for it.
+/// Ends the work on a vacancy when dropped, even if the thread panics, as other threads wait for the end.
 #[must_use]
 pub(crate) struct UnderWay<'d>(pub(crate) &'d DeviceHandle);
 
@@ -137,13 +141,13 @@ impl Drop for UnderWay<'_> {
 }
 
 impl DeviceHandle {
-    /// Makes `candidate` the backend of a device that waits for one, and starts the queues there if the driver is ready.
-    /// Called on a thread that may wait: up to the peer's deadline, and some seconds when only the driver can tell what
-    /// was in flight. The device's lock is not held meanwhile.
+    /// Makes `candidate` the backend of a device that waits for one. Starts the queues if the driver is
+    /// ready. Called on a thread that may wait: up to the peer's deadline, and some seconds more when only
+    /// the driver can settle which requests were in flight. The device's lock is not held during these waits.
     ///
     /// # Errors
-    /// When the device waits for none, or the candidate does not fit (a recovering device is broken then), or fails (the
-    /// device goes on waiting).
+    /// When the device waits for no backend; when the candidate does not fit (a recovering device is broken
+    /// then); when the candidate fails (the device goes on waiting).
     pub fn fill(&self, candidate: Candidate) -> Result<(), FillError> {
         self.fill_within(DOUBT, candidate)
     }
@@ -175,8 +179,8 @@ impl DeviceHandle {
         self.with(|device| device.finish_fill(started))
     }
 
-    /// A search on behalf of a broken device has failed. `silent` tells whether the peer did not answer; `None` when the search
-    /// does not tell.
+    /// A search for the backend of a broken device has failed. `silent` tells whether the peer failed to
+    /// answer; `None` when the search did not show that.
     pub(crate) fn search_failed(&self, error: &(dyn Error + 'static), silent: Option<bool>) {
         self.with(|device| device.search_failed(error, silent));
         self.wake();
@@ -184,12 +188,13 @@ impl DeviceHandle {
 }
 
 impl Device {
-    /// Rings that leave a doubt need a reset when there is no more `patience` with their driver.
+    /// Begins to install `candidate`. When the rings leave a doubt and `patience` is `None`, the driver has
+    /// to reset the device.
     fn begin_fill(&mut self, candidate: Candidate, patience: Option<Duration>) -> Result<Begun, FillError> {
         match &self.phase {
             _ if self.retired => return Err(FillError::NotWanted),
             Phase::Vacant(Vacancy { told: false, work: Work::None, .. }) => {}
-            // A broken device takes only a backend that it asked for.
+            // A broken device takes a backend only when it has asked for one.
             Phase::Vacant(Vacancy { told: true, work: Work::Search, .. }) => {}
             _ => return Err(FillError::NotWanted),
         }
@@ -207,7 +212,8 @@ impl Device {
         if begin == Begin::Fresh {
             self.inflight = None;
         }
-        // An area that its writer has cut short tells nothing: the rings do then.
+        // An inflight area that the backend has truncated is useless; then the rings have to show what was in
+        // flight.
         let whole = self.inflight.as_ref().is_some_and(|area| area.is_whole());
         let notes = if whole && candidate.backend.takes_inflight() { Notes::Backend } else { Notes::Rings };
         let space = space(&self.registers, &self.memory, candidate.backend.as_ref());
@@ -222,7 +228,7 @@ impl Device {
                 Ok(Begun::InDoubt(candidate))
             }
             Err(RingsError::Resume(error)) => {
-                // The backend is fine, only these rings are beyond help.
+                // The backend is usable, but these rings cannot be resumed.
                 vacancy.queues = None;
                 self.install(candidate);
                 self.need_reset(chain(&error));
@@ -252,7 +258,8 @@ impl Device {
         }
     }
 
-    /// A search or a start is over. A start that came to nothing may have done something before it failed.
+    /// A search or a start is over without a new backend. A failed start may have served requests before it
+    /// failed.
     fn end_work(&mut self) {
         let Phase::Vacant(vacancy) = &mut self.phase else { return };
         if std::mem::replace(&mut vacancy.work, Work::None) == Work::Start {
@@ -272,7 +279,7 @@ impl Device {
         }
     }
 
-    /// Whether a driver of the present device can go on with another one.
+    /// Whether the present driver can go on with a device like `model`.
     fn fits(&self, model: &Model) -> Result<(), Misfit> {
         let used = self.registers.accepted().map_or(0, |features| features.bits());
         let missing = used & !model.features.bits();
@@ -290,7 +297,7 @@ impl Device {
         Ok(())
     }
 
-    /// The wait is over: `candidate` is the backend, and runs the queues if there are any.
+    /// Makes `candidate` the backend. It runs the queues already, if there are any.
     fn install(&mut self, candidate: Candidate) {
         let Phase::Vacant(vacancy) = std::mem::replace(&mut self.phase, Phase::Idle) else { return };
         let Candidate { model, backend } = candidate;
@@ -306,7 +313,7 @@ impl Device {
             if queues.begin == Begin::CutOff {
                 self.announce();
             }
-            // The lost one may have died between using a buffer and saying so.
+            // The lost backend may have used a buffer without calling the guest.
             self.call_all();
         } else if self.registers.needs_reset() {
             self.phase = Phase::NeedsReset(vacancy.why);

@@ -1,25 +1,25 @@
-//! Whether a backend that took over a live ring really goes on where the lost one stopped: some begin
-//! their used index at 0 and write over what the driver has yet to read. Reads indexes in guest memory;
-//! must never judge by anything that a backend in order could cause as well.
+//! Checks that a backend that took over a live ring goes on where the lost one stopped. Some backends begin
+//! their used index at 0 and overwrite entries that the driver has not read yet. Reads indexes in guest
+//! memory. Must never judge by anything that a correct backend could cause as well.
 
 use crate::virtio::core::device::Device;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::queues::space;
 use crate::virtio::core::state::Phase;
 
-/// What is known of a successor.
+/// What the rings have shown about a backend that took over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
-    /// Not every ring that it took over has moved yet.
+    /// At least one ring that it took over has not moved yet.
     Unproven,
-    /// Nothing speaks against it, or there is nothing (more) to judge.
+    /// The watch is over: every ring goes on, or the driver was asked for a reset, or the queues do not run.
     Settled,
 }
 
 impl DeviceHandle {
-    /// Looks at the rings of a device whose backend took over. When it wrote its used index anew, the
-    /// driver is told that the device needs a reset: its ring cannot be saved. May wait for the backend,
-    /// to stop it, within its deadline.
+    /// Judges the rings of a device whose backend took over. When the backend began a used index anew, the
+    /// ring is lost: the queues are stopped, and the driver is told that the device needs a reset. May wait
+    /// for the backend to stop, within its deadline.
     pub fn judge_successor(&self) -> Standing {
         self.with(Device::judge_successor)
     }

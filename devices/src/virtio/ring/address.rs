@@ -1,6 +1,6 @@
-//! Virtio 1.2 §6.1, VIRTIO_F_ACCESS_PLATFORM: a device whose addresses are I/O virtual ones, with the
-//! translations that its backend is told. Decides where addresses lead; must never let one out of guest
-//! memory.
+//! Virtio 1.2 §6.1, VIRTIO_F_ACCESS_PLATFORM: a device whose addresses are I/O virtual addresses, and the
+//! translations that its backend is told. Translates the driver's addresses to guest addresses; must never
+//! return an address outside guest memory.
 
 use std::str::FromStr;
 
@@ -8,17 +8,17 @@ use transport::memory::{GuestAddr, Iova, MemoryMap};
 use transport::vhost_user::IovaMap;
 use transport::vhost_user::iotlb::{Access, IovaRange};
 
-/// What I/O virtual addresses of a device are.
+/// How the I/O virtual addresses of a device relate to guest addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Iommu {
-    /// Guest addresses, as stock drivers use them on a machine whose description has no IOMMU.
+    /// They are the guest addresses. Stock drivers use these on a machine whose description has no IOMMU.
     Identity,
-    /// Guest addresses with the pieces of each memory region in reverse order: a test for backends, with a
-    /// driver that knows of it.
+    /// They are guest addresses with the pieces of each memory region in reverse order. This tests backends,
+    /// and needs a driver that knows of the order.
     Shuffled,
 }
 
-/// The word is none.
+/// The word names no [`Iommu`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an IOMMU is `identity` or `shuffled`, not `{0}`")]
 pub struct NoIommu(String);
@@ -37,7 +37,7 @@ impl FromStr for Iommu {
 
 /// The least size of a shuffled piece.
 const PIECE: u64 = 2 << 20;
-/// How many of these there are at most: each is a message when the device starts.
+/// The most pieces: each is a message when the device starts.
 const PIECES: u64 = 256;
 
 impl Iommu {
@@ -72,7 +72,7 @@ fn shuffle(memory: &MemoryMap) -> Vec<IovaRange> {
         };
         let place = |number: u64| number.saturating_mul(piece);
         ranges.extend((0..count).map(|n| range(place(n), place(count.saturating_sub(n + 1)), piece)));
-        // What is left over has no counterpart.
+        // The rest behind the last whole piece has no counterpart, and keeps its addresses.
         let rest = region.size().saturating_sub(place(count));
         ranges.extend((rest > 0).then(|| range(place(count), place(count), rest)));
     }
@@ -84,7 +84,7 @@ fn shuffle(memory: &MemoryMap) -> Vec<IovaRange> {
 pub struct Space<'a> {
     /// Guest memory.
     pub memory: &'a MemoryMap,
-    /// What stands between it and the driver's addresses.
+    /// The translations from the driver's addresses to guest addresses; `None` when both are the same.
     pub translations: Option<&'a IovaMap>,
 }
 
@@ -95,7 +95,8 @@ impl<'a> From<&'a MemoryMap> for Space<'a> {
 }
 
 impl Space<'_> {
-    /// The guest address behind `at`, when all of `length` bytes are in one piece in guest memory.
+    /// The guest address that the driver's address `at` means; `None` unless all of `length` bytes lie in one
+    /// piece of guest memory.
     #[must_use]
     pub fn guest(&self, at: GuestAddr, length: u64) -> Option<GuestAddr> {
         let at = match self.translations {

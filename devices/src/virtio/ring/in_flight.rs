@@ -1,21 +1,25 @@
-//! Which requests of a split ring were in flight when its backend died without leaving notes. Backends
-//! finish out of order, so it is not simply those behind the used index. Pure; must answer only what the
-//! two rings leave no doubt about.
+//! Virtio 1.2 §2.7.6, §2.7.8: finds the requests of a split ring that were in flight when the backend was
+//! lost without an inflight area. Backends finish requests out of order, so these are not simply the requests
+//! behind the used index. Pure; must answer only when the two rings leave no doubt.
 //!
-//! A head goes by turns from the driver to the backend (*made available*) and back (*used*). The order
-//! within either ring is known, only how the two interleave is not: let `Y(p)` be how many heads were
-//! used when position `p` of the available ring was written. It never falls, is at most `p`, and at
-//! least `p` less the number of heads. Each head is either finished or not; each of the two says
-//! between which values `Y` must lie at every position of that head, for the turns to come out even.
-//! What contradicts the others is struck out until nothing is left in doubt (§2.7.6, §2.7.8).
+//! A head alternates between two events: the driver makes it *available*, and the backend makes it *used*.
+//! The order of events within each ring is known. How the two orders interleave is unknown.
 //!
-//! One thing no ring tells: a request that as many others overtook as the ring has entries has left no
-//! trace in it. It is known only by its number, as there is one in flight more than can be found.
+//! Let `Y(p)` be the number of heads that were used when position `p` of the available ring was written. `Y`
+//! never falls. `Y(p)` is at most `p`, and at least `p` minus the number of heads.
+//!
+//! The search assumes for each head once that it is finished and once that it is unfinished. Its two events
+//! must alternate. So each assumption yields bounds for `Y` at every position of that head. An assumption
+//! that contradicts the bounds of the other heads is struck out. This is repeated until no head is in doubt,
+//! or nothing more can be struck out.
+//!
+//! One case leaves no trace: a request that was overtaken by as many requests as the ring has entries. Only
+//! the count shows it, as one request more is in flight than the search finds.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Both indexes of a ring at one time, the used one a little earlier.
+/// Both indexes of a ring at one time. The used index is read first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Indexes {
     pub(crate) available: u16,
@@ -35,23 +39,23 @@ pub(crate) struct Contents {
 /// What is known of one queue.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct History<'a> {
-    /// The rings as they stand in memory; as many entries in either as the queue has.
+    /// The rings as they are in memory now. Each has as many entries as the queue has.
     pub(crate) now: &'a Contents,
-    /// Both indexes at a time when nothing was in flight, or all that was in flight was noted in the
-    /// available ring from there on. Older entries are of no interest.
+    /// The value of both indexes at an earlier time: either nothing was in flight then, or the available ring
+    /// listed all requests in flight from this index on. Entries before this index do not matter.
     pub(crate) origin: u16,
-    /// The rings when the backend was lost. What the driver made available since is not used, but may
-    /// stand where something older did.
+    /// The rings when the backend was lost. Requests that the driver made available after that are certainly
+    /// not used, but their entries may have overwritten older ones.
     pub(crate) cut: Option<&'a Contents>,
 }
 
-/// Entries that a search looks at before it gives up: it must not hold up others.
+/// The most entries that a search reads before it gives up, as other threads must not be held up.
 const EFFORT: usize = 1 << 20;
 
 /// A position in either ring, counted on beyond 16 bits.
 type Position = i64;
 
-/// One head's turns.
+/// The positions at which one head was made available and used.
 #[derive(Default)]
 struct Turns {
     available: Vec<Position>,
@@ -65,22 +69,23 @@ struct Bound {
     most: Position,
 }
 
-/// What may have become of a head.
+/// One assumption about a head, finished or unfinished, and the bounds that follow.
 struct Possible {
     unfinished: bool,
     bounds: Vec<Bound>,
 }
 
-/// The parts of the rings that still hold what was written.
+/// The parts of the rings that are not overwritten yet.
 struct Window {
     available: Range<Position>,
     used: Range<Position>,
-    /// Nothing was in flight where it begins.
+    /// Nothing was in flight at the beginning of the window.
     whole: bool,
 }
 
 impl Turns {
-    /// The bounds under which the last turn is `unfinished`; `None` when that cannot be.
+    /// The bounds that follow when the head's last request is `unfinished`, or finished. `None` when the
+    /// rings contradict the assumption.
     fn as_if(&self, unfinished: bool, window: &Window) -> Option<Possible> {
         let mut used = self.used.iter().rev().copied();
         let before = (!window.whole).then_some(window.used.start - 1);
@@ -105,7 +110,7 @@ impl Turns {
                 None => most,
             };
         }
-        // Used, and never made available.
+        // Heads that were used without having been made available in the window.
         let orphans = used.count();
         (orphans == 0 || !window.whole).then_some(Possible { unfinished, bounds })
     }
@@ -133,7 +138,7 @@ impl Envelope {
         usize::try_from(at - self.first).unwrap_or(usize::MAX)
     }
 
-    /// Everything is used that will be when position `from` is written.
+    /// Nothing was used after position `from` was written: `used` is the final count there.
     fn cut(&mut self, from: Position, used: Position) {
         let first = self.index(from);
         for least in self.least.iter_mut().skip(first) {
@@ -161,7 +166,8 @@ impl Envelope {
         }
     }
 
-    /// Carries the bounds on, as `Y` never falls. False when they contradict each other.
+    /// Extends the bounds to neighbouring positions, as `Y` never falls. False when the bounds contradict
+    /// each other.
     fn spread(&mut self) -> bool {
         let mut highest = Position::MIN;
         for least in &mut self.least {
@@ -178,8 +184,8 @@ impl Envelope {
 }
 
 impl History<'_> {
-    /// The heads in flight, in the order in which they were made available; `None` when the rings leave
-    /// that in doubt, or hold what cannot be.
+    /// The heads in flight, in the order in which they were made available. `None` when the rings leave a
+    /// doubt or are inconsistent.
     pub(crate) fn unfinished(&self) -> Option<Vec<u16>> {
         let size = self.size();
         if size == 0 || self.now.used.len() != self.now.available.len() {
@@ -187,18 +193,19 @@ impl History<'_> {
         }
         let (available, used) = self.ends();
         let oldest = self.cut().map_or(available, |(at, _)| at) - size;
-        // A ring that went on for a multiple of 65536 since its origin looks as if it had just begun.
+        // When a ring has advanced by a multiple of 65536 since its origin, it looks as if it had just begun.
+        // So an inconclusive search from the origin is repeated with the entries that are left.
         self.since_origin(oldest).and_then(|window| self.search(&window)).or_else(|| {
             self.search(&Window { available: oldest..available, used: used - size..used, whole: false })
         })
     }
 
-    /// Entries of either ring.
+    /// The number of entries in each ring.
     fn size(&self) -> Position {
         Position::try_from(self.now.available.len()).unwrap_or(0)
     }
 
-    /// Where the rings end.
+    /// The end of both rings, as positions.
     fn ends(&self) -> (Position, Position) {
         let Indexes { available, used } = self.now.indexes;
         // Far enough from zero for everything that is subtracted.
@@ -206,7 +213,8 @@ impl History<'_> {
         (end, end - Position::from(available.wrapping_sub(used)))
     }
 
-    /// Where the available ring ended when the backend was lost, and what it held, if nothing was used since.
+    /// The end of the available ring when the backend was lost, and the entries it had then. `None` when
+    /// anything was used after that.
     fn cut(&self) -> Option<(Position, &[u16])> {
         let cut = self.cut?;
         let since = Position::from(self.now.indexes.available.wrapping_sub(cut.indexes.available));
@@ -216,7 +224,7 @@ impl History<'_> {
         fits.then(|| (self.ends().0 - since, cut.available.as_slice()))
     }
 
-    /// Everything since the origin, if that is still there.
+    /// The window from the origin on; `None` when a part of it is overwritten.
     fn since_origin(&self, oldest: Position) -> Option<Window> {
         let (available, used) = self.ends();
         let origin = available - Position::from(self.now.indexes.available.wrapping_sub(self.origin));
@@ -268,7 +276,7 @@ impl History<'_> {
             if fate.len() > before || struck {
                 continue;
             }
-            // Their number may say what the order does not.
+            // The count may decide where the order does not.
             if missing == 0 || missing == open.len() {
                 for possible in open.values_mut() {
                     possible.retain(|possible| possible.unfinished == (missing != 0));

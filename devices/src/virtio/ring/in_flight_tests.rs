@@ -15,7 +15,7 @@ impl Random {
     }
 }
 
-/// A driver and a backend that may overtake, and the truth about what is in flight.
+/// A driver, a backend that may finish requests out of order, and the true list of requests in flight.
 struct Rings {
     now: Contents,
     origin: u16,
@@ -58,7 +58,7 @@ impl Rings {
         self.cut = Some(self.now.clone());
     }
 
-    /// Work for a while, where each request is overtaken by `spread` later ones at most.
+    /// Works for a while; each request is overtaken by at most `spread` later ones.
     fn work(&mut self, random: &mut Random, requests: usize, spread: usize) {
         for _ in 0..requests {
             (0..random.below(3)).for_each(|_| self.submit());
@@ -71,7 +71,7 @@ impl Rings {
         }
     }
 
-    /// Whether what made this head available still stands there.
+    /// Whether the entry that made this head available is still in the ring.
     fn shows(&self, head: u16) -> bool {
         self.now.available.contains(&head)
     }
@@ -125,8 +125,8 @@ fn one_that_was_overtaken_is_found() {
     assert_eq!(rings.history().unfinished(), Some(vec![3, 1]));
 }
 
-/// Batches of ten and more that qemu-storage-daemon finished from the last to the first, and then four
-/// more that were made available when it had died.
+/// Batches of ten and more requests that qemu-storage-daemon finished from the last to the first. After its
+/// death, the driver made four more available.
 #[test]
 fn what_was_made_available_after_the_backend_died_settles_what_else_was_in_doubt() {
     let available = [
@@ -152,8 +152,9 @@ fn what_was_made_available_after_the_backend_died_settles_what_else_was_in_doubt
     assert_eq!(History { cut: Some(&cut), ..history }.unfinished(), Some(vec![24, 33, 45, 3]));
 }
 
-/// A driver that keeps so many requests under way as it has heads, in batches, and a backend that finishes them in whatever
-/// order it likes. When the backend dies there may be a doubt; it ends when the driver has answered its interrupt.
+/// A driver that keeps as many requests in flight as it has heads, in batches, and a backend that finishes
+/// them in any order. When the backend is lost there may be a doubt. The doubt ends when the driver has
+/// handled its interrupt.
 #[test]
 fn driver_that_refills_its_ring_leaves_no_doubt() {
     let mut doubts = 0;
@@ -174,7 +175,7 @@ fn driver_that_refills_its_ring_leaves_no_doubt() {
         let told = rings.history().unfinished();
         doubts += usize::from(told.is_none());
         if rings.flight.iter().any(|head| !rings.shows(*head)) {
-            // Overtaken by a whole ring.
+            // This request was overtaken by as many others as the ring has entries.
             continue;
         }
         assert!(told.is_none_or(|told| told == rings.flight), "seed {seed}");
@@ -213,7 +214,7 @@ fn nonsense_has_no_answer() {
     }
 }
 
-/// Whatever stands in the rings, the search ends, soon.
+/// Any contents of the rings let the search end soon.
 #[test]
 fn noise_is_searched_in_bounded_time() {
     let begin = std::time::Instant::now();

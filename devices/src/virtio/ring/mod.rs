@@ -1,4 +1,4 @@
-//! What the rings in guest memory tell of a device whose backend was lost.
+//! The rings of a device in guest memory, and how far a lost backend got in them.
 
 pub mod address;
 pub(crate) mod in_flight;

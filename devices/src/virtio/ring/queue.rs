@@ -1,5 +1,5 @@
-//! Virtio 1.2 §2.6 to §2.8: what the driver says of one queue, checked before anyone uses it.
-//! Must never look into the rings: those are the backend's.
+//! Virtio 1.2 §2.6 to §2.8: the registers of one queue as the driver set them, and the checks before a
+//! backend is told of the queue. Must never read or write the rings: they belong to the backend.
 
 use transport::memory::GuestAddr;
 use transport::vhost_user::vring::RingBase;
@@ -33,7 +33,7 @@ impl RingLayout {
 /// The registers of one queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueState {
-    /// The largest size we take.
+    /// The largest size that the device accepts.
     pub max_size: u16,
     /// The size that the driver chose, unchecked.
     pub size: u16,
@@ -69,7 +69,7 @@ pub enum QueueError {
         area: &'static str,
         /// Where it is.
         at: u64,
-        /// What it should be a multiple of.
+        /// The required alignment.
         align: u64,
     },
     /// An area is not within one region of guest memory.
@@ -92,7 +92,7 @@ impl QueueState {
         Self { max_size, size: max_size, ready: false, desc: nowhere, driver: nowhere, device: nowhere }
     }
 
-    /// Checks that a backend may be told of this queue.
+    /// Checks the queue before a backend is told of it.
     ///
     /// # Errors
     /// When size, alignment or place of an area is not what the layout asks for.

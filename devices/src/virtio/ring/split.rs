@@ -1,6 +1,6 @@
-//! Virtio 1.2 §2.7: where a split ring goes on after its backend was cut off. Reads guest memory, and writes
-//! there no more than which entries of the available ring come first; must never do so while a backend serves
-//! the ring, nor trust what stands there.
+//! Virtio 1.2 §2.7: the index at which the next backend begins a split ring after the last backend was lost.
+//! Reads guest memory. Writes only heads of unfinished requests into entries of the available ring. Must
+//! never do so while a backend serves the ring, and must never trust the contents of guest memory.
 
 use std::io;
 
@@ -11,27 +11,28 @@ use crate::virtio::ring::address::Space;
 use crate::virtio::ring::in_flight::{Contents, History, Indexes};
 use crate::virtio::ring::queue::{QueueState, RingLayout};
 
-/// Who knows what the lost backend had in flight.
+/// The source of the requests that the lost backend had in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Notes {
-    /// The next backend: it was handed the notes of the lost one.
+    /// The next backend: it receives the inflight area of the lost one.
     Backend,
-    /// Nobody: the rings have to tell.
+    /// The rings alone, as there is no usable inflight area.
     Rings,
 }
 
-/// What is remembered of a ring that a backend serves.
+/// What the front end remembers of a ring that a backend serves or served.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Past {
-    /// Where the backend began.
+    /// The index at which the backend began.
     pub(crate) origin: u16,
     /// The ring when the backend was lost.
     pub(crate) cut: Option<Contents>,
-    /// Where a backend took over that has yet to show that it goes on there.
+    /// The index at which the present backend took over, until that backend has shown whether it continues
+    /// there.
     pub(crate) handed_over: Option<u16>,
 }
 
-/// What one ring says.
+/// What one ring shows about the backend that took over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Unmoved,
@@ -39,10 +40,10 @@ pub(crate) enum Verdict {
     BeganAnew,
 }
 
-/// Judges a ring that was handed over at `base` and stands at `now`.
+/// Judges a ring that was handed over to a backend at index `base` and is at `now`.
 ///
-/// Since then `now.used - base` buffers were used of at most `now.available - base`, counted around. A
-/// backend that began at 0 has a used index that is itself such a count.
+/// Since the handover, `now.used - base` buffers were used; `now.available - base` is the most possible
+/// (modulo 65536). When a backend wrongly began at 0, its used index itself is at most that number.
 pub(crate) fn judge(base: u16, now: Indexes) -> Verdict {
     let most = now.available.wrapping_sub(base);
     if now.used == base {
@@ -54,13 +55,13 @@ pub(crate) fn judge(base: u16, now: Indexes) -> Verdict {
     }
 }
 
-/// Why nobody can go on with a ring.
+/// Why no backend can continue a ring.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ResumeError {
-    /// How far the device got is not written down anywhere.
+    /// A packed ring does not record how far the device got.
     #[error("queue {0} is a packed ring, which only a reset can start again")]
     Packed(u16),
-    /// The indexes are not those of a ring.
+    /// The indexes contradict each other.
     #[error("the indexes of queue {queue} contradict each other: {available} available, {used} used")]
     Indexes {
         /// The queue.
@@ -70,7 +71,7 @@ pub(crate) enum ResumeError {
         /// `used.idx`
         used: u16,
     },
-    /// To guess is to lose one request and to do another twice.
+    /// The requests in flight are ambiguous. A guess could lose one request and do another twice.
     #[error("the rings of queue {queue} do not tell which {count} requests were in flight")]
     Doubt {
         /// The queue.
@@ -78,10 +79,10 @@ pub(crate) enum ResumeError {
         /// How many they are.
         count: u16,
     },
-    /// The driver goes on all the time.
+    /// The driver changed the ring during every attempt to read it.
     #[error("queue {0} does not stand still")]
     Restless(u16),
-    /// The ring is not in memory any more.
+    /// The ring is no longer in guest memory.
     #[error("cannot access queue {queue} in guest memory")]
     Memory {
         /// The queue.
@@ -91,7 +92,8 @@ pub(crate) enum ResumeError {
     },
 }
 
-/// How often a ring is read until the driver did nothing meanwhile. It has only so many descriptors.
+/// The most attempts to read a ring without a change by the driver meanwhile. The driver cannot change it for
+/// ever, as its descriptors run out.
 const ATTEMPTS: usize = 1000;
 
 /// One part of a ring.
@@ -100,7 +102,7 @@ pub(crate) struct Part<'a> {
     pub(crate) base: GuestAddr,
 }
 
-/// `idx` and `ring` of the available and of the used ring alike.
+/// Offsets of `idx` (`INDEX`) and `ring` (`ENTRIES`), the same in the available and the used ring.
 const INDEX: u64 = 2;
 pub(crate) const ENTRIES: u64 = 4;
 
@@ -119,7 +121,7 @@ impl Part<'_> {
         Ok(u16::from_le_bytes(bytes))
     }
 
-    /// The first numbers of all entries, which are `N` bytes long.
+    /// All entries; each is `N` bytes long.
     fn entries<const N: usize>(&self, size: u16) -> io::Result<Vec<[u8; N]>> {
         let mut bytes = vec![0; usize::from(size) * N];
         self.load(ENTRIES, &mut bytes)?;
@@ -136,7 +138,7 @@ impl Part<'_> {
     }
 }
 
-/// A split ring that nobody serves.
+/// A split ring that no backend serves.
 pub(crate) struct Orphan<'a> {
     queue: u16,
     state: &'a QueueState,
@@ -167,16 +169,19 @@ impl<'a> Orphan<'a> {
         }
     }
 
-    /// How far the ring got.
+    /// Both indexes as they are in guest memory.
     pub(crate) fn indexes(&self) -> io::Result<Indexes> {
         let used = self.used.index()?;
         Ok(Indexes { available: self.available.index()?, used })
     }
 
-    /// Where the next backend begins: behind what is used. The available index would leave out what was
-    /// in flight. A backend that has no notes of that takes what stands in the available ring there, so
-    /// those that were overtaken are put there, in the place of those that overtook them: the driver
-    /// does not read these entries, and writes over none before it is used.
+    /// The index at which the next backend begins: the used index. The available index would leave out the
+    /// requests in flight.
+    ///
+    /// A backend without an inflight area takes its first requests from the entries of the available ring
+    /// behind the used index. Some of these requests may have overtaken others and be finished. So the heads
+    /// of the unfinished requests are written into these entries. The driver does not read the entries, and
+    /// overwrites none before it is used.
     pub(crate) fn resume(&self, notes: Notes, past: &Past) -> Result<RingBase, ResumeError> {
         let Self { queue, state, .. } = *self;
         let memory = |source| ResumeError::Memory { queue, source };
@@ -194,7 +199,7 @@ impl<'a> Orphan<'a> {
         Ok(RingBase(used.into()))
     }
 
-    /// The ring at a moment at which the driver did nothing.
+    /// The contents of the ring, read while the driver changed nothing.
     pub(crate) fn contents(&self) -> Result<Contents, ResumeError> {
         let Self { queue, state, .. } = *self;
         let read = || -> io::Result<Option<Contents>> {

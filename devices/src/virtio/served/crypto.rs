@@ -1,15 +1,15 @@
-//! Virtio 1.2 §5.9.7: the control queue of a crypto device, which its backend does not serve. Sessions are
-//! opened and closed there by messages of ours; the data queues, which name them, are the backend's. Must
-//! never keep a key.
+//! Virtio 1.2 §5.9.7: the control queue of a crypto device, which the VMM serves in place of the backend. The
+//! driver opens and closes sessions there; we pass this on by vhost-user messages. The backend serves the
+//! data queues, which use the sessions. Must never keep a key.
 
 use std::collections::BTreeSet;
 
 use transport::vhost_user::extras::{AUTH_KEY_MAX, CIPHER_KEY_MAX, SessionId, SymmetricSession};
 
-/// Sessions that a driver may hold.
+/// The most sessions of a driver.
 const SESSIONS_MAX: usize = 1024;
 
-/// Bytes of a request without its keys: a header of 16, and a union of 56.
+/// Bytes of a request without its keys: a header of 16 bytes and a union of 56.
 const REQUEST: usize = 72;
 
 /// VIRTIO_CRYPTO_… (§5.9.7.1, §5.9.7.2).
@@ -28,12 +28,12 @@ mod code {
     pub(crate) const INVALID_SESSION: u32 = 4;
 }
 
-/// What a driver asks.
+/// A driver's request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Asked {
     Create(Box<SymmetricSession>),
     Close(SessionId),
-    /// Nothing that is to be done, with the status that says why.
+    /// Nothing to do. The status says why.
     Nothing(u32),
 }
 
@@ -41,7 +41,7 @@ fn word(request: &[u8], offset: usize) -> Option<u32> {
     request.get(offset..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))
 }
 
-/// Small numbers are bytes in the message.
+/// Reads a field that is 32 bits wide in the request and a byte in the vhost-user message.
 fn byte(request: &[u8], offset: usize) -> Option<u8> {
     u8::try_from(word(request, offset)?).ok()
 }
@@ -61,14 +61,14 @@ pub(crate) fn parse(request: &[u8]) -> Asked {
                 Asked::Close(SessionId(u64::from_le_bytes(*id)))
             })
         }
-        // Hashes, MACs, AEAD and public keys have no message of their own in vhost-user.
+        // vhost-user has no message for hashes, MACs, AEAD and public keys.
         _ => Asked::Nothing(code::NOT_SUPPORTED),
     }
 }
 
-/// A symmetric session; `None` when the request contradicts itself.
+/// Reads a symmetric session; `None` when the request contradicts itself.
 fn create(request: &[u8]) -> Option<Result<SymmetricSession, u32>> {
-    // The union: 48 bytes for the algorithm, then which kind it is.
+    // The union: 48 bytes for the algorithm, then the kind of algorithm.
     let kind = word(request, 16 + 48)?;
     let cipher = |at: usize| {
         let (algorithm, length) = (word(request, at)?, word(request, at + 4)?);
@@ -110,7 +110,7 @@ fn create(request: &[u8]) -> Option<Result<SymmetricSession, u32>> {
 #[derive(Debug, Default)]
 pub(crate) struct Sessions(BTreeSet<u64>);
 
-/// What became of a request.
+/// The outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Done {
     Created(SessionId),
@@ -119,13 +119,13 @@ pub(crate) enum Done {
 }
 
 impl Done {
-    /// The backend said no.
+    /// The backend refused.
     pub(crate) const REFUSED: Self = Self::Failed(code::ERROR);
     /// There is no such session.
     pub(crate) const UNKNOWN: Self = Self::Failed(code::INVALID_SESSION);
 
-    /// The answer, for a driver that left `room` bytes: with a session where one could be (§5.9.7.2.1), else
-    /// the status alone.
+    /// The answer for a driver that left `room` bytes. It holds a session id if there is room for one
+    /// (§5.9.7.2.1), and otherwise only the status.
     pub(crate) fn encode(self, room: u64) -> Vec<u8> {
         let (id, status) = match self {
             Self::Created(SessionId(id)) => (id, code::OK),
@@ -141,7 +141,7 @@ impl Done {
 }
 
 impl Sessions {
-    /// Whether there may be another one.
+    /// Whether another session is allowed.
     pub(crate) fn have_room(&self) -> bool {
         self.0.len() < SESSIONS_MAX
     }
@@ -150,12 +150,12 @@ impl Sessions {
         self.0.insert(id);
     }
 
-    /// Forgets one; false when the driver does not hold it.
+    /// Removes a session; false when the driver does not hold it.
     pub(crate) fn remove(&mut self, SessionId(id): SessionId) -> bool {
         self.0.remove(&id)
     }
 
-    /// All of them, which are forgotten.
+    /// Removes and returns all sessions.
     pub(crate) fn take(&mut self) -> impl Iterator<Item = SessionId> {
         std::mem::take(&mut self.0).into_iter().map(SessionId)
     }

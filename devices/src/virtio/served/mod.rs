@@ -1,5 +1,5 @@
-//! The queues that the VMM serves in the place of the backend: the control queue of a crypto device, and of a network
-//! card with several pairs of queues.
+//! The queues that the VMM serves in place of the backend: the control queue of a crypto device, and the
+//! control queue of a network card with several pairs of queues. Must never run on a vCPU.
 
 pub(crate) mod crypto;
 pub(crate) mod pairs;
@@ -26,29 +26,31 @@ use crate::virtio::types::table::{CTRL_VQ, MQ, Served};
 /// VIRTIO_F_EVENT_IDX.
 const EVENT_IDX: u32 = 29;
 
-/// How long the sessions of a driver that resets are closed one by one; the others go with the connection.
+/// The longest time spent on closing the sessions of a driver that resets, one by one. The remaining sessions
+/// end with the connection.
 const CLOSING: Duration = Duration::from_millis(200);
 
-/// The queue of a network card's driver that takes VIRTIO_NET_F_CTRL_VQ without VIRTIO_NET_F_MQ: behind one pair (§5.1.2).
+/// The number of the control queue for a network driver that takes VIRTIO_NET_F_CTRL_VQ without
+/// VIRTIO_NET_F_MQ: the queue behind the first pair (§5.1.2).
 const BEHIND_ONE_PAIR: u16 = 2;
 
 /// The control queue of one device.
 #[derive(Debug)]
 struct Control {
-    /// The last queue.
+    /// The number of the device's last queue.
     queue: u16,
     ring: ControlQueue,
     requests: Requests,
 }
 
-/// What its requests are about.
+/// The state that the requests change.
 #[derive(Debug)]
 enum Requests {
     Sessions(Sessions),
     Pairs(Pairs),
 }
 
-/// What serves the last queue of a device like this; `None` where the backend serves all.
+/// Makes the server for the last queue of such a device; `None` when the backend serves all queues.
 #[must_use]
 pub fn service_of(model: &Model) -> Option<Box<dyn Service>> {
     let requests = match model.device_type.served() {
@@ -74,15 +76,15 @@ impl Service for Control {
         }
     }
 
-    /// Pairs that the driver does not use are switched off before its first request: by the attendant, as the vCPU that
-    /// started the queues has waited for one deadline already.
+    /// The pairs that the driver does not use are switched off before its first request is served. The
+    /// attendant does this, as the vCPU that started the queues has waited for one deadline already.
     fn started(&mut self) {
         if let Requests::Pairs(pairs) = &mut self.requests {
             pairs.started();
         }
     }
 
-    /// The sessions of the driver go.
+    /// Closes the driver's sessions.
     fn end(&mut self, backend: &mut dyn Backend) {
         let Requests::Sessions(sessions) = &mut self.requests else { return };
         let begun = Instant::now();
@@ -104,7 +106,7 @@ impl Service for Control {
         }
     }
 
-    /// How many pairs a driver uses can be noted without a backend.
+    /// The number of pairs in use can be recorded without a backend.
     fn answers_alone(&self) -> bool {
         matches!(self.requests, Requests::Pairs(_))
     }
@@ -116,7 +118,7 @@ impl Service for Control {
         let state = device.registers.queues().get(usize::from(queue)).copied();
         let Some(state) = state.filter(|state| state.ready) else { return Ok(false) };
         let tells_events = device.registers.accepted().is_some_and(|features| features.has(EVENT_IDX));
-        // The backend is asked in between, so the rings are borrowed twice.
+        // The rings are borrowed twice, because the backend is asked in between.
         let Device { registers, memory, backend, .. } = &*device;
         let rings = Rings { state: &state, space: space(registers, memory, backend.as_ref()), tells_events };
         let Some(chain) = self.ring.take(rings)? else { return self.ring.has_more(rings) };
@@ -138,7 +140,8 @@ impl Service for Control {
 }
 
 impl Control {
-    /// The backend has started all queues, of which the driver may use fewer. Says whether it was asked to switch some off.
+    /// Switches off the rings of unused pairs, because the backend has started all of them. Returns whether
+    /// the backend was asked to switch any off.
     fn leave_idle_pairs(&mut self, device: &mut Device) -> bool {
         let Requests::Pairs(pairs) = &mut self.requests else { return false };
         if !matches!(device.phase, Phase::Running(_)) {
@@ -156,7 +159,7 @@ impl Control {
         true
     }
 
-    /// The answer to a request that came to nothing, for a driver that left so much room.
+    /// The answer to a failed request, for a driver that left `room` bytes.
     fn refusal(&self, room: u64) -> Vec<u8> {
         match &self.requests {
             Requests::Sessions(_) => Done::REFUSED.encode(room),
@@ -198,12 +201,12 @@ impl Control {
     }
 }
 
-/// Whether the driver says how many pairs it uses.
+/// Whether the driver took VIRTIO_NET_F_MQ, and so sets the number of pairs.
 fn takes_pairs(device: &Device) -> bool {
     device.registers.accepted().is_some_and(|features| features.has(MQ))
 }
 
-/// Switches those of `queues` that the driver enabled.
+/// Switches the queues in `queues` that the driver enabled.
 fn switch_rings(device: &mut Device, queues: Range<u16>, switch: RingSwitch) -> Result<(), BackendError> {
     let states = device.registers.queues();
     let ready = |queue: &u16| states.get(usize::from(*queue)).is_some_and(|state| state.ready);
@@ -211,7 +214,7 @@ fn switch_rings(device: &mut Device, queues: Range<u16>, switch: RingSwitch) -> 
     device.backend.live()?.switch_rings(&ready, switch).map_err(failed)
 }
 
-/// The driver asks for so many pairs: the answer.
+/// Carries out the request to use a number of pairs. Returns the answer.
 fn use_pairs(pairs: &mut Pairs, device: &mut Device, request: &[u8]) -> Result<Vec<u8>, BackendError> {
     let Some(wanted) = pairs.asked(request).filter(|_| takes_pairs(device)) else {
         return Ok(vec![pairs::ERROR]);
@@ -220,7 +223,7 @@ fn use_pairs(pairs: &mut Pairs, device: &mut Device, request: &[u8]) -> Result<V
     let outcome = match &device.phase {
         Phase::Running(_) => switch_rings(device, rings, switch),
         phase if phase.is_broken() => return Ok(vec![pairs::ERROR]),
-        // The next backend is told.
+        // Without a running backend, the next backend is told.
         _ => Ok(()),
     };
     match outcome {

@@ -1,5 +1,6 @@
-//! Virtio 1.3 §5.1.6.5.6: how many pairs of queues a network card's driver uses, which it says on a control queue that is ours.
-//! The backend's rings of the others are switched off. Decides; sends nothing.
+//! Virtio 1.3 §5.1.6.5.6: the number of queue pairs that a network driver uses. The driver sets it on a
+//! control queue that the VMM serves. The backend's rings of unused pairs are switched off. Decides only;
+//! must never send a message.
 
 use std::ops::Range;
 
@@ -12,39 +13,40 @@ const SET_PAIRS: [u8; 2] = [4, 0];
 pub(crate) const OK: u8 = 0;
 pub(crate) const ERROR: u8 = 1;
 
-/// The pairs of a card: the first ones are in use.
+/// The queue pairs of a network card. The first `used` pairs are in use.
 #[derive(Debug)]
 pub(crate) struct Pairs {
     most: u16,
     used: u16,
-    /// A backend has started all rings, and was not told yet which are idle.
+    /// A backend has started all rings, and has not been told yet which of them are idle.
     all_on: bool,
 }
 
 impl Pairs {
-    /// Those of a card with so many queues, the control queue among them.
+    /// The pairs of a card with this number of queues, which includes the control queue.
     pub(crate) fn of(queues: u16) -> Self {
         Self { most: queues / 2, used: 1, all_on: false }
     }
 
-    /// As after a reset: the driver uses one.
+    /// Resets to one pair.
     pub(crate) fn reset(&mut self) {
         self.used = 1;
     }
 
-    /// How many a request asks for; `None` when that is not to be had.
+    /// The number of pairs for which a request asks; `None` when the request is invalid or asks for more
+    /// pairs than there are.
     pub(crate) fn asked(&self, request: &[u8]) -> Option<u16> {
         let [low, high] = *request.strip_prefix(&SET_PAIRS)?.first_chunk()?;
         Some(u16::from_le_bytes([low, high])).filter(|wanted| (1..=self.most).contains(wanted))
     }
 
-    /// The rings to switch for so many pairs, and how.
+    /// The rings to switch so that `wanted` pairs are in use, and whether to enable or disable them.
     pub(crate) fn step(&self, wanted: u16) -> (Range<u16>, RingSwitch) {
         let switch = if wanted > self.used { RingSwitch::Enabled } else { RingSwitch::Disabled };
         (rings(self.used.min(wanted), self.used.max(wanted)), switch)
     }
 
-    /// The driver uses so many from now on.
+    /// Records that the driver uses `wanted` pairs from now on.
     pub(crate) fn use_pairs(&mut self, wanted: u16) {
         self.used = wanted;
     }
@@ -54,13 +56,13 @@ impl Pairs {
         self.all_on = true;
     }
 
-    /// The rings that are not in use, once after each start.
+    /// The rings that are not in use. Returned once after each start.
     pub(crate) fn take_idle(&mut self) -> Option<Range<u16>> {
         std::mem::take(&mut self.all_on).then(|| rings(self.used, self.most))
     }
 }
 
-/// The rings of the pairs from one number to another.
+/// The rings of the pairs `from..to`.
 fn rings(from: u16, to: u16) -> Range<u16> {
     from.saturating_mul(2)..to.saturating_mul(2)
 }

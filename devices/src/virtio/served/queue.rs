@@ -1,5 +1,5 @@
-//! Virtio 1.2 §2.7: a split queue that we serve ourselves, as its backend does not. Not on anybody's hot
-//! path. Must never trust what stands in guest memory, nor run on a vCPU.
+//! Virtio 1.2 §2.7: a split queue that the VMM serves in place of the backend. It is not on the path of any
+//! data request. Must never trust the contents of guest memory, nor run on a vCPU.
 
 use std::io;
 use std::sync::atomic::{Ordering, fence};
@@ -10,9 +10,9 @@ use crate::virtio::ring::address::Space;
 use crate::virtio::ring::queue::QueueState;
 use crate::virtio::ring::split::{ENTRIES, Part};
 
-/// The most that a request may hold.
+/// The most bytes of a request.
 const REQUEST_MAX: usize = 4096;
-/// Entries of an indirect table at most, and of a chain.
+/// The most entries of an indirect table, and of a chain.
 const CHAIN_MAX: usize = 256;
 /// Bytes of a descriptor.
 const DESCRIPTOR: u64 = 16;
@@ -21,10 +21,10 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// How far a queue was served.
+/// The progress of a served queue.
 #[derive(Debug, Default)]
 pub(crate) struct ControlQueue {
-    /// Both indexes: one request at a time is taken and answered.
+    /// Both the next available index and the used index, as one request at a time is taken and answered.
     next: u16,
 }
 
@@ -32,14 +32,14 @@ pub(crate) struct ControlQueue {
 #[derive(Debug)]
 pub(crate) struct Chain {
     head: u16,
-    /// What the driver wrote, in order; cut off behind the most that a request may hold.
+    /// The bytes that the driver wrote, in order, cut at the most bytes of a request.
     pub(crate) request: Vec<u8>,
-    /// Where the answer goes, in order.
+    /// The buffers for the answer, in order.
     answer: Vec<(GuestAddr, u32)>,
 }
 
 impl Chain {
-    /// How long an answer may be.
+    /// The most bytes of the answer.
     pub(crate) fn room(&self) -> u64 {
         self.answer.iter().fold(0, |sum, (_, length)| sum.saturating_add(u64::from(*length)))
     }
@@ -50,7 +50,7 @@ impl Chain {
 pub(crate) struct Rings<'a> {
     pub(crate) state: &'a QueueState,
     pub(crate) space: Space<'a>,
-    /// The driver took EVENT_IDX.
+    /// Whether the driver took EVENT_IDX.
     pub(crate) tells_events: bool,
 }
 
@@ -103,11 +103,12 @@ impl<'a> Rings<'a> {
         })
     }
 
-    /// The buffers of a chain, an indirect table looked through.
+    /// The buffers of a chain. An indirect table is followed.
     fn chain(&self, head: u16) -> io::Result<Vec<Descriptor>> {
         let (mut table, mut entries) = (self.state.desc, self.state.size);
         let (mut index, mut chain) = (head, Vec::new());
-        // The place of the table says nothing: it may be the ring's own.
+        // The address does not tell an indirect table: an indirect table may lie at the address of the
+        // descriptor table.
         let mut inside = false;
         loop {
             if index >= entries || chain.len() >= CHAIN_MAX {
@@ -140,13 +141,14 @@ impl ControlQueue {
         self.next = 0;
     }
 
-    /// Whether there is a request.
+    /// Whether there is a request. With EVENT_IDX, asks the driver for a kick at the next one.
     ///
     /// # Errors
-    /// When the ring is none.
+    /// When the ring is not valid.
     pub(crate) fn has_more(&self, rings: Rings<'_>) -> io::Result<bool> {
         if rings.tells_events {
-            // The driver kicks for the next one; what it made available before it could see this is seen now.
+            // The driver will kick for the next request. A request that was made available before the driver
+            // could see this is found below.
             rings.used()?.store(ENTRIES + 8 * rings.size(), &self.next.to_le_bytes())?;
         }
         fence(Ordering::SeqCst);
@@ -158,10 +160,10 @@ impl ControlQueue {
         if pending > rings.state.size { Err(bad("more requests than the queue holds")) } else { Ok(pending) }
     }
 
-    /// The next request; it has to be answered before there is another one.
+    /// Takes the next request. It has to be answered before the next call.
     ///
     /// # Errors
-    /// When the driver wrote nonsense into the ring.
+    /// When the ring is not valid.
     pub(crate) fn take(&self, rings: Rings<'_>) -> io::Result<Option<Chain>> {
         if self.pending(rings)? == 0 {
             return Ok(None);
@@ -184,7 +186,8 @@ impl ControlQueue {
         Ok(Some(Chain { head, request, answer }))
     }
 
-    /// Answers a request: what has no room is left out. The guest is still to be interrupted.
+    /// Answers a request. The part of the answer for which there is no room is left out. The caller still has
+    /// to interrupt the guest.
     ///
     /// # Errors
     /// When the answer cannot be written where the driver wants it.
@@ -201,7 +204,7 @@ impl ControlQueue {
         let entry = [u32::from(chain.head).to_le_bytes(), written.to_le_bytes()].concat();
         used.store(ENTRIES + 8 * rings.slot(self.next), &entry)?;
         self.next = self.next.wrapping_add(1);
-        // The entry before the index that speaks of it.
+        // The entry must be visible before the index that covers it.
         fence(Ordering::SeqCst);
         used.store_index(self.next)
     }

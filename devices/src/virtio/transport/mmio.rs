@@ -1,8 +1,8 @@
 //! Virtio 1.2 §4.2: the virtio-mmio transport, version 2. Translates offsets; decides nothing.
 //!
-//! Every readable register is kept in a page of memory that the guest reads without an exit; only
-//! writes come here. `InterruptStatus` always shows "used buffer", and the acknowledgement of exactly
-//! that, as well as every kick, ends in the kernel at an eventfd.
+//! Every readable register is kept in a page of memory that the guest reads without an exit. Only writes come
+//! here. `InterruptStatus` always shows "used buffer". The acknowledgement of exactly that reason, as well as
+//! every kick, ends in the kernel at an eventfd.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::virtio::core::face::Face;
 use crate::virtio::core::handle::DeviceHandle;
 use crate::virtio::core::registers::{Half, Reg, Registers};
 
-/// Length of a device's range of addresses: one page.
+/// The length of a device's address range: one page.
 pub const LENGTH: u64 = 0x1000;
 
 const QUEUE_NOTIFY: u16 = 0x050;
@@ -26,7 +26,7 @@ const INTERRUPT_ACK: u16 = 0x064;
 /// The configuration space, up to the end of the page.
 const CONFIG: u16 = 0x100;
 
-/// The acknowledgement of used buffers and nothing else.
+/// The value with which a driver acknowledges used buffers and nothing else.
 const USED_BUFFER: u32 = 1;
 
 /// Registers that never change.
@@ -72,12 +72,12 @@ fn lookup<T: Copy>(table: &[(u16, T)], offset: u16) -> Option<T> {
     table.iter().find(|(at, _)| *at == offset).map(|(_, entry)| *entry)
 }
 
-/// Where a device is on the bus.
+/// The place of a device on the bus.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// The guest address of its page.
     pub base: GuestAddr,
-    /// Its interrupt: all queues and the configuration share one edge-triggered line.
+    /// The device's interrupt: all queues and the configuration share one edge-triggered line.
     pub gsi: u32,
 }
 
@@ -91,7 +91,7 @@ struct MmioFace {
 
 impl Place {
     fn write_of(self, offset: u16, value: u32) -> WriteMatch {
-        // The page exists, so addresses in it do not wrap.
+        // The page exists, so addresses in the page do not wrap.
         WriteMatch::register(GuestAddr(self.base.0.saturating_add(offset.into())), value)
     }
 }
@@ -100,7 +100,7 @@ impl Face for MmioFace {
     fn connect(&self, queue: u16, kick: &Kick, call: &Call) -> Result<Guard, PortError> {
         let route = self.connect_config(call)?;
         let doorbell = self.doorbells.bind(kick.as_fd(), self.place.write_of(QUEUE_NOTIFY, queue.into()))?;
-        // Dropped in this order: no kick any more, then no interrupt.
+        // Drop order: kicks end first, then interrupts.
         Ok(Guard::new((doorbell, route)))
     }
 
@@ -125,18 +125,18 @@ pub struct MmioDevice {
 }
 
 impl MmioDevice {
-    /// Plugs `device` in at `place`. From here on the guest can read its registers without an exit; the
-    /// caller puts the result on the bus for the writes.
+    /// Plugs `device` in at `place`. From then on the guest can read the device's registers without an exit.
+    /// The caller puts the result on the bus to receive the writes.
     ///
     /// # Errors
-    /// When eventfds run out or the machine refuses the page, the doorbell or the interrupt.
+    /// When no eventfd can be made, or the machine refuses the page, the doorbell or the interrupt.
     pub fn new(device: &DeviceHandle, place: Place, ports: &Ports) -> Result<Self, PlugError> {
         let Ports { doorbells, interrupts, memory } = ports.clone();
         let page = memory.register_page(place.base)?;
         for (offset, value) in CONSTANT {
             page.store(offset, value);
         }
-        // Nobody reads the sink; it swallows the acknowledgement that follows each interrupt.
+        // The sink is never read. It takes the acknowledgement that follows each interrupt.
         let sink = Kick::new().map_err(PlugError::Eventfd)?;
         let ack = doorbells.bind(sink.as_fd(), place.write_of(INTERRUPT_ACK, USED_BUFFER))?;
         let face = MmioFace { place, doorbells, interrupts, page, _ack: Guard::new((ack, sink)) };
@@ -163,7 +163,7 @@ fn word_at(registers: &Registers, offset: u16) -> u32 {
 }
 
 impl BusDevice for MmioDevice {
-    /// What the page shows, for machines that have none and for accesses that miss it.
+    /// Reads the same contents as the page, for machines without the page and for accesses that miss it.
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.handle.with(|device| {
             let registers = device.registers();

@@ -1,4 +1,4 @@
-//! How the guest sees a device: virtio-mmio and virtio-pci.
+//! The transports by which the guest sees a device: virtio-mmio and virtio-pci.
 
 pub mod mmio;
 pub mod pci;

@@ -1,4 +1,5 @@
-//! Virtio 1.2 §4.1: the virtio-pci transport, without the legacy interface. Translates offsets; decides nothing.
+//! Virtio 1.2 §4.1: the virtio-pci transport, without the legacy interface. Translates offsets; decides
+//! nothing.
 //!
 //! ```text
 //! BAR 0, offset    what                                       who answers
@@ -10,11 +11,13 @@
 //!
 //! BAR 2            shared memory regions, if it has any       KVM: what the backend maps there
 //! ```
-//! A queue that runs causes no exit: its page is bound to the kick eventfd, its vector's message is injected by KVM.
+//! A running queue causes no exit: its page is bound to the kick eventfd, and KVM injects the message of its
+//! vector.
 //!
-//! A driver without MSI-X gets its interrupts by the function's pin, with an exit or two for each.
+//! A driver without MSI-X gets its interrupts by the function's pin, with one or two exits for each
+//! interrupt.
 //!
-//! Locks: the device's, then the state's. The state's is never held while the device is called.
+//! Lock order: the device's, then the state's. The state's lock is never held while the device is called.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
@@ -36,7 +39,7 @@ use crate::virtio::transport::pci_state::{NO_VECTOR, NOTIFY, PAGE, Source, State
 use crate::virtio::transport::pci_windows::{BarOutlet, Layout};
 
 const VENDOR: u16 = 0x1af4;
-/// Device ids of non-transitional devices begin here.
+/// The first device id of non-transitional devices.
 const FIRST_DEVICE: u16 = 0x1040;
 
 const COMMON: u64 = 0;
@@ -45,7 +48,7 @@ const DEVICE: u64 = 2 * PAGE;
 const PBA: u64 = 0x4000;
 const TABLE: u64 = 0x8000;
 
-/// The capability of all structures, and their types (§4.1.4).
+/// The capability id of all structures, and the structures' types (§4.1.4).
 const VENDOR_SPECIFIC: u8 = 9;
 const COMMON_CFG: u8 = 1;
 const NOTIFY_CFG: u8 = 2;
@@ -66,7 +69,8 @@ enum Field {
     NotifyOffset,
 }
 
-/// Offset, width in bytes, field (§4.1.4.3). What is not here reads 0: features that would use it are not offered.
+/// Offset, width in bytes and field (§4.1.4.3). Fields that are not listed read 0; the features that would
+/// use them are not offered.
 const COMMON_FIELDS: [(u64, usize, Field); 20] = [
     (0x00, 4, Field::Reg(Reg::DeviceFeaturesSel)),
     (0x04, 4, Field::Constant(Reg::DeviceFeatures)),
@@ -117,7 +121,8 @@ impl Face for PciFace {
         Ok(self.guard(self.config_source, None))
     }
 
-    /// Every register is read through the device; the status says whether there is somebody to interrupt.
+    /// Nothing to show, as every register is read through the device. The status decides whether a driver may
+    /// be interrupted.
     fn show_registers(&self, registers: &Registers) {
         lock(&self.state).follow(registers.status());
     }
@@ -130,7 +135,7 @@ impl PciFace {
         let state = Arc::clone(&self.state);
         Guard::on_drop(move || {
             let mut state = lock(&state);
-            // No kick any more, then no interrupt.
+            // Drop order: kicks end first, then interrupts.
             if let Some(id) = doorbell {
                 state.fixtures.remove(id);
             }
@@ -139,7 +144,7 @@ impl PciFace {
     }
 }
 
-/// Base class and sub-class that guests show for a virtio device type.
+/// The base class and sub-class with which a virtio device type appears to guests.
 fn class(device_type: u32) -> u32 {
     match device_type {
         1 => 0x02_0000,
@@ -162,11 +167,12 @@ pub struct PciDevice {
 }
 
 impl PciDevice {
-    /// Plugs `device` into a function whose BARs `bridge` places. The caller inserts it, at this number.
+    /// Plugs `device` into a function whose BARs `bridge` places. The caller inserts the function on the bus,
+    /// at this number.
     ///
     /// # Errors
-    /// When it has more queues or shared memory regions (three) than a function can describe, the bus has no room,
-    /// eventfds run out or the machine refuses an interrupt.
+    /// When the device has more queues or shared memory regions (three) than a function can describe, the bus
+    /// has no room, no eventfd can be made, or the machine refuses an interrupt.
     pub fn new(
         device: &DeviceHandle,
         number: DeviceNumber,
@@ -288,7 +294,7 @@ impl PciDevice {
                 }
             }
             Some(Field::Reg(reg)) => self.handle.write(reg, value),
-            // Disabling a queue takes a reset of it, or of the device.
+            // A queue can be disabled only by a reset of the queue or of the device.
             Some(Field::QueueEnable) if value == 1 => {
                 self.handle.write(Reg::QueueReady, 1);
             }
@@ -310,7 +316,7 @@ impl PciDevice {
         }
     }
 
-    /// A reset takes all sources from their vectors.
+    /// A reset removes all sources from their vectors.
     fn forget_vectors(&self) {
         let mut state = lock(&self.state);
         for source in 0..state.sources.len() {
@@ -327,7 +333,8 @@ impl PciDevice {
         })
     }
 
-    /// The access that the driver described in the window's capability: offset in the BAR, and width.
+    /// The access that the driver described in the capability of the configuration access window: offset in
+    /// the BAR, and width.
     fn window(&self) -> Option<(u64, usize)> {
         let state = lock(&self.state);
         let at = state.window_at;
@@ -342,14 +349,14 @@ impl PciDevice {
         (bar == 0 && aligned && inside).then_some((offset, width))
     }
 
-    /// Whether a configuration access is one to the window's data.
+    /// Whether an access to configuration space concerns the window's data.
     fn is_window(&self, offset: u16) -> bool {
         let data = lock(&self.state).window_at + 16;
         offset & !3 == data
     }
 }
 
-/// Adds the capabilities; says where that of MSI-X and that of the window are.
+/// Adds the capabilities. Returns the places of the MSI-X capability and of the window's capability.
 fn capabilities(
     config: &mut ConfigSpace,
     msix: &Msix,
@@ -378,7 +385,7 @@ fn capabilities(
     let pages = u64::from(queues.max(1)) * PAGE;
     let notify = with_more(structure(NOTIFY_CFG, NOTIFY, pages), short(PAGE));
     config.add_capability(VENDOR_SPECIFIC, &notify, &[])?;
-    // The driver writes BAR, offset and length, and reaches the BAR through the last four bytes.
+    // The driver writes BAR, offset and length, and accesses the BAR through the last four bytes (§4.1.4.9).
     let window = with_more(structure(PCI_CFG, 0, 0), 0);
     let mut writable = [0; 18];
     for (at, mask) in writable.iter_mut().enumerate() {
@@ -428,11 +435,11 @@ impl Function for PciDevice {
 
     fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
         match offset {
-            // A place in a region where nothing is mapped.
+            // An address in a region where nothing is mapped.
             _ if bar != BarIndex::FIRST => data.fill(0xff),
             COMMON..ISR => self.read_common(offset, data),
             ISR => {
-                // Noted first: what happens from here on interrupts anew.
+                // The read is recorded first: anything that happens from here on interrupts anew.
                 lock(&self.state).isr_read();
                 data.fill(0);
                 if let Some(first) = data.first_mut() {

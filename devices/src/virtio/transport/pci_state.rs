@@ -1,5 +1,6 @@
-//! What a virtio-pci function holds beside its device: configuration space, vectors, and what is registered inside its
-//! BAR. Called under its own lock, with or without the device's; never waits, and never calls the device.
+//! The state of a virtio-pci function beside its device: configuration space, vectors, and everything
+//! registered inside its BARs. Called under its own lock, with or without the device's lock. Never waits, and
+//! must never call the device.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,21 +15,21 @@ use crate::virtio::core::status::Status;
 
 /// A page.
 pub(crate) const PAGE: u64 = 0x1000;
-/// Where in the BAR the notifications begin.
+/// The offset of the notifications in the BAR.
 pub(crate) const NOTIFY: u64 = 0x1_0000;
-/// "Behind no vector" (§4.1.5.1.2).
+/// VIRTIO_MSI_NO_VECTOR (§4.1.5.1.2): the source has no vector.
 pub(crate) const NO_VECTOR: u16 = 0xffff;
 
-/// Where in the BAR those of a queue are.
+/// The offset of a queue's notifications in the BAR.
 pub(crate) fn notify_offset(queue: u16) -> u64 {
     NOTIFY + u64::from(queue) * PAGE
 }
 
-/// An interrupt source: its vector as the driver wrote it, and its call while it is connected.
+/// An interrupt source: the vector that the driver wrote, and the call while the source is connected.
 pub(crate) struct Source {
     pub(crate) vector: u16,
     pub(crate) call: Option<(ConnectionId, Arc<Call>)>,
-    /// While the function interrupts by its pin.
+    /// The connection to the line, while the function interrupts by its pin.
     pub(crate) line: Option<Guard>,
     /// The backend's own page, over the queue's notifications.
     pub(crate) notifier: Option<FixtureId>,
@@ -44,26 +45,26 @@ pub(crate) struct State {
     pub(crate) name: String,
     pub(crate) config: ConfigSpace,
     pub(crate) msix: Msix,
-    /// The driver is ready: before, nothing interrupts.
+    /// Whether the driver is ready. Before that, nothing interrupts.
     pub(crate) live: bool,
-    /// The lines, and the GSI of the function's.
+    /// The interrupt lines, and the GSI of this function's line.
     pub(crate) pin: Option<(Arc<IntxLines>, u32)>,
     pub(crate) fixtures: Fixtures,
-    /// What the backend shows in the BAR of its shared memory regions, if it has any.
+    /// The backend's maps in the BAR of its shared memory regions, if it has any.
     pub(crate) windows: Option<Fixtures>,
-    /// The queues', and last the configuration's.
+    /// The sources of the queues, and last the source of the configuration.
     pub(crate) sources: Vec<Source>,
-    /// Where the MSI-X capability is.
+    /// The offset of the MSI-X capability.
     pub(crate) msix_at: u16,
-    /// Where the window into the BAR is (§4.1.4.9).
+    /// The offset of the window into the BAR (§4.1.4.9).
     pub(crate) window_at: u16,
-    /// The log knows that the machine refused something.
+    /// Whether a refusal by the machine was logged.
     pub(crate) refusal_logged: AtomicBool,
 }
 
 impl State {
-    /// A route or a place was refused: interrupts stay pending, or accesses come to us, which the log should say: once, as
-    /// a guest can bring it about as often as it likes.
+    /// Logs that the machine refused a route or a place: interrupts stay pending then, or accesses come to
+    /// us. Logged once, as a guest can cause it as often as it likes.
     pub(crate) fn check(&self, done: Result<(), PortError>) {
         if let Err(error) = done
             && !self.refusal_logged.swap(true, Ordering::Relaxed)
@@ -76,7 +77,7 @@ impl State {
         self.sources.get(source).map_or(NO_VECTOR, |source| source.vector)
     }
 
-    /// The driver puts a source behind a vector; one that is not there is as none.
+    /// The driver sets a source's vector. A vector that does not exist counts as none.
     pub(crate) fn set_vector(&mut self, source: usize, vector: u16) {
         let known = vector < self.msix.count();
         let Some(source) = self.sources.get_mut(source) else { return };
@@ -109,7 +110,7 @@ impl State {
         }
     }
 
-    /// The guest wrote the configuration space: what is in the BARs goes where they are now.
+    /// The guest wrote the configuration space: moves the contents of the BARs to their present addresses.
     pub(crate) fn place(&mut self) {
         let decoded = self.config.decoded();
         let placed = self.fixtures.place(&decoded);
@@ -120,7 +121,8 @@ impl State {
         }
     }
 
-    /// The guest wrote the configuration space: what there turns interrupts on, off, and from one kind to the other.
+    /// The guest wrote the configuration space: turns interrupts on or off, and switches between MSI-X and
+    /// the pin.
     pub(crate) fn switch_interrupts(&mut self) -> Result<(), PortError> {
         let control = self.config.word(self.msix_at.saturating_add(2));
         let by_pin = !msix::enables(control) && !self.config.command().has(Command::INTX_DISABLE);
@@ -132,8 +134,8 @@ impl State {
         routed.and(self.pull_lines())
     }
 
-    /// The device's status is this now: what it says of itself before the driver is ready waits in its eventfds. So
-    /// the lines, and the thread that watches them, are there only for drivers that do without MSI-X.
+    /// Takes over the device's status. Interrupts before the driver is ready stay in the eventfds. So the
+    /// lines, and the thread that watches them, exist only for drivers without MSI-X.
     pub(crate) fn follow(&mut self, status: Status) {
         let live = status.has(Status::DRIVER_OK);
         if std::mem::replace(&mut self.live, live) == live {
@@ -154,7 +156,7 @@ impl State {
         }
     }
 
-    /// Without MSI-X, every source of a ready driver's device raises the function's line.
+    /// Without MSI-X, connects every source of a device with a ready driver to the function's line.
     fn pull_lines(&mut self) -> Result<(), PortError> {
         let Some((lines, gsi)) = self.pin.as_ref().filter(|_| self.live) else { return Ok(()) };
         if self.msix.is_enabled() || self.config.command().has(Command::INTX_DISABLE) {

@@ -1,6 +1,6 @@
-//! What a backend shows in the BARs of a virtio-pci function: shared memory regions (virtio 1.2 §4.1.4.7), in a BAR of
-//! their own, and pages over the notifications of queues. All goes where the BARs go. Must never show anything while a
-//! BAR is not decoded, nor take a device's lock.
+//! A backend's memory in the BARs of a virtio-pci function: shared memory regions (virtio 1.2 §4.1.4.7) in a
+//! BAR of their own, and pages over the notifications of queues. All of it moves with the BARs. Must never
+//! show anything while a BAR is not decoded, nor take a device's lock.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -14,12 +14,12 @@ use crate::virtio::types::model::SharedMemory;
 
 /// VIRTIO_PCI_CAP_SHARED_MEMORY_CFG
 const SHARED_MEMORY_CFG: u8 = 8;
-/// Bytes of the capability, with those that every capability has.
+/// Bytes of the capability, including the bytes that every capability has.
 const CAP64: u8 = 24;
-/// Regions lie on multiples of the largest of these that they fill: of sizes that guests map at once.
+/// A region is aligned to the largest of these sizes that it fills. Guests map pages of these sizes at once.
 const ALIGNMENTS: [u64; 3] = [1 << 30, 2 << 20, 1 << 12];
 
-/// Where in the BAR the regions are.
+/// The layout of the regions in the BAR.
 #[derive(Debug)]
 pub(crate) struct Layout {
     /// By id: offset and length.
@@ -28,7 +28,8 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Regions of these sizes, one after the other; `None` when there is none, or they are larger than any BAR.
+    /// Puts regions of these sizes one after the other; `None` when there is no region, or they are larger
+    /// than any BAR.
     pub(crate) fn of(regions: &[Option<SharedMemory>]) -> Option<Self> {
         let mut size = 0_u64;
         let mut place = |length: u64| {
@@ -47,7 +48,7 @@ impl Layout {
         (size > 0).then_some(Self { regions: placed, size })
     }
 
-    /// The register pair behind that of the structures.
+    /// The BAR behind the BAR of the structures.
     pub(crate) fn bar() -> Option<BarIndex> {
         BarIndex::new(2)
     }
@@ -61,7 +62,7 @@ impl Layout {
         let describe = |(id, place): (usize, &Option<(u64, u64)>)| {
             let (id, (offset, length)) = (u8::try_from(id).ok()?, (*place)?);
             let mut body = vec![CAP64, SHARED_MEMORY_CFG, bar.get(), id, 0, 0];
-            // The lower halves of both, then the upper ones.
+            // The lower halves of offset and length, then the upper halves.
             for shift in [0, 32] {
                 for value in [offset, length] {
                     body.extend(u32::try_from(value >> shift & 0xffff_ffff).unwrap_or(0).to_le_bytes());
@@ -107,7 +108,7 @@ impl Outlet for BarOutlet {
         let mut state = lock(&self.state);
         let id = state.windows.as_mut().ok_or_else(refuse)?.add(offset, memory)?;
         drop(state);
-        // The function may go before its backend's maps do.
+        // The function may end before its backend's maps do.
         let state = Arc::downgrade(&self.state);
         Ok(Guard::on_drop(move || {
             if let Some(state) = state.upgrade()

@@ -1,4 +1,4 @@
-//! The device types: one table row each, and the model that the guest sees.
+//! The device types, one table row each, and the model of a device that the guest sees.
 
 pub mod model;
 pub mod table;

@@ -1,5 +1,5 @@
-//! What the guest will see: made of a type, of what a backend offers, and of what the user wishes. Must never show
-//! the driver a feature whose configuration field is not there.
+//! The model of a device, made of its type, of the backend's offer and of the user's wishes. Must never show
+//! the driver a feature whose configuration field is missing.
 
 use transport::memory::GuestAddr;
 use transport::vhost_user::features::{DeviceFeatures, bit};
@@ -9,7 +9,8 @@ use crate::virtio::types::table::{
     CTRL_VQ, DeviceType, MAX_QUEUES, MQ, MTU_PLACE, NET, NET_F_MAC, NET_F_MTU, NoConfig, Served, TAG_SIZE,
 };
 
-/// What a device whose last queue is ours cannot take from a backend: queues of ours are split ones.
+/// The features that are not taken from a backend when the VMM serves the last queue: the VMM serves only
+/// split queues.
 const UNSERVED: u64 = 1 << bit::RING_PACKED;
 
 /// A range of guest addresses that device and driver share (§2.10).
@@ -21,18 +22,18 @@ pub struct SharedMemory {
     pub length: u64,
 }
 
-/// What a backend has, once it was asked.
+/// The result of asking a backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
-    /// Device features, less those that the user does not want.
+    /// Device features, without the features that the user does not want.
     pub features: DeviceFeatures,
-    /// GET_QUEUE_NUM, when the backend says.
+    /// The answer to GET_QUEUE_NUM, if the backend gives one.
     pub queue_num: Option<u16>,
     /// The configuration space, when the backend has one.
     pub config: Option<Vec<u8>>,
 }
 
-/// What the user said of a device, beyond its type.
+/// The user's wishes for a device, beyond its type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wishes {
     /// How many queues.
@@ -56,20 +57,20 @@ pub struct Model {
     pub config: Vec<u8>,
     /// Where the configuration comes from.
     pub config_source: ConfigSource,
-    /// Shared memory regions by id; where the guest finds them is the machine's to say.
+    /// Shared memory regions by id; the machine chooses their guest addresses.
     pub shared_memory: Vec<Option<SharedMemory>>,
 }
 
-/// Where the configuration of a device comes from.
+/// The source of a device's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConfigSource {
-    /// The backend: it is read again when it changed, and writes go there.
+    /// The backend. The configuration is read again after a change, and writes go to the backend.
     Backend,
-    /// Made up by us, never changes.
+    /// The front end; the configuration never changes.
     Fixed,
 }
 
-/// Why no device can be made of a backend.
+/// Why no device can be made with a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ModelError {
     /// The backend speaks only the interface from before virtio 1.0.
@@ -85,7 +86,7 @@ pub enum ModelError {
         /// What the driver needs.
         needs: u16,
     },
-    /// The backend has no configuration, and the device cannot do without.
+    /// The backend has no configuration, and the device needs one.
     #[error("the backend has no configuration space (protocol feature CONFIG), a {kind} device needs one")]
     NoConfig {
         /// The type.
@@ -97,7 +98,7 @@ pub enum ModelError {
          protocol features BACKEND_REQ and REPLY_ACK"
     )]
     NoIommu,
-    /// The driver cannot be told.
+    /// The driver cannot be told of the MTU.
     #[error("the backend does not offer VIRTIO_NET_F_MTU (bit 3), the guest cannot be told of an MTU")]
     NoMtu,
     /// No machine has room for it.
@@ -112,7 +113,7 @@ pub enum ModelError {
 }
 
 impl Wishes {
-    /// Checks what can be checked before there is a backend.
+    /// Checks the wishes as far as possible without a backend.
     ///
     /// # Errors
     /// When a value is out of its range.
@@ -128,8 +129,8 @@ impl Wishes {
 }
 
 impl DeviceType {
-    /// The same type as the user wishes it: a network card with more than one pair of queues has a control queue besides, by
-    /// which its driver says how many it uses.
+    /// The type as the user wishes it. A network card with more than one pair of queues gets a control queue,
+    /// on which its driver sets the number of pairs in use.
     pub(crate) fn wished(mut self, wishes: &Wishes) -> Self {
         let several = self.id == NET && wishes.queues.is_some_and(|queues| queues >= 4);
         {
@@ -140,10 +141,10 @@ impl DeviceType {
         }
     }
 
-    /// Makes a device of what the backend offers and the user wishes.
+    /// Makes a device of the backend's offer and the user's wishes.
     ///
     /// # Errors
-    /// When that does not go together.
+    /// When the offer and the wishes do not fit together.
     pub fn model(mut self, offer: Offer, wishes: &Wishes) -> Result<Model, ModelError> {
         wishes.validate()?;
         let Offer { mut features, queue_num, config } = offer;
@@ -159,7 +160,7 @@ impl DeviceType {
             }
         }
         let ours = u16::from(self.served != Served::Nothing);
-        // Whole pairs, and one queue more.
+        // Whole pairs and one control queue.
         let most = if self.served == Served::Pairs { MAX_QUEUES - 1 } else { MAX_QUEUES };
         let of_backend = |n: u16| n.saturating_mul(self.queue_unit).saturating_add(ours).min(most);
         let served = queue_num.map_or(most, of_backend);
@@ -185,7 +186,7 @@ impl DeviceType {
             return Err(ModelError::NoMtu);
         }
         let told = if self.mtu.is_some() { 1 << NET_F_MTU } else { 0 };
-        // An address is the guest's own matter: no backend need know of the feature.
+        // Only the guest uses the address, so the backend need not offer the feature.
         let ours = if self.mac.is_some() { 1 << NET_F_MAC } else { 0 };
         let shown = self.visible(features, config.len()).bits() | features.bits() & told | ours;
         let mut features = DeviceFeatures::from_bits(shown);
@@ -203,7 +204,7 @@ impl DeviceType {
         Ok(Model { device_type: self, features, queues, queue_size, config, config_source, shared_memory })
     }
 
-    /// The queues that the driver looks for when there are ports.
+    /// The number of queues that the driver expects when there are ports.
     fn queues_for_ports(&self, features: DeviceFeatures, config: &[u8]) -> Option<u16> {
         let field = self.ports.filter(|field| features.has(field.feature))?;
         let ports = config.get(field.offset..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))?;
@@ -211,15 +212,16 @@ impl DeviceType {
         Some(u16::try_from(queues).unwrap_or(u16::MAX))
     }
 
-    /// Takes out the features whose configuration fields we do not have: a driver would read zeroes.
+    /// Removes the features whose configuration fields are missing, as a driver would read zeroes.
     fn visible(&self, features: DeviceFeatures, config_size: usize) -> DeviceFeatures {
         let lacking = self.features.iter().filter(|f| usize::from(f.config_end) > config_size);
         let unserved = if self.served == Served::Nothing { 0 } else { UNSERVED };
         DeviceFeatures::from_bits(lacking.fold(features.bits() & !unserved, |bits, f| bits & !(1 << f.bit)))
     }
 
-    /// Writes what we know better than the backend: the user's tag, address and MTU, a screen, and the number of queues where the
-    /// driver looks for it; the backend's own number may be another than that of the queues we show.
+    /// Writes the fields that the front end decides: the user's tag, address and MTU, one screen if the
+    /// backend leaves the number to the front end, and the number of queues. The backend's number of queues
+    /// may differ from the number that we show.
     pub fn patch(&self, config: &mut [u8], features: DeviceFeatures, queues: u16) {
         if let (Some(tag), Some(place)) = (self.tag, config.get_mut(..TAG_SIZE)) {
             place.copy_from_slice(&tag);
