@@ -18,7 +18,7 @@ fn file(size: u64) -> OwnedFd {
     fd
 }
 
-/// Region 1 of 16 KiB on a machine, and a connection whose queues run.
+/// A machine with region 1 of 16 KiB, and a connection whose queues run.
 fn rig() -> (Recorder, Outlets, Tenancy) {
     let (machine, regions) = (Recorder::default(), Outlets::new(vec![0, 0x4000]));
     let place = SharedMemory { base: GuestAddr(BASE), length: 0x4000 };
@@ -47,7 +47,7 @@ fn pieces_of_files_appear_and_disappear_as_the_backend_asks() {
     assert_eq!(shown(&machine).len(), 1);
     tenancy.unmap(&area(1, 0, 0x4000, 0)).unwrap();
     assert_eq!(shown(&machine), []);
-    // And once more in the same place, now of a file that ends within its last page.
+    // The same place again, with a file that ends within its last page.
     tenancy.map(&area(1, 0x1000, 0x1801, 1), file(0x1801)).unwrap();
     assert_eq!(shown(&machine), [(BASE + 0x1000, 0, 0x2000, false)]);
 }
@@ -80,7 +80,7 @@ fn pieces_outside_the_region_over_others_empty_or_wrapping_are_refused_and_leave
     {
         assert_eq!(tenancy.map(&area(1, 0, 0x1000, 1), not_a_file), Err(Refused));
     }
-    // Whether it is shown now or when a BAR is there.
+    // The outcome is the same whether the BAR is decoded now or later.
     let own = file(0x1000);
     let read_only = std::fs::File::open(format!("/proc/self/fd/{}", own.as_raw_fd())).unwrap();
     assert_eq!(tenancy.map(&area(1, 0, 0x1000, 1), read_only.try_clone().unwrap().into()), Err(Refused));
@@ -92,7 +92,7 @@ fn pieces_outside_the_region_over_others_empty_or_wrapping_are_refused_and_leave
         assert_eq!(tenancy.unmap(&bad), Err(Refused), "{bad:?}");
     }
     assert_eq!(shown(&machine).len(), 1);
-    // What was refused left no mark.
+    // The refused maps left no trace.
     tenancy.map(&area(1, 0x2000, 0x1000, 1), file(0x1000)).unwrap();
 }
 

@@ -42,7 +42,7 @@ impl BackendRequests for Asked<'_> {
     }
 }
 
-/// Lets the backend ask, and returns the answer: a code, and how many descriptors came.
+/// Lets the backend send a request. Returns the answer's code and the number of descriptors in it.
 fn ask(
     own: &mut OwnChannel,
     backend: &ScriptedBackend,
@@ -90,7 +90,7 @@ fn behind_an_iommu_misses_are_answered_while_the_queues_run_and_taken_back_when_
     let pieces = [message(0, 2 * MIB, USER_BIAS + 2 * MIB, 3, 2), message(2 * MIB, 2 * MIB, USER_BIAS, 3, 2)];
     assert_eq!(iotlb(&backend), pieces.clone().map(|piece| (true, piece)), "announced");
 
-    // Even while somebody holds the device.
+    // The answer comes even while another thread holds the device's lock.
     let answered = guest.device.handle().with(|_| {
         let answered = ask(&mut own, &backend, BackendRequest::IOTLB_MSG, &miss(2 * MIB + 5));
         eventually("the update", || iotlb(&backend).len() == 3);
@@ -117,7 +117,8 @@ fn behind_an_iommu_misses_are_answered_while_the_queues_run_and_taken_back_when_
 #[test]
 fn behind_an_iommu_rings_are_where_the_translations_lead() {
     let (backend, guest, _own) = behind_iommu();
-    // The last page of the first piece and the first of the second do not touch in memory.
+    // The last page of the first piece and the first page of the second piece are not adjacent in guest
+    // memory.
     guest.start_driver_with(16, [2 * MIB - 0x1000, 0x2000, 0x3000]);
     assert_eq!(guest.device.handle().phase(), PhaseReport::Running);
     let address = backend.seen().into_iter().find(|seen| seen.request == Request::SET_VRING_ADDR).unwrap();
@@ -155,7 +156,7 @@ fn backend_without_what_an_iommu_needs_is_refused() {
 fn notifications_by_message_are_passed_on_in_both_directions() {
     let offer = Offer::default();
     let protocol = offer.protocol.with(ProtocolFeatures::INBAND_NOTIFICATIONS);
-    // Only for who asks: they put us on the path of every request.
+    // In-band notifications are only used on request, as they put us on the path of every request.
     let (_backend, opened) = connect(Offer { protocol, ..offer.clone() }, &order(""));
     let (guest, _channel, _hang_up) = Guest::new(opened.unwrap());
     assert!(guest.device.handle().kicks_to_serve().unwrap().is_empty());
@@ -187,7 +188,7 @@ fn notifications_by_message_are_passed_on_in_both_directions() {
     handle.serve_kick(0);
     assert_eq!((said(Request::VRING_KICK), backend.breaches()), (2, vec![]), "nothing runs");
 
-    // A successor that wants eventfds would have its kicks taken away.
+    // A second backend that wants eventfds would get no kicks, as our thread reads them.
     guest.start_driver();
     handle.peer_lost("it crashed");
     let (_second, socket) = ScriptedBackend::pair(offer, Script::normal()).unwrap();
@@ -206,7 +207,7 @@ fn channel_of_a_lost_backend_has_no_power_though_its_end_stays_open() {
     guest.start_driver();
     let call = [0_u32.to_ne_bytes(), 0_u32.to_ne_bytes()].concat();
     assert_eq!(ask(&mut own, &backend, BackendRequest::VRING_CALL, &call), (0, 0));
-    // What it has said already counts for nothing either.
+    // A request that it has sent already has no effect either.
     backend.request(BackendRequest::VRING_CALL, &call, &[]).unwrap();
     guest.device.handle().peer_lost("its main connection ended");
     guest.machine.take_interrupts();

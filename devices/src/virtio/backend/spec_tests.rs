@@ -21,7 +21,7 @@ fn connect(offer: Offer, script: Script, order: &Order) -> (ScriptedBackend, Res
     (backend, open(connection, order))
 }
 
-/// A network backend without a configuration, and with these features beside.
+/// A network backend without a configuration, with these additional features.
 fn net_offer(features: u64, protocol: ProtocolFeatures) -> Offer {
     let offer = Offer::default();
     let config = ProtocolFeatures::CONFIG.with(ProtocolFeatures::MQ);
@@ -48,12 +48,12 @@ fn mtu_of_the_user_goes_to_the_backend_and_to_the_guest() {
     let model = opened.unwrap().model;
     assert_eq!(payloads(&backend, Request::NET_SET_MTU), [9000_u64.to_ne_bytes()]);
     assert_eq!((model.config.get(10..12), model.features.has(3)), (Some(&9000_u16.to_le_bytes()[..]), true));
-    // A backend that is not to be told has it from the guest's frames.
+    // A backend that cannot be told the address learns it from the guest's frames.
     let (backend, opened) = connect(net_offer(1 << 3, ProtocolFeatures::NONE), Script::normal(), &net(1400));
     assert!(opened.unwrap().model.features.has(3) && payloads(&backend, Request::NET_SET_MTU).is_empty());
     let (_, opened) = connect(net_offer(0, ProtocolFeatures::MTU), Script::normal(), &net(1400));
     assert!(matches!(opened, Err(OpenError::Unfit { .. })));
-    // Nobody asked, and a field without a configuration is not shown.
+    // The user did not ask for it, and a field without a configuration is not shown.
     let order = Order::new(DeviceType::named("net").unwrap(), Wishes::default(), "").unwrap();
     let (backend, opened) = connect(net_offer(1 << 3, ProtocolFeatures::MTU), Script::normal(), &order);
     assert!(!opened.unwrap().model.features.has(3) && payloads(&backend, Request::NET_SET_MTU).is_empty());
@@ -74,7 +74,7 @@ fn address_of_the_user_goes_to_the_guest_and_the_backend_is_not_told_of_the_feat
     guest.takes.store(1 << 5, Ordering::Relaxed);
     guest.start_driver();
     assert_eq!(backend.breaches(), Vec::<String>::new());
-    // It is known to the network where the next backend is, too.
+    // The guest's address is announced again where the next backend is.
     let handle = guest.device.handle();
     handle.peer_lost("it crashed");
     let offer = net_offer(0, ProtocolFeatures::RARP);
@@ -88,7 +88,7 @@ fn address_of_the_user_goes_to_the_guest_and_the_backend_is_not_told_of_the_feat
         assert!(told.clone().count() > 0 && told.fold(0, |all, bits| all | bits) & 1 << 5 == 0);
         assert_eq!(backend.breaches(), Vec::<String>::new());
     }
-    // A backend's own address gives way.
+    // The user's address replaces the backend's.
     let mut offer = net_offer(1 << 5, ProtocolFeatures::CONFIG);
     offer.config = vec![7; 24];
     let (_, opened) = connect(offer, Script::normal(), &order);
@@ -129,7 +129,7 @@ fn display_is_handed_to_each_backend_anew() {
     let listener = UnixListener::bind(&folder).unwrap();
     let gpu = Order::new(DeviceType::named("gpu").unwrap(), Wishes::default(), "").unwrap();
     let display = Display::Path(folder.clone());
-    // A backend that writes a picture waits until the display has read it.
+    // The socket must block: a backend that writes a picture waits until the display has read it.
     let flags = rustix::fs::fcntl_getfl(display.socket(Duration::from_secs(1)).unwrap()).unwrap();
     assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
     listener.accept().unwrap();
@@ -146,7 +146,7 @@ fn display_is_handed_to_each_backend_anew() {
     let error = opened.err().unwrap();
     assert!(matches!(error, OpenError::Display { .. }) && error.hint().is_some(), "{error}");
     std::fs::remove_file(folder).unwrap();
-    // An inherited one, also to a backend that refuses it.
+    // An inherited socket, and a backend that refuses it.
     let (ours, _display) = UnixStream::pair().unwrap();
     let order = gpu.drawing_on(Display::Open(Arc::new(ours.into())));
     let (backend, opened) = connect(Offer::default(), Script::normal(), &order);

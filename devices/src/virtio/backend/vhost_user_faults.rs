@@ -1,5 +1,5 @@
-//! A whole device with a backend that misbehaves at each step: it ends broken, within the deadline, with nothing
-//! left bound and no descriptor left open.
+//! Tests of a whole device with a backend that misbehaves at each step. The device ends broken within the
+//! deadline, with nothing left bound and no descriptor left open.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,16 +19,17 @@ use crate::virtio::PhaseReport;
 use crate::virtio::backend::requests::OwnChannel;
 use crate::virtio::recovery::candidate::{Opened, open};
 
-/// Enough for what goes well, on a machine that has other things to do.
+/// Long enough for a correct exchange, even on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(1);
-/// A wait without a bound would be longer still.
+/// Slack for a busy machine. A wait without a bound would be longer.
 const SLACK: Duration = Duration::from_secs(10);
 
-/// VIRTIO_BLK_F_CONFIG_WCE, and the byte of configuration that a driver may write then.
+/// VIRTIO_BLK_F_CONFIG_WCE, and the guest address offset of the configuration byte that a driver may write
+/// with this feature.
 const CONFIG_WCE: u32 = 11;
 const WCE: u64 = 0x100 + 32;
 
-/// Runs `check` on every case, many at a time: most of them spend their time waiting.
+/// Runs `check` on many cases at a time, as most of them mostly wait.
 fn all_at_once<T: Sync>(cases: &[T], check: impl Fn(&T) + Sync) {
     for batch in cases.chunks(20) {
         std::thread::scope(|scope| {
@@ -45,7 +46,7 @@ fn cases<R: Copy>(requests: &[R], fits: impl Fn(R, &Act) -> bool) -> Vec<(R, Act
     pairs.filter(|(request, act)| fits(*request, act)).collect()
 }
 
-/// Everything that makes an answer no answer.
+/// The ways in which an answer can be wrong or missing.
 fn misdeeds() -> Vec<Act> {
     vec![
         Act::Silent,
@@ -67,7 +68,7 @@ fn misdeeds() -> Vec<Act> {
     ]
 }
 
-/// What is asked to start the queues, each with how often it was asked before.
+/// The requests of a start, each with the number of earlier requests of that kind.
 const START: [(Request, usize); 9] = [
     (Request::SET_FEATURES, 0),
     (Request::SET_MEM_TABLE, 0),
@@ -133,7 +134,8 @@ impl Rig {
 #[test]
 fn backend_that_misbehaves_while_starting_breaks_the_device_in_bounded_time() {
     let mut cases = cases(&START, |_, _| true);
-    // Whatever it holds, the answer to GET_FEATURES is only proof that the backend got there.
+    // The answer to GET_FEATURES only proves that the backend has reached this request; its value does not
+    // matter.
     let refusals = START.iter().filter(|(request, _)| *request != Request::GET_FEATURES);
     cases.extend(refusals.map(|start| (*start, Act::Refuse(1))));
     all_at_once(&cases, |((request, nth), act)| {
@@ -189,7 +191,7 @@ fn backend_that_misbehaves_over_its_configuration_never_holds_the_driver_up() {
         if rig.is_broken() {
             rig.assert_broken(begin, &what);
         } else {
-            // Some of these are refusals, which the connection survives.
+            // Some of these acts are refusals, which the connection survives.
             assert!(begin.elapsed() < DEADLINE * 2 + SLACK, "{what}");
             assert_eq!(rig.guest.machine.page_u32(0x70), 0xf, "{what}");
         }
@@ -229,7 +231,7 @@ fn backend_that_misbehaves_on_connecting_is_an_error_in_bounded_time() {
         Request::SET_BACKEND_REQ_FD,
         Request::GET_CONFIG,
     ];
-    // A configuration that is not given at one size may be given at another.
+    // A backend without an answer at one size is asked again at another size.
     let retried = |request, act: &Act| request == Request::GET_CONFIG && *act == Act::Payload(vec![]);
     all_at_once(&cases(&requests, |request, act| !retried(request, act)), |(request, act)| {
         let what = format!("{request} {act:?}");
@@ -327,7 +329,7 @@ fn backend_that_writes_to_memory_after_its_rings_were_stopped_harms_no_later_dri
         let memory = rig.backend.memory().unwrap();
         let everything = vec![byte; usize::try_from(crate::testing::RAM).unwrap()];
         let scribble = || assert_eq!(rustix::io::pwrite(&memory, &everything, 0), Ok(everything.len()));
-        // While they run, during the stop, and after it.
+        // The backend writes while the rings run, during the stop, and after it.
         scribble();
         std::thread::scope(|scope| {
             scope.spawn(|| (0..8).for_each(|_| scribble()));
@@ -351,7 +353,7 @@ const LEAK_TEST: &str = "virtio::backend::vhost_user::faults::descriptors_come_b
 
 #[test]
 fn no_fault_leaks_a_descriptor() {
-    // Counting needs a process of its own.
+    // The count of descriptors needs a process of its own.
     let me = std::env::current_exe().unwrap();
     let run = Command::new(me).args(["--exact", "--ignored", LEAK_TEST]).output().unwrap();
     let text = String::from_utf8_lossy(&run.stdout);

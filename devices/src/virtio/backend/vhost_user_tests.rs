@@ -1,4 +1,4 @@
-//! A whole device, from the guest's register writes to a backend that we did not write.
+//! Tests of a whole device, from the guest's register writes to a backend that we did not write.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ impl Daemon {
         self.child.wait().unwrap();
     }
 
-    /// After a kill: another one on the same disk.
+    /// After a kill: starts another daemon on the same disk.
     pub(in crate::virtio) fn start_again(&mut self) {
         std::fs::remove_file(self.folder.join("s")).unwrap();
         self.child = Self::spawn(&self.folder).unwrap();
@@ -172,17 +172,17 @@ impl Guest {
         bytes
     }
 
-    /// A notification that ends in the kernel. Says whether it did.
+    /// Kicks queue 0. Returns whether the notification ended in the kernel.
     pub(in crate::virtio) fn kick(&self) -> bool {
         self.machine.guest_writes(BASE + 0x50, 0)
     }
 
-    /// What a stock driver does up to DRIVER_OK, with one queue of 16 entries.
+    /// Does the steps of a stock driver up to DRIVER_OK, with one queue of 16 entries.
     pub(in crate::virtio) fn start_driver(&self) {
         self.start_driver_with(16, [DESC, AVAIL, USED]);
     }
 
-    /// The same, with one queue of `size` entries at these places.
+    /// Does the steps of a stock driver up to DRIVER_OK, with one queue of `size` entries at these addresses.
     pub(in crate::virtio) fn start_driver_with(&self, size: u16, areas: [u64; 3]) {
         areas.iter().for_each(|area| self.store(*area, &[0; 0x1000]));
         self.next.store(0, Relaxed);
@@ -217,13 +217,13 @@ impl Guest {
         &self.ram
     }
 
-    /// Reads a sector as a driver does, the notification ending in the kernel.
+    /// Reads a sector as a driver does. The notification ends in the kernel.
     pub(in crate::virtio) fn read_sector(&self, sector: u64) -> Vec<u8> {
         self.read_sector_to(sector, HEAD + 0x1000);
         self.load(HEAD + 0x1000, 512)
     }
 
-    /// The same, to any place.
+    /// Reads a sector to the address `to`.
     pub(in crate::virtio) fn read_sector_to(&self, sector: u64, to: u64) {
         self.store(HEAD, &[[0; 8], sector.to_le_bytes()].concat());
         self.store(HEAD + 0x2000, &[0xff]);
@@ -292,7 +292,7 @@ fn daemon_that_dies_is_seen_on_the_hang_up_descriptor_and_the_guest_can_still_re
     assert!(begin.elapsed() < Duration::from_secs(5), "a deadline passed");
     assert_eq!(guest.machine.page_u32(0x70), 0);
     assert!(matches!(guest.device.handle().phase(), PhaseReport::Broken(_)));
-    // The connection is closed on our side, too, and nothing is left to be told of it.
+    // The connection is closed on our side, too, so no hang-up is reported again.
     hang_up.take();
     assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap(), 0);
 }

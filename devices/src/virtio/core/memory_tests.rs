@@ -18,7 +18,7 @@ use crate::virtio::ring::address::Iommu;
 
 const MORE: u64 = 0x1_0000_0000;
 
-/// `old` and 2 MiB more, and the region that came.
+/// `old` with a new region of 2 MiB, and that region.
 fn grown(old: &MemoryMap) -> (MemoryMap, SharedRegion) {
     let fd = rustix::fs::memfd_create("more", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, 2 << 20).unwrap();
@@ -40,7 +40,7 @@ fn with_slots() -> Offer {
     Offer { protocol: offer.protocol.with(ProtocolFeatures::CONFIGURE_MEM_SLOTS), ..offer }
 }
 
-/// What was said since `before` messages.
+/// The messages after the first `before` messages.
 fn since(backend: &ScriptedBackend, before: usize) -> Vec<String> {
     backend.conversation().split_off(before)
 }
@@ -58,7 +58,7 @@ fn memory_slots_come_and_go_under_running_queues() {
     handle.change_memory(guest.ram()).unwrap();
     assert_eq!(since(&backend, before), ["ADD_MEM_REG", "REM_MEM_REG"]);
     assert_eq!((handle.phase(), backend.breaches()), (PhaseReport::Running, vec![]));
-    // The next start tells of it all.
+    // The next start tells the backend all of it.
     guest.write(0x70, 0);
     handle.change_memory(&more).unwrap();
     guest.start_driver();
@@ -98,7 +98,8 @@ fn rig_behind(features: &str, offer: Offer, script: Script) -> (ScriptedBackend,
     (backend, guest)
 }
 
-/// The translations that were told since `before` messages: address, size, where it leads, kind.
+/// The translations that the backend was told after the first `before` messages: address, size, destination,
+/// kind.
 fn translations(backend: &ScriptedBackend, before: usize) -> Vec<(u64, u64, u64, u8)> {
     let told = backend.seen().split_off(before);
     let told = told.iter().filter(|seen| seen.request == Request::IOTLB_MSG);
@@ -129,7 +130,8 @@ fn behind_an_iommu_memory_that_comes_is_translated_and_what_goes_is_not() {
         "first the translation, then the memory"
     );
     assert_eq!(translations(&backend, before), [(MORE, 2 << 20, 0, INVALIDATE)]);
-    // What comes while the queues stand is told at the next start, and the old pieces are where they were.
+    // Memory that is added while the queues are stopped is told at the next start. The old pieces keep their
+    // places.
     guest.write(0x70, 0);
     handle.change_memory(&more).unwrap();
     let before = backend.conversation().len();
@@ -158,7 +160,7 @@ fn behind_an_iommu_queues_without_slots_stop_for_the_memory_and_are_told_all_ane
 
 #[test]
 fn backend_that_takes_memory_but_no_translation_of_it_keeps_what_it_has() {
-    // The first two are those of the start.
+    // The first two translations belong to the start.
     let refuses = Script::normal().on_nth(Request::IOTLB_MSG, 2, Act::Refuse(1));
     let (backend, guest) = rig_behind("+configure_mem_slots", with_slots(), refuses);
     let handle = guest.device.handle();
@@ -179,7 +181,7 @@ fn backend_that_cannot_hold_the_memory_keeps_what_it_has() {
     let (more, _region) = grown(guest.ram());
     assert_eq!(handle.change_memory(&more), Err(Refused));
     assert_eq!((handle.phase(), backend.breaches()), (PhaseReport::Running, vec![]));
-    // Nine regions are more than a table holds, and known without a word to the backend.
+    // Nine regions do not fit into a table; this is known without a message to the backend.
     let (backend, guest) = rig("", Offer::default(), Script::normal());
     let piece = |n: u64| {
         let fd = Arc::clone(guest.ram().regions()[0].shared_fd());
@@ -235,7 +237,7 @@ fn suspended_device_goes_on_where_it_stood_and_nothing_is_missed() {
     assert_eq!(guest.machine.take_interrupts(), 1, "a call may have been suppressed");
     handle.resume();
     assert_eq!((backend.breaches(), handle.phase()), (vec![], PhaseReport::Running));
-    // A reset while it is suspended leaves nothing of that.
+    // A reset of a suspended device leaves nothing of the suspension.
     handle.suspend();
     guest.write(0x70, 0);
     assert_eq!((handle.phase(), area(&handle).is_none()), (PhaseReport::Idle, true));

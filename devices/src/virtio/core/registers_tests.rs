@@ -61,7 +61,7 @@ fn several_status_bits_in_one_write_are_steps_in_order() {
     let mut registers = registers();
     assert_eq!(registers.write(Reg::Status, 0x3), Effect::None);
     assert_eq!(registers.read(Reg::Status), 0x3);
-    // Features without VERSION_1: the write goes as far as DRIVER, and no further.
+    // Features without VERSION_1: the write takes the steps up to DRIVER, and no further.
     registers.reset();
     assert_eq!(registers.write(Reg::Status, 0xf), Effect::Refused(Refusal::UnacceptableFeatures));
     assert_eq!(registers.read(Reg::Status), 0x3);

@@ -15,7 +15,7 @@ use crate::virtio::core::state::Effort;
 use crate::virtio::transport::mmio::{MmioDevice, Place};
 use crate::virtio::{OnLoss, PhaseReport};
 
-/// How long a driver waits for a search: far longer than a busy machine takes for anything else here.
+/// How long a driver waits for a search: far longer than anything else takes here on a busy machine.
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// A guest with a disk that breaks when its backend is lost, and may ask for another one.
@@ -65,7 +65,7 @@ impl Rig {
         self.asked.load(Ordering::Relaxed)
     }
 
-    /// A driver up to FEATURES_OK, if the device agrees.
+    /// Does the steps of a driver up to FEATURES_OK. Returns whether the device agrees.
     fn agree(&self) -> bool {
         for status in [1, 3] {
             self.write(0x70, status);
@@ -81,7 +81,7 @@ impl Rig {
     }
 }
 
-/// An error of a peer that says nothing.
+/// The error of a silent peer.
 fn silence_error() -> Box<dyn Error + Send + Sync> {
     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let limits = Limits::new(Duration::from_millis(1));
@@ -132,7 +132,7 @@ fn driver_that_is_quicker_than_the_search_waits_for_it_once_and_not_beyond_the_l
     searcher.join().unwrap();
     assert_eq!(rig.handle.phase(), PhaseReport::Idle);
 
-    // And one that finds nothing in time.
+    // A search that finds nothing in time.
     rig.handle.peer_lost("it crashed again");
     assert_eq!(second.calls(), ["disconnect"]);
     rig.write(0x70, 0);
@@ -153,7 +153,7 @@ fn peer_that_fell_silent_is_not_waited_for_but_may_come_back() {
     rig.write(0x70, 0);
     let begun = Instant::now();
     assert!(!rig.agree() && begun.elapsed() < LIMIT, "{:?}", begun.elapsed());
-    // The backend answers at last: the next driver finds the device whole.
+    // The backend answers at last: the next driver finds a device that is not broken.
     rig.handle.fill(candidate(2).1).unwrap();
     assert!(!rig.is_broken());
     rig.write(0x70, 0);
@@ -224,7 +224,7 @@ fn broken_device_has_its_backend_searched_for_on_each_new_board() {
     assert!(rig.agree(), "it waited, though the last peer was silent");
     searcher.join().unwrap();
 
-    // One that comes later is not waited for.
+    // A backend that comes later is not waited for.
     rig.handle.with(|device| device.lose_by(&silence()));
     rig.handle.unplug();
     let machine = Recorder::default();

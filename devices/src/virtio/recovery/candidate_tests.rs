@@ -1,4 +1,4 @@
-//! A device whose backend comes back as something else, fails while it takes over, or hangs.
+//! Tests of a device whose next backend differs from the lost one, fails while it takes over, or hangs.
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
@@ -16,7 +16,7 @@ use crate::virtio::recovery::candidate::open;
 use crate::virtio::{OnLoss, PhaseReport};
 
 const DEADLINE: Duration = Duration::from_millis(2500);
-/// Whoever took longer has waited for a peer: a machine that has other things to do may take long for anything else.
+/// The limit for calls that must not wait for a peer. A busy machine may take long for anything else.
 const AT_ONCE: Duration = DEADLINE;
 
 struct Rig {
@@ -129,7 +129,7 @@ fn notes_that_their_writer_cut_short_are_not_handed_on() {
         rig.first.cut_inflight_area(size).unwrap();
         rig.first.hang_up();
         rig.guest.device.handle().peer_lost("it crashed");
-        // Who maps them, whole, dies of the first look beyond their end.
+        // A backend that maps the whole area would crash at the first access behind the file's end.
         let (second, result) = rig.attempt(with_inflight(), Script::normal());
         result.unwrap();
         assert!(rig.is_running());
@@ -168,14 +168,14 @@ fn successor_that_is_another_device_is_refused_with_a_reason() {
     }
 }
 
-/// Whatever happens, at whichever message: neither the driver nor the control loop notices, the attempt
-/// ends within its deadlines, and the next backend takes over.
-/// A configuration that the driver may write to.
+/// An offer with a configuration that the driver may write.
 fn with_wce() -> Offer {
     let offer = Offer::default();
     Offer { features: offer.features | 1 << 11, ..offer }
 }
 
+/// A failure at any message: neither the driver nor the control loop notices, the attempt ends within its
+/// deadlines, and the next backend takes over.
 #[test]
 fn successor_that_fails_at_any_message_costs_nobody_any_time() {
     let requests = [
@@ -235,7 +235,7 @@ fn guest_that_resets_in_every_phase_of_a_recovery_is_never_held_up_for_longer_th
     assert!(begin.elapsed() < AT_ONCE, "nobody is asked");
     for pause in [0, 20, 100, 250] {
         std::thread::scope(|scope| {
-            // It answers until the rings are to be started, and then no more.
+            // The backend answers until the rings are to be started, and no longer.
             let script = Script::normal().on(Request::SET_VRING_KICK, Act::Silent);
             let attempt = scope.spawn(|| rig.attempt(Offer::default(), script).1);
             std::thread::sleep(Duration::from_millis(pause));
@@ -281,7 +281,7 @@ fn traffic_with_all_backends_is_counted_together() {
 
 #[test]
 fn no_recovery_leaks_a_descriptor() {
-    // Counting needs a process of its own.
+    // The count of descriptors needs a process of its own.
     let test = "virtio::recovery::candidate::tests::descriptors_come_back_after_every_recovery";
     let me = std::env::current_exe().unwrap();
     let run = std::process::Command::new(me).args(["--exact", "--ignored", test]).output().unwrap();
@@ -309,7 +309,8 @@ fn descriptors_come_back_after_every_recovery() {
         last = rig.attempt(with_inflight(), Script::normal());
         assert!(last.1.is_ok());
     }
-    // The scripted backends' threads close theirs a little later, the first one's even after the first count.
+    // The scripted backends' threads close their descriptors a little later, the first backend's perhaps even
+    // after the first count.
     eventually("every descriptor is closed again", || open() <= before);
 }
 
@@ -318,7 +319,8 @@ fn signal(daemon: &Daemon, name: &str) {
     assert!(std::process::Command::new("kill").args([name, &pid]).status().unwrap().success());
 }
 
-/// Stopped for longer than the deadline and continued: the same process serves the device again.
+/// The daemon is stopped for longer than the deadline and continued: the same process serves the device
+/// again.
 #[test]
 fn daemon_that_hangs_past_the_deadline_takes_over_from_itself() {
     let Some(daemon) = Daemon::start("hangs") else { return };

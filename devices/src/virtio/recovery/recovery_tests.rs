@@ -1,4 +1,4 @@
-//! A disk whose backend is killed under load, again and again: no request is lost, doubled or torn.
+//! Tests of a disk whose backend is killed under load, again and again: no request is lost, doubled or torn.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,30 +35,30 @@ fn random(seed: &mut u64, below: usize) -> usize {
 struct Pending {
     block: usize,
     sectors: usize,
-    /// What is written; `None` for a read.
+    /// The number that is written; `None` for a read.
     writes: Option<u64>,
 }
 
-/// A driver with many requests in flight that knows what the disk must hold.
+/// A driver with many requests in flight, which records what the disk must contain.
 struct Load<'a> {
     guest: &'a Guest,
     seed: u64,
-    /// Free slots, the last one first, as Linux has it.
+    /// Free slots; the last one is used first, as in Linux.
     free: Vec<u16>,
     pending: Vec<Option<Pending>>,
     busy: [bool; BLOCKS],
-    /// What was written to each sector of each block.
+    /// The number last written to each sector of each block.
     disk: Vec<u64>,
     available: u16,
     used: u16,
     done: usize,
     serial: u64,
-    /// Used before a request that was made available earlier.
+    /// The number of requests that were used before a request that was made available earlier.
     overtakings: usize,
     order: std::collections::VecDeque<u16>,
 }
 
-/// The contents of a sector, from a number: a torn one would differ somewhere.
+/// The contents of a sector, made from a number. A torn sector would differ somewhere.
 fn sector(number: u64) -> Vec<u8> {
     number.to_le_bytes().repeat(64)
 }
@@ -121,7 +121,7 @@ impl<'a> Load<'a> {
         assert!(self.guest.kick(), "kicks end in the kernel, backend or not");
     }
 
-    /// Takes what was used. A head that is not in flight was doubled.
+    /// Takes the used requests. A head that is not in flight was used twice.
     fn reap(&mut self) {
         let used = u16::from_le_bytes(self.guest.load(USED + 2, 2).try_into().unwrap());
         while self.used != used {
@@ -197,13 +197,13 @@ fn reconnect(reconnect: &Reconnect, guest: &Guest, socket: &Path) {
     }
 }
 
-/// Kills the daemon `rounds` times with `slots` requests in flight; how often one overtook another.
+/// Kills the daemon `rounds` times with `slots` requests in flight. Returns the number of overtakings.
 fn kill_under_load(name: &str, rounds: usize, slots: u16) -> Option<usize> {
     let mut daemon = Daemon::start(name)?;
     let opened = daemon.open(&order(""));
     let again = opened.reconnect.clone();
     let (guest, _channel, hang_up) = Guest::on_loss(opened, OnLoss::Recover);
-    // The load counts from zero.
+    // The load's numbers begin at zero.
     let sectors = BLOCKS * usize::try_from(BLOCK).unwrap();
     std::fs::write(daemon.folder.join("disk"), vec![0; 512 * sectors]).unwrap();
     guest.start_driver_with(SIZE, [DESC, AVAIL, USED]);
@@ -245,7 +245,7 @@ fn kill_under_load(name: &str, rounds: usize, slots: u16) -> Option<usize> {
     Some(load.overtakings)
 }
 
-/// None of these backends notes what it has in flight.
+/// None of these backends has an inflight area.
 #[test]
 fn disk_that_is_killed_under_load_one_request_at_a_time_loses_nothing() {
     kill_under_load("kill-one", 10, 1);

@@ -6,7 +6,7 @@
 //!   attendant                             device lock    vCPU
 //!   connect, negotiate, read the configuration           FEATURES_OK of a broken device waits for the search
 //!   begin: does it fit? which rings?      held
-//!   start the rings                                      a reset waits for the start to end: one deadline at most
+//!   start the rings                                      a reset waits for the start: one deadline at most
 //!   finish: it is the backend now         held
 //! ```
 

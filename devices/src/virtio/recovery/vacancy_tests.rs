@@ -67,7 +67,7 @@ impl Rig {
         self.machine.page_u32(0x70)
     }
 
-    /// A driver up to DRIVER_OK, with queue 0 only.
+    /// Does the steps of a driver up to DRIVER_OK, with queue 0 only.
     fn start_driver(&self) {
         for status in [0, 1, 3] {
             self.write(0x70, status);
@@ -87,7 +87,7 @@ impl Rig {
         assert_eq!(self.status(), 0xf);
     }
 
-    /// Started, then lost with these indexes in the ring.
+    /// Starts a driver, then loses the backend with these indexes in the ring.
     fn lose(&self, available: u16, used: u16) {
         self.start_driver();
         self.set_indexes(available, used);
@@ -97,7 +97,7 @@ impl Rig {
     }
 
     fn set_indexes(&self, available: u16, used: u16) {
-        // Each head by turns, all in order.
+        // The heads in turn, used in order.
         let in_order: [u16; 16] = std::array::from_fn(|slot| slot.try_into().unwrap());
         self.set_rings(available, used, in_order, in_order);
     }
@@ -112,7 +112,8 @@ impl Rig {
         rustix::io::pwrite(fd, &available_index.to_le_bytes(), DRIVER + 2).unwrap();
     }
 
-    /// Started, then lost with rings that do not tell which two of three requests, 0 and 1, are in flight.
+    /// Starts a driver, then loses the backend with ambiguous rings: they do not show which two of three
+    /// requests, 0 and 1, are in flight.
     fn lose_in_doubt(&self) {
         self.start_driver();
         self.set_rings(65022, 65020, RIDDLE, [0, 2, 0, 2, 1, 1, 1, 0, 1, 2, 0, 2, 0, 2, 1, 0]);
@@ -132,7 +133,7 @@ impl Rig {
         u16::from_le_bytes(head)
     }
 
-    /// The guest's kick, that it ends in the kernel.
+    /// Returns whether a kick of the guest ends in the kernel.
     fn kicks(&self) -> bool {
         self.machine.guest_writes(BASE + 0x50, 0)
     }
@@ -255,7 +256,7 @@ fn candidate_that_does_not_start_leaves_the_device_waiting_for_the_next() {
     assert!(matches!(error, FillError::Failed(_)), "{error:?}");
     assert_eq!(rig.handle.phase(), PhaseReport::Recovering("it crashed".into()));
     assert_eq!(rig.status(), 0xf);
-    // It may have used buffers before it failed.
+    // The backend may have used buffers before it failed.
     rig.set_indexes(2, 1);
     let (third, good) = candidate(disk(2));
     rig.handle.fill(good).unwrap();
@@ -413,16 +414,16 @@ fn mistake_of_the_driver_while_nobody_is_there_outlasts_the_recovery() {
     assert_eq!(rig.handle.phase(), PhaseReport::Running);
 }
 
-/// Whether what is done during a start waits for it.
+/// Whether an action during a start waits for the start.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Waits {
-    /// It ends before the start does.
+    /// The action ends before the start does.
     No,
-    /// It may be in time, or late: that makes no difference.
+    /// The action may end before or after the start: either is correct.
     Yes,
 }
 
-/// Has a candidate whose start is held up, and does `meanwhile` before it goes on.
+/// Begins the start of a candidate, holds the start up, and does `meanwhile` before the start goes on.
 fn during_the_start(
     rig: &Rig,
     outcome: Outcome,
@@ -552,7 +553,7 @@ fn start_whose_thread_panics_keeps_nobody_waiting() {
     let rig = rig();
     rig.lose(3, 1);
     let (second, candidate) = candidate(disk(2));
-    // A held start whose gate is gone panics.
+    // A held start panics when its gate is dropped.
     lock(&second.0).hold_start = Some(channel().1);
     let handle = rig.handle.clone();
     assert!(std::thread::spawn(move || handle.fill(candidate)).join().is_err());
@@ -569,7 +570,7 @@ fn successor_that_begins_its_used_index_anew_is_found_out_and_the_driver_told() 
     rig.handle.fill(candidate).unwrap();
     assert_eq!(rig.handle.judge_successor(), Standing::Unproven, "it has not moved yet");
     second.calls();
-    // It used the first of the two that were in flight, as number 0.
+    // The backend used the first of the two requests in flight, as number 0.
     rig.set_indexes(9, 1);
     assert_eq!(rig.handle.judge_successor(), Standing::Settled);
     assert_eq!(second.calls(), ["stop"]);
@@ -594,7 +595,7 @@ fn successor_that_goes_on_is_left_alone() {
     rig.set_indexes(10, 8);
     assert_eq!(rig.handle.judge_successor(), Standing::Settled);
     assert_eq!((second.calls(), rig.handle.phase()), (vec![], PhaseReport::Running));
-    // Later numbers say nothing any more.
+    // Later numbers are not judged any more.
     rig.set_indexes(10, 1);
     assert_eq!(rig.handle.judge_successor(), Standing::Settled);
     assert_eq!(rig.handle.phase(), PhaseReport::Running);

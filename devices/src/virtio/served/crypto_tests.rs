@@ -10,7 +10,7 @@ fn request(op_code: u32, union: &[u32], keys: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The union of a symmetric session, with its kind behind 48 bytes.
+/// The union of a symmetric session, with the kind after 48 bytes.
 fn symmetric(words: &[u32], kind: u32) -> Vec<u32> {
     let mut union = words.to_vec();
     union.resize(12, 0);
@@ -36,7 +36,8 @@ fn cipher_session_is_read_with_its_key() {
 
 #[test]
 fn chained_session_is_read_with_both_keys() {
-    // Hash then cipher, authenticated; AES-CBC of 32 bytes, decrypt; HMAC-SHA1 of 20 bytes, key of 4; 12 bytes of AAD.
+    // Hash then cipher, authenticated: AES-CBC with a key of 32 bytes, decrypt; HMAC-SHA1 of 20 bytes with a
+    // key of 4 bytes; 12 bytes of AAD.
     let words = [1, 2, 3, 32, 2, 0, 2, 20, 4, 0, 12];
     let keys = [vec![1; 32], vec![2; 4]].concat();
     let Asked::Create(session) = parse(&request(2, &symmetric(&words, 2), &keys)) else { panic!() };

@@ -66,12 +66,12 @@ fn card(script: Script) -> (ScriptedBackend, Opened) {
     (backend, open(connection, &order(4)).unwrap())
 }
 
-/// Where a queue is: its descriptors, and its rings one page on each.
+/// The guest address of a queue: its descriptors and its rings have one page each.
 fn place(queue: u16) -> u64 {
     0x1_0000 + 0x4000 * u64::from(queue)
 }
 
-/// A driver with these features and as many queues.
+/// Starts a driver with these features and this number of queues.
 fn start(guest: &Guest, features: u32, queues: u16) {
     for status in [0, 1, 3] {
         guest.write(0x70, status);
@@ -93,7 +93,7 @@ fn start(guest: &Guest, features: u32, queues: u16) {
     guest.write(0x70, 0xf);
 }
 
-/// Serves the control queue as the control loop does: while its kick rings.
+/// Serves the control queue as the control loop does, as long as its kick rings.
 fn serve(guest: &Guest) {
     let handle = guest.device.handle();
     let kicks = handle.kicks_to_serve().unwrap();
@@ -104,12 +104,12 @@ fn serve(guest: &Guest) {
     }
 }
 
-/// Asks for so many pairs: the answer. `number` counts the requests from 0.
+/// Asks for `pairs` pairs and returns the answer. `number` counts the requests from 0.
 fn ask(guest: &Guest, number: u16, pairs: u16) -> u8 {
     ask_at(guest, CONTROL, number, pairs)
 }
 
-/// The same on this queue.
+/// Like `ask`, on this queue.
 fn ask_at(guest: &Guest, queue: u16, number: u16, pairs: u16) -> u8 {
     let at = place(queue);
     guest.store(at + 0x3000, &[&SET_PAIRS[..], &pairs.to_le_bytes(), &[0xff]].concat());
@@ -127,7 +127,7 @@ fn ask_at(guest: &Guest, queue: u16, number: u16, pairs: u16) -> u8 {
     guest.load(at + 0x3004, 1)[0]
 }
 
-/// Which rings were switched how, in order.
+/// The rings that were switched, and how, in order.
 fn switched(backend: &ScriptedBackend) -> Vec<(u8, u8)> {
     let seen = backend.seen().into_iter().filter(|seen| seen.request == Request::SET_VRING_ENABLE);
     seen.map(|seen| (seen.payload[0], seen.payload[4])).collect()
@@ -157,7 +157,7 @@ fn driver_has_as_many_rings_served_as_it_asks_for() {
     assert_eq!(switched(&backend)[8..], [(2, 0), (3, 0)]);
     assert_eq!(ask(&guest, 4, 2), OK);
     assert_eq!(ask(&guest, 5, 1), OK);
-    // Queues that stop for a moment, as memory comes or goes, are switched as they were.
+    // Queues that stop briefly for a change of memory are switched again as they were.
     let before = switched(&backend).len();
     guest.device.handle().change_memory(guest.ram()).unwrap();
     serve(&guest);
@@ -168,7 +168,7 @@ fn driver_has_as_many_rings_served_as_it_asks_for() {
     start(&guest, BOTH, 5);
     serve(&guest);
     assert_eq!(switched(&backend)[before..], STARTED);
-    // And one that knows of no more has nothing switched.
+    // Nothing is switched for a driver that knows of only one pair.
     start(&guest, 0, 2);
     serve(&guest);
     assert_eq!(switched(&backend)[before + 6..], [(0, 1), (1, 1)]);
@@ -191,7 +191,7 @@ fn driver_that_takes_the_control_queue_alone_finds_it_behind_one_pair() {
     assert_eq!(ask_at(&guest, 2, 0, 2), ERROR, "the driver did not take several pairs");
     assert_eq!(guest.machine.take_interrupts(), 1);
     assert_eq!(switched(&backend).len(), 2);
-    // For the next driver it is a ring of the backend's again.
+    // For the next driver, the queue is a ring of the backend again.
     start(&guest, BOTH, 5);
     kicks[0].1.take().unwrap();
     assert!(guest.machine.guest_writes(0xd000_0050, 2));
@@ -218,7 +218,7 @@ fn next_backend_serves_the_rings_that_the_driver_uses() {
     assert_eq!(ask(&guest, 0, 2), OK);
     lose();
     comes_back(&STARTED[..4]);
-    // The control queue goes on where it was, and waits for nobody.
+    // The control queue continues at its position, and does not wait for a backend.
     assert_eq!(ask(&guest, 1, 1), OK);
     lose();
     comes_back(&STARTED);
@@ -240,7 +240,7 @@ fn backend_that_dies_of_a_switch_leaves_the_driver_with_an_answer() {
     assert_eq!(ask(&guest, 0, 2), ERROR);
     let handle = guest.device.handle();
     assert!(matches!(handle.phase(), PhaseReport::Broken(_)));
-    // And so it is until the driver resets the device.
+    // This stays so until the driver resets the device.
     let kicks = handle.kicks_to_serve().unwrap();
     let [(CONTROL, kick)] = kicks.as_slice() else { panic!("the last queue's kick alone") };
     assert_eq!(kick.take().unwrap(), 0);

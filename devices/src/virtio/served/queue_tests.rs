@@ -94,7 +94,7 @@ fn indirect_tables_are_looked_through_once() {
     let queue = ControlQueue::default();
     let chain = queue.take(rig.rings()).unwrap().unwrap();
     assert_eq!((chain.request.as_slice(), chain.room()), (b"abc".as_slice(), 1));
-    // A table in a table, and tables of no or too many entries.
+    // A table in a table, and tables without entries or with too many.
     rig.describe(0x7010, (0x7000, 32, INDIRECT, 0));
     assert!(queue.take(rig.rings()).is_err());
     for length in [0, 15, 17, 16 * 257, u32::MAX] {
@@ -103,7 +103,7 @@ fn indirect_tables_are_looked_through_once() {
     }
     rig.describe(DESC, (0x7000, 32, INDIRECT | NEXT, 1));
     assert!(queue.take(rig.rings()).is_err(), "both");
-    // The ring's own table is no indirect one: around and around without a single buffer.
+    // The ring's own table as an indirect table: a loop without a buffer.
     rig.describe(DESC, (DESC, 16, INDIRECT, 0));
     assert!(queue.take(rig.rings()).is_err(), "itself");
 }
@@ -112,7 +112,7 @@ fn indirect_tables_are_looked_through_once() {
 fn rings_of_a_hostile_driver_end_in_an_error_and_in_bounded_memory() {
     let rig = rig();
     let queue = ControlQueue::default();
-    // Around and around.
+    // A loop.
     rig.describe(DESC, (0x8000, 4, NEXT, 1));
     rig.describe(DESC + 16, (0x8000, 4, NEXT, 0));
     rig.offer(1, &[0]);
@@ -128,17 +128,17 @@ fn rings_of_a_hostile_driver_end_in_an_error_and_in_bounded_memory() {
     }
     rig.offer(SIZE + 1, &[0]);
     assert!(queue.take(rig.rings()).is_err() && queue.has_more(rig.rings()).is_err(), "more than there are");
-    // Four gigabytes are cut off, not fetched.
+    // A request of four gigabytes is cut.
     rig.describe(DESC, (0x8000, u32::MAX, 0, 0));
     rig.offer(1, &[0]);
     assert_eq!(queue.take(rig.rings()).unwrap().unwrap().request.len(), REQUEST_MAX);
-    // An answer goes nowhere but into memory.
+    // An answer is written only to guest memory.
     rig.describe(DESC, (RAM - 2, 4, WRITE, 0));
     let chain = queue.take(rig.rings()).unwrap().unwrap();
     assert!(ControlQueue::default().answer(rig.rings(), &chain, b"done").is_err());
 }
 
-/// A crypto device of a scripted backend with one data queue.
+/// A crypto device with a scripted backend and one data queue.
 fn crypto(script: Script) -> (ScriptedBackend, Guest) {
     let offer = Offer::default();
     let protocol = offer.protocol.with(ProtocolFeatures::CRYPTO_SESSION).without(ProtocolFeatures::CONFIG);
@@ -153,7 +153,7 @@ fn crypto(script: Script) -> (ScriptedBackend, Guest) {
     (backend, guest)
 }
 
-/// The driver's control queue, number 1, beside the data queue.
+/// Starts a driver with the data queue and the control queue, number 1.
 fn start(guest: &Guest) {
     for area in [DESC, AVAIL, USED, 0x4000, 0x5000, 0x6000] {
         guest.store(area, &[0; 0x1000]);
@@ -231,7 +231,7 @@ fn sessions_of_a_crypto_device_are_the_backends_and_end_with_a_reset() {
     let sent =
         backend.seen().into_iter().find(|seen| seen.request == Request::CREATE_CRYPTO_SESSION).unwrap();
     assert_eq!((&sent.payload[12..16], &sent.payload[56..72]), (&[3, 0, 0, 0][..], &[0xaa; 16][..]));
-    // One that the driver does not hold, then its own.
+    // A session that the driver does not hold, then a session of its own.
     request(&guest, 1, &[3, 0, 0, 0, 9, 0], &[], 1);
     assert_eq!(answer(&guest, 1)[0], 4);
     request(&guest, 2, &[3, 0, 0, 0, 7, 0], &[], 1);

@@ -11,7 +11,7 @@ use crate::virtio::{DeviceType, Parts, PhaseReport};
 const BASE: u64 = 0xd000_0000;
 const PLACE: Place = Place { base: GuestAddr(BASE), gsi: 5 };
 
-/// A guest's view of one device, and both ends of what it is connected to.
+/// A guest's view of one device, and both sides to which the device is connected.
 struct Rig {
     device: MmioDevice,
     machine: Recorder,
@@ -43,7 +43,7 @@ impl Rig {
         self.page_is_current();
     }
 
-    /// The page, and what a read that came to us would give, never differ.
+    /// The page always equals the result of a read that exits.
     fn page_is_current(&self) {
         let mut trapped = vec![0xaa; 0x200];
         self.device.read(0, &mut trapped);
@@ -63,19 +63,19 @@ impl Rig {
         self.write(0x70, 0xb);
     }
 
-    /// What a stock driver does, up to and with FEATURES_OK.
+    /// Does the steps of a stock driver up to and including FEATURES_OK.
     fn negotiate(&self) {
         self.offer_features();
         assert_eq!(self.machine.page_u32(0x70), 0xb);
     }
 
-    /// The same, where the device says no.
+    /// Does the same steps, and the device refuses FEATURES_OK.
     fn negotiate_in_vain(&self) {
         self.offer_features();
         assert_eq!(self.machine.page_u32(0x70), 3);
     }
 
-    /// What a stock driver does, up to and with DRIVER_OK.
+    /// Does the steps of a stock driver up to and including DRIVER_OK.
     fn start_driver(&self) {
         self.negotiate();
         for queue in 0..4 {
@@ -192,7 +192,7 @@ fn doorbell_that_cannot_be_bound_breaks_the_device_and_leaves_nothing_bound() {
     assert_eq!(why, "the machine cannot do that in a test: out of memory");
 }
 
-/// One way of getting queue 0 wrong: registers and what is written there.
+/// Mistakes in the setup of queue 0: the registers and the values that are written.
 const WRONG: [(&str, &[(u64, u32)]); 9] = [
     ("size 0", &[(0x38, 0)]),
     ("size 3", &[(0x38, 3)]),
@@ -353,7 +353,7 @@ fn window_of_an_input_device_is_told_whole_and_the_choice_of_the_driver_stays() 
         whole[..2].copy_from_slice(&[select, subsel]);
         format!("write 0 {whole:?}")
     };
-    // The backend knows nothing of what is half chosen, and shows zeroes.
+    // The backend does not know of a half-written selection, and shows zeroes.
     lock(&rig.backend.0).config = vec![0; 136];
     rig.device.write(0x100, &[0x11]);
     rig.page_is_current();
@@ -480,8 +480,8 @@ fn machine_that_refuses_the_interrupt_refuses_the_device_and_keeps_nothing() {
     assert!(machine.doorbells().is_empty());
 }
 
-/// Any sequence of writes leaves the page current, the doorbells those of the enabled queues of a
-/// running device, and everything unbound otherwise.
+/// After any sequence of writes the page is current. The doorbells of a running device are those of its
+/// enabled queues; otherwise everything is unbound.
 #[test]
 fn arbitrary_writes_never_break_the_invariants() {
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;

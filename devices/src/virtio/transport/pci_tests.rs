@@ -20,7 +20,7 @@ const WINDOWS: Windows = Windows {
     io: Window { base: 0xc000, size: 0x4000 },
 };
 
-/// A guest's view of one device, and both ends of what it is connected to.
+/// A guest's view of one device, and both sides to which the device is connected.
 struct Rig {
     device: Arc<PciDevice>,
     bridge: Arc<HostBridge>,
@@ -107,7 +107,8 @@ impl Rig {
         self.set_config(msix, 0x8000_0000);
     }
 
-    /// What a stock driver does, up to and with DRIVER_OK: vector 0 for the configuration, one more for each queue.
+    /// Does the steps of a stock driver up to and including DRIVER_OK: vector 0 for the configuration, one
+    /// more vector for each queue.
     fn start_driver(&self, queues: u16) {
         self.write(0x14, 1, 0);
         assert_eq!(self.read(0x14, 1), 0);
@@ -261,7 +262,7 @@ fn a_backend_s_notifier_by_message_finds_its_place_and_is_refused_without_one() 
     assert!(answers.host_notifier(7, area()).is_err(), "no such queue");
     answers.host_notifier(0, None).unwrap();
     assert!(rig.machine.shown().is_empty() && rig.doorbells().len() == 1);
-    // What it showed goes with its connection, and it shows nothing afterwards.
+    // The backend's page goes with its connection. Afterwards the backend can show nothing.
     answers.host_notifier(0, area()).unwrap();
     let successor = Answers { misses: None, tenancy: rig.outlets.tenancy() };
     assert!(rig.machine.shown().is_empty() && rig.doorbells().len() == 1);
@@ -278,7 +279,7 @@ fn a_backend_s_notifier_by_message_finds_its_place_and_is_refused_without_one() 
     assert!(answers.host_notifier(0, area()).is_err(), "no place, as on virtio-mmio");
 }
 
-/// Regions 1 and 3 of a disk.
+/// A disk with shared memory regions 1 and 3.
 fn with_shared_memory(small: u64, large: u64) -> Model {
     let region = |length| Some(SharedMemory { base: GuestAddr(0), length });
     Model { shared_memory: vec![None, region(small), None, region(large)], ..disk(1) }
@@ -374,7 +375,7 @@ fn what_a_backend_maps_goes_where_the_bar_goes() {
         })
     };
     assert_eq!(rig.machine.shown(), expected(0x80_0000_0000));
-    // The guest sizes it, as it does at every boot, and puts it elsewhere: below 4 GiB.
+    // The guest sizes the BAR, as at every boot, and moves it below 4 GiB.
     rig.set_config(4, 4);
     assert!(rig.machine.shown().is_empty(), "memory decoding is off");
     rig.set_config(0x1c, 0);
@@ -384,12 +385,12 @@ fn what_a_backend_maps_goes_where_the_bar_goes() {
     rig.set_config(0x18, 0xd000_0000);
     assert!(rig.machine.shown().is_empty(), "outside the bus's addresses");
     rig.set_config(0x18, 0xc800_0000);
-    // What is mapped nowhere reads all ones, and is no register.
+    // An address without a map reads all ones, and is no register.
     let (bar, mut data) = (BarIndex::new(2).unwrap(), [0; 4]);
     rig.device.bar_read(bar, 0, &mut data);
     rig.device.bar_write(bar, 0x14, &[1]);
     assert_eq!((data, rig.read(0x14, 1)), ([0xff; 4], 0));
-    // A file made shorter is gone for good; a reset takes all.
+    // The map of a shortened file is gone for good; a reset removes all maps.
     rig.machine.vanish_all();
     rig.set_config(0x18, 0xc840_0000);
     assert!(rig.machine.shown().is_empty());
@@ -410,7 +411,7 @@ fn vectors_move_while_the_queue_runs() {
     rig.enable();
     rig.msix_on(2);
     rig.start_driver(1);
-    // As Linux changes the affinity: mask, another message, unmask.
+    // Linux changes the affinity in this order: mask, another message, unmask.
     rig.write(TABLE + 16 + 12, 4, 1);
     assert_eq!(rig.machine.routes(), [message(0x40)]);
     rig.write(TABLE + 16 + 8, 4, 0x77);
@@ -419,7 +420,7 @@ fn vectors_move_while_the_queue_runs() {
     rig.write(0x16, 2, 0);
     rig.write(0x1a, 2, 0);
     assert_eq!((rig.read(0x1a, 2), rig.machine.routes()), (0, vec![message(0x40); 2]));
-    // There is no such vector: the driver reads that it got none.
+    // The vector does not exist: the driver reads that it got none.
     rig.write(0x1a, 2, 2);
     assert_eq!((rig.read(0x1a, 2), rig.machine.routes()), (0xffff, vec![message(0x40)]));
     rig.write(0x10, 2, 0x1234);
@@ -438,7 +439,7 @@ fn without_msix_the_pin_interrupts_and_msix_takes_over() {
     assert_eq!(rig.machine.take_raised(), [(21, 1)]);
     assert_eq!(rig.read(ISR, 1), 3);
     assert!(rig.machine.routes().is_empty());
-    // Neither the one nor the other.
+    // Neither MSI-X nor the pin.
     rig.set_config(4, 0x406);
     let connected = || lock(&rig.device.state).sources.iter().filter(|source| source.line.is_some()).count();
     assert_eq!(connected(), 0);
@@ -501,7 +502,7 @@ fn fields_read_in_any_width_and_are_written_in_their_own() {
     assert_eq!(rig.read(0x16, 2), 2, "not its width");
     rig.write(0x38, 4, 1);
     assert_eq!(rig.read(0x38, 4), 0);
-    // 64 bits at once, where a driver does that.
+    // A driver may write 64 bits at once.
     rig.write(0x14, 1, 1);
     rig.write(0x14, 1, 3);
     rig.write(0x08, 4, 1);

@@ -1,5 +1,5 @@
-//! Virtio 1.4 §5: the device types, one row each. All types share one device model; a row only says
-//! what the guest's driver expects to find. Holds no code for a single type.
+//! Virtio 1.4 §5: the device types, one row each. All types share one device model; a row only says what the
+//! guest's driver expects to find. Must never hold code for a single type.
 
 use std::str::FromStr;
 
@@ -13,38 +13,39 @@ pub const MAX_QUEUES: u16 = 256;
 pub const MAX_CONFIG_SIZE: u16 = 256;
 /// Bytes of a file system's tag (§5.11.4), the first field of its configuration.
 pub(super) const TAG_SIZE: usize = 36;
-/// The type that has an MTU (§5.1.4), the feature that says so and the place in its configuration; and the feature
-/// that says that it has an address.
+/// The type that has an MTU and an address (§5.1.4): the type's id, the feature of the MTU, the place of the
+/// MTU in the configuration, and the feature of the address.
 pub(super) const NET: u32 = 1;
 pub(super) const NET_F_MTU: u32 = 3;
 pub(super) const MTU_PLACE: std::ops::Range<usize> = 10..12;
 pub(super) const NET_F_MAC: u32 = 5;
 /// The type that has a tag.
 const FILE_SYSTEM: u32 = 26;
-/// Entries of a queue unless the type or the user says otherwise.
+/// Entries of a queue, unless the type or the user chooses another size.
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 
 /// VIRTIO_NET_F_CTRL_VQ and VIRTIO_NET_F_MQ.
 pub(crate) const CTRL_VQ: u32 = 17;
 pub(crate) const MQ: u32 = 22;
 
-/// What the last queue of a device is for, where the VMM serves it in the place of the backend.
+/// The purpose of a device's last queue, when the VMM serves it in place of the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Served {
-    /// The backend serves it.
+    /// None: the backend serves the last queue.
     Nothing,
-    /// A crypto device's sessions are opened and closed.
+    /// The driver of a crypto device opens and closes sessions.
     Sessions,
-    /// A network card's driver says how many pairs of queues it uses.
+    /// The driver of a network card sets the number of queue pairs that it uses.
     Pairs,
 }
 
 /// Whether a feature that the backend offers reaches the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Passage {
-    /// When the configuration that we have holds the fields that it speaks of.
+    /// It does if the configuration is long enough to hold the feature's fields.
     Open,
-    /// Only when the user asks for it: backends offer it and expect the front end to do the work, or do not survive it.
+    /// It does only if the user asks for it. Backends offer it but expect the front end to do the work, or do
+    /// not survive its use.
     OnRequest,
 }
 
@@ -53,7 +54,7 @@ enum Passage {
 pub(super) struct Feature {
     pub(super) name: &'static str,
     pub(super) bit: u32,
-    /// Bytes of configuration space without which it means nothing to the driver.
+    /// The number of configuration bytes that a driver needs to use the feature.
     pub(super) config_end: u16,
     passage: Passage,
 }
@@ -66,21 +67,22 @@ const fn on_request(name: &'static str, bit: u32) -> Feature {
     Feature { name, bit, config_end: 0, passage: Passage::OnRequest }
 }
 
-/// A configuration field that says how many queues there are, which only we know for certain.
+/// A configuration field with the number of queues. The front end writes it, as only the front end knows the
+/// number for certain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct QueueCountField {
     pub(super) offset: usize,
     pub(super) width: usize,
-    /// Queues that it does not count.
+    /// The number of queues that the field does not count.
     pub(super) others: u16,
-    /// Queues that count as one.
+    /// The number of queues that the field counts as one.
     pub(super) group: u16,
     /// The feature without which it is not there.
     pub(super) feature: Option<u32>,
 }
 
-/// A configuration field that says how many ports there are, each with two queues, beside the two of the
-/// control channel (§5.3.2): a driver that takes the feature wants them all.
+/// A configuration field with the number of ports (§5.3.2). Each port has two queues, and the control channel
+/// has two more. A driver that takes the feature needs all of these queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PortsField {
     pub(super) offset: usize,
@@ -96,19 +98,22 @@ struct WritableField {
     feature: Option<u32>,
 }
 
-/// What a driver may write. Several backends exit when they are told of a write anywhere else.
+/// The configuration fields that a driver may write. Several backends exit when they are told of a write
+/// anywhere else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Writable {
-    /// We do not know, and pass everything on.
+    /// Unknown: every write is passed on.
     Anything,
     /// These fields.
     Fields(&'static [WritableField]),
-    /// These fields, and the backend need not hear of a value that it has already: drivers write the defaults
-    /// there, the reference front end keeps them to itself, and so a backend may die of the first such message.
+    /// These fields. Drivers write the defaults there. The reference front end does not pass such writes on,
+    /// so a backend may exit at the first such message. So a write of the present value is not passed on here
+    /// either.
     Settings(&'static [WritableField]),
-    /// These fields, and the backend is told the whole configuration with the change in it, as by the reference front end:
-    /// backends look for a field at its own place, whatever offset the message names, and die of a message that ends
-    /// before it. What the driver wrote there stays, whatever the backend shows.
+    /// These fields. After a write, the backend is told the whole configuration with the change in it, as the
+    /// reference front end does. Backends look for a field at its own place, whatever offset the message
+    /// names, and exit at a message that ends before the field. The driver's value stays in the field,
+    /// whatever the backend shows.
     Window(&'static [WritableField]),
 }
 
@@ -129,27 +134,27 @@ const fn writable_with(feature: u32, offset: usize, width: usize) -> WritableFie
     WritableField { offset, width, feature: Some(feature) }
 }
 
-/// What the configuration is when the backend has none to read (no protocol feature CONFIG).
+/// The configuration of a device whose backend has none (no protocol feature CONFIG).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NoConfig {
-    /// The device is useless then.
+    /// The device is unusable.
     Unusable,
-    /// These bytes, and zeroes after them.
+    /// These bytes, followed by zeroes.
     Instead(&'static [u8]),
 }
 
-/// What a device type is to the guest's driver.
+/// The properties of a device type that the guest's driver sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceType {
     pub(super) name: &'static str,
     pub(super) id: u32,
     pub(super) queues: u16,
-    /// The feature without which the last of them is not there.
+    /// The feature without which the last of these queues does not exist.
     pub(super) last_queue: Option<u32>,
     pub(super) queue_size: u16,
     pub(super) config_size: u16,
     pub(super) no_config: NoConfig,
-    /// What one unit of GET_QUEUE_NUM stands for.
+    /// The number of queues for which one unit of GET_QUEUE_NUM stands.
     pub(super) queue_unit: u16,
     pub(super) queue_count: Option<QueueCountField>,
     pub(super) ports: Option<PortsField>,
@@ -157,13 +162,14 @@ pub struct DeviceType {
     pub(super) features: &'static [Feature],
     /// What the last queue is for, when it is ours to serve.
     pub(super) served: Served,
-    /// Where the number of screens is: one, when a backend leaves it to the front end as QEMU's does (§5.7.4).
+    /// The offset of the number of screens. The number is set to one when a backend leaves it to the front
+    /// end, as QEMU's backend does (§5.7.4).
     pub(super) screens: Option<usize>,
-    /// The MTU that a network card shows, in place of the backend's.
+    /// The MTU that a network card shows in place of the backend's MTU.
     pub(super) mtu: Option<u16>,
-    /// The address that a network card shows, in place of the backend's.
+    /// The address that a network card shows in place of the backend's address.
     pub(super) mac: Option<[u8; 6]>,
-    /// What a file system is mounted by, in place of the backend's own word for it.
+    /// The tag by which a file system is mounted, in place of the backend's tag.
     pub(super) tag: Option<[u8; TAG_SIZE]>,
 }
 
@@ -206,8 +212,9 @@ const BLK_FEATURES: &[Feature] = &[
     feature("zoned", 17, 93),
 ];
 
-// The control queue of vhost-user network devices is the front end's work in every VMM, and so backends offer it without
-// serving it. Ours takes the number of pairs and nothing else: we have no data plane to filter with.
+// In every VMM the front end serves the control queue of vhost-user network devices. So backends offer the
+// queue's features without serving it. Our control queue takes only the number of pairs: we have no data
+// plane for filters.
 const NET_FEATURES: &[Feature] = &[
     feature("csum", 0, 0),
     feature("guest_csum", 1, 0),
@@ -231,12 +238,13 @@ const NET_FEATURES: &[Feature] = &[
     feature("speed_duplex", 63, 17),
 ];
 
-/// A sound card's driver fills the event queue before DRIVER_OK and says so to nobody (§5.14). Every queue is kicked at the
-/// start all the same, as a lost kick is a hang; `vhost-device-sound` takes nothing from this one, and with event index turns in
-/// circles then until somebody does. No sound is so fast that it needs event index.
+/// The driver of a sound card fills the event queue before DRIVER_OK, without a kick (§5.14). The front end
+/// kicks every queue at the start all the same, as a lost kick is a hang. `vhost-device-sound` takes nothing
+/// from the event queue. With event index, it then loops until somebody takes the buffers. No sound is so
+/// fast that it needs event index.
 const SOUND_FEATURES: &[Feature] = &[on_request("event_idx", 29)];
 
-/// The alarm queue of a clock, the event queues of an SCMI device and of lines.
+/// The features of the last queue: alarms of a clock, events of an SCMI device, events of GPIO lines.
 const RTC_F_ALARM: u32 = 0;
 const SCMI_F_P2A_CHANNELS: u32 = 0;
 const GPIO_F_IRQ: u32 = 0;
@@ -249,25 +257,25 @@ const I2C_FEATURES: &[Feature] = &[feature("zero_length_request", 0, 0)];
 const CONSOLE_FEATURES: &[Feature] =
     &[feature("size", 0, 4), feature("multiport", 1, 8), feature("emerg_write", 2, 12)];
 
-/// num_queues 1, seg_max 126, max_sectors 65535, cmd_per_lun 128, event_info_size 16, sense_size 96,
-/// cdb_size 32, max_channel 0, max_target 255, max_lun 16383: what drivers find elsewhere (§5.6.4).
+/// num_queues 1, seg_max 126, max_sectors 65535, cmd_per_lun 128, event_info_size 16, sense_size 96, cdb_size
+/// 32, max_channel 0, max_target 255, max_lun 16383: the values that drivers find in other VMMs (§5.6.4).
 const SCSI_CONFIG: &[u8] = &[
     1, 0, 0, 0, 126, 0, 0, 0, 0xff, 0xff, 0, 0, 128, 0, 0, 0, 16, 0, 0, 0, 96, 0, 0, 0, 32, 0, 0, 0, 0, 0,
     255, 0, 0xff, 0x3f, 0, 0,
 ];
 
-/// Ready, the service cipher with AES-CBC, keys of 64 and 512 bytes, requests of any size: what the reference front
-/// end shows, as backends leave it to the front end (§5.9.5).
+/// Status ready, the service cipher with AES-CBC, keys of 64 and 512 bytes, requests of any size (§5.9.5).
+/// These are the values of the reference front end, as backends leave the configuration to the front end.
 const CRYPTO_CONFIG: &[u8] = &[
     1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
     0, 64, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
 ];
 
-/// The rows. Sizes are those that real backends answer to: several refuse one byte more.
+/// The rows. The configuration sizes are accepted by real backends: several refuse one byte more.
 const TYPES: &[DeviceType] = &[
     DeviceType {
         no_config: NoConfig::Instead(&[]),
-        // The reference front end takes GET_QUEUE_NUM for pairs, and so do its backends.
+        // The reference front end and its backends take GET_QUEUE_NUM as a number of pairs.
         queue_unit: 2,
         queue_count: Some(QueueCountField { offset: 8, width: 2, others: 0, group: 2, feature: Some(22) }),
         features: NET_FEATURES,
@@ -278,11 +286,11 @@ const TYPES: &[DeviceType] = &[
         // writeback
         writable: Writable::Fields(&[writable_with(11, 32, 1)]),
         features: BLK_FEATURES,
-        // Up to write zeroes: qemu-storage-daemon and others know no more.
+        // The configuration up to write zeroes: qemu-storage-daemon and others know no more.
         ..row("blk", 2, 1, 60)
     },
     DeviceType {
-        // As for scsi.
+        // For the same reason as for scsi.
         queue_size: 128,
         no_config: NoConfig::Instead(&[]),
         // max_nr_ports
@@ -294,7 +302,8 @@ const TYPES: &[DeviceType] = &[
     },
     row("rng", 4, 1, 0),
     DeviceType {
-        // That of the reference front end; a backend of today takes no more, and says so to nobody.
+        // The size of the reference front end. A current backend handles no larger queue, and does not report
+        // an error.
         queue_size: 128,
         no_config: NoConfig::Instead(SCSI_CONFIG),
         queue_count: Some(QueueCountField { offset: 0, width: 4, others: 2, group: 1, feature: None }),
@@ -314,7 +323,7 @@ const TYPES: &[DeviceType] = &[
         queue_count: Some(QueueCountField { offset: 4, width: 4, others: 1, group: 1, feature: None }),
         ..row("crypto", 20, 2, 56)
     },
-    // Their backends of today refuse larger queues; the reference front end has those.
+    // Current backends refuse larger queues. The reference front end uses this size.
     DeviceType { queue_size: 64, features: SOUND_FEATURES, ..row("sound", 25, 4, 12) },
     DeviceType {
         queue_count: Some(QueueCountField { offset: 36, width: 4, others: 1, group: 1, feature: None }),
@@ -328,13 +337,13 @@ const TYPES: &[DeviceType] = &[
     row("media", 48, 2, 40),
 ];
 
-/// Why a name or a size makes no device type.
+/// Why a name or a value makes no device type.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TypeError {
     /// No row has this name.
     #[error("there is no device type called `{0}`")]
     Unknown(String),
-    /// What follows `generic:` is no device id.
+    /// The text after `generic:` is no device id.
     #[error("`{0}` is not a virtio device id between 1 and 65535")]
     Id(String),
     /// The configuration size is out of range.
@@ -343,13 +352,13 @@ pub enum TypeError {
     /// Only network cards have one.
     #[error("a {0} device has no MTU, only net has")]
     NoMtu(&'static str),
-    /// IPv4 asks for more.
+    /// The MTU is below the minimum of IPv4.
     #[error("the MTU {0} is below 68")]
     Mtu(u16),
     /// Only network cards have one.
     #[error("a {0} device has no address, only net has")]
     NoMac(&'static str),
-    /// No single station can have it.
+    /// The address is zero or a group address.
     #[error("that is the address of no single station")]
     Mac,
     /// Only file systems have a tag.
@@ -388,7 +397,8 @@ impl DeviceType {
         TYPES.iter().map(|row| row.name).collect()
     }
 
-    /// A type that we know only the number of: one queue and no configuration, unless told otherwise.
+    /// A type of which only the id is known: one queue and no configuration, unless the user sets other
+    /// values.
     #[must_use]
     pub fn generic(id: u16) -> Self {
         DeviceType { writable: Writable::Anything, ..row("generic", id.into(), 1, 0) }
@@ -397,7 +407,7 @@ impl DeviceType {
     /// The same type with another size of the configuration space.
     ///
     /// # Errors
-    /// When a message cannot carry so much.
+    /// When a message cannot carry so many bytes.
     pub fn with_config_size(self, config_size: u16) -> Result<Self, TypeError> {
         if config_size > MAX_CONFIG_SIZE {
             return Err(TypeError::ConfigSize(config_size));
@@ -405,11 +415,11 @@ impl DeviceType {
         Ok(Self { config_size, ..self })
     }
 
-    /// The same type with a tag of the user's, which also stands in for a configuration: some file system
-    /// backends have none, and leave the tag to the front end.
+    /// The same type with the user's tag. The tag also takes the place of a missing configuration: some file
+    /// system backends have none, and leave the tag to the front end.
     ///
     /// # Errors
-    /// When it is no file system, or the tag does not fit.
+    /// When the type is no file system, or the tag does not fit.
     pub fn with_tag(self, tag: &str) -> Result<Self, TypeError> {
         if self.id != FILE_SYSTEM {
             return Err(TypeError::NoTag(self.name));
@@ -422,10 +432,10 @@ impl DeviceType {
         Ok(Self { tag: Some(field), no_config: NoConfig::Instead(&[]), ..self })
     }
 
-    /// The same type with an MTU of the user's, which the guest is told.
+    /// The same type with the user's MTU, which the guest is told.
     ///
     /// # Errors
-    /// When it is no network card, or the MTU is below 68.
+    /// When the type is no network card, or the MTU is below 68.
     pub fn with_mtu(self, mtu: u16) -> Result<Self, TypeError> {
         match (self.id, mtu) {
             (NET, 68..) => Ok(Self { mtu: Some(mtu), ..self }),
@@ -434,16 +444,17 @@ impl DeviceType {
         }
     }
 
-    /// The MTU of the user's.
+    /// The user's MTU.
     #[must_use]
     pub fn mtu(&self) -> Option<u16> {
         self.mtu
     }
 
-    /// The same type with an address of the user's, which the guest is told. The backend learns it from the guest's frames.
+    /// The same type with the user's address, which the guest is told. The backend learns the address from
+    /// the guest's frames.
     ///
     /// # Errors
-    /// When it is no network card, or the address is zero or that of a group.
+    /// When the type is no network card, or the address is zero or a group address.
     pub fn with_mac(self, mac: [u8; 6]) -> Result<Self, TypeError> {
         match (self.id, mac) {
             (NET, [0, 0, 0, 0, 0, 0]) => Err(TypeError::Mac),
@@ -453,7 +464,7 @@ impl DeviceType {
         }
     }
 
-    /// The address of a network card that the guest knows, for a driver that took `features`.
+    /// The address that a network card's guest knows, for a driver that took `features`.
     #[must_use]
     pub fn mac(&self, features: DriverFeatures, config: &[u8]) -> Option<[u8; 6]> {
         let known = self.id == NET && features.has(NET_F_MAC);
@@ -484,8 +495,8 @@ impl DeviceType {
         self.no_config == NoConfig::Unusable
     }
 
-    /// Whether a driver that was offered `features` may write `length` bytes of configuration at
-    /// `offset`: all of them within one field that is there.
+    /// Whether a driver that was offered `features` may write `length` bytes of configuration at `offset`.
+    /// All bytes have to lie within one field that exists.
     #[must_use]
     pub fn driver_may_write(&self, features: DeviceFeatures, offset: usize, length: usize) -> bool {
         let Some(fields) = self.writable.fields() else { return true };
@@ -502,14 +513,16 @@ impl DeviceType {
         self.served
     }
 
-    /// Whether writing `data` at `offset` of `config` says nothing new.
+    /// Whether the backend need not be told of a write of `data` at `offset` of `config`, because a setting
+    /// has this value already.
     #[must_use]
     pub fn is_settled(&self, config: &[u8], offset: usize, data: &[u8]) -> bool {
         matches!(self.writable, Writable::Settings(_))
             && config.get(offset..).is_some_and(|rest| rest.starts_with(data))
     }
 
-    /// The whole of `config` with `data` at `offset`, when that is what the backend is to be told of such a write.
+    /// The whole of `config` with `data` at `offset`, if the backend is to be told of such a write by the
+    /// whole configuration.
     #[must_use]
     pub fn whole_after(&self, config: &[u8], offset: usize, data: &[u8]) -> Option<Vec<u8>> {
         let Writable::Window(_) = self.writable else { return None };
@@ -519,7 +532,8 @@ impl DeviceType {
         Some(config)
     }
 
-    /// Puts what the driver wrote into a window's fields, which `old` has, into the `config` that the backend shows.
+    /// Copies the fields of a window, which the driver wrote, from `old` into the `config` that the backend
+    /// shows.
     pub fn keep_written(&self, old: &[u8], config: &mut [u8]) {
         let Writable::Window(fields) = self.writable else { return };
         for field in fields {
@@ -530,10 +544,10 @@ impl DeviceType {
         }
     }
 
-    /// What to negotiate with a backend of this type: the defaults, less what is only had on request,
-    /// changed as the user says (`-name+name`). Names of this type's features are those of the
-    /// specification in lower case, where `mq` is the protocol feature and the device features are
-    /// `blk_mq` and `net_mq`; all other names are the transport's.
+    /// The features to negotiate with a backend of this type: the defaults, without features that need a
+    /// request, changed as the user says (`-name+name`). The names of this type's features are those of the
+    /// specification in lower case. One exception: `mq` is the protocol feature, and the device features are
+    /// `blk_mq` and `net_mq`. All other names are those of `transport`.
     ///
     /// # Errors
     /// When a name is not known.
@@ -541,8 +555,8 @@ impl DeviceType {
         self.wanted_of(Self::defaults(), changes)
     }
 
-    /// What is negotiated with any backend that offers it: what the transport needs no help for, and what
-    /// every device does for its backend.
+    /// The features that are negotiated with every backend that offers them: features that `transport`
+    /// handles alone, and features that every device implements for its backend.
     pub(crate) fn defaults() -> Wanted {
         Wanted::default().and(
             ProtocolFeatures::BACKEND_SEND_FD
@@ -551,7 +565,7 @@ impl DeviceType {
         )
     }
 
-    /// The same, from other defaults.
+    /// Like [`DeviceType::wanted`], from other defaults.
     pub(crate) fn wanted_of(&self, defaults: Wanted, changes: &str) -> Result<Wanted, UnknownFeature> {
         let mut text = String::new();
         for feature in self.features.iter().filter(|f| f.passage == Passage::OnRequest) {
@@ -561,11 +575,11 @@ impl DeviceType {
             text.push_str(&format!("+bit{}+bit{}", CTRL_VQ, MQ));
         }
         if self.served == Served::Sessions {
-            // Its configuration is the front end's: the reference front end never asks, and DPDK, which offers CONFIG with
-            // any type, hangs up when it is asked.
+            // The configuration comes from the front end: the reference front end never asks the backend.
+            // DPDK offers CONFIG with any type, and hangs up when it is asked.
             text.push_str("-config");
         }
-        // Split so that each piece keeps its sign.
+        // The text is split so that each piece keeps its sign.
         for piece in changes.split_inclusive(['+', '-']) {
             let (name, sign) = match piece.char_indices().next_back() {
                 Some((at, sign @ ('+' | '-'))) => (piece.get(..at).unwrap_or_default(), Some(sign)),

@@ -117,7 +117,7 @@ fn file_system_has_the_tag_of_the_user_before_that_of_the_backend() {
     for config in [None, Some(40)] {
         let model = tagged.model(offer(V1, None, config), &Wishes::default()).unwrap();
         assert_eq!(model.config.get(..6).unwrap(), b"work\0\0");
-        // One request queue beside the one for urgent requests.
+        // One request queue and the queue for urgent requests.
         assert_eq!(model.config.get(36..40).unwrap(), 1_u32.to_le_bytes());
     }
     assert!(named("fs").with_tag(&"x".repeat(36)).is_ok());
