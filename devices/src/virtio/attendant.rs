@@ -24,7 +24,7 @@ pub enum Job {
     Search(Effort),
     /// A connection of the device is gone.
     HungUp,
-    /// The backend says that its configuration changed.
+    /// The backend has reported a change of its configuration.
     Reload,
     /// This queue was kicked, and the VMM serves its kicks or passes them on.
     Kick(u16),

@@ -1,15 +1,15 @@
 //! Virtio 1.2 devices whose queues are served by backends in other processes.
 //!
-//! | chapter | what it holds |
+//! | chapter | content |
 //! |--|--|
 //! | [`core`] | the device: registers, status, queues, states; the same for every transport and type |
-//! | [`types`] | what distinguishes a disk from a network card: one table row each |
+//! | [`types`] | the properties that tell a disk from a network card: one table row each |
 //! | [`transport`] | virtio-mmio and virtio-pci: offsets, pages, capabilities |
-//! | [`ring`] | what rings in guest memory tell: addresses, indexes, requests in flight |
-//! | [`backend`] | whoever serves the queues, and that over vhost-user |
+//! | [`ring`] | the rings in guest memory: addresses, indexes, requests in flight |
+//! | [`backend`] | the backend that serves the queues: its interface, and vhost-user behind it |
 //! | [`served`] | the control queues that the VMM serves itself |
-//! | [`recovery`] | a lost backend, and how the next one takes its place |
-//! | [`attendant`] | the thread that waits for the backend on behalf of everybody else |
+//! | [`recovery`] | the loss of a backend, and how a backend takes its place |
+//! | [`attendant`] | the thread that waits for the backend, so that no other thread has to |
 
 pub mod attendant;
 pub mod backend;

@@ -39,7 +39,7 @@ impl Answers {
         self.misses.as_ref().ok_or(Refused)?.answer(message)
     }
 
-    /// The backend has used buffers of a queue and says so by message: interrupts the guest.
+    /// The backend reports by message that it has used buffers of a queue: interrupts the guest.
     ///
     /// # Errors
     /// When there is no such queue.

@@ -104,7 +104,7 @@ pub struct Device {
     pub(crate) on_loss: OnLoss,
     pub(crate) listener: Option<Listener>,
     pub(crate) seeker: Option<Seeker>,
-    /// What serves a queue in the place of the backend.
+    /// The VMM's server of a queue, in place of the backend.
     pub(crate) service: Option<Box<dyn Service>>,
     /// The machine has ended: no other backend may be taken.
     pub(crate) retired: bool,

@@ -84,7 +84,7 @@ fn without_slots_the_queues_stop_for_a_moment_and_go_on_where_they_were() {
     assert_eq!((handle.stats().activations, backend.breaches()), (1, vec![]));
 }
 
-/// The same behind an IOMMU whose addresses are shuffled.
+/// A rig behind an IOMMU whose addresses are shuffled.
 fn rig_behind(features: &str, offer: Offer, script: Script) -> (ScriptedBackend, Guest) {
     let offer = Offer { features: offer.features | 1 << bit::ACCESS_PLATFORM, ..offer };
     let (backend, socket) = ScriptedBackend::pair(offer, script).unwrap();

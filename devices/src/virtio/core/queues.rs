@@ -211,7 +211,7 @@ impl Wiring {
         verdicts
     }
 
-    /// Rings a queue's kick eventfd, for a kick that KVM did not pass on itself.
+    /// Rings a queue's kick eventfd, for a kick that did not end in the kernel.
     pub(crate) fn kick(&self, queue: u16) -> io::Result<()> {
         self.kicked(queue).map_or(Ok(()), |pair| pair.kick.ring())
     }

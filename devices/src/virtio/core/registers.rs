@@ -296,8 +296,8 @@ impl Registers {
             Reg::QueueSizeMax => queue.map_or(0, |q| q.max_size.into()),
             Reg::QueueSize => queue.map_or(0, |q| q.size.into()),
             Reg::QueueReady => queue.map_or(0, |q| q.ready.into()),
-            // A used buffer is always possible, so the register always shows this reason. So it never has to
-            // change on the path of a request.
+            // The register always shows the reason "used buffer", as a used buffer is always possible. So the
+            // register never has to change on the path of a request.
             Reg::InterruptStatus if self.config_pending => USED_BUFFER | CONFIG_CHANGE,
             Reg::InterruptStatus => USED_BUFFER,
             Reg::Status => self.status.bits().into(),

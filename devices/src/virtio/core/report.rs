@@ -22,9 +22,9 @@ pub enum PhaseReport {
 /// Writes that came to userspace while the queues ran, by register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Trapped {
-    /// Kicks. 0 as long as KVM passes every kick directly to the backend.
+    /// Kicks. 0 as long as the machine lets every kick end in the kernel.
     pub queue_notify: u64,
-    /// Acknowledgements of used buffers and nothing else. 0 as long as KVM swallows them.
+    /// Acknowledgements of used buffers and nothing else. 0 as long as these end in the kernel.
     pub interrupt_ack: u64,
     /// Acknowledgements of a configuration change.
     pub config_ack: u64,

@@ -179,8 +179,8 @@ impl DeviceHandle {
         self.with(|device| device.finish_fill(started))
     }
 
-    /// A search for the backend of a broken device has failed. `silent` tells whether the peer failed to
-    /// answer; `None` when the search did not show that.
+    /// A search for the backend of a broken device has failed. `silent` is whether the peer failed to answer;
+    /// `None` when the search did not show this.
     pub(crate) fn search_failed(&self, error: &(dyn Error + 'static), silent: Option<bool>) {
         self.with(|device| device.search_failed(error, silent));
         self.wake();

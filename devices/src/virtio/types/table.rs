@@ -160,7 +160,7 @@ pub struct DeviceType {
     pub(super) ports: Option<PortsField>,
     writable: Writable,
     pub(super) features: &'static [Feature],
-    /// What the last queue is for, when it is ours to serve.
+    /// The purpose of the last queue, when the VMM serves it.
     pub(super) served: Served,
     /// The offset of the number of screens. The number is set to one when a backend leaves it to the front
     /// end, as QEMU's backend does (§5.7.4).
@@ -240,8 +240,8 @@ const NET_FEATURES: &[Feature] = &[
 
 /// The driver of a sound card fills the event queue before DRIVER_OK, without a kick (§5.14). The front end
 /// kicks every queue at the start all the same, as a lost kick is a hang. `vhost-device-sound` takes nothing
-/// from the event queue. With event index, it then loops until somebody takes the buffers. No sound is so
-/// fast that it needs event index.
+/// from the event queue. With event index, it then loops until the buffers are taken. No sound is so fast
+/// that it needs event index.
 const SOUND_FEATURES: &[Feature] = &[on_request("event_idx", 29)];
 
 /// The features of the last queue: alarms of a clock, events of an SCMI device, events of GPIO lines.
@@ -508,7 +508,7 @@ impl DeviceType {
         fields.iter().any(|field| there(field) && within(field))
     }
 
-    /// What the last queue is for, when it is ours to serve.
+    /// The purpose of the last queue, when the VMM serves it.
     pub(crate) fn served(&self) -> Served {
         self.served
     }
