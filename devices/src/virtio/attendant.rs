@@ -1,6 +1,6 @@
-//! The attendant: one thread for each device. It does the work that waits for the backend and for which no
-//! vCPU waits: the search for a lost backend, configuration changes, lookups of shared objects, and kicks of
-//! the control queues that the VMM serves. The thread starts with the first job and ends with the device.
+//! The attendant: one thread for each device, for work that may wait for the backend and must not run on a
+//! vCPU: the search for a lost backend, configuration changes, lookups of shared objects, and kicks of the
+//! control queues that the VMM serves. The thread starts with the first job and ends with the device.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -80,8 +80,8 @@ const WATCH: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(20);
 
 impl Attendant {
-    /// Makes the attendant of `device`. With `search`, the device has its lost backend searched for by this
-    /// attendant.
+    /// Makes the attendant of `device`. With `search`, the device asks this attendant to search for a lost
+    /// backend.
     #[must_use]
     pub fn new(name: String, device: DeviceHandle, search: Option<Search>) -> Arc<Self> {
         let limit = search.as_ref().map(|search| search.limits.deadline());

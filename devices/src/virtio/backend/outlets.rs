@@ -4,8 +4,9 @@
 //! - the notifications of a queue, over which it puts a page of its own (HOST_NOTIFIER);
 //! - interrupts, by message (VRING_CALL).
 //!
-//! Only the present connection reaches anything, and only while its queues run. Everything it has shown ends
-//! with it. Called on the thread that serves the backends' channels; must never take a device's lock.
+//! Only the present connection reaches anything, and only while its queues run. Everything that a connection
+//! has shown ends with it. Called on the thread that serves the backends' channels; must never take a
+//! device's lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
@@ -104,8 +105,8 @@ impl Outlet for FixedOutlet {
 /// The parts of the guest that the backends of one device may reach, for the device's whole life. All clones
 /// share the same state.
 ///
-/// Lock order: device, then this, then transport. The lock is held only briefly, with or without the device's
-/// lock.
+/// Lock order: the device's lock, this lock, the transport's lock. This lock is held only briefly, with or
+/// without the device's lock.
 #[derive(Clone, Default)]
 pub struct Outlets(Arc<Mutex<State>>);
 
@@ -227,8 +228,8 @@ impl Tenancy {
     /// Maps a piece of a file into a region, as the backend asks.
     ///
     /// # Errors
-    /// When the area is outside its region, over another map or beyond the file, or when the queues do not
-    /// run.
+    /// When the area is outside its region, over another map or beyond the file; or when the connection may
+    /// not act: its queues do not run, or another connection has taken its place.
     pub fn map(&self, area: &ShmemArea, fd: OwnedFd) -> Result<(), Refused> {
         self.try_map(area, fd).map_err(|error| self.refuse("map", area, &error))
     }
@@ -244,7 +245,7 @@ impl Tenancy {
     /// Interrupts the guest for a queue.
     ///
     /// # Errors
-    /// When there is no such queue, or the queues do not run.
+    /// When there is no such queue, or the connection may not act.
     pub fn call(&self, queue: u32) -> Result<(), Refused> {
         let state = lock(&self.state.0);
         self.admitted(&state).map_err(|_| Refused)?;

@@ -27,9 +27,9 @@ pub struct Order {
     pub wanted: Wanted,
     /// The user's changes to the features to negotiate.
     changes: String,
-    /// Protocol features that this device wants and others do not.
+    /// Protocol features that this device wants beyond the defaults of all devices.
     extra: ProtocolFeatures,
-    /// The device is to survive the loss of its backend.
+    /// Whether the device is to survive the loss of its backend.
     outlives: bool,
     /// The translations of a device behind an IOMMU.
     pub(crate) translations: Option<Arc<IovaMap>>,

@@ -17,7 +17,7 @@ use crate::virtio::types::model::{Model, ModelError, Offer};
 /// The most bytes of shared memory of a device: no guest could map more.
 const SHARED_MEMORY_MAX: u64 = 1 << 40;
 
-/// Why there is no device at the other end.
+/// Why the backend at the other end makes no device.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The backend failed.
@@ -34,7 +34,7 @@ pub enum OpenError {
     /// The socket of the GPU's display does not connect.
     #[error("cannot connect to the display's socket {name}")]
     Display {
-        /// Where it should be.
+        /// The address of the socket.
         name: String,
         /// Why not.
         source: io::Error,

@@ -45,7 +45,7 @@ impl DeviceHandle {
         Ok(Self(Arc::new(Shared { device: Mutex::new(device), changed: Condvar::new(), cut })))
     }
 
-    /// Does something with the device, under its lock.
+    /// Calls `act` with the device, under its lock.
     pub fn with<T>(&self, act: impl FnOnce(&mut Device) -> T) -> T {
         act(&mut lock(&self.0.device))
     }

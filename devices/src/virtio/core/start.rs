@@ -18,7 +18,7 @@ use crate::virtio::ring::split::Notes;
 enum StartError {
     /// The driver made a mistake; a reset helps.
     Driver(String),
-    /// The machine failed; a reset does not help.
+    /// The machine failed, or the rings cannot be resumed; the driver made no mistake.
     Lasting(String),
     /// The backend failed and is lost.
     Lost(BackendError),
@@ -227,7 +227,7 @@ impl Device {
         }
     }
 
-    /// Takes what is left in the queues' eventfds.
+    /// Clears the queues' eventfds.
     pub(crate) fn drain(&self) {
         if let Err(error) = self.wiring.drain() {
             log::warn!("{}: cannot drain an eventfd: {error}", self.name);

@@ -100,8 +100,8 @@ pub(crate) struct Attended {
     pub(crate) backend: VhostUser,
 }
 
-/// What is needed to replace the backend of one device, for the device's whole life. Shared between threads;
-/// only one of them makes an attempt at a time.
+/// Replaces the backend of one device, for the device's whole life. Shared between threads; only one thread
+/// makes an attempt at a time.
 #[derive(Clone)]
 pub struct Reconnect {
     order: Order,

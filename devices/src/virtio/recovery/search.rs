@@ -37,8 +37,8 @@ const GLANCE: Duration = Duration::from_millis(200);
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 impl Meeting {
-    /// One attempt. It fails at once when nobody listens at the path. It waits for at most `patience` when
-    /// the backend's listen queue is full, or when we listen.
+    /// One attempt to connect. It fails at once when nobody listens at the path. It waits for at most
+    /// `patience` when the backend's listen queue is full, or when we listen.
     fn meet(&self, limits: &Limits, patience: Duration) -> Result<Connection, Error> {
         let deadline = Deadline::after(patience);
         match self {

@@ -121,9 +121,9 @@ enum Begun {
 /// `DOUBT`: how long we wait for a driver whose rings leave a doubt. `LOOK`: the time between two looks at
 /// the rings.
 ///
-/// When the backend was lost, the driver's interrupt told it of all used buffers. Requests that the driver
-/// makes available after the loss are certainly in flight. Once all its requests are of that kind, no doubt
-/// is left. Most drivers need no more than to be scheduled once.
+/// The driver was interrupted when the backend was lost, and so knows of all used buffers. Requests that the
+/// driver makes available after the loss are certainly in flight. Once all its requests are of that kind, no
+/// doubt is left. Most drivers need no more than to be scheduled once.
 const DOUBT: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(2);
 

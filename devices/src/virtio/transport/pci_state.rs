@@ -134,8 +134,8 @@ impl State {
         routed.and(self.pull_lines())
     }
 
-    /// Takes over the device's status. Interrupts before the driver is ready stay in the eventfds. So the
-    /// lines, and the thread that watches them, exist only for drivers without MSI-X.
+    /// Follows the device's status. Interrupts before the driver is ready stay in the eventfds. So the lines,
+    /// and the thread that watches them, exist only for drivers without MSI-X.
     pub(crate) fn follow(&mut self, status: Status) {
         let live = status.has(Status::DRIVER_OK);
         if std::mem::replace(&mut self.live, live) == live {
