@@ -66,7 +66,8 @@ fn card(script: Script) -> (ScriptedBackend, Opened) {
     (backend, open(connection, &order(4)).unwrap())
 }
 
-/// The guest address of a queue: its descriptors and its rings have one page each.
+/// The guest address of a queue's descriptors. The available and the used ring follow, each one page further
+/// on.
 fn place(queue: u16) -> u64 {
     0x1_0000 + 0x4000 * u64::from(queue)
 }
