@@ -1,4 +1,4 @@
-//! What another thread may ask of a running machine, and what it hears of it.
+//! Reaches a running machine from another thread: commands go to the machine, events come from it.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,15 +16,15 @@ use crate::stats::Stats;
 pub enum End {
     /// The guest powered it off.
     PowerOff,
-    /// The guest reset it, and the configuration makes that the end.
+    /// The guest reset it, and the configuration says that a reset ends the machine.
     Reset,
-    /// The user or a [`Handle`] asked for it.
+    /// The user or a [`Handle`] asked for the end.
     Quit,
-    /// A signal asked for it.
+    /// A signal with this number asked for the end.
     Signal(i32),
-    /// The guest crashed; the first line says how, the others show the registers.
+    /// The guest crashed. The first line of the text gives the reason, the other lines show the registers.
     Crash(String),
-    /// The guest's kernel panicked, and said so by the pvpanic device.
+    /// The guest's kernel panicked and reported this through the pvpanic device.
     Panicked,
 }
 
@@ -58,42 +58,43 @@ impl From<Request> for End {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// A device has lost its backend, which is looked for.
+    /// A device has lost its backend. The device is recovering: it tries to find a backend again.
     DeviceLost {
         /// The device's name.
         id: String,
     },
-    /// A device has lost its peer, or the peer misbehaved.
+    /// A device is broken: it has lost its peer, or the peer misbehaved.
     DeviceBroken {
         /// The device's name.
         id: String,
-        /// How.
+        /// The reason.
         why: String,
     },
-    /// A device has a backend again.
+    /// The backend of a device is found again.
     DeviceRecovered {
         /// The device's name.
         id: String,
     },
-    /// The guest reset the machine, which starts again.
+    /// The guest reset the machine. The machine starts again.
     GuestReset,
     /// The machine has ended.
     Ended(End),
 }
 
-/// How many events wait for a receiver that does not take them; later ones are lost to it.
+/// The number of events that wait for one receiver. When so many wait, later events are lost to this
+/// receiver.
 const EVENTS: usize = 4096;
 
-/// Who hears of events.
+/// The receivers of events.
 #[derive(Debug, Default)]
 pub(crate) struct Listeners {
     senders: Mutex<Vec<SyncSender<Event>>>,
-    /// The machine ends: devices lose their peers by that.
+    /// The machine is ending. Devices lose their peers because of that, so such losses are not reported.
     ending: AtomicBool,
 }
 
 impl Listeners {
-    /// Tells everybody. Called on any thread; never waits.
+    /// Sends the event to every receiver. Called on any thread; never waits.
     pub(crate) fn tell(&self, event: &Event) {
         let mut listeners = self.senders.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain(|listener| {
@@ -103,7 +104,7 @@ impl Listeners {
 }
 
 impl Listeners {
-    /// Tells everybody what became of a device, unless the machine ends.
+    /// Sends the new state of a device to every receiver, unless the machine is ending.
     pub(crate) fn tell_of(&self, id: &str, state: PhaseReport) {
         if self.ending.load(Ordering::Relaxed) {
             return;
@@ -116,22 +117,22 @@ impl Listeners {
         });
     }
 
-    /// From now on it is no news that a device loses its peer.
+    /// The machine is ending: from now on the loss of a peer is not reported.
     pub(crate) fn end(&self) {
         self.ending.store(true, Ordering::Relaxed);
     }
 }
 
-/// What a machine is asked to do.
+/// A command to the machine.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// End, as at Ctrl-A x.
     Quit,
-    /// Say what has been counted so far.
+    /// Send the statistics so far.
     Stats(Sender<Stats>),
 }
 
-/// The machine's end of its handles.
+/// The machine's end of the channel to its handles.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
     commands: Receiver<Command>,
@@ -141,12 +142,12 @@ pub(crate) struct Mailbox {
 }
 
 impl Mailbox {
-    /// Readable when there are commands.
+    /// A socket that is readable when there are commands.
     pub(crate) fn wake(&self) -> &UnixStream {
         &self.wake
     }
 
-    /// The commands that have come.
+    /// Takes the commands that have arrived.
     pub(crate) fn take(&mut self) -> Vec<Command> {
         if let Err(error) = self.wake.read(&mut [0; 64]) {
             log::debug!("cannot read the wake-up of a command: {error}");
@@ -174,9 +175,10 @@ impl Handle {
         Ok((handle, Mailbox { commands, wake, listeners }))
     }
 
-    /// False when the machine has ended.
+    /// Sends a command. False when the machine has ended.
     fn send(&self, command: Command) -> bool {
-        // A wake-up that finds no room is one of many that wait.
+        // The socket may be full of wake-ups that the machine has not read. They wake the machine for this
+        // command too.
         self.commands.send(command).is_ok() && {
             let woken = (&*self.wake).write(&[0]);
             woken.map_or_else(|error| error.kind() == io::ErrorKind::WouldBlock, |_| true)
@@ -190,14 +192,15 @@ impl Handle {
         }
     }
 
-    /// What has been counted so far. `None` when the machine has ended: its outcome has all of it. Waits until the machine
-    /// runs.
+    /// The statistics so far. Waits until the machine runs. `None` when the machine has ended; its
+    /// [`Outcome`](crate::machine::Outcome) then has the statistics.
     pub fn stats(&self) -> Option<Stats> {
         let (reply, stats) = channel();
         self.send(Command::Stats(reply)).then(|| stats.recv().ok()).flatten()
     }
 
-    /// What happens to the machine from now on. A receiver that leaves 4096 events waiting misses those that follow.
+    /// The events of the machine from now on. While 4096 events wait in the receiver, further events are lost
+    /// to it.
     pub fn events(&self) -> Receiver<Event> {
         let (sender, events) = sync_channel(EVENTS);
         self.listeners.senders.lock().unwrap_or_else(PoisonError::into_inner).push(sender);

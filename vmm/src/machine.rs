@@ -1,4 +1,4 @@
-//! From a configuration to a running guest and back.
+//! Builds a machine from a configuration, runs the guest with its reboots, and ends the machine.
 
 use std::fs::File;
 use std::io::Write;
@@ -38,16 +38,16 @@ use crate::life::signals::Signals;
 use crate::life::vcpu::VcpuCounters;
 use crate::stats::{Startup, Stats};
 
-/// What remains of a machine.
+/// The result of a machine that has ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// How it ended.
     pub end: End,
-    /// What was counted.
+    /// The statistics.
     pub stats: Stats,
 }
 
-/// A machine with its backends connected and its guest loaded, ready to run.
+/// A machine that is ready to run: its backends are connected and its guest is loaded.
 pub struct Machine {
     lasting: Lasting,
     board: Board,
@@ -60,7 +60,7 @@ pub struct Machine {
     startup: Startup,
 }
 
-/// What outlives boards.
+/// The parts of a machine that stay over reboots. A reboot replaces only the board.
 struct Lasting {
     kvm: Kvm,
     host_cpu: HostCpu,
@@ -69,7 +69,7 @@ struct Lasting {
     ram: Ram,
     ram_mappings: Vec<Mapping>,
     devices: DeviceList,
-    /// Serves servers' requests as long as the machine lives.
+    /// The thread that serves requests of backends and servers. It runs as long as the machine lives.
     _peers: Arc<Peers>,
     counters: Vec<Arc<VcpuCounters>>,
     output: Arc<Transmit>,
@@ -77,7 +77,7 @@ struct Lasting {
 }
 
 impl Lasting {
-    /// A board as at power-on, with the guest loaded.
+    /// Makes a board in its state at power-on, with the guest loaded.
     fn board(&self, entry: &Entry) -> Result<Board, Error> {
         let parts = Parts {
             kvm: &self.kvm,
@@ -96,19 +96,19 @@ impl Lasting {
 }
 
 impl Machine {
-    /// Builds a machine: one list, read from top to bottom. What is cheap to get wrong comes first, what
-    /// takes time last.
+    /// Builds a machine in numbered steps. The steps that find mistakes of the user come first; the steps
+    /// that take time come last.
     ///
     /// # Errors
-    /// When the configuration makes no sense, the host lacks something, or a peer fails. Nothing is left
-    /// behind then.
+    /// When the configuration is wrong, the host lacks something, or a peer fails. A failed build leaves
+    /// nothing behind.
     pub fn build(mut config: Config) -> Result<Self, Error> {
         transport::peer::eventfd::signal_by(crate::host::descriptors::signal);
         let begun = Instant::now();
         config.settle()?;
         let mut startup = Startup::default();
 
-        // 1. What the user named: files, then the host's KVM.
+        // 1. The files that the user named, then the host's KVM.
         let mut files = Files::open(&config)?;
         let kvm = kvm::open()?;
         files.cmdline = HostCpu::with_tsc(&kvm, files.cmdline);
@@ -126,7 +126,7 @@ impl Machine {
 
         fits(&config, &host_cpu)?;
 
-        // 2. Guest RAM. It is mapped once; boards come and go around it.
+        // 2. Guest RAM. It is mapped once; every board uses the same mapping.
         let ram = Ram::allocate(config.memory.size, config.memory.hugepages).map_err(|error| {
             let hint = error.hint();
             Error::host("cannot allocate guest memory").because(error).hints(hint)
@@ -135,11 +135,11 @@ impl Machine {
         let memory = memory_map(&ram, &ram_mappings)?;
         startup.ram = elapsed(begun);
 
-        // 3. The guest's image: a bad one is found before a peer is touched.
+        // 3. The guest's image. A bad image is found before a peer is contacted.
         let entry = files.load(&ram, &platform)?;
         startup.image = elapsed(begun);
 
-        // 4. The backends, each connected and asked what it offers.
+        // 4. The backends and servers. Each one is connected and asked what it offers.
         let peers = Peers::new(config.vhost_user.len())
             .map(Arc::new)
             .map_err(|error| Error::internal("cannot make an eventfd").because(error))?;
@@ -181,7 +181,7 @@ impl Machine {
         }
         startup.peers = elapsed(begun);
 
-        // 5. The console, now that little can fail, and the hardware.
+        // 5. The console and the board. The console comes late, because few steps can fail after it.
         let console = Console::open(&config.serial)?;
         let lasting = Lasting {
             kvm,
@@ -216,7 +216,8 @@ impl Machine {
         self.handle.clone()
     }
 
-    /// Has the machine end in order when this process gets a signal, and give the terminal back while it is stopped.
+    /// Lets signals to this process end the machine in order. The terminal's settings are restored while the
+    /// process is stopped.
     pub fn serve_signals(&mut self, signals: Signals) {
         self.signals = signals;
     }
@@ -246,7 +247,8 @@ impl Machine {
             }
             board.end_vcpus(|| control.turn_and_hurry());
             control.serve(None)?;
-            // Asked again: what came meanwhile may count for more.
+            // The request is read again here, because a request that arrived in the meantime may replace a
+            // reset.
             let request = control.ending().or_else(|| lifecycle.take_request()).unwrap_or(Request::Quit);
             control.ledger(Ledger::close_board);
             board.release();
@@ -287,8 +289,8 @@ impl Machine {
     }
 }
 
-/// The images, open for the machine's whole life: a reboot starts the same kernel even if the path has since
-/// been replaced.
+/// The images. They stay open for the machine's whole life, so that a reboot starts the same kernel even if
+/// another file has taken its path.
 struct Files {
     kernel: (File, String),
     initramfs: Option<(File, String)>,
@@ -341,21 +343,23 @@ impl Files {
     }
 }
 
-/// A file that holds `bytes`, so that images from memory take the same way as those from disk.
+/// A file in memory that holds `bytes`, so that an image given as bytes is loaded in the same way as a file.
 fn in_memory(bytes: &[u8]) -> std::io::Result<File> {
     let mut file = File::from(memfd_create("outboard-image", MemfdFlags::CLOEXEC)?);
     file.write_all(bytes)?;
     Ok(file)
 }
 
-/// Message vectors that are kept for a virtio function: one a queue, and one for its configuration.
+/// The number of message interrupts reserved for a virtio PCI function: one for each of 64 queues and one for
+/// the configuration.
 const VIRTIO_VECTORS: usize = 65;
 
 fn no_thread(error: std::io::Error) -> Error {
     Error::internal("cannot start the thread `peers`").because(error)
 }
 
-/// Sees that the guest's processor can address its memory.
+/// Checks that the guest's processor can address the guest memory, and that the memory fits into one slot of
+/// KVM.
 fn fits(config: &Config, host: &HostCpu) -> Result<(), Error> {
     let bits = host.physical_address_bits();
     let hole = layout::HOLE_END.0 - layout::HOLE_START.0;
@@ -373,11 +377,11 @@ fn fits(config: &Config, host: &HostCpu) -> Result<(), Error> {
     Ok(())
 }
 
-/// A memory slot of KVM has less than 2^31 pages.
+/// The limit in bytes of one memory slot of KVM: it must have fewer than 2^31 pages.
 const KVM_SLOT_MAX: u64 = ((1 << 31) - 1) * layout::PAGE_SIZE;
 
-/// Where vfio-user servers' devices are on the PCI bus, behind the virtio devices: at the same place on every board,
-/// whether or not those before are there.
+/// The PCI device numbers of the vfio-user servers' devices. They follow the numbers of the virtio devices. A
+/// device has the same number on every board, even when a device with a lower number is no longer present.
 fn function_numbers(config: &Config) -> Result<Vec<DeviceNumber>, Error> {
     let virtio = config.vhost_user.iter().filter(|device| device.transport == Transport::Pci).count();
     let numbers = DeviceNumber::ALL.skip(virtio).filter_map(DeviceNumber::new).take(config.vfio_user.len());
@@ -390,7 +394,7 @@ fn function_numbers(config: &Config) -> Result<Vec<DeviceNumber>, Error> {
     Ok(numbers)
 }
 
-/// What the guest will be told of.
+/// The description of the hardware that the guest will be given.
 fn describe(config: &Config, host: &HostCpu, functions: &[DeviceNumber]) -> Result<Platform, Error> {
     if config.cpus == 0 {
         return Err(Error::usage("a machine needs at least one vCPU"));
@@ -400,7 +404,7 @@ fn describe(config: &Config, host: &HostCpu, functions: &[DeviceNumber]) -> Resu
         Discovery::Acpi => {
             functions.iter().fold(PciSlots::default(), |slots, number| slots.with(number.get()))
         }
-        // There is nothing to tell the guest with.
+        // Without ACPI the guest cannot be told that a device is to be removed.
         Discovery::Cmdline => PciSlots::default(),
     };
     let pci = config
@@ -436,7 +440,7 @@ fn map(ram: &Ram, dump: bool) -> Result<Vec<Mapping>, Error> {
     Ok(mappings)
 }
 
-/// Guest RAM as peers are told of it.
+/// Guest RAM in the form in which peers are told of it.
 fn memory_map(ram: &Ram, mappings: &[Mapping]) -> Result<MemoryMap, Error> {
     let regions = ram.regions().iter().zip(mappings).map(|(region, mapping)| {
         SharedRegion::new(GuestAddr(region.guest.0), region.size, Arc::clone(ram.fd()), region.offset)

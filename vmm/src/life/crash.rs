@@ -1,4 +1,5 @@
-//! The last words of a guest: its registers, for whoever has to find out why it crashed.
+//! The registers of a vCPU as text, for the report of a guest crash. They help the reader to find out why the
+//! guest crashed.
 
 use std::fmt::Write;
 

@@ -1,9 +1,13 @@
-//! From running to the end: who may ask for it, and how vCPU threads stop.
+//! The gate: the point in each vCPU thread's loop where the thread waits while the guest must not run.
 //!
-//! A vCPU, the console or a signal *requests*; the control loop *decides*. The first request closes the
-//! gate, so no vCPU enters the guest again, and wakes the control loop.
+//! A vCPU thread, the console or a signal makes a [`Request`] (power-off, reset, crash and so on). The
+//! control loop decides what follows from the request. The first request closes the gate, so that no vCPU
+//! enters the guest again, and wakes the control loop.
 //!
-//! The gate is open while the board is complete, nobody has the vCPUs parked, and nobody has asked for the end.
+//! The gate is open while three conditions hold:
+//! 1. The board is complete: [`Lifecycle::open`] was called.
+//! 2. No [`Parked`] guard is alive.
+//! 3. There is no request, and [`Lifecycle::end`] was not called.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,24 +16,24 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Why the machine should not go on as it is.
+/// The reason why the guest must stop running.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// The guest entered S5.
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// The guest or its KVM cannot go on; the text says why, with the registers.
+    /// The guest or its KVM cannot go on. The text gives the reason and the registers.
     Crash(String),
-    /// The guest's kernel says that it has panicked.
+    /// The guest's kernel reports that it has panicked.
     Panicked,
-    /// The user asked for the end (Ctrl-A x, or the library's caller).
+    /// The user asked for the end of the machine (Ctrl-A x, or the library's caller).
     Quit,
-    /// A signal asked for the end.
+    /// A signal with this number asked for the end of the machine.
     Signal(i32),
 }
 
-/// What a vCPU thread finds at the gate.
+/// The answer of the gate to a vCPU thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Passage {
     /// Enter the guest.
@@ -40,35 +44,35 @@ pub enum Passage {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The board is complete.
+    /// [`Lifecycle::open`] was called: the board is complete.
     opened: bool,
     ended: bool,
-    /// How many want the vCPUs parked.
+    /// The number of [`Parked`] guards that are alive.
     parks: usize,
     first: Option<Request>,
-    /// vCPU threads that have started and not ended.
+    /// The number of vCPU threads that have started and not ended.
     threads: usize,
-    /// Those of them that stand at the gate.
+    /// The number of those threads that wait at the gate.
     standing: usize,
 }
 
-/// Shared by the control loop and every vCPU thread of one boot.
+/// The gate, shared by the control loop and every vCPU thread of one boot.
 ///
-/// Its lock is held for a few instructions only, and no other lock is taken under it.
+/// Its lock is held for a few instructions only. No other lock is taken while it is held.
 #[derive(Debug)]
 pub struct Lifecycle {
     state: Mutex<State>,
     changed: Condvar,
-    /// Mirrors "the gate is not open", so that a vCPU looks at one word on its way.
+    /// Mirrors "the gate is not open", so that a vCPU thread reads one word before each entry into the guest.
     stop: AtomicBool,
     wake: EventFd,
 }
 
 impl Lifecycle {
-    /// A closed gate: vCPU threads wait until [`Lifecycle::open`].
+    /// Makes a closed gate: vCPU threads wait at it until [`Lifecycle::open`].
     ///
     /// # Errors
-    /// When no eventfd can be had.
+    /// When the host refuses an eventfd.
     pub fn new() -> io::Result<Self> {
         Ok(Lifecycle {
             state: Mutex::default(),
@@ -78,7 +82,7 @@ impl Lifecycle {
         })
     }
 
-    /// Readable when there is a request.
+    /// An eventfd that is readable when there is a request.
     pub fn wake(&self) -> &EventFd {
         &self.wake
     }
@@ -92,8 +96,10 @@ impl Lifecycle {
         self.changed.notify_all();
     }
 
-    /// Asks for the end or a reset, on any thread. Only the first request counts, but a reset gives way to a user
-    /// or a signal that asks for the end: nobody would repeat it.
+    /// Asks for the end of the machine or for a reset. May be called on any thread.
+    ///
+    /// Only the first request counts, with one exception: a request by the user or by a signal replaces a
+    /// reset, because neither would be repeated.
     pub fn request(&self, request: Request) {
         self.change(|state| {
             let counts = match state.first {
@@ -110,9 +116,9 @@ impl Lifecycle {
         }
     }
 
-    /// The request that counts. Called by the control loop.
+    /// The request that counts, if there is one. Called by the control loop.
     pub fn take_request(&self) -> Option<Request> {
-        // An eventfd that is empty already only says that the request was taken before.
+        // The eventfd is empty when the request was taken before.
         if let Err(error) = self.wake.read()
             && error.kind() != io::ErrorKind::WouldBlock
         {
@@ -121,16 +127,19 @@ impl Lifecycle {
         self.lock().first.clone()
     }
 
-    /// Lets the vCPUs run, unless somebody has asked for the end or has them parked. Called by the control loop.
+    /// Opens the gate, unless there is a request, the end, or a [`Parked`] guard. Called by the control loop.
     pub fn open(&self) {
         self.change(|state| state.opened = true);
     }
 
-    /// Waits until every vCPU stands outside the guest, its pending accesses completed, and keeps them there.
+    /// Waits until every vCPU thread waits at the gate, and keeps the threads there until the returned guard
+    /// is dropped. The pending accesses of a vCPU are completed before its thread comes to the gate.
     ///
-    /// A vCPU thread in a bounded wait on a peer is waited for. Calls `meanwhile` again and again until the last vCPU has
-    /// come out: it interrupts the vCPUs, as an interruption is lost that arrives between a thread's look at the gate and
-    /// its entry into the guest.
+    /// A vCPU thread may be in a bounded wait on a peer; this call waits until that wait is over.
+    ///
+    /// `meanwhile` is called again and again until the last vCPU thread has come to the gate. It must
+    /// interrupt the vCPUs. One interruption is not enough: it is lost if it arrives after a thread has
+    /// looked at the gate and before that thread enters the guest.
     pub fn park(self: &Arc<Self>, mut meanwhile: impl FnMut()) -> Parked {
         self.change(|state| state.parks += 1);
         let parked = Parked(Arc::clone(self));
@@ -148,23 +157,24 @@ impl Lifecycle {
         state.standing == state.threads
     }
 
-    /// Ends every vCPU thread that stands at the gate, and every other one when it comes there.
+    /// Ends every vCPU thread: at once if the thread waits at the gate, otherwise when it comes to the gate.
     pub fn end(&self) {
         self.change(|state| state.ended = true);
     }
 
-    /// Whether the guest goes on. Never waits.
+    /// Whether the gate is open, so that vCPUs may enter the guest. Never waits.
     pub fn is_open(&self) -> bool {
         !self.stop.load(Ordering::Acquire)
     }
 
-    /// Whether the guest will not go on. Never waits.
+    /// Whether there is a request or [`Lifecycle::end`] was called, so that the guest will not run again.
+    /// Never waits.
     pub fn is_ending(&self) -> bool {
         let state = self.lock();
         state.ended || state.first.is_some()
     }
 
-    /// Called by a vCPU thread before it enters the guest; waits while the gate is closed.
+    /// Called by a vCPU thread before it enters the guest. Waits while the gate is closed.
     pub fn pass(&self) -> Passage {
         if self.is_open() {
             return Passage::Open;
@@ -179,7 +189,7 @@ impl Lifecycle {
         if state.ended { Passage::Ended } else { Passage::Open }
     }
 
-    /// Counts a vCPU thread in. Called before the thread is spawned; the guard goes into the thread.
+    /// Counts a vCPU thread. Called before the thread is spawned; the thread keeps the guard until it ends.
     #[must_use = "the thread counts as ended when this is dropped"]
     pub fn thread_started(self: &Arc<Self>) -> ThreadGuard {
         self.lock().threads += 1;
@@ -191,10 +201,10 @@ impl Lifecycle {
     }
 }
 
-/// How long to wait for a vCPU that was interrupted before it is interrupted again.
+/// The pause between two interruptions of a vCPU that has not yet come to the gate.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Every vCPU stands outside the guest while this lives.
+/// While this guard lives, every vCPU is outside the guest and every vCPU thread waits at the gate.
 #[derive(Debug)]
 #[must_use = "the vCPUs go on when this is dropped"]
 pub struct Parked(Arc<Lifecycle>);
@@ -205,7 +215,7 @@ impl Drop for Parked {
     }
 }
 
-/// A vCPU thread that has not ended.
+/// Counts one vCPU thread that has not ended.
 #[derive(Debug)]
 pub struct ThreadGuard(Arc<Lifecycle>);
 

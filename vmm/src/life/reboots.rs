@@ -1,17 +1,21 @@
-//! A kernel that panics at each start reboots at each start, as the default command line has `panic=-1`.
-//! Somebody should be told instead, after some turns.
+//! Stops a machine whose guest reboots again and again.
+//!
+//! The default command line has `panic=-1`. With it, a kernel that panics at each start also reboots at each
+//! start, without end. After `LIMIT` such boots in a row the machine ends with a message for the user.
 
 use std::time::Duration;
 
-/// A boot that ends by a reset before this time is a short one; a stock kernel takes less to panic.
+/// A boot that ends by a reset before this time is a short boot. A stock kernel that panics at its start
+/// panics before it.
 const SHORT: Duration = Duration::from_secs(60);
-/// So many short boots in a row are enough.
+/// After this many short boots in a row the machine ends.
 const LIMIT: u32 = 10;
 
 /// Counts boots that end by a reset soon after their start.
 #[derive(Debug)]
 pub(crate) struct Reboots {
-    /// Only the default command line is bounded: a user who writes another one may want what it says.
+    /// True with the default command line only. A user who gives another command line may want endless
+    /// reboots.
     bounded: bool,
     short: u32,
 }
@@ -21,10 +25,11 @@ impl Reboots {
         Reboots { bounded, short: 0 }
     }
 
-    /// A boot has lasted that long and has ended by a reset: whether the machine should start again.
+    /// Called when a boot has ended by a reset after `lasted`. `Ok` means that the machine should start
+    /// again.
     ///
     /// # Errors
-    /// When it should not, with the reason.
+    /// When the machine should not start again. The text gives the reason.
     pub(crate) fn again(&mut self, lasted: Duration) -> Result<(), String> {
         self.short = if lasted < SHORT { self.short.saturating_add(1) } else { 0 };
         if self.bounded && self.short >= LIMIT {

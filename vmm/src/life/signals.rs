@@ -1,7 +1,7 @@
-//! Signals to this process, as the control loop hears of them.
+//! Signals to this process, turned into bytes on sockets that the control loop watches.
 //!
-//! The handlers stay for the life of the process. A signal that was ignored when the process began stays ignored, as
-//! whoever ran it under `nohup` wants.
+//! The handlers stay installed for the life of the process. A signal that was ignored when the process
+//! started stays ignored, as `nohup` requires.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -17,23 +17,28 @@ use transport::peer::socket::remove_paths;
 use crate::console::terminal;
 use crate::error::Error;
 
-/// Handlers of the signals that end, stop or continue a process: one socket a signal, with the signal's number. Made
-/// before the machine, so that no signal finds a half-built one.
+/// Handlers of the signals that end, stop or continue this process. Each signal has one socket, stored beside
+/// the signal's number. The handlers are installed before the machine is built, so that no signal meets a
+/// half-built machine.
 #[derive(Debug, Default)]
 pub struct Signals(Vec<(Signal, UnixStream)>);
 
-/// What a signal asks for.
+/// The consequence of a signal for the control loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Asked {
-    /// The end of the machine.
+    /// The machine is to end; the number of the signal.
     End(i32),
-    /// Nothing more than to look at the terminal again.
+    /// The process goes on after a stop: the control loop only has to look at the terminal again.
     Continued,
 }
 
 impl Signals {
-    /// Ends the machine in order at the first SIGINT, SIGTERM, SIGHUP or SIGQUIT, and the process at the second, whatever
-    /// hangs. Gives the terminal back at SIGTSTP and takes it again at SIGCONT.
+    /// Installs the handlers.
+    ///
+    /// * The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the machine in order.
+    /// * The second one ends the process at once, even if the machine hangs.
+    /// * SIGTSTP restores the terminal's settings before this process stops. At SIGCONT the terminal becomes
+    ///   raw again.
     ///
     /// # Errors
     /// When the handlers cannot be installed.
@@ -65,8 +70,8 @@ impl Signals {
         Ok(Signals(watched))
     }
 
-    /// Does something that may wait long, and which nobody has to undo: a signal that asks for the end meanwhile ends the
-    /// process. Its sockets are removed.
+    /// Calls `act`, which may wait long and leaves nothing to undo. If a signal asks for the end during
+    /// `act`, the process exits at once; its sockets are removed first.
     ///
     /// # Errors
     /// Those of `act`, and when the host refuses a thread.
@@ -86,13 +91,14 @@ impl Signals {
                 })
                 .map_err(cannot)?;
             let done = act();
-            // What the thread waits for.
+            // Closes the socket whose end of file ends the thread.
             drop(ours);
             done
         })
     }
 
-    /// Waits for a signal; `None` when `end` has been closed instead.
+    /// Waits for a signal and gives its place among [`Signals::sockets`]. `None` when the peer of `end` was
+    /// closed.
     fn wait_or_end(&self, end: &UnixStream) -> Option<usize> {
         let fds = [end].into_iter().chain(self.sockets());
         let mut fds: Vec<_> = fds.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
@@ -102,13 +108,13 @@ impl Signals {
         index.filter(|_| end.revents().is_empty())
     }
 
-    /// What becomes readable with each signal.
+    /// One socket for each signal; it is readable when the signal has arrived.
     pub(crate) fn sockets(&self) -> impl Iterator<Item = &UnixStream> {
         self.0.iter().map(|(_, socket)| socket)
     }
 
-    /// Takes what has arrived of the signal with this place among [`Signals::sockets`]. Stops this process when that was
-    /// asked for.
+    /// Takes the signal whose socket has this place among [`Signals::sockets`]. At SIGTSTP this process stops
+    /// here.
     pub(crate) fn take(&self, index: usize) -> Option<Asked> {
         let (signal, mut socket) = self.0.get(index).map(|(signal, socket)| (*signal, socket))?;
         if let Err(error) = socket.read(&mut [0; 16]) {
@@ -124,7 +130,7 @@ impl Signals {
                 Some(Asked::Continued)
             }
             _ => {
-                // Now, while it is certain: the next signal ends the process on the spot.
+                // The terminal is restored now, because the next signal ends the process at once.
                 terminal::restore();
                 Some(Asked::End(signal.as_raw()))
             }
@@ -132,14 +138,15 @@ impl Signals {
     }
 }
 
-/// A file size beyond the limit becomes an error of the write, instead of the silent end of the process.
+/// Makes a write beyond the file size limit fail with an error. Without this, SIGXFSZ would end the process
+/// silently.
 pub(crate) fn survive_file_size_limit() {
     if let Err(error) = flag::register(Signal::XFSZ.as_raw(), Arc::default()) {
         log::debug!("a limit of file sizes will end this process: {error}");
     }
 }
 
-/// The signals that are ignored, as bits; those that a handler of ours already serves are not.
+/// The signals that this process ignores, as bits. A signal with a handler of ours is not among them.
 fn ignored_at_start() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

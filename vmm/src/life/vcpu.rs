@@ -1,7 +1,7 @@
-//! One vCPU: enter the guest, hand what it asks for to a bus, count.
+//! One vCPU thread: enters the guest, passes each exit to a bus, and counts the exits.
 //!
-//! Runs on its own thread. It waits only at the gate, in KVM, and inside a device for at most one bounded
-//! exchange with a peer.
+//! The thread waits in three places only: at the gate, in KVM, and inside a device. A wait inside a device
+//! lasts for one bounded exchange with a peer at most.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -73,40 +73,42 @@ impl VcpuCounters {
         stats
     }
 
-    /// Microseconds from the start of the build to this vCPU's first entry; 0 before it.
+    /// Microseconds from the start of the build to this vCPU's first entry into the guest; 0 before that
+    /// entry.
     pub fn first_entry_us(&self) -> u64 {
         self.first_entry_us.load(Ordering::Relaxed)
     }
 }
 
-/// What a vCPU thread works with.
+/// The data of a vCPU thread.
 pub struct Vcpu {
-    /// The vCPU, its registers set. Its thread holds the lock except where it stands at the gate.
+    /// The vCPU with its registers set. Its thread holds the lock except while the thread waits at the gate.
     pub fd: Arc<Mutex<VcpuFd>>,
     /// Its number, from 0.
     pub index: u8,
-    /// Ports.
+    /// The bus of I/O ports.
     pub pio: Arc<Bus>,
-    /// Memory-mapped registers.
+    /// The bus of memory-mapped registers.
     pub mmio: Arc<Bus>,
-    /// The gate and where requests go.
+    /// The gate, which also takes requests.
     pub lifecycle: Arc<Lifecycle>,
-    /// What to look at when KVM cannot reach guest memory.
+    /// The mapped files of peers. They are checked when KVM cannot reach guest memory.
     pub peer_memory: Arc<PeerMemory>,
     /// Where exits are counted.
     pub counters: Arc<VcpuCounters>,
-    /// How often in a row KVM could not reach guest memory.
+    /// The number of entries in a row at which KVM could not reach guest memory.
     pub faults: u8,
-    /// When the machine began to be built.
+    /// The start of the build of the machine.
     pub begun: Instant,
 }
 
-/// What came of an entry into the guest.
+/// The result of one entry into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// The guest asked for something and has it.
+    /// The guest's access was answered.
     Answered,
-    /// Something else wants the vCPU out of the guest. No access of it is pending.
+    /// The vCPU left the guest without an access to answer, mostly because of a signal. It has no pending
+    /// access.
     Interrupted,
     /// The guest cannot go on.
     Crashed,
@@ -120,7 +122,7 @@ pub struct Vcpus {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// vCPUs that stand outside the guest while this lives, no access pending.
+/// While this guard lives, the vCPUs are outside the guest and have no pending access.
 #[derive(Debug)]
 #[must_use = "the vCPUs go on when this is dropped"]
 pub struct ParkedVcpus<'v> {
@@ -138,13 +140,13 @@ impl ParkedVcpus<'_> {
 }
 
 impl Vcpus {
-    /// vCPUs without threads.
+    /// Keeps the vCPUs. Their threads are started one by one with [`Vcpus::start`].
     pub fn new(lifecycle: Arc<Lifecycle>, fds: impl IntoIterator<Item = VcpuFd>) -> Self {
         let fds = fds.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         Self { lifecycle, fds, threads: Vec::new() }
     }
 
-    /// The vCPUs themselves. Where their threads run, the lock is taken only by [`ParkedVcpus::each`].
+    /// The vCPUs themselves. While their threads run, only [`ParkedVcpus::each`] may take these locks.
     pub fn fds(&self) -> &[Arc<Mutex<VcpuFd>>] {
         &self.fds
     }
@@ -158,11 +160,11 @@ impl Vcpus {
         Ok(())
     }
 
-    /// See [`Lifecycle::park`].
+    /// Interrupts the vCPU threads until all of them wait at the gate. See [`Lifecycle::park`].
     pub fn park(&self, mut meanwhile: impl FnMut()) -> ParkedVcpus<'_> {
         let _parked = self.lifecycle.park(|| {
             for thread in &self.threads {
-                // A thread that has just ended cannot be signalled, and need not.
+                // A thread that has just ended cannot be signalled; it need not be.
                 if let Err(error) = thread.kill(SIGRTMIN()) {
                     log::trace!("a vCPU's thread has ended already: {error}");
                 }
@@ -172,7 +174,7 @@ impl Vcpus {
         ParkedVcpus { _parked, fds: &self.fds }
     }
 
-    /// Ends the threads. Afterwards the guest does not run and no device is called by it.
+    /// Ends the vCPU threads and joins them. Afterwards the guest does not run and calls no device.
     pub fn end(&mut self, meanwhile: impl FnMut()) {
         let parked = self.park(meanwhile);
         self.lifecycle.end();
@@ -212,8 +214,9 @@ impl Vcpu {
             while self.lifecycle.is_open() {
                 self.step(&mut fd);
             }
-            // KVM completes an access at the next entry: there is one that goes no further. What it completes may take
-            // several accesses.
+            // KVM completes a pending access at the next entry. With `immediate_exit` set, an entry completes
+            // the access and does not run the guest. One instruction may make several accesses, so this is
+            // repeated until none is pending.
             fd.set_kvm_immediate_exit(1);
             while self.step(&mut fd) == Step::Answered {}
             fd.set_kvm_immediate_exit(0);
@@ -242,7 +245,8 @@ impl Vcpu {
             Ok(VcpuExit::IoIn(port, _)) => {
                 add(&counters.io_in);
                 for data in port_accesses(fd) {
-                    // Each may wait for a peer; nobody is interested in those that follow the end.
+                    // Each access may wait for a peer. Once the machine is ending, nobody needs the results
+                    // of the remaining accesses.
                     if self.lifecycle.is_open() || !self.lifecycle.is_ending() {
                         self.pio.read(u64::from(port), data);
                     }
@@ -298,11 +302,15 @@ impl Vcpu {
     }
 }
 
-/// KVM could not reach guest memory: takes away the piece of a peer's file that cannot be reached. Says whether the vCPU
-/// may go on.
+/// Called when KVM could not reach guest memory: removes the part of a peer's file that cannot be reached.
+/// True when the vCPU may enter the guest again.
 ///
-/// Our own memory is sealed, so only a peer's can fail. A file that is long again by now is found when it fails once more;
-/// a file that fails for another reason is found by asking each piece for its pages.
+/// Our own memory is sealed, so only a peer's file can fail.
+///
+/// 1. First the files that have become too short are removed (`Suspects::Lost`).
+/// 2. A file may have its full length again by now. Such a file is found when it fails once more.
+/// 3. A file may also fail for another reason. After `FAULTS` failures in a row, each part is asked for its
+///    pages (`Suspects::Unreadable`).
 fn out_of_reach(faults: &mut u8, peer_memory: &PeerMemory) -> bool {
     *faults = faults.saturating_add(1);
     if peer_memory.remove(Suspects::Lost) > 0 || *faults <= FAULTS {
@@ -312,7 +320,8 @@ fn out_of_reach(faults: &mut u8, peer_memory: &PeerMemory) -> bool {
     peer_memory.remove(Suspects::Unreadable) > 0
 }
 
-/// Makes the signal that takes vCPU threads out of the guest harmless otherwise. Once per process.
+/// Installs an empty handler for the signal that interrupts vCPU threads, so that the signal has no other
+/// effect. Done once per process.
 fn interruptible() -> std::io::Result<()> {
     static DONE: OnceLock<Result<(), i32>> = OnceLock::new();
     let done = DONE.get_or_init(|| {
@@ -322,7 +331,7 @@ fn interruptible() -> std::io::Result<()> {
     done.map_err(std::io::Error::from_raw_os_error)
 }
 
-/// How often in a row KVM may fail to reach memory before each piece is asked for its pages.
+/// The number of failures in a row after which each part of a peer's file is asked for its pages.
 const FAULTS: u8 = 8;
 const INTERRUPTED: i32 = 4;
 const TRY_AGAIN: i32 = 11;

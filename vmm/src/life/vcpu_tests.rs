@@ -10,7 +10,7 @@ use crate::host::kvm;
 use crate::host::mapping::Mapping;
 use crate::host::slots::Slots;
 
-/// Each read gives the next number.
+/// Fills each read with the number of reads so far.
 #[derive(Default)]
 struct Counter {
     reads: Mutex<Vec<(u64, usize)>>,
@@ -29,7 +29,7 @@ impl BusDevice for Counter {
     }
 }
 
-/// A VM with 64 KiB of memory that holds this code, in real mode, at 0x2000.
+/// A VM with 64 KiB of memory. Its code is at 0x2000 and runs in real mode.
 struct Bench {
     vm: Arc<kvm_ioctls::VmFd>,
     slots: Arc<Slots>,
@@ -77,7 +77,8 @@ impl Bench {
     }
 }
 
-/// A peer that takes its time over each read, and gives the next number.
+/// A device that takes 300 µs for each read, as a slow peer does. Fills each read with the number of reads so
+/// far.
 #[derive(Default)]
 struct Slow(Mutex<u16>);
 
