@@ -1,9 +1,9 @@
-//! The hardware of one boot, built from nothing each time: VM, memory slots, interrupt controller, buses,
-//! devices, vCPUs.
+//! The board: the hardware of one boot. It consists of the VM, memory slots, interrupt controller, buses,
+//! devices and vCPUs.
 //!
-//! A reboot takes the board apart and builds another one around the same RAM, console and backend
-//! connections. So there is no reset path of our own that could forget a register: power-on is the only way
-//! a machine starts.
+//! Each boot builds a new board. A reboot takes the old board apart and builds another one around the same
+//! RAM, console and backend connections. Power-on is therefore the only way in which a machine starts: there
+//! is no reset path that could forget a register.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -37,7 +37,7 @@ use crate::host::slots::{Slot, Slots};
 use crate::life::gate::{Lifecycle, Request};
 use crate::life::vcpu::{Vcpu, VcpuCounters, Vcpus};
 
-/// What a board is built from; all of it outlives the board.
+/// The parts that a board is built from. All of them outlive the board.
 pub(crate) struct Parts<'m> {
     pub(crate) kvm: &'m Kvm,
     pub(crate) host_cpu: &'m HostCpu,
@@ -50,7 +50,7 @@ pub(crate) struct Parts<'m> {
     pub(crate) begun: Instant,
 }
 
-/// The first act of a board: a VM with its memory and vCPUs. Nothing can interrupt them yet.
+/// Step 1 of a board: a VM with its memory and vCPUs. No interrupt can reach the vCPUs yet.
 pub(crate) struct Bare {
     vm: Arc<VmFd>,
     slots: Arc<Slots>,
@@ -59,7 +59,7 @@ pub(crate) struct Bare {
     vcpus: Vec<VcpuFd>,
 }
 
-/// A machine ready to run, its vCPU threads waiting at the gate.
+/// A complete board. Its vCPU threads wait at the gate.
 pub(crate) struct Board {
     lifecycle: Arc<Lifecycle>,
     vcpus: Vcpus,
@@ -69,14 +69,16 @@ pub(crate) struct Board {
     bridge: Option<Arc<HostBridge>>,
     hotplug: Option<Arc<Hotplug>>,
     peer_memory: Arc<PeerMemory>,
-    // Dropped after the devices: what a device registered goes before what it registered with.
+    // These fields are dropped after the devices: a device removes what it registered with the VM before the
+    // VM goes.
     _interrupt: Guard,
     _ram: Vec<Slot>,
     _vm: Arc<VmFd>,
 }
 
 impl Bare {
-    /// The VM with an interrupt controller, which KVM wants before any vCPU; then guest memory and the vCPUs.
+    /// Makes the VM with an interrupt controller, which KVM requires before any vCPU; then guest memory and
+    /// the vCPUs.
     pub(crate) fn construct(parts: &Parts<'_>) -> Result<Self, Error> {
         let (vm, routes) = create_vm(parts.kvm, parts.platform)?;
         let vm = Arc::new(vm);
@@ -96,8 +98,9 @@ impl Bare {
         Ok(Self { vm, slots, ram, routes, vcpus })
     }
 
-    /// The second act: the state of a machine that is switched on. Interrupt routes come last: an interrupt that is pending
-    /// in a device's eventfd is delivered as soon as there is a route, and must find the vCPUs' interrupt controllers.
+    /// Step 2: sets the state of a machine that is switched on. The interrupt routes are set last. KVM
+    /// delivers an interrupt that is pending in a device's eventfd as soon as there is a route, and the
+    /// vCPUs' interrupt controllers must be ready for it.
     pub(crate) fn power_on(self, parts: &Parts<'_>, entry: &Entry) -> Result<Self, Error> {
         for (index, vcpu) in (0..).zip(&self.vcpus) {
             arch::cpu::configure(vcpu, index, parts.host_cpu, parts.platform)
@@ -111,7 +114,7 @@ impl Bare {
 }
 
 impl Board {
-    /// The third act: the wiring, from top to bottom. Each step needs the ones before it.
+    /// Step 3: connects the devices in numbered steps. Each step needs the steps before it.
     pub(crate) fn wire(bare: Bare, parts: &Parts<'_>) -> Result<Self, Error> {
         let Bare { vm, slots, ram, routes, vcpus } = bare;
         let (ports, peer_memory) = KvmPorts::ports(Arc::clone(&vm), slots, routes)
@@ -128,8 +131,8 @@ impl Board {
             .attach(serial.interrupt(), Route::Pin(layout::COM1_GSI.0))
             .map_err(|error| Error::host("cannot wire the serial port").because(error))?;
 
-        // 2. The PCI root, if a device wants one, then the virtio devices, then the others on the
-        // PCI bus, in the order of the command line.
+        // 2. The PCI root, if a device needs one. Then the virtio devices, then the vfio-user servers'
+        //    devices, in the order of the configuration.
         let mut mmio = Bus::new();
         let bridge = match &parts.platform.pci {
             Some(root) => Some(pci_root(root, &ports, &mut mmio, &mut pio)?),
@@ -147,7 +150,7 @@ impl Board {
             device.plug(&ports, site)?;
         }
 
-        // 3. The threads, last: they share the finished buses.
+        // 3. The threads come last, because they share the finished buses.
         let (pio, mmio) = (Arc::new(pio), Arc::new(mmio));
         let mut board = Board {
             vcpus: Vcpus::new(Arc::clone(&lifecycle), vcpus),
@@ -191,7 +194,7 @@ impl Board {
         &self.lifecycle
     }
 
-    /// What the control loop serves.
+    /// The parts of this board that the control loop serves.
     pub(crate) fn served(&self) -> Served {
         Served {
             lifecycle: Arc::clone(&self.lifecycle),
@@ -202,18 +205,18 @@ impl Board {
         }
     }
 
-    /// Where exits to userspace are counted by range.
+    /// The buses, which count exits to userspace for each range.
     pub(crate) fn buses(&self) -> Vec<(&'static str, Arc<Bus>)> {
         vec![("pio", Arc::clone(&self.pio)), ("mmio", Arc::clone(&self.mmio))]
     }
 
-    /// Ends the vCPU threads. Afterwards the guest does not run and no device is called by it. Calls `meanwhile` again and
-    /// again until the last vCPU has left the guest.
+    /// Ends the vCPU threads. Afterwards the guest does not run and calls no device. Calls `meanwhile` again
+    /// and again until the last vCPU has left the guest.
     pub(crate) fn end_vcpus(&mut self, meanwhile: impl FnMut()) {
         self.vcpus.end(meanwhile);
     }
 
-    /// Lets go of the devices, which may be unplugged then.
+    /// Drops the board's references to the devices. The devices may be unplugged afterwards.
     pub(crate) fn release(&mut self) {
         (self.pio, self.mmio) = Default::default();
         if let Some(bridge) = self.bridge.take() {
@@ -232,12 +235,13 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<(VmFd, RoutingTable), Err
     let cannot = |what: &str| format!("cannot create {what}");
     let vm = loop {
         match kvm.create_vm() {
-            // A signal while the kernel waits for a grace period.
+            // A signal arrived while the kernel waited for a grace period; the call is repeated.
             Err(error) if error.errno() == INTERRUPTED => {}
             done => break done.map_err(|error| Error::host(cannot("a virtual machine")).because(error))?,
         }
     };
-    // Intel processors without "unrestricted guest" need these two; others ignore them.
+    // Intel processors without "unrestricted guest" need both of these addresses. Other processors ignore
+    // them.
     let tss = usize::try_from(layout::KVM_TSS.0).unwrap_or(usize::MAX);
     if let Err(error) =
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).and_then(|()| vm.set_tss_address(tss))
@@ -248,14 +252,14 @@ fn create_vm(kvm: &Kvm, platform: &Platform) -> Result<(VmFd, RoutingTable), Err
     let limit = u32::try_from(kvm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
     let routes = RoutingTable::new(platform.discovery, limit);
     if platform.discovery == Discovery::Cmdline {
-        // A kernel that is told of no ACPI calibrates its timers by the PIT.
+        // A guest without ACPI calibrates its timers with the PIT.
         vm.create_pit2(kvm_bindings::kvm_pit_config::default())
             .map_err(|error| Error::host(cannot("the timer")).because(error))?;
     }
     Ok((vm, routes))
 }
 
-/// The root, at its addresses.
+/// Places the PCI host bridge at its addresses on both buses.
 fn pci_root(root: &PciRoot, ports: &Ports, mmio: &mut Bus, pio: &mut Bus) -> Result<Arc<HostBridge>, Error> {
     let window = |range: AddressRange| Window { base: range.base.0, size: range.size };
     let memory64 = root.memory64.map(window);
@@ -279,7 +283,8 @@ fn pci_root(root: &PciRoot, ports: &Ports, mmio: &mut Bus, pio: &mut Bus) -> Res
     Ok(bridge)
 }
 
-/// The registers by which a guest lets go of devices on this bus, and its interrupt.
+/// Places the registers for PCI hot-plug, through which the guest ejects devices, and connects their
+/// interrupt.
 fn hotplug(bridge: &Arc<HostBridge>, ports: &Ports, pio: &mut Bus) -> Result<Arc<Hotplug>, Error> {
     let line = EventLine::new(ports.interrupts.as_ref(), layout::EVENT_GSI.0)
         .map_err(|error| Error::host("cannot wire the ACPI event device").because(error))?;

@@ -1,4 +1,4 @@
-//! Where a running machine is counted. The control loop owns it and answers with copies.
+//! The statistics of a running machine. The control loop owns the ledger and gives out copies of its values.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,15 +8,15 @@ use crate::devices::DeviceList;
 use crate::life::vcpu::VcpuCounters;
 use crate::stats::{DeviceStats, Startup, Stats};
 
-/// Where a machine is counted, from its start to its end.
+/// The sources of the statistics, from the start of the machine to its end.
 pub(crate) struct Ledger {
-    /// What does not change by itself: times, boots, the buses of boards that are gone.
+    /// The values that are stored here: times, boots, and the counters of earlier boards' buses.
     pub(crate) kept: Stats,
     pub(crate) vcpus: Vec<Arc<VcpuCounters>>,
     pub(crate) devices: DeviceList,
     /// The buses of the present board.
     pub(crate) buses: Vec<(&'static str, Arc<Bus>)>,
-    /// What the devices were before their connections were cut.
+    /// The state of each device before the connections were cut.
     settled: Mutex<Vec<DeviceStats>>,
 }
 
@@ -27,7 +27,7 @@ impl Ledger {
         Self { kept, vcpus, devices, buses: Vec::new(), settled: Mutex::default() }
     }
 
-    /// What has been counted so far. Takes no lock that is held over a wait.
+    /// The statistics so far. Takes no lock that a thread holds over a wait.
     pub(crate) fn read(&self) -> Stats {
         let mut stats = self.kept.clone();
         stats.vcpus = self.vcpus.iter().map(|counters| counters.stats()).collect();
@@ -44,13 +44,14 @@ impl Ledger {
         stats
     }
 
-    /// From now on devices lose their peers because the machine ends: what they are stays as it is.
+    /// Stores the present state of the devices for the statistics. Called before the connections are cut,
+    /// because the devices would then show a loss that only the end of the machine caused.
     pub(crate) fn settle(&self) {
         let states = self.devices.iter().map(|device| device.stats()).collect();
         *self.settled.lock().unwrap_or_else(PoisonError::into_inner) = states;
     }
 
-    /// The board is gone: what its buses counted is kept.
+    /// The board is gone: adds the counters of its buses to the stored values.
     pub(crate) fn close_board(&mut self) {
         for (name, bus) in std::mem::take(&mut self.buses) {
             self.kept.add_bus(name, bus.counters());

@@ -1,9 +1,10 @@
-//! The control loop: one thread waits for everything that is not a guest's exit.
+//! The control loop: one thread that waits for every event except the guest's exits.
 //!
-//! It lives as long as the machine runs, over reboots. It never waits for a peer, for a lock that is held over an
-//! exchange with one, or for a standard stream. What a machine has to wait for while it reboots or ends (vCPUs that leave
-//! the guest, devices that are unplugged) it waits for by turns of this loop: signals, input and commands are served
-//! meanwhile.
+//! The loop lives as long as the machine, over reboots. It must never wait for a peer, for a standard stream,
+//! or for a lock that another thread holds during an exchange with a peer.
+//!
+//! During a reboot or at the end, the machine has to wait until vCPUs have left the guest and devices are
+//! unplugged. It waits in short turns of this loop, so that signals, input and commands are still served.
 
 pub(crate) mod ledger;
 
@@ -32,34 +33,34 @@ use crate::host::peer_memory::PeerMemory;
 use crate::life::gate::{Lifecycle, Request};
 use crate::life::signals::{Asked, Signals};
 
-/// What an event is about.
+/// The source of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
-    /// Somebody asks for the end of the boot.
+    /// A request was made that ends the boot.
     Request,
-    /// The guest has read from its serial port.
+    /// The guest has read from its serial port, which has room for input.
     InputSpace,
-    /// The guest has served the interrupt that tells of hot-plug events.
+    /// The guest has served the interrupt that announces hot-plug events.
     EventLine,
-    /// A function signals an interrupt line, or the guest has served one.
+    /// A PCI function signals its interrupt line, or the guest has served the interrupt of a line.
     Lines,
-    /// Time to look at the pieces of peers' files that the guest sees.
+    /// A timer: it is time to check the peers' files that are mapped into the guest.
     PeerMemory,
-    /// Bytes for the guest, from standard input.
+    /// Standard input has bytes for the guest.
     Input,
-    /// A client wants the console.
+    /// A client connects to the console socket.
     Clients,
-    /// Bytes for the guest, from the console's client.
+    /// The client of the console socket has sent bytes for the guest.
     Client,
-    /// The reader of the console takes more.
+    /// The reader of the console takes bytes again.
     Output,
-    /// Time to look again whether this process is in the foreground of its terminal.
+    /// A timer: it is time to check again whether this process is in the foreground of its terminal.
     Look,
-    /// A command of the library's caller.
+    /// A `Handle` has sent a command.
     Command,
-    /// The signal with this place among those that are watched.
+    /// A signal arrived. The number is its place among the watched signals.
     Signal(usize),
-    /// The device with this place in the list.
+    /// A descriptor of the device at this place in the list is readable.
     Device(usize, Notice),
 }
 
@@ -72,35 +73,37 @@ pub(crate) struct Served {
     pub(crate) lines: Option<Arc<IntxLines>>,
 }
 
-/// What the loop serves.
+/// The state of the control loop and everything that it serves.
 pub(crate) struct Control {
-    /// The present board; there is none while the machine reboots or ends.
+    /// The present board. `None` while the machine reboots or ends.
     board: Option<Served>,
     console: Console,
     devices: DeviceList,
     signals: Signals,
     mailbox: Mailbox,
     ledger: Ledger,
-    /// An event's data is the place of its source here.
+    /// The sources of events. The data of an epoll event is an index into this list.
     sources: Vec<Source>,
     client: Option<UnixStream>,
-    /// Says when to look again whether this process is in the foreground of its terminal.
+    /// The timer for the next check whether this process is in the foreground of its terminal.
     look: Option<OwnedFd>,
     input: Watch,
-    /// The user, a handle or a signal has asked for the end of the machine, at this time.
+    /// The user, a handle or a signal has asked for the end of the machine: the request and its time.
     ending: Option<(Request, Instant)>,
 }
 
 /// How the source of console input is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Watch {
-    /// epoll tells when there is input.
+    /// epoll reports input.
     Watched,
-    /// The guest has not taken what it was given; watched again when it has.
+    /// The guest has not yet taken the earlier input. The source is watched again when the guest has taken
+    /// it.
     Paused,
-    /// A plain file or /dev/null: epoll refuses it, and reading never waits.
+    /// The source is a plain file or /dev/null. epoll refuses such a descriptor, and a read of it never
+    /// waits.
     Ready,
-    /// Nothing more will come.
+    /// The source has ended.
     Ended,
 }
 
@@ -117,7 +120,7 @@ fn cannot(error: event_manager::Error) -> Error {
 }
 
 impl Loop {
-    /// Begins to watch everything but a board.
+    /// Begins to watch everything except a board.
     ///
     /// # Errors
     /// When the host's epoll fails.
@@ -151,12 +154,12 @@ impl Loop {
         Ok(act(&mut self.control.borrow_mut(), &mut ops))
     }
 
-    /// What has been counted.
+    /// Calls `act` with the ledger, which holds the statistics.
     pub(crate) fn ledger<T>(&self, act: impl FnOnce(&mut Ledger) -> T) -> T {
         act(&mut self.control.borrow_mut().ledger)
     }
 
-    /// Serves this board from now on, or none.
+    /// Serves `board` from now on; with `None`, serves no board.
     ///
     /// # Errors
     /// When the host's epoll fails.
@@ -164,12 +167,12 @@ impl Loop {
         self.with(|control, ops| control.change_board(board, ops))
     }
 
-    /// The user, a handle or a signal has asked for the end of the machine.
+    /// The request of the user, a handle or a signal to end the machine, if there was one.
     pub(crate) fn ending(&self) -> Option<Request> {
         self.control.borrow().ending.as_ref().map(|(request, _)| request.clone())
     }
 
-    /// Waits for events, for `limit` at most, and serves them.
+    /// Waits for events and serves them. Waits at most for `limit`.
     ///
     /// # Errors
     /// When the host's epoll fails.
@@ -182,8 +185,10 @@ impl Loop {
         }
     }
 
-    /// A short turn while the machine waits for vCPUs or devices. When somebody wants the machine to end, what they wait
-    /// for has a little time to end in order; then the connections to all peers are cut, as a peer may hang.
+    /// One short turn, called while the machine waits for vCPUs or devices.
+    ///
+    /// When the end of the machine was requested, vCPUs and devices get `GRACE` to end in order. After that
+    /// time the connections to all peers are cut, because a peer may hang.
     pub(crate) fn turn_and_hurry(&mut self) {
         if let Err(error) = self.turn(Some(TICK)) {
             log::error!("{error}");
@@ -198,7 +203,8 @@ impl Loop {
         }
     }
 
-    /// The end: the reader of the console may take the rest, as long as it goes on reading.
+    /// Ends the loop. The reader of the console gets the bytes that still wait, as long as it goes on
+    /// reading.
     pub(crate) fn finish(&mut self) -> Result<(), Error> {
         let output = Arc::clone(self.control.borrow().console.output());
         let (mut rest, mut since) = (output.waiting(), Instant::now());
@@ -214,17 +220,18 @@ impl Loop {
     }
 }
 
-/// How long a turn takes while the machine waits for something else.
+/// The length of one turn while the machine waits for vCPUs, devices or the console's reader.
 const TICK: Duration = Duration::from_millis(2);
 
-/// How long vCPUs and devices may take to end in order, once somebody wants the machine to end.
+/// The time that vCPUs and devices get to end in order after the end of the machine was requested.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// How long the reader of the console may pause before what it has not read is lost with the machine.
+/// The longest pause of the console's reader at the end. After it, the bytes that the reader has not taken
+/// are lost.
 const SILENCE: Duration = Duration::from_secs(1);
 
 impl Control {
-    /// Has epoll tell of `fd`. False when it cannot.
+    /// Adds `fd` to epoll. Fails for a descriptor that epoll cannot watch.
     fn watch(
         &mut self,
         ops: &mut EventOps<'_>,
@@ -239,7 +246,7 @@ impl Control {
         ops.add(Events::with_data(fd, u32::try_from(place).unwrap_or(u32::MAX), set))
     }
 
-    /// The same for what is always watchable.
+    /// Adds a descriptor that epoll can always watch; a failure is only logged.
     fn listen(&mut self, ops: &mut EventOps<'_>, fd: &impl AsRawFd, source: Source) {
         if let Err(error) = self.watch(ops, fd, source, EventSet::IN) {
             log::error!("cannot watch {source:?}: {error}");
@@ -268,11 +275,12 @@ impl Control {
             board.lifecycle.request(request.clone());
         }
         self.board = Some(board);
-        // Bytes may wait from before a reboot, and a plain file has its bytes ready.
+        // Bytes may be waiting from before a reboot. If the source is a plain file, its bytes are ready as
+        // well.
         self.input_space(ops);
     }
 
-    /// The machine is to end.
+    /// Asks for the end of the machine.
     fn end(&mut self, request: Request) {
         if let Some(board) = &self.board {
             board.lifecycle.request(request.clone());
@@ -280,8 +288,8 @@ impl Control {
         self.ending.get_or_insert((request, Instant::now()));
     }
 
-    /// Takes the terminal, if there is one. In its background, looks again every now and then: no shell says when that
-    /// ends.
+    /// Makes the terminal raw, if the source is a terminal. If this process is in the background, a timer
+    /// repeats the attempt: no signal says when the process comes to the foreground.
     fn begin_input(&mut self, ops: &mut EventOps<'_>) {
         if self.console.begin() {
             self.look = None;
@@ -300,13 +308,14 @@ impl Control {
         }
     }
 
-    /// Hands the guest what waits for it. True when nothing waits any more.
+    /// Offers the guest the bytes that wait for it. True when no bytes wait any more.
     fn flush(&mut self) -> bool {
         let serial = self.board.as_ref().map(|board| &board.serial);
         self.console.flush(|bytes| serial.map_or(0, |serial| serial.enqueue(bytes)))
     }
 
-    /// Input for the guest; stops watching the source when it has ended or the guest is full.
+    /// Reads input for the guest. Stops watching the source when the source has ended or the guest takes no
+    /// more.
     fn receive(&mut self, ops: &mut EventOps<'_>) {
         if !self.console.begin() {
             return self.begin_input(ops);
@@ -321,7 +330,7 @@ impl Control {
         }
     }
 
-    /// The guest has read: offer what waits, and go on reading the source.
+    /// The guest has read from its serial port: offers it the bytes that wait, then reads on from the source.
     fn input_space(&mut self, ops: &mut EventOps<'_>) {
         if let Some(board) = &self.board {
             board.serial.clear_input_space();
@@ -364,7 +373,8 @@ impl Control {
         }
     }
 
-    /// Has epoll say when the reader of the console takes more: at each change, as there is mostly nothing to pass on.
+    /// Watches the console's output descriptor, edge-triggered: there are mostly no bytes to pass on, so a
+    /// level-triggered watch would report the descriptor all the time.
     fn watch_output(&mut self, ops: &mut EventOps<'_>) {
         let Some(fd) = self.console.output().with_fd(|fd| fd.as_raw_fd()) else { return };
         let set = EventSet::OUT | EventSet::EDGE_TRIGGERED;
@@ -373,8 +383,9 @@ impl Control {
         }
     }
 
-    /// Serves the console socket's client, or waits for one. While there is one the next waits in the socket's
-    /// queue: refused, it would lose the race against the news that the first has gone.
+    /// Serves the client of the console socket, or waits for a client. While there is a client, the next
+    /// client waits in the socket's queue. It is not refused, because it may connect before the loop has
+    /// noticed that the first client is gone.
     fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
         self.client = self.console.client();
         if self.client.is_some() {
@@ -435,7 +446,7 @@ impl MutEventSubscriber for Control {
     fn process(&mut self, event: Events, ops: &mut EventOps<'_>) {
         let source = usize::try_from(event.data()).ok().and_then(|place| self.sources.get(place).copied());
         match source {
-            // Whoever waits for it asks the lifecycle.
+            // The machine's main loop asks the lifecycle for the request.
             Some(Source::Request) | None => {}
             Some(Source::InputSpace) => self.input_space(ops),
             Some(Source::EventLine) => {
@@ -484,10 +495,10 @@ impl MutEventSubscriber for Control {
 
 const INTERRUPTED: i32 = 4;
 
-/// How long to wait before looking again whether this process is in the foreground of its terminal.
+/// The pause between two checks whether this process is in the foreground of its terminal.
 const LOOK: Duration = Duration::from_millis(300);
 
-/// Becomes readable once, after `pause`.
+/// A timer that becomes readable once, after `pause`.
 fn timer(pause: Duration) -> std::io::Result<OwnedFd> {
     let fd = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
     let it_value = Timespec::try_from(pause).map_err(std::io::Error::other)?;

@@ -1,7 +1,9 @@
-//! The thread `peers`: answers what backends and servers ask on their own.
+//! The thread `peers`: it answers the requests that backends and servers make on their own.
 //!
-//! It never blocks on any of them and never takes a device's lock, so a backend gets its answer even while a
-//! vCPU holds the device and waits for that same backend. What needs the device is a job for the device's attendant.
+//! The thread must never wait for a backend or server and must never take a device's lock. A backend
+//! therefore gets its answer even while a vCPU holds the device and waits for that same backend. Work that
+//! needs the device is posted as a job to the device's attendant: the thread of the device that may wait for
+//! its backend.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -23,25 +25,25 @@ use transport::vhost_user::{BackendRequests, NotifierArea, Refused, Served};
 
 use crate::devices::shared_objects::{Owner, SharedObjects};
 
-/// The handle on the thread; ends it when dropped.
+/// The handle of the thread. The thread ends when the handle is dropped.
 pub(crate) struct Peers {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// A backend's channel, as long as it lives.
+/// One backend's own channel, and the connection that it belongs to.
 pub(crate) struct Line {
     owner: Owner,
     own: OwnChannel,
 }
 
-/// What the thread listens to.
+/// A source that the thread listens to.
 pub(crate) enum Heard {
     /// A backend's own channel.
     Backend(Line),
-    /// A vfio-user server, while nobody waits for its reply.
+    /// A vfio-user server's connection, while no other thread waits for a reply on it.
     Server(Receiver, Arc<VfioUserDevice>),
-    /// The guest's end of the interrupts of a server's pin.
+    /// The eventfd by which KVM reports that the guest has served the interrupt of a server's pin.
     Pin(Arc<VfioUserDevice>),
 }
 
@@ -55,21 +57,22 @@ impl Heard {
     }
 }
 
-/// A lookup of a shared object, whose backend waits for the answer: refused when this is dropped.
+/// One lookup of a shared object. The backend that asks waits for the answer. If this is dropped unanswered,
+/// the lookup is refused.
 struct Lookup {
     shared: Arc<Shared>,
     line: Option<Line>,
 }
 
 impl Lookup {
-    /// Answers, and has the channel served again.
+    /// Sends the answer, and gives the channel back to the thread.
     fn answer(&mut self, found: Result<OwnedFd, Refused>) {
         let Some(mut line) = self.line.take() else { return };
         lock(&self.shared.waiting).retain(|device| *device != line.owner.device);
         if let Err(error) = line.own.channel.answer_lookup(found) {
             log::warn!("the backend's own channel is closed: {error}");
         }
-        // Also a closed one, whose objects have to go.
+        // A closed channel goes back as well, so that the thread forgets the objects of its connection.
         lock(&self.shared.inbox).push(Heard::Backend(line));
         ring(&self.shared.wake);
     }
@@ -81,26 +84,26 @@ impl Drop for Lookup {
     }
 }
 
-/// Has a device's attendant do something. Never waits; false when there is none any more.
+/// Posts a job to a device's attendant. Never waits; false when the device has no attendant any more.
 type Post = dyn Fn(Job) -> bool + Send + Sync;
 
 struct Shared {
     /// The devices' attendants, by number.
     attendants: Mutex<BTreeMap<usize, Arc<Post>>>,
-    /// "The log knows that a backend found a ring of device N in error."
+    /// One flag for each device: the log already has the message that its backend found a ring in error.
     ring_errors: Vec<AtomicBool>,
-    /// The devices of lookups that are not answered yet.
+    /// The devices whose backends wait for the answer to a lookup.
     waiting: Mutex<Vec<usize>>,
-    /// Connections so far.
+    /// The number of connections so far.
     connections: AtomicU64,
-    /// Readable when the inbox or `end` is.
+    /// Readable when the inbox has new sources or `end` was set.
     wake: OwnedFd,
     inbox: Mutex<Vec<Heard>>,
     end: AtomicBool,
 }
 
 impl Peers {
-    /// Prepares for `devices` devices; the thread starts with the first channel.
+    /// Prepares for `devices` devices. The thread starts with the first source.
     ///
     /// # Errors
     /// When no eventfd can be had.
