@@ -1,7 +1,7 @@
-//! Errors for people: one sentence, its causes, a hint, and the exit code.
+//! Errors for the user: one sentence, its causes, a hint, and the exit code.
 //!
-//! The sentence says what outboard was doing and never repeats its cause. [`Error::report`] is the one place
-//! that prints a chain.
+//! The sentence says what outboard was doing. It must never repeat its cause. [`Error::report`] is the only
+//! place that prints a chain of causes.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -11,10 +11,10 @@ use std::path::Path;
 use rustix::io::Errno;
 use vm_memory::mmap::MmapRegionError;
 
-/// Who has to act; decides the exit code of the process.
+/// The party that has to act. It decides the exit code of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// A mistake of ours, or of the system below us that nobody asked for.
+    /// A mistake in outboard, or an unexpected failure of the system below it.
     Internal,
     /// The command line or the configuration file.
     Usage,
@@ -41,7 +41,7 @@ impl Fault {
 
 type Source = Box<dyn StdError + Send + Sync>;
 
-/// One failure: what we were doing, why it failed, what may help.
+/// One failure: what outboard was doing, why that failed, and what may help.
 #[derive(Debug)]
 pub struct Error {
     fault: Fault,
@@ -61,7 +61,7 @@ impl Error {
         Self::new(Fault::Usage, doing)
     }
 
-    /// A socket of ours, for `whom`, cannot be made at `path`.
+    /// The socket at `path`, on which we listen for `whom`, cannot be made.
     pub(crate) fn listening(whom: &str, path: &Path, error: io::Error) -> Self {
         let hint = match error.kind() {
             ErrorKind::AddrInUse => "the path exists: is another machine using it? if not, remove it",
@@ -76,13 +76,13 @@ impl Error {
         Self::new(Fault::Host, doing)
     }
 
-    /// A failure that nobody outside can mend.
+    /// A failure that the user cannot repair.
     pub fn internal(doing: impl Into<String>) -> Self {
         Self::new(Fault::Internal, doing)
     }
 
-    /// The cause, printed under `because:`. A limit of this host is the host's fault, whatever it kept from
-    /// being done.
+    /// Adds the cause, printed after `because:`. If the cause is a limit of this host, the fault becomes
+    /// [`Fault::Host`], and the hint is the advice about that limit.
     pub fn because(mut self, source: impl Into<Source>) -> Self {
         let source = source.into();
         if let Some(hint) = exceeded(source.as_ref()) {
@@ -93,26 +93,26 @@ impl Error {
         self
     }
 
-    /// What the reader may try, printed under `hint:`.
+    /// Adds advice for the user, printed after `hint:`. A hint that is already there stays.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint.get_or_insert(hint.into());
         self
     }
 
-    /// The same, where there may be none.
+    /// Adds the advice, if there is any.
     pub fn hints(self, hint: Option<impl Into<String>>) -> Self {
         hint.into_iter().fold(self, |error, hint| error.hint(hint))
     }
 
-    /// Whose fault it is.
+    /// The party that has to act.
     pub fn fault(&self) -> Fault {
         self.fault
     }
 
-    /// Writes the sentence, the causes and the hint: the one place where an error chain is printed.
+    /// Writes the sentence, the causes and the hint. This is the only place that prints a chain of causes.
     ///
     /// # Errors
-    /// Whatever `out` reports.
+    /// When `out` cannot be written.
     pub fn report(&self, out: &mut impl Write) -> std::io::Result<()> {
         writeln!(out, "outboard: {}", self.doing)?;
         let mut cause = self.source();
@@ -127,9 +127,10 @@ impl Error {
     }
 }
 
-/// What to do about the limit of this host that is at the bottom of `error`, if one is.
+/// Advice about a limit of this host, if `error` or one of its causes is such a limit.
 fn exceeded(error: &(dyn StdError + 'static)) -> Option<&'static str> {
-    // An io::Error that was made of another error is transparent: that one is not its source.
+    // An io::Error that was made from another error does not give that error as its source; it is asked for
+    // separately.
     let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
     let wrapped = wrapped.map(|error| error as &(dyn StdError + 'static));
     if let Some(deeper) = wrapped.or(error.source()).and_then(exceeded) {

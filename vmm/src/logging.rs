@@ -1,7 +1,7 @@
-//! Messages on standard error: `outboard: LEVEL: text`, from the `log` crate; and the trace of `--trace -`.
+//! Messages on standard error: `outboard: LEVEL: text`, from the `log` crate, and the trace of `--trace -`.
 //!
-//! Guests and peers cause messages; they must not fill a disk with them, whatever they do. Nobody may be reading
-//! standard error: a message never waits.
+//! Guests and peers can cause messages. They must not be able to fill a disk, so the number of messages is
+//! bounded. A message must never wait, because standard error may have no reader.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,11 +13,11 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::console::outlet::Outlet;
 
-/// Lines that one place of the program may write at once: enough for every device of a machine, again and again.
-/// Afterwards it is one a second.
+/// The number of lines that one place in the program may write at once. It suffices for every device of a
+/// machine, many times over. After that the place may write one line a second.
 const BURST: u32 = 1000;
 
-/// What one place may still write.
+/// The number of lines that one place may still write.
 struct Allowance {
     left: u32,
     since: Instant,
@@ -29,7 +29,8 @@ impl Allowance {
         Self { left: BURST, since: now, omitted: 0 }
     }
 
-    /// Whether there may be a line now; then how many there might not be before it.
+    /// Takes one line from the allowance, if there is one. Gives the number of lines that were refused since
+    /// the last one.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let earned = now.saturating_duration_since(self.since).as_secs();
         if earned > 0 {
@@ -49,29 +50,29 @@ impl Allowance {
     }
 }
 
-/// File and line of the place: there are only so many.
+/// The file and line of a log call. Their number is bounded by the program's text.
 type Place = (Option<&'static str>, Option<u32>);
 
 struct Stderr {
-    /// Locked for a moment.
+    /// This lock is held for a moment only.
     places: Mutex<BTreeMap<Place, Allowance>>,
     out: Mutex<Out>,
 }
 
-/// Lines that standard error has not taken yet, and how many it will never see.
+/// The lines that standard error has not taken yet, and the number of lines that are lost.
 struct Out {
     outlet: Option<Outlet>,
     omitted: u64,
 }
 
-/// How many bytes may wait for a reader of standard error.
+/// The number of bytes that may wait for a reader of standard error.
 const WAITING: usize = 256 << 10;
 
 static STDERR: Stderr =
     Stderr { places: Mutex::new(BTreeMap::new()), out: Mutex::new(Out { outlet: None, omitted: 0 }) };
 
 impl Out {
-    /// Opened when first needed. `None` when that cannot be.
+    /// The outlet, opened when it is first needed. `None` when it cannot be opened.
     fn outlet(&mut self) -> Option<&mut Outlet> {
         if self.outlet.is_none() {
             self.outlet = Outlet::stream(io::stderr().as_fd()).ok();
@@ -80,7 +81,7 @@ impl Out {
     }
 }
 
-/// Writes text to standard error, or keeps it until somebody reads. False when nobody will.
+/// Writes text to standard error, or keeps it until there is a reader. False when there will never be one.
 pub(crate) fn write(text: &str) -> bool {
     let mut out = STDERR.out.lock().unwrap_or_else(PoisonError::into_inner);
     let omitted = out.omitted;
@@ -99,7 +100,7 @@ pub(crate) fn write(text: &str) -> bool {
     written.is_ok()
 }
 
-/// Gives a reader of standard error the time to read the last messages, as long as it goes on reading.
+/// Waits until a reader of standard error has read the last messages, as long as the reader goes on reading.
 pub(crate) fn finish() {
     let mut out = STDERR.out.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(outlet) = &mut out.outlet
@@ -110,7 +111,7 @@ pub(crate) fn finish() {
 }
 
 impl Stderr {
-    /// See [`Allowance::take`]. Who asks for debugging gets all of it.
+    /// See [`Allowance::take`]. Debug and trace messages are not bounded: a user has asked for them.
     fn allows(&self, record: &Record<'_>) -> Option<u64> {
         if record.level() > Level::Info {
             return Some(0);
@@ -135,7 +136,7 @@ impl Log for Stderr {
         let more = if omitted > 0 { format!(" (and {omitted} such lines before)") } else { String::new() };
         let level = record.level().as_str().to_lowercase();
         let line = format!("outboard: {level}: {}{more}\n", record.args());
-        // A closed standard error leaves nowhere to complain.
+        // Standard error is closed, so there is no place left for messages.
         if !write(&line) {
             log::set_max_level(LevelFilter::Off);
         }
@@ -144,7 +145,7 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// Shows warnings; with `verbosity` 1 also what happens, 2 for debugging, 3 everything.
+/// Sets the level of messages by `verbosity`: 0 shows warnings, 1 information, 2 debugging, 3 everything.
 pub(crate) fn start(verbosity: u8) {
     let level = match verbosity {
         0 => LevelFilter::Warn,

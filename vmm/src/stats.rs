@@ -1,6 +1,6 @@
-//! What `--stats` writes when the machine ends.
+//! The statistics, which `--stats` writes when the machine ends.
 //!
-//! Times are in microseconds. Counters cover the machine's whole life, reboots included.
+//! Times are in microseconds. Counters cover the machine's whole life, including reboots.
 
 use devices::bus::BusCounters;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use crate::life::vcpu::VcpuStats;
 pub struct Stats {
     /// Why it ended: `power-off`, `reset`, `quit`, `signal` or `crash`.
     pub end: &'static str,
-    /// How often the guest was started: 1 and one for every reboot in place.
+    /// How often the guest was started: once, and once more for each reboot.
     pub boots: u64,
     /// When each step of the first start was done, counted from the start of the build.
     pub startup_us: Startup,
@@ -24,7 +24,7 @@ pub struct Stats {
     pub ranges: Vec<RangeStats>,
     /// Accesses that no device claimed.
     pub unclaimed: Unclaimed,
-    /// The virtio devices, then those of vfio-user servers, in the order of the configuration.
+    /// The virtio devices, then the vfio-user servers' devices, each in the order of the configuration.
     pub devices: Vec<DeviceStats>,
 }
 
@@ -43,7 +43,7 @@ pub struct Startup {
     pub first_entry: u64,
 }
 
-/// Accesses of one range that left the guest and KVM.
+/// Accesses to one range that caused an exit to userspace.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RangeStats {
     /// `pio` or `mmio`.
@@ -58,7 +58,7 @@ pub struct RangeStats {
     pub writes: u64,
 }
 
-/// Accesses that no device claimed: reads gave all ones, writes were dropped.
+/// Accesses that no device claimed. Such a read gave all ones; such a write was dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Unclaimed {
     /// Reads.
@@ -78,22 +78,22 @@ pub struct DeviceStats {
     pub state: &'static str,
     /// Why it is broken.
     pub broken: Option<String>,
-    /// Kicks and interrupt acknowledgements that passed through the VMM while the device ran: 0. Of a vfio-user
-    /// server: accesses of its BARs that were trapped.
+    /// For a virtio device: kicks and interrupt acknowledgements that passed through the VMM while the device
+    /// ran. This should be 0. For a vfio-user server's device: trapped accesses to its BARs.
     pub requests_through_vmm: u64,
-    /// How often another backend took over.
+    /// How often a lost backend was found again.
     pub recoveries: u64,
-    /// Writes to its other registers: initialisation, configuration changes.
+    /// Writes to the other registers: initialisation and configuration changes.
     pub register_writes: u64,
-    /// What was said to its peer.
+    /// The messages to its peer.
     pub peer: PeerStats,
-    /// Of a PCI device of a vfio-user server: who it is, and what was trapped.
+    /// For a vfio-user server's PCI device: its identity, and its trapped accesses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pci: Option<PciStats>,
 }
 
-/// A PCI device of a vfio-user server. What its guest does to mapped memory and to doorbells is not counted: it never
-/// leaves the guest.
+/// A vfio-user server's PCI device. Accesses to mapped memory and to doorbells are not counted, because they
+/// cause no exit to userspace.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct PciStats {
     /// Vendor, device and class.

@@ -1,20 +1,23 @@
-//! The keys of a raw terminal, where Ctrl-A is ours and everything else the guest's. Pure: reads no terminal.
+//! The keys of a raw terminal. Ctrl-A begins a command to the VMM; every other key goes to the guest. Pure:
+//! this module reads no terminal.
 
-/// Begins an escape: Ctrl-A.
+/// Ctrl-A, which begins an escape sequence.
 const ESCAPE: u8 = 0x01;
 
-/// What was typed, as far as it means more than itself.
+/// A decoder of typed bytes.
 ///
-/// Ctrl-A x quits, Ctrl-A a and Ctrl-A Ctrl-A type a Ctrl-A, Ctrl-A with anything else is swallowed.
+/// * Ctrl-A x ends the machine.
+/// * Ctrl-A a and Ctrl-A Ctrl-A type one Ctrl-A.
+/// * Ctrl-A before any other byte is dropped with that byte.
 #[derive(Debug, Default)]
 pub struct Keyboard {
     escaped: bool,
 }
 
-/// What a typed byte means.
+/// The meaning of a typed byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
-    /// Nothing, or nothing yet.
+    /// No meaning, or the first byte of an escape sequence.
     Nothing,
     /// A byte for the guest.
     Byte(u8),

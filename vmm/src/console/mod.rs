@@ -1,7 +1,10 @@
-//! The far end of the serial port: standard streams, a file, a socket, or a sink of the caller's.
+//! The other end of the serial port: standard streams, a file, a socket, or a sink of the library's caller.
 //!
-//! Output that nobody takes is kept, up to a bound; then the guest is slowed down, as by a real line. Input is bounded:
-//! what the guest's FIFO does not take stays in the source. Neither makes the control loop wait.
+//! * Output without a reader is kept up to a bound. With a reader that does not read, the guest is then
+//!   slowed down, as by a real serial line.
+//! * Input is bounded: bytes that the guest's FIFO does not take stay in the source.
+//!
+//! The console must never make the control loop wait.
 
 pub mod keyboard;
 pub(crate) mod outlet;
@@ -25,10 +28,10 @@ use crate::console::outlet::{Outlet, reopen};
 use crate::console::transmit::Transmit;
 use crate::error::Error;
 
-/// Bytes read from the source at a time; also the most that waits for the guest.
+/// The number of bytes that one read of the source takes. At most this many bytes wait for the guest.
 const CHUNK: usize = 1024;
 
-/// The console of a machine; outlives its reboots.
+/// The console of a machine. It stays over reboots.
 pub(crate) struct Console {
     output: Arc<Transmit>,
     source: Source,
@@ -42,10 +45,10 @@ enum Source {
     Socket { listener: Listener, client: Option<UnixStream> },
 }
 
-/// What reading the source brought.
+/// The result of a read of the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Input {
-    /// Perhaps some bytes; more may come.
+    /// The source is open; the read may have brought bytes.
     Open,
     /// The source has ended.
     Ended,
@@ -53,22 +56,23 @@ pub(crate) enum Input {
     Quit,
 }
 
-/// Which descriptors of the console may become readable.
+/// The descriptors of the console that may become readable.
 #[derive(Debug)]
 pub(crate) enum Readable<'a> {
     /// Nothing.
     Nothing,
-    /// Typed bytes.
+    /// A descriptor with typed bytes.
     Bytes(BorrowedFd<'a>),
-    /// New clients of the socket.
+    /// A listening socket with new clients.
     Clients(BorrowedFd<'a>),
 }
 
 impl Console {
-    /// Opens what `serial` names. The terminal stays as it is until [`Console::begin`].
+    /// Opens the console that `serial` describes. The terminal's settings stay unchanged until
+    /// [`Console::begin`].
     ///
     /// # Errors
-    /// When the file, the socket or the standard streams cannot be had.
+    /// When the file, the socket or the standard streams cannot be opened.
     pub(crate) fn open(serial: &Serial) -> Result<Self, Error> {
         let (output, source) = match serial {
             Serial::Null => (Transmit::to_sink(Arc::new(std::sync::Mutex::new(io::sink()))), Source::None),
@@ -84,7 +88,8 @@ impl Console {
                 let cannot = |error| Error::usage("cannot use standard input and output").because(error);
                 let outlet = Outlet::stream(io::stdout().as_fd()).map_err(cannot)?;
                 let is_terminal = terminal::is_terminal();
-                // A description of our own: a read must not wait, whoever else reads.
+                // A file description of our own can be non-blocking. A read then never waits, even if another
+                // process reads the same terminal or pipe.
                 let file = reopen(io::stdin().as_fd(), OFlags::RDONLY);
                 let file = file.or_else(|_| io::stdin().as_fd().try_clone_to_owned()).map_err(cannot)?;
                 (Transmit::to_outlet(outlet), Source::Stdin { file: File::from(file), is_terminal })
@@ -98,18 +103,18 @@ impl Console {
         Ok(Console { output: Arc::new(output), source, keyboard: Keyboard::default(), waiting: Vec::new() })
     }
 
-    /// Where the serial port's bytes go.
+    /// The output of the serial port.
     pub(crate) fn output(&self) -> &Arc<Transmit> {
         &self.output
     }
 
-    /// Makes the terminal raw, if there is one and this process is in its foreground. False when its keys are not ours
-    /// to read now.
+    /// Makes the terminal raw, if the source is a terminal and this process is in its foreground. False when
+    /// the source is a terminal that must not be read now.
     pub(crate) fn begin(&self) -> bool {
         !matches!(self.source, Source::Stdin { is_terminal: true, .. }) || terminal::take()
     }
 
-    /// What to watch for input.
+    /// The descriptor to watch for input.
     pub(crate) fn readable(&self) -> Readable<'_> {
         match &self.source {
             Source::None => Readable::Nothing,
@@ -118,8 +123,8 @@ impl Console {
         }
     }
 
-    /// A client is waiting at the socket: takes it, and gives it what the guest has printed so far. True when there is
-    /// one now.
+    /// Accepts a client that waits at the socket, and gives it the output that was kept so far. True when a
+    /// client was accepted.
     pub(crate) fn accept(&mut self) -> bool {
         let Source::Socket { listener, client } = &mut self.source else { return false };
         let accepted = listener.accept(&Deadline::after(Duration::ZERO));
@@ -136,13 +141,13 @@ impl Console {
         }
     }
 
-    /// The socket's client, if there is one, to be watched for input; it stays over a reboot.
+    /// A copy of the client's socket, to be watched for input. The client stays connected over a reboot.
     pub(crate) fn client(&self) -> Option<UnixStream> {
         let Source::Socket { client, .. } = &self.source else { return None };
         client.as_ref()?.try_clone().ok()
     }
 
-    /// The client has gone; what it has not read is the next one's.
+    /// The client is gone. The next client gets the bytes that this client has not read.
     pub(crate) fn client_gone(&mut self) {
         if let Source::Socket { client, .. } = &mut self.source {
             *client = None;
@@ -150,7 +155,7 @@ impl Console {
         }
     }
 
-    /// Reads what the source has, up to a bound, for [`Console::flush`].
+    /// Reads at most `CHUNK` bytes from the source. [`Console::flush`] offers them to the guest.
     pub(crate) fn receive(&mut self) -> Input {
         let mut bytes = [0; CHUNK];
         let read = match &mut self.source {
@@ -184,7 +189,7 @@ impl Console {
         Input::Open
     }
 
-    /// Offers the guest what waits; true when nothing waits any more.
+    /// Offers the guest the bytes that wait. True when no bytes wait any more.
     pub(crate) fn flush(&mut self, mut offer: impl FnMut(&[u8]) -> usize) -> bool {
         let taken = offer(&self.waiting).min(self.waiting.len());
         self.waiting.drain(..taken);

@@ -1,5 +1,5 @@
-//! Bytes on their way to a descriptor that nobody may be reading. Must never wait, and must never change the mode of a
-//! descriptor that this process shares with others.
+//! Bytes on their way to a descriptor that may have no reader. A write must never wait. It must never change
+//! the mode of a descriptor that this process shares with others.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,20 +15,20 @@ use rustix::net::{SendFlags, send};
 use rustix::termios::isatty;
 use transport::peer::deadline::{Deadline, Waited, wait_writable};
 
-/// How a descriptor is written without waiting.
+/// The way in which a descriptor is written without waiting.
 #[derive(Debug)]
 enum Way {
-    /// There is nobody yet.
+    /// There is no descriptor yet.
     Nobody,
-    /// A write does not wait: a regular file, or a description of our own that is non-blocking.
+    /// A regular file, or a non-blocking file description of our own. A write does not wait.
     Plain(File),
-    /// A socket.
+    /// A socket, written with `MSG_DONTWAIT`.
     Socket(OwnedFd),
-    /// Another device, or a pipe that cannot be opened again: asked before each write.
+    /// Another device, or a pipe that cannot be opened again. It is polled before each write.
     Polled(File),
 }
 
-/// A file that is written by its name, and may be moved away meanwhile (log rotation).
+/// A file that was opened by its path. Log rotation may move the file away while it is written.
 #[derive(Debug)]
 struct Named {
     path: PathBuf,
@@ -50,12 +50,12 @@ impl Outlet {
         Self { way, named, waiting: VecDeque::new(), last: b'\n' }
     }
 
-    /// Keeps everything until [`Outlet::lead_to`] names a descriptor.
+    /// An outlet without a descriptor. It keeps all bytes until [`Outlet::lead_to`] gives it one.
     pub(crate) fn nowhere() -> Self {
         Self::new(Way::Nobody, None)
     }
 
-    /// From now on `socket` takes the bytes, those that wait first; `None`: nobody does.
+    /// Writes to `socket` from now on, beginning with the bytes that wait. With `None`, bytes only wait.
     pub(crate) fn lead_to(&mut self, socket: Option<OwnedFd>) {
         self.way = socket.map_or(Way::Nobody, Way::Socket);
     }
@@ -68,7 +68,8 @@ impl Outlet {
         let way = match FileType::from_raw_mode(fstat(fd)?.st_mode) {
             FileType::Socket => Way::Socket(fd.try_clone_to_owned()?),
             kind if kind == FileType::Fifo || isatty(fd) => {
-                // The descriptor's own mode is shared with whoever else has it; another description is ours alone.
+                // The descriptor's mode is shared with every process that has the descriptor. A new file
+                // description is ours alone.
                 match reopen(fd, OFlags::WRONLY) {
                     Ok(own) => Way::Plain(File::from(own)),
                     Err(_) => Way::Polled(File::from(fd.try_clone_to_owned()?)),
@@ -80,7 +81,8 @@ impl Outlet {
         Ok(Self::new(way, None))
     }
 
-    /// Replaces the file at `path`, and follows when the file is moved away or cut short.
+    /// Writes to the file at `path`, whose earlier contents are dropped. When the file is moved away, the
+    /// output goes on in a new file at `path`. When the file is cut short, the output goes on at its new end.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -92,7 +94,7 @@ impl Outlet {
         Ok(Self::new(Way::Plain(file), named))
     }
 
-    /// Takes bytes, and passes on what the descriptor takes.
+    /// Takes bytes, then passes on as many as the descriptor accepts now.
     ///
     /// # Errors
     /// See [`Outlet::pass_on`].
@@ -101,10 +103,10 @@ impl Outlet {
         self.pass_on()
     }
 
-    /// Passes on what the descriptor takes now; the rest goes on waiting.
+    /// Passes on as many bytes as the descriptor accepts now. The other bytes go on waiting.
     ///
     /// # Errors
-    /// When the descriptor will not take it later, either.
+    /// When the descriptor will not accept the bytes later, either.
     pub(crate) fn pass_on(&mut self) -> io::Result<()> {
         while !self.waiting.is_empty() {
             self.follow();
@@ -120,7 +122,8 @@ impl Outlet {
                     if poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? == 0 {
                         return Ok(());
                     }
-                    // What is promised by poll is one byte for a device, a page for a pipe.
+                    // poll promises room for one byte only where the descriptor is a device, and for a page
+                    // where it is a pipe.
                     file.write(front.get(..1).unwrap_or_default())
                 }
             };
@@ -139,14 +142,15 @@ impl Outlet {
         Ok(())
     }
 
-    /// At the beginning of a line: a file that is no longer at its path is left for a new one.
+    /// At the beginning of a line, checks that the file is still at its path. If it is not, the output goes
+    /// on in a new file.
     fn follow(&mut self) {
         let Some(named) = self.named.as_mut().filter(|_| self.last == b'\n') else { return };
         let found = std::fs::metadata(&named.path).map(|found| (found.dev(), found.ino()));
         if found.is_ok_and(|found| found == named.identity) {
             return;
         }
-        // When there can be no new one, the old one is as good as any.
+        // When no new file can be opened, the output stays in the old one.
         if let Ok(file) = open_named(&named.path, OFlags::empty())
             && let Ok(found) = file.metadata()
         {
@@ -155,7 +159,8 @@ impl Outlet {
         }
     }
 
-    /// Waits for the reader as long as it goes on reading: `silence` between two of its reads at most, and `limit` in all.
+    /// Waits while the reader goes on reading: at most `silence` between two of its reads, and `limit` in
+    /// all.
     ///
     /// # Errors
     /// See [`Outlet::pass_on`].
@@ -176,19 +181,19 @@ impl Outlet {
         self.waiting.len()
     }
 
-    /// Forgets the oldest bytes that wait, down to `rest`; how many those were.
+    /// Drops the oldest waiting bytes until `rest` are left. Gives the number of dropped bytes.
     pub(crate) fn forget(&mut self, rest: usize) -> usize {
         let excess = self.waiting.len().saturating_sub(rest);
         self.waiting.drain(..excess);
         excess
     }
 
-    /// True when nobody is there to read.
+    /// True when there is no descriptor.
     pub(crate) fn is_nowhere(&self) -> bool {
         matches!(self.way, Way::Nobody)
     }
 
-    /// Writable when more can be passed on.
+    /// The descriptor, which becomes writable when more bytes can be passed on.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.way {
             Way::Nobody => None,
@@ -198,13 +203,14 @@ impl Outlet {
     }
 }
 
-/// A non-blocking description of our own of the pipe or terminal behind `fd`.
+/// Opens the pipe or terminal behind `fd` again. The result is a non-blocking file description of our own.
 pub(crate) fn reopen(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     Ok(open(path, access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// A FIFO is opened for reading, too: it needs no reader then, and keeps what was written until one comes.
+/// Opens a file for writing. A FIFO is opened for reading as well: it then needs no reader, and keeps the
+/// bytes until a reader comes.
 fn open_named(path: &Path, how: OFlags) -> io::Result<File> {
     let is_fifo =
         std::fs::metadata(path).is_ok_and(|found| FileType::from_raw_mode(found.mode()) == FileType::Fifo);

@@ -1,9 +1,11 @@
-//! The terminal: raw while a guest has it, itself again whatever happens.
+//! The terminal on standard input. It is raw while a guest has it. Its settings are always restored
+//! afterwards, also after a panic.
 //!
-//! Only the processes in a terminal's foreground may change or read it; the others are stopped by the kernel when they
-//! try. So whoever wants the terminal looks first.
+//! Only processes in the terminal's foreground may change or read it. The kernel stops other processes that
+//! try. Therefore each access checks first whether this process is in the foreground.
 //!
-//! The saved settings are process-wide, because a panic hook and an orderly end must find the same ones.
+//! The saved settings are global to the process, because a panic hook and an orderly end must find the same
+//! ones.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -19,12 +21,13 @@ pub(crate) fn is_terminal() -> bool {
 }
 
 fn in_foreground() -> bool {
-    // A terminal that does not control this process asks for no foreground.
+    // The call fails for a terminal that does not control this process. Such a terminal has no foreground.
     tcgetpgrp(io::stdin()).map_or(true, |group| group == getpgrp())
 }
 
-/// Makes the terminal raw, unless it is: also when this process goes on after a stop, in which the shell has changed it.
-/// False when this process is in the background: neither the settings nor the keys are ours then.
+/// Makes the terminal raw, unless it is raw already. Also called when this process goes on after a stop, in
+/// which the shell has changed the settings. False when this process is in the background: it may then
+/// neither change the settings nor read the keys.
 pub(crate) fn take() -> bool {
     if !in_foreground() {
         return false;
@@ -33,7 +36,8 @@ pub(crate) fn take() -> bool {
     let changed = tcgetattr(io::stdin()).and_then(|cooked| {
         let mut raw = cooked.clone();
         raw.make_raw();
-        // Our own messages keep their line ends: only input has to be raw.
+        // Only the input has to be raw. Output processing stays on, so that our own messages have proper line
+        // ends.
         raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
         if raw.local_modes != cooked.local_modes || saved.is_none() {
             *saved = Some(cooked);
@@ -47,11 +51,11 @@ pub(crate) fn take() -> bool {
     true
 }
 
-/// Gives the terminal its old settings back, once. Also called from the panic hook.
+/// Restores the saved settings, once. Also called from the panic hook.
 pub(crate) fn restore() {
     // try_lock: a panic inside `take` must not wait for its own lock.
     let Ok(mut saved) = SAVED.try_lock() else { return };
-    // The shell has restored the terminal of a process in the background.
+    // In the background there is nothing to restore: the shell has done it.
     if let Some(cooked) = saved.take().filter(|_| in_foreground())
         && let Err(error) = tcsetattr(io::stdin(), OptionalActions::Now, &cooked)
     {
@@ -59,7 +63,8 @@ pub(crate) fn restore() {
     }
 }
 
-/// Restores the terminal before a panic is printed, so that it is readable and the shell usable.
+/// Restores the terminal before a panic is printed. The message is then readable, and the shell is usable
+/// afterwards.
 pub(crate) fn restore_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {

@@ -1,4 +1,5 @@
-//! The serial port's bytes on their way out. vCPUs send, the control loop passes on what had to wait.
+//! The serial port's output on its way to the reader. vCPU threads send bytes; the control loop passes on the
+//! bytes that had to wait.
 
 use std::io::Write;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -9,14 +10,15 @@ use devices::serial::Transmitter;
 
 use crate::console::outlet::Outlet;
 
-/// How many bytes may wait for a reader before the guest is slowed down, and without a reader at all. A guest that sends
-/// though its transmitter is not empty has as much again.
+/// The number of bytes that may wait for a reader before the guest is slowed down. A guest that sends on
+/// although its transmitter is not empty may add the same number again. Without a reader, this many of the
+/// newest bytes are kept.
 const ROOM: usize = 1 << 20;
 
-/// How long a byte is held that the guest sends though its transmitter is not empty.
+/// The longest time for which a vCPU is held that sends a byte although its transmitter is not empty.
 const HOLD: Duration = Duration::from_millis(20);
 
-/// Where the bytes go, and those that wait. Its lock is held for no wait.
+/// The destination of the output, and the bytes that wait. The lock must never be held over a wait.
 pub(crate) struct Transmit {
     sending: Mutex<Sending>,
     room: Condvar,
@@ -24,13 +26,13 @@ pub(crate) struct Transmit {
 
 struct Sending {
     to: To,
-    /// Bytes that nobody will read.
+    /// The number of bytes that were dropped unread.
     lost: usize,
     failed: bool,
 }
 
 enum To {
-    /// A sink of the library's caller, who answers for its waits.
+    /// A sink of the library's caller. The caller is responsible for the waits of its sink.
     Sink(Arc<Mutex<dyn Write + Send>>),
     Outlet(Outlet),
 }
@@ -40,7 +42,7 @@ impl Sending {
         matches!(&self.to, To::Outlet(outlet) if outlet.waiting() >= ROOM && !outlet.is_nowhere())
     }
 
-    /// Hands bytes to the reader, and accounts for those that are lost.
+    /// Passes bytes on to the reader, and counts the bytes that are lost.
     fn send(&mut self, bytes: &[u8]) {
         let sent = match &mut self.to {
             To::Sink(sink) => {
@@ -95,7 +97,7 @@ impl Transmit {
         self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another client takes the bytes, or nobody.
+    /// Sends the output to another client, or to no client.
     pub(crate) fn lead_to(&self, client: Option<OwnedFd>) {
         let mut sending = self.lock();
         if let To::Outlet(outlet) = &mut sending.to {
@@ -105,7 +107,8 @@ impl Transmit {
         self.room.notify_all();
     }
 
-    /// The descriptor takes bytes again. True when the guest was slowed down and need not be any longer.
+    /// Called when the descriptor takes bytes again. True when the guest was slowed down until now and there
+    /// is room again.
     pub(crate) fn pass_on(&self) -> bool {
         let mut sending = self.lock();
         let was_full = sending.is_full();
@@ -114,7 +117,8 @@ impl Transmit {
         was_full && !sending.is_full()
     }
 
-    /// Calls `act` with the descriptor that says when more can be passed on, if there is one.
+    /// Calls `act` with the descriptor that becomes writable when more bytes can be passed on, if there is
+    /// one.
     pub(crate) fn with_fd<T>(&self, act: impl FnOnce(BorrowedFd<'_>) -> T) -> Option<T> {
         match &self.lock().to {
             To::Outlet(outlet) => outlet.fd().map(act),
@@ -122,7 +126,7 @@ impl Transmit {
         }
     }
 
-    /// How many bytes wait for a reader who is there.
+    /// The number of bytes that wait for a present reader.
     pub(crate) fn waiting(&self) -> usize {
         match &self.lock().to {
             To::Outlet(outlet) if !outlet.is_nowhere() => outlet.waiting(),
@@ -130,7 +134,7 @@ impl Transmit {
         }
     }
 
-    /// The machine has ended: says what is lost.
+    /// Called when the machine has ended: logs how many bytes are lost.
     pub(crate) fn finish(&self) {
         let mut sending = self.lock();
         sending.send(&[]);

@@ -1,4 +1,5 @@
-//! The machine's devices: made once, plugged into the board of each boot.
+//! The machine's devices. Each device is made once, for the machine's whole life, and plugged into the board
+//! of each boot.
 
 pub(crate) mod peers;
 mod shared_objects;
@@ -19,7 +20,8 @@ use crate::config::Transport;
 use crate::error::Error;
 use crate::stats::DeviceStats;
 
-/// A device's name, which the user chose or which follows from its type and number. Stable for the machine's life.
+/// A device's name. The user chose it, or it follows from the device's type and number. It stays the same for
+/// the machine's life.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct DeviceId(Arc<str>);
 
@@ -37,28 +39,29 @@ impl fmt::Display for DeviceId {
 
 /// Where on a board a device is plugged in.
 pub(crate) enum Site<'b> {
-    /// A register page, and the bus for the accesses that the page does not answer.
+    /// A page of virtio-mmio registers, and the bus for the accesses that need the device model.
     Mmio(&'b VirtioMmio, &'b mut Bus),
-    /// The PCI bus, and the registers that tell the guest that a function is gone.
+    /// The PCI bus, and the hot-plug registers that tell the guest that a function is gone.
     Pci(&'b HostBridge, Option<&'b Arc<Hotplug>>),
 }
 
-/// What a descriptor that the control loop watches is about.
+/// The event that a watched descriptor reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Notice {
     /// The connection to the peer is gone.
     HangUp,
-    /// The guest kicked a queue whose kicks do not reach a backend by themselves.
+    /// The guest kicked a queue whose kicks do not go to a backend directly.
     Kick(u16),
 }
 
-/// A device of the machine. Called on the control thread, but for what its transport calls on vCPU threads.
+/// A device of the machine. The control thread calls these methods. The device's transport is called on vCPU
+/// threads.
 pub(crate) trait MachineDevice: Send + Sync {
     /// Its name.
     #[allow(dead_code, reason = "for events, to come")]
     fn id(&self) -> &DeviceId;
 
-    /// How the guest sees it.
+    /// The transport by which the guest sees the device.
     fn transport(&self) -> Transport;
 
     /// Puts the device on a board.
@@ -67,34 +70,36 @@ pub(crate) trait MachineDevice: Send + Sync {
     /// When the machine refuses, or the board has no room.
     fn plug(&self, ports: &Ports, site: Site<'_>) -> Result<(), Error>;
 
-    /// Asks that nothing be waited for that [`MachineDevice::unplug`] would wait for. Never waits.
+    /// Shortens the waits of a following [`MachineDevice::unplug`]. Never waits.
     fn hurry(&self) {}
 
-    /// The machine ends now: ends the connection to the peer, and every one that follows, so that whoever waits for the peer
-    /// comes back. Never waits.
+    /// The machine ends now. Closes the connection to the peer, and every later connection, so that a thread
+    /// that waits for the peer returns. Never waits.
     fn cut(&self);
 
-    /// Takes the device off its board: queues stopped, registers as at power-on. The board's buses must be gone, or they
-    /// keep the register page alive. Waits for the peer, for its deadline at most.
+    /// Takes the device off its board: stops its queues and puts its registers into their state at power-on.
+    /// The board's buses must be gone before, because they keep the register page alive. Waits for the peer,
+    /// at most for the peer's deadline.
     fn unplug(&self);
 
-    /// The descriptors that the control loop watches, the same ones for the machine's whole life.
+    /// The descriptors that the control loop watches. They stay the same for the machine's whole life.
     fn watched(&self) -> Vec<(BorrowedFd<'_>, Notice)>;
 
     /// One of the watched descriptors is readable. Never waits.
     fn notice(&self, notice: Notice);
 
-    /// What was counted over the device's whole life.
+    /// The statistics over the device's whole life.
     fn stats(&self) -> DeviceStats;
 
-    /// The machine ends: the device is about to be unplugged for the last time. Never waits.
+    /// The machine is ending. Called before the device is unplugged for the last time. Never waits.
     fn ending(&self) {}
 
-    /// The machine ends: the peer sees us go. Called once the device is unplugged.
+    /// Ends the connection to the peer in order. Called when the machine ends, after the device is unplugged.
     fn end(&self);
 }
 
-/// All devices of a machine, in the order of the configuration: the virtio devices first.
+/// All devices of a machine. The virtio devices come first, then the vfio-user servers' devices, each in the
+/// order of the configuration.
 #[derive(Clone, Default)]
 pub(crate) struct DeviceList(Vec<Arc<dyn MachineDevice>>);
 
@@ -108,8 +113,8 @@ impl DeviceList {
         self.0.iter()
     }
 
-    /// Does something with all devices at the same time, each on a thread of its own: of several hung peers the deadline is
-    /// waited for once. Does not wait.
+    /// Calls `act` for all devices at the same time, each on a thread of its own, so that several hung peers
+    /// cost one deadline and not the sum. Does not wait for the threads.
     pub(crate) fn apart(&self, act: fn(&dyn MachineDevice)) -> Pending {
         self.iter().for_each(|device| device.hurry());
         let pending = Pending::default();
@@ -128,12 +133,12 @@ impl DeviceList {
     }
 }
 
-/// What devices do apart.
+/// Work that the threads of [`DeviceList::apart`] have not finished.
 #[derive(Default)]
 pub(crate) struct Pending(Arc<()>);
 
 impl Pending {
-    /// Whether all are through.
+    /// Whether every thread has finished.
     pub(crate) fn is_done(&self) -> bool {
         Arc::strong_count(&self.0) == 1
     }

@@ -88,7 +88,7 @@ impl Drop for Lookup {
 type Post = dyn Fn(Job) -> bool + Send + Sync;
 
 struct Shared {
-    /// The devices' attendants, by number.
+    /// The jobs' receivers: one attendant for each device number.
     attendants: Mutex<BTreeMap<usize, Arc<Post>>>,
     /// One flag for each device: the log already has the message that its backend found a ring in error.
     ring_errors: Vec<AtomicBool>,
@@ -121,7 +121,7 @@ impl Peers {
         Ok(Peers { shared, thread: Mutex::new(None) })
     }
 
-    /// Serves `channel` on behalf of device number `device` until the backend closes it.
+    /// Serves `channel` for device number `device` until the backend closes it.
     ///
     /// # Errors
     /// When the host refuses another thread.
@@ -130,7 +130,7 @@ impl Peers {
         self.listen(Heard::Backend(Line { owner: Owner { device, connection }, own: channel }))
     }
 
-    /// Listens to `heard` until it ends.
+    /// Listens to the source `heard` until it ends.
     ///
     /// # Errors
     /// When the host refuses another thread.
@@ -146,7 +146,7 @@ impl Peers {
         Ok(())
     }
 
-    /// Jobs for device number `device` go to `post` from now on.
+    /// Names the attendant: from now on jobs for device number `device` go to `post`.
     pub(crate) fn attend(&self, device: usize, post: impl Fn(Job) -> bool + Send + Sync + 'static) {
         lock(&self.shared.attendants).insert(device, Arc::new(post));
     }
@@ -163,17 +163,17 @@ impl Drop for Peers {
 }
 
 impl Shared {
-    /// Has a device's attendant do something.
+    /// Posts a job to a device's attendant.
     fn post(&self, device: usize, job: Job) {
         let post = lock(&self.attendants).get(&device).cloned();
-        // A lookup is refused when its job is dropped.
+        // Without an attendant the job is dropped. A lookup is refused when its job is dropped.
         if !post.is_some_and(|post| post(job)) {
             log::debug!("device number {device} has no attendant");
         }
     }
 
-    /// Whether a device's backend waits for an object itself, and so cannot be asked for one. It stays in the
-    /// list until its lookup is answered.
+    /// Whether a device's backend waits for the answer to its own lookup. Such a backend cannot be asked for
+    /// an object. The device stays in the list until its lookup is answered.
     fn is_waiting(&self, device: usize) -> bool {
         lock(&self.waiting).contains(&device)
     }
@@ -195,8 +195,8 @@ impl Shared {
         }
     }
 
-    /// One wait, then every channel that has something. A channel that ends is dropped: its device hears of it
-    /// by the hang-up of the main socket, if the backend is gone.
+    /// Waits once, then serves every source that is readable. A channel that ends is dropped. If its backend
+    /// is gone, the device learns that from the hang-up of the main socket.
     fn wait_and_serve(
         self: &Arc<Self>,
         lines: &mut Vec<Heard>,
@@ -220,14 +220,14 @@ impl Shared {
         Ok(())
     }
 
-    /// Serves what there is; gives it back if it is to be listened to again.
+    /// Serves one source. Gives the source back if the thread should go on listening to it.
     fn hear(self: &Arc<Self>, heard: Heard, objects: &RefCell<SharedObjects>) -> Option<Heard> {
         match heard {
             Heard::Backend(line) => self.serve_line(line, objects).map(Heard::Backend),
             Heard::Server(mut receiver, device) => match receiver.serve() {
                 Ok(vfio_user::Served::Messages(_)) => Some(Heard::Server(receiver, device)),
                 Ok(vfio_user::Served::HungUp) => None,
-                // The control loop sees the connection hung up, and tidies up.
+                // The control loop notices that the connection is hung up, and cleans up.
                 Err(error) => {
                     match error.cause() {
                         Cause::Closed => device.link.hung_up(),
@@ -243,7 +243,7 @@ impl Shared {
         }
     }
 
-    /// Serves a channel; gives it back if it is to be served again.
+    /// Serves one backend's own channel. Gives the channel back if the thread should go on serving it.
     fn serve_line(self: &Arc<Self>, mut line: Line, objects: &RefCell<SharedObjects>) -> Option<Line> {
         let (owner, wanted) = (line.owner, Cell::new(None));
         let OwnChannel { channel, answers } = &mut line.own;
@@ -265,8 +265,9 @@ impl Shared {
     }
 }
 
-/// Forgets the objects of connections that have ended, and closes their channels, but for the last of each device: a lost
-/// backend may keep its end open and silent, and one such channel a device is all that it costs.
+/// Removes the channels whose connections have ended, and forgets the objects of those connections. For each
+/// device the last such channel is kept open: a backend that is lost may keep its end open and silent, and
+/// one such channel for each device costs little.
 fn close_replaced(lines: &mut Vec<Heard>, objects: &RefCell<SharedObjects>) {
     let owner = |heard: &Heard| match heard {
         Heard::Backend(line) => Some(line.owner),
@@ -283,13 +284,13 @@ fn close_replaced(lines: &mut Vec<Heard>, objects: &RefCell<SharedObjects>) {
     });
 }
 
-/// What one device's backend may ask for.
+/// The requests that one device's backend may make.
 struct Asked<'a> {
     shared: &'a Shared,
     owner: Owner,
     answers: &'a Answers,
     objects: &'a RefCell<SharedObjects>,
-    /// The object that it waits for, and the device that has it.
+    /// Set by a deferred lookup: the object that the backend asks for, and the device whose backend has it.
     wanted: &'a Cell<Option<(Uuid, usize)>>,
 }
 
@@ -312,7 +313,7 @@ impl BackendRequests for Asked<'_> {
 
     fn vring_error(&self, ring: u32) -> Result<(), Refused> {
         let device = self.owner.device;
-        // A backend may say it as often as it likes.
+        // Logged once for each device, because a backend may repeat this request without limit.
         if self.shared.ring_errors.get(device).is_some_and(|logged| !logged.swap(true, Ordering::Relaxed)) {
             log::warn!("a backend found ring {ring} of device number {device} in error (logged once)");
         }
@@ -335,8 +336,9 @@ impl BackendRequests for Asked<'_> {
         self.objects.borrow_mut().remove(uuid, self.owner).then_some(()).ok_or(Refused)
     }
 
-    /// What another device's backend has is asked for by that device's attendant. A backend that asks for its own
-    /// would have to answer while it waits, and is refused.
+    /// An object of another device's backend is fetched by that device's attendant, so such a lookup is
+    /// deferred. A lookup of the backend's own object is refused: the backend would have to answer while it
+    /// waits.
     fn defers_lookup(&self, uuid: Uuid) -> bool {
         let exporter = self.objects.borrow().owner(uuid).map(|owner| owner.device);
         let exporter =
@@ -346,13 +348,13 @@ impl BackendRequests for Asked<'_> {
     }
 }
 
-/// A thread that panicked leaves these locks' values whole.
+/// A poisoned lock is used as it is: a panic never leaves the values under these locks half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn ring(fd: &OwnedFd) {
-    // A full counter is readable, which is all that matters.
+    // A full counter refuses the write. The eventfd is then readable already, so nothing is lost.
     if let Err(error) = rustix::io::write(fd, &1_u64.to_ne_bytes())
         && error != Errno::AGAIN
     {

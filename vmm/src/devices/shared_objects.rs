@@ -1,26 +1,27 @@
-//! vhost-user "SHARED_OBJECT": which of the machine's backends offers which object to the others. Data only; the
-//! descriptors stay with the backends.
+//! The vhost-user requests `SHARED_OBJECT_ADD`, `SHARED_OBJECT_REMOVE` and `SHARED_OBJECT_LOOKUP`: a table of
+//! the objects that backends offer to other backends. It holds data only; the descriptors stay with the
+//! backends.
 
 use std::collections::BTreeMap;
 
 use transport::vhost_user::message::Uuid;
 
-/// Objects of one backend, so that none takes all the room.
+/// The limit of objects for one connection, so that no backend takes all the room.
 const PER_OWNER: usize = 256;
 
-/// A connection's channel: a device's number, and which of its connections it is.
+/// One connection of a backend: the device's number, and the number of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Owner {
     pub(crate) device: usize,
     pub(crate) connection: u64,
 }
 
-/// What is offered now.
+/// The objects that are offered now, and the connection that offers each.
 #[derive(Debug, Default)]
 pub(crate) struct SharedObjects(BTreeMap<[u8; 16], Owner>);
 
 impl SharedObjects {
-    /// Notes an object; false when it is somebody's already, or `owner` has too many.
+    /// Adds an object. False when the object is already offered, or `owner` has too many.
     pub(crate) fn add(&mut self, uuid: Uuid, owner: Owner) -> bool {
         let full = self.0.values().filter(|other| **other == owner).count() >= PER_OWNER;
         if full || self.0.contains_key(&uuid.bytes) {
@@ -30,18 +31,18 @@ impl SharedObjects {
         true
     }
 
-    /// Forgets an object of `owner`; false when it has none such.
+    /// Removes an object that `owner` offers. False when `owner` does not offer it.
     pub(crate) fn remove(&mut self, uuid: Uuid, owner: Owner) -> bool {
         let is_theirs = self.0.get(&uuid.bytes) == Some(&owner);
         is_theirs && self.0.remove(&uuid.bytes).is_some()
     }
 
-    /// Who offers an object.
+    /// The connection that offers an object.
     pub(crate) fn owner(&self, uuid: Uuid) -> Option<Owner> {
         self.0.get(&uuid.bytes).copied()
     }
 
-    /// Forgets everything of a connection that has ended.
+    /// Removes every object of a connection that has ended.
     pub(crate) fn forget(&mut self, owner: Owner) {
         self.0.retain(|_, other| *other != owner);
     }

@@ -1,8 +1,10 @@
 //! A PCI device whose function a vfio-user server provides.
 //!
-//! The connection lives as long as the machine. A server that is gone leaves a function that the guest is asked to let go of,
-//! and that is on no board that is built afterwards. A function that the guest itself has switched off is on the next board
-//! again.
+//! The connection to the server lives as long as the machine.
+//!
+//! * When the server is lost, the guest is asked to eject the function. Boards that are built afterwards do
+//!   not have the function.
+//! * When the guest itself has ejected the function, the next board has the function again.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,7 +27,7 @@ use crate::error::{Error, Fault};
 use crate::handle::Listeners;
 use crate::stats::{DeviceStats, PciStats, PeerStats};
 
-/// A server that was asked what its function is.
+/// A server that is connected and has described its function.
 pub(crate) struct Candidate {
     id: DeviceId,
     number: DeviceNumber,
@@ -33,8 +35,8 @@ pub(crate) struct Candidate {
 }
 
 impl Candidate {
-    /// Connects to the server within these limits, asks what its function is, and gives it guest memory. `number` is the
-    /// device's on every board.
+    /// Connects to the server within these limits, asks for the description of its function, and gives the
+    /// server guest memory. `number` is the function's device number on every board.
     pub(crate) fn connect(
         config: VfioUser,
         id: DeviceId,
@@ -58,12 +60,13 @@ impl Candidate {
         Ok(Candidate { id, number, surveyed })
     }
 
-    /// Message vectors that its guest may use at once.
+    /// The number of message vectors that the function's driver may use at once.
     pub(crate) fn vectors(&self) -> u16 {
         self.surveyed.shape.vectors()
     }
 
-    /// The device, with no more message vectors than `vectors`. The receiver wants to be served from now on.
+    /// Makes the device, with at most `vectors` message vectors. The caller must have the receiver served
+    /// from now on.
     pub(crate) fn admit(
         self,
         vectors: u16,
@@ -89,14 +92,14 @@ pub(crate) struct VfioDevice {
     number: DeviceNumber,
     device: Arc<VfioUserDevice>,
     hang_up: HangUp,
-    /// Who hears that the server is lost.
+    /// Receivers of the event that the server is lost.
     listeners: Arc<Listeners>,
-    /// Of the present board.
+    /// The hot-plug registers of the present board.
     hotplug: Mutex<Option<Arc<Hotplug>>>,
 }
 
 impl VfioDevice {
-    /// What the thread `peers` listens for.
+    /// The function of the server, for the thread `peers`.
     pub(crate) fn function(&self) -> &Arc<VfioUserDevice> {
         &self.device
     }
@@ -111,7 +114,8 @@ impl MachineDevice for VfioDevice {
         Transport::Pci
     }
 
-    /// A function whose server is gone is on no board: what reads nothing but ones is not there.
+    /// Puts the function on the board, unless its server is gone. A function that reads as all ones would not
+    /// be a device that the guest can find.
     fn plug(&self, ports: &Ports, site: Site<'_>) -> Result<(), Error> {
         let (device, number, id) = (&self.device, self.number, &self.id);
         let cannot = || format!("cannot wire device {id}");
@@ -149,8 +153,8 @@ impl MachineDevice for VfioDevice {
         vec![(self.hang_up.as_fd(), Notice::HangUp)]
     }
 
-    /// The connection is gone, of itself or as the device broke: the guest sees the device gone, and is asked to let
-    /// go of it.
+    /// The connection is gone: the server closed it, or the device became broken. The guest sees a function
+    /// that is gone and is asked to eject it.
     fn notice(&self, _: Notice) {
         self.hang_up.take();
         self.device.link.hung_up();
@@ -204,8 +208,8 @@ impl MachineDevice for VfioDevice {
     fn end(&self) {}
 }
 
-/// How many of `routes` message interrupts each function has, when they want so many. A function that wants few leaves more
-/// for the others.
+/// Divides `routes` message interrupts among functions. `wanted` is the number that each function asks for. A
+/// function that asks for few leaves more for the others.
 pub(crate) fn shares(wanted: &[u16], routes: usize) -> Vec<u16> {
     let mut shares = wanted.to_vec();
     let mut smallest_first: Vec<_> = shares.iter_mut().collect();

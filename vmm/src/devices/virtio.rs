@@ -29,17 +29,17 @@ use crate::error::{Error, Fault};
 use crate::handle::Listeners;
 use crate::stats::{DeviceStats, PeerStats};
 
-/// What a device finds when it is made.
+/// The parts of the machine that a virtio device needs when it is made.
 pub(crate) struct Surroundings<'m> {
     /// Guest memory.
     pub(crate) memory: &'m MemoryMap,
-    /// Who serves backends' own requests.
+    /// The thread that serves backends' own requests.
     pub(crate) peers: &'m Arc<Peers>,
-    /// Who sees every message.
+    /// Receiver of every message exchanged with the backend.
     pub(crate) trace: Option<&'m Arc<dyn Trace>>,
-    /// Where shared memory of virtio-mmio devices goes.
+    /// Addresses for the shared memory of virtio-mmio devices.
     pub(crate) windows: &'m mut Windows,
-    /// Who hears what becomes of the device.
+    /// Receivers of the events of the device.
     pub(crate) listeners: &'m Arc<Listeners>,
 }
 
@@ -50,15 +50,16 @@ pub(crate) struct VirtioDevice {
     handle: DeviceHandle,
     attendant: Arc<Attendant>,
     hang_up: Arc<HangUp>,
-    /// Ring for the queues whose kicks we serve or pass on.
+    /// The eventfds of the queues whose kicks come to this process. The VMM serves these queues itself or
+    /// passes their kicks on.
     kicks: Vec<(u16, Kick)>,
-    /// The last statistics that could be had without a wait.
+    /// The newest statistics that could be read without waiting for a lock.
     published: Mutex<virtio::DeviceStats>,
 }
 
 impl VirtioDevice {
-    /// Connects to the backend, asks what it offers, and makes the device of that. `index` is the device's place in the
-    /// configuration.
+    /// Connects to the backend, asks what it offers, and makes the device from the answers. `index` is the
+    /// device's place in the configuration.
     ///
     /// # Errors
     /// When the backend fails or does not fit.
@@ -100,7 +101,7 @@ impl VirtioDevice {
         if config.transport == Transport::Pci {
             order = order.with_notifiers();
         }
-        // Whoever asks for the feature by its name gets the translations that it takes.
+        // A user who asks for the feature by its name gets the translations that the feature needs.
         if let Some(iommu) = config.iommu.or(order.wants_iommu().then_some(Iommu::Identity)) {
             order = order.behind(Arc::new(iommu.map(memory)));
         }
@@ -204,7 +205,8 @@ impl MachineDevice for VirtioDevice {
         Ok(())
     }
 
-    /// Ends the attempt to reach a backend that may hang; a search goes on after that.
+    /// Ends a running attempt to reach a backend, which may hang. The search for a backend goes on
+    /// afterwards.
     fn hurry(&self) {
         self.attendant.interrupt();
     }

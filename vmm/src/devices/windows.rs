@@ -1,17 +1,17 @@
-//! Where in guest-physical space devices' shared memory lies: above RAM, from the top down, so that whatever
-//! else grows from the end of RAM has room.
+//! Guest-physical addresses for the shared memory of devices. The windows lie above RAM and are taken from
+//! the top down, so that anything that grows upwards from the end of RAM has room.
 
 use std::ops::Range;
 
-/// The highest address that is given away. Linux maps what a device shares into its direct map, which by default
-/// ends 10 TiB above RAM.
+/// No window lies above this address. Linux maps a device's shared memory into its direct map, which by
+/// default ends 10 TiB above RAM.
 const TOP: u64 = 4 << 40;
-/// Large windows lie on multiples of a large page's size.
+/// The alignment of large windows, which is the size of a large page.
 const LARGE: u64 = 1 << 30;
-/// Others on multiples of this one, as Linux wants of memory that it adds.
+/// The alignment of other windows. Linux requires it of memory that it adds.
 const SMALL: u64 = 2 << 20;
 
-/// Addresses that no window has yet.
+/// The addresses that no window has taken yet.
 #[derive(Debug)]
 pub(crate) struct Windows {
     floor: u64,
@@ -19,9 +19,9 @@ pub(crate) struct Windows {
 }
 
 impl Windows {
-    /// All that a processor with `address_bits` can address above `ram_end`, but for the uppermost quarter,
-    /// where some processors have holes, and what lies below `pci`, the addresses of the PCI bus, if they are
-    /// among these.
+    /// The addresses above `ram_end` that a processor with `address_bits` can reach, with two exceptions. The
+    /// uppermost quarter is left out, because some processors have holes there. If `pci`, the addresses of
+    /// the PCI bus, starts below that quarter, everything below the end of `pci` is left out.
     pub(crate) fn above(ram_end: u64, address_bits: u8, pci: Option<Range<u64>>) -> Self {
         let space = 1_u64.checked_shl(address_bits.into()).unwrap_or(TOP).min(TOP);
         let end = space / 4 * 3;
@@ -29,7 +29,7 @@ impl Windows {
         Windows { floor, end }
     }
 
-    /// Takes `size` bytes; `None` when there is no such room.
+    /// Takes `size` bytes. `None` when no such range is free.
     pub(crate) fn take(&mut self, size: u64) -> Option<u64> {
         let align = if size >= LARGE { LARGE } else { SMALL };
         let base = self.end.checked_sub(size)? / align * align;
