@@ -1,6 +1,6 @@
-//! The command line: turns arguments into a [`Config`], runs it, prints what went wrong.
+//! The command line: turns arguments into a [`Config`], runs the machine, and prints errors.
 //!
-//! Everything it does is in the library; see [`crate::Machine`].
+//! Everything else is in the library; see [`crate::Machine`].
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -147,7 +147,7 @@ enum Discovery {
     Cmdline,
 }
 
-/// What `run` needs beyond the machine itself.
+/// The machine's configuration, and the options of `run` that are not part of it.
 struct Job {
     config: Config,
     stats: Option<PathBuf>,
@@ -188,7 +188,7 @@ pub fn main() -> ExitCode {
     code
 }
 
-/// Prints an error chain and what follows it; a standard error that is closed is nobody's loss.
+/// Prints an error chain, then `more`. A closed standard error is ignored.
 fn complain(error: &Error, more: &str) {
     let mut text = Vec::new();
     if error.report(&mut text).is_ok() {
@@ -197,7 +197,7 @@ fn complain(error: &Error, more: &str) {
 }
 
 fn completions(shell: clap_complete::Shell) -> Result<ExitCode, Error> {
-    // Into memory first: a closed pipe must not be a panic.
+    // The script goes into memory first, because printing to a closed pipe would panic.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "outboard", &mut script);
     io::stdout()
@@ -234,7 +234,8 @@ fn run(options: Run) -> Result<ExitCode, Error> {
     survive_file_size_limit();
     crate::host::descriptors::allow_many();
     let Job { config, stats } = options.job()?;
-    // Before the machine: a path that cannot be written is better known now than at the end.
+    // The file is opened before the machine is built, so that a path that cannot be written is reported now
+    // and not at the end.
     let mut sink = stats.map(StatsSink::open).transpose()?;
     let signals = Signals::watch()?;
     let mut machine = signals.during(|| Machine::build(config))?;
@@ -263,7 +264,7 @@ fn run(options: Run) -> Result<ExitCode, Error> {
 }
 
 impl Run {
-    /// The command line laid over the configuration file.
+    /// Combines the command line with the configuration file. The command line has priority.
     fn job(self) -> Result<Job, Error> {
         let file = self.config.as_deref().map(load_toml).transpose()?.unwrap_or_default();
         let kernel = self.kernel.or(file.kernel).ok_or_else(|| {
@@ -306,7 +307,7 @@ impl Run {
     }
 }
 
-/// Where `--stats` goes.
+/// The destination of `--stats`.
 enum StatsSink {
     Stdout,
     File(File, PathBuf),

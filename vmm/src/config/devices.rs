@@ -1,4 +1,4 @@
-//! The devices of a machine, as data with builders. The command line's parser uses the same builders.
+//! The devices of a machine, as data with builders. The parser of the command line uses the same builders.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -17,15 +17,15 @@ use transport::peer::socket::Admission;
 
 use crate::error::Error;
 
-/// How long a peer may take over one request, unless `deadline=` says otherwise.
+/// The time that a peer may take over one request, unless `deadline=` gives another.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_millis(2000);
 
-/// Where a peer is found.
+/// The address of a peer.
 #[derive(Debug)]
 pub enum Socket {
     /// The path of a unix socket, or `@NAME` for an abstract one.
     Path(PathBuf),
-    /// A connected stream inherited from the process that started outboard, and its number.
+    /// A connected stream that this process inherited, and the number of its descriptor.
     Inherited(UnixStream, i32),
     /// A connected stream, such as one end of a socket pair.
     Stream(UnixStream),
@@ -54,7 +54,8 @@ impl fmt::Display for Socket {
     }
 }
 
-/// Refuses what can be no address of a unix socket: `sun_path` has 108 bytes, with a NUL at one end.
+/// Refuses a path that cannot be the address of a unix socket: `sun_path` has 108 bytes, including a NUL at
+/// one end.
 pub(super) fn check_socket_path(path: &Path) -> Result<(), Error> {
     let bytes = path.as_os_str().as_bytes();
     let (bytes, longest) = match bytes.strip_prefix(b"@") {
@@ -71,7 +72,7 @@ pub(super) fn check_socket_path(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// How the guest sees a virtio device.
+/// The transport by which the guest sees a virtio device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
     /// A page of registers and an interrupt line.
@@ -91,14 +92,14 @@ pub enum Role {
     Server,
 }
 
-/// A device as data, and its builder: each line is a field, what its method takes, the default, and what is
-/// stored.
+/// Defines a device as data with a builder. Each line gives a field, the parameter of its builder method, the
+/// field's type and default, and the stored value.
 macro_rules! device {
     ($(#[$about:meta])* $device:ident { $($(#[$doc:meta])* $field:ident($arg:ty): $type:ty = $default:expr => $stored:expr;)* }) => {
         $(#[$about])*
         #[derive(Debug)]
         pub struct $device {
-            /// Where its peer is.
+            /// The address of its peer.
             pub socket: Socket,
             $($(#[$doc])* pub $field: $type,)*
         }
@@ -123,37 +124,38 @@ macro_rules! device {
 device! {
     /// One virtio device whose queues a vhost-user backend serves.
     VhostUser {
-        /// The name of its type: `blk`, `net`, … or `generic:ID`. An unknown one is refused when the machine
-        /// is built.
+        /// The name of its type: `blk`, `net`, … or `generic:ID`. The build of the machine refuses an unknown
+        /// name.
         kind(impl Into<String>): String = String::new() => kind.into();
-        /// Its name in messages and statistics; the type and a number when absent.
+        /// Its name in messages and statistics. By default the type and a number.
         id(impl Into<String>): Option<String> = None => Some(id.into());
         /// How the guest sees it.
         transport(Transport): Transport = Transport::Mmio => transport;
         /// Who connects to whom.
         role(Role): Role = Role::Client => role;
-        /// Who else may be at the other end of a socket on which we listen, or of an abstract name.
+        /// The users, beside our own and root, who may be at the other end. It applies to a socket on which
+        /// we listen and to an abstract name.
         admission(Admission): Admission = Admission::default() => admission;
-        /// How long the backend may take over one request.
+        /// The time that the backend may take over one request.
         deadline(Duration): Duration = DEFAULT_DEADLINE => deadline;
-        /// How long a backend that is not there, or is lost, is waited for; zero: for ever. Absent: not at
-        /// all.
+        /// The time for which a backend that is absent or lost is searched. Zero is without limit. By default
+        /// there is no search.
         reconnect(Duration): Option<Duration> = None => Some(reconnect);
-        /// How many queues, or pairs of queues of a network card.
+        /// The number of queues; for a network card, the number of queue pairs.
         queues(u16): Option<u16> = None => Some(queues);
         /// The largest size of each queue, a power of two.
         queue_size(u16): Option<u16> = None => Some(queue_size);
-        /// The size of the configuration space in bytes, where it is not the type's.
+        /// The size of the configuration space in bytes, if it differs from the size for the type.
         config_size(u16): Option<u16> = None => Some(config_size);
-        /// What a file system is mounted by.
+        /// The tag by which the guest mounts a file system.
         tag(impl Into<String>): Option<String> = None => Some(tag.into());
         /// The MTU that a network card shows.
         mtu(u16): Option<u16> = None => Some(mtu);
         /// The address that a network card shows.
         mac([u8; 6]): Option<[u8; 6]> = None => Some(mac);
-        /// Features to negotiate or not, as names with a sign: `-event_idx+mq`.
+        /// Changes to the features to negotiate, as names with a sign: `-event_idx+mq`.
         features(impl Into<String>): String = String::new() => features.into();
-        /// What the driver's addresses are, when they are not simply guest addresses.
+        /// The meaning of the driver's addresses, if they are not guest-physical addresses.
         iommu(Iommu): Option<Iommu> = None => Some(iommu);
         /// Where a GPU's backend draws.
         display(Display): Option<Display> = None => Some(display);
@@ -163,19 +165,19 @@ device! {
 device! {
     /// One PCI device that a vfio-user server serves.
     VfioUser {
-        /// Its name in messages and statistics; `vfio-user` and a number when absent.
+        /// Its name in messages and statistics. By default `vfio-user` and a number.
         id(impl Into<String>): Option<String> = None => Some(id.into());
-        /// Who else may be at the other end of an abstract name.
+        /// The users, beside our own and root, who may be at the other end of a socket with an abstract name.
         admission(Admission): Admission = Admission::default() => admission;
-        /// How long the server may take over one request.
+        /// The time that the server may take over one request.
         deadline(Duration): Duration = DEFAULT_DEADLINE => deadline;
-        /// How its BARs are written, and the like.
+        /// Options of the function, such as the way in which its BARs are written.
         wishes(FunctionWishes): FunctionWishes = FunctionWishes::default() => wishes;
     }
 }
 
 impl VfioUser {
-    /// The device at `socket`, everything else by default.
+    /// A device at `socket`, with the default for every option.
     pub fn new(socket: impl Into<Socket>) -> Self {
         Self::at(socket.into())
     }
@@ -197,24 +199,24 @@ macro_rules! device_types {
 impl VhostUser {
     device_types! { net blk console rng scsi gpu rtc input vsock crypto sound fs scmi i2c can gpio spi media }
 
-    /// A device of the type called `kind`, everything else by default.
+    /// A device of the type `kind`, with the default for every option.
     pub fn new(kind: impl Into<String>, socket: impl Into<Socket>) -> Self {
         Self::at(socket.into()).kind(kind)
     }
 
-    /// The guest sees a PCI function in place of a virtio-mmio device.
+    /// Makes the device a PCI function instead of a virtio-mmio device.
     #[must_use]
     pub fn pci(self) -> Self {
         self.transport(Transport::Pci)
     }
 
-    /// We listen on the path, and the backend connects.
+    /// Makes us listen on the path, so that the backend connects.
     #[must_use]
     pub fn server(self) -> Self {
         self.role(Role::Server)
     }
 
-    /// What is asked of the backend.
+    /// The properties that the device must have and that its backend is asked for.
     ///
     /// # Errors
     /// When the type is unknown, a value is out of its range or not for this type, or the values contradict
@@ -264,7 +266,7 @@ impl VhostUser {
     }
 }
 
-/// `blk`, `net`, … or `generic:DEVICE_ID`.
+/// Parses a device type: `blk`, `net`, … or `generic:DEVICE_ID`.
 pub(crate) fn parse_device_type(name: &str) -> Result<DeviceType, Error> {
     let known = match name.strip_prefix("generic:") {
         Some(id) => id.parse::<u16>().ok().filter(|id| *id > 0).map(DeviceType::generic),

@@ -1,6 +1,6 @@
-//! What to build: plain data, whether it was written on a command line, in a TOML file or in a test.
+//! The configuration of a machine as plain data. It may come from a command line, a TOML file or a test.
 //!
-//! Nothing in this module opens a file or talks to a peer.
+//! This module must never open a file or contact a peer.
 
 mod devices;
 mod parse;
@@ -26,18 +26,19 @@ pub use toml_file::load as load_toml;
 pub use transport::peer::Trace;
 pub use transport::peer::socket::Admission;
 
-/// The kernel command line when none is given.
+/// The kernel command line of a machine without PCI devices, used when none is given.
 ///
-/// * `console=ttyS0` – the serial port is the only console.
-/// * `panic=-1` – a panic reboots at once: a machine that hangs helps nobody.
-/// * `pci=off`, `8250.nr_uarts=1` – there is no PCI bus and one serial port: nothing is searched in vain.
-/// * `cryptomgr.notests` – the self-tests of the kernel's ciphers take a third of a stock kernel's start.
+/// * `console=ttyS0`: the serial port is the only console.
+/// * `panic=-1`: a kernel that panics reboots at once instead of hanging.
+/// * `pci=off`, `8250.nr_uarts=1`: the kernel does not search for a PCI bus and further serial ports, because
+///   the machine has no PCI bus and one serial port.
+/// * `cryptomgr.notests`: the self-tests of the kernel's ciphers take a third of a stock kernel's start.
 ///
-/// With PCI devices it is [`DEFAULT_CMDLINE_WITH_PCI`].
+/// A machine with PCI devices has [`DEFAULT_CMDLINE_WITH_PCI`].
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off 8250.nr_uarts=1 cryptomgr.notests";
 
-/// The same for a machine with PCI devices. `pci=noearly`: there are none of the chipsets that need early
-/// care.
+/// The kernel command line of a machine with PCI devices, used when none is given. `pci=noearly`: the machine
+/// has no chipset that needs early quirks.
 pub const DEFAULT_CMDLINE_WITH_PCI: &str =
     "console=ttyS0 panic=-1 pci=noearly 8250.nr_uarts=1 cryptomgr.notests";
 
@@ -61,14 +62,14 @@ pub struct Config {
     pub serial: Serial,
     /// What a guest's reset does.
     pub on_reset: OnReset,
-    /// How the guest is told of its virtio-mmio devices.
+    /// How the guest learns of its virtio-mmio devices.
     pub discovery: Discovery,
-    /// Who sees every message exchanged with a peer.
+    /// Receiver of every message exchanged with a peer.
     pub trace: Option<Arc<dyn Trace>>,
 }
 
 impl Config {
-    /// A machine with one vCPU, 256 MiB, no devices and no console, that ends at a reset.
+    /// A machine with one vCPU, 256 MiB of RAM, no devices and no console. It ends at a reset.
     pub fn new(kernel: Image) -> Self {
         Config {
             kernel,
@@ -85,19 +86,19 @@ impl Config {
         }
     }
 
-    /// Whether the machine has a PCI bus: only when a device is on it. Looking over an empty one takes a
-    /// stock kernel some 500 exits, and `pci=off` none.
+    /// Whether the machine has a PCI bus. It has one only when a device is on the bus. The search of an empty
+    /// bus costs a stock kernel some 500 exits; with `pci=off` it costs none.
     #[must_use]
     pub fn has_pci(&self) -> bool {
         !self.vfio_user.is_empty() || self.vhost_user.iter().any(|device| device.transport == Transport::Pci)
     }
 
-    /// Gives an id to each device that has none, and refuses what the configuration alone shows to be wrong,
-    /// before a file is opened or a peer is touched.
+    /// Gives an id to each device that has none. Refuses what is wrong in the configuration alone, before a
+    /// file is opened or a peer is contacted.
     ///
     /// # Errors
-    /// When there is no vCPU, a device cannot be as it is described, a socket's path cannot be one, two
-    /// devices have one id, or two sockets would listen on one path.
+    /// When there is no vCPU, a device's values are refused, a socket's path is too long for a socket, two
+    /// devices have the same id, or two sockets would listen on the same path.
     pub fn settle(&mut self) -> Result<(), Error> {
         if self.cpus == 0 {
             return Err(Error::usage("a machine needs at least one vCPU").hint("give cpus from 1 to 255"));
@@ -142,7 +143,7 @@ impl Config {
         Ok(())
     }
 
-    /// The kernel command line for a user who gave none.
+    /// The kernel command line that is used when the user gives none.
     #[must_use]
     pub fn default_cmdline(&self) -> &'static str {
         if self.has_pci() { DEFAULT_CMDLINE_WITH_PCI } else { DEFAULT_CMDLINE }
@@ -156,7 +157,7 @@ pub enum Image {
     Path(PathBuf),
     /// An open file, read from offset 0.
     File(Arc<File>),
-    /// Bytes at hand, such as a tiny kernel inside a test.
+    /// Bytes in memory, such as a tiny kernel in a test.
     Bytes(Arc<[u8]>),
 }
 
@@ -177,7 +178,7 @@ pub struct Memory {
     pub size: u64,
     /// The kind of pages behind it.
     pub hugepages: Hugepages,
-    /// Whether a core dump of the process holds it.
+    /// Whether a core dump of this process contains guest RAM.
     pub dump: bool,
 }
 
@@ -190,20 +191,20 @@ impl Default for Memory {
 /// Where the serial console goes.
 #[derive(Clone)]
 pub enum Serial {
-    /// Standard input and output; raw mode when standard input is a terminal.
+    /// Standard input and output. If standard input is a terminal, it is in raw mode.
     Stdio,
-    /// Nowhere.
+    /// No console: output is dropped, and there is no input.
     Null,
-    /// Appended to nothing: the file is created or truncated.
+    /// A file, which is created or truncated.
     File(PathBuf),
-    /// A unix socket that we listen on, and whom it is for; one client at a time.
+    /// A unix socket on which we listen, and the users who may connect to it. It serves one client at a time.
     Socket(PathBuf, Admission),
-    /// A sink of the caller's, such as [`Serial::buffer`].
+    /// A sink of the library's caller, such as [`Serial::buffer`].
     Sink(Arc<Mutex<dyn Write + Send>>),
 }
 
 impl Serial {
-    /// A console kept in memory, and the memory.
+    /// A console whose output is kept in memory, and that memory.
     pub fn buffer() -> (Self, Arc<Mutex<Vec<u8>>>) {
         let buffer = Arc::new(Mutex::new(Vec::new()));
         (Serial::Sink(Arc::clone(&buffer) as Arc<Mutex<dyn Write + Send>>), buffer)

@@ -1,7 +1,7 @@
-//! The values of the options: sizes, times, and `VALUE,key=value,…` lists.
+//! Parsers for the values of options: sizes, times, and lists `VALUE,key=value,…`.
 //!
-//! A value is bytes, as paths are; whatever is no path must be UTF-8. A comma inside a value is written
-//! twice, as for QEMU: `blk,socket=/run/a,,b` is the path `/run/a,b`.
+//! A value consists of bytes, because a path does. Every value except a path must be UTF-8. A comma inside a
+//! value is written twice, as in QEMU: `blk,socket=/run/a,,b` has the path `/run/a,b`.
 
 use std::ffi::{OsStr, OsString};
 use std::ops::RangeInclusive;
@@ -24,17 +24,18 @@ use super::{Memory, Serial};
 use crate::error::Error;
 use crate::host::descriptors;
 
-/// RAM comes in steps of this size, because some backends ignore regions that are not 2 MiB multiples.
+/// RAM has a multiple of this size, because some backends ignore regions that are not multiples of 2 MiB.
 const MEMORY_STEP: u64 = 2 << 20;
 const DEADLINES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(3600);
 const PATIENCE: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(31_536_000);
 
-/// A comma-separated list: one value without a key, then `key=value` pairs, which are taken one by one.
+/// A comma-separated list: one value without a key, then `key=value` pairs. The pairs are taken out one by
+/// one.
 #[derive(Debug)]
 struct KeyValues {
     option: &'static str,
     pairs: Vec<(String, OsString)>,
-    /// The keys that were asked for: there are no others.
+    /// Every key that was asked for. Any other key is unknown.
     known: Vec<&'static str>,
 }
 
@@ -65,7 +66,7 @@ impl KeyValues {
         Ok((first, KeyValues { option, pairs, known: Vec::new() }))
     }
 
-    /// Refuses a key that nobody has taken, or that is there a second time.
+    /// Refuses a pair that is left: its key is unknown or was given twice.
     fn end(self) -> Result<(), Error> {
         let Self { option, pairs, known } = self;
         match pairs.first() {
@@ -89,13 +90,13 @@ impl KeyValues {
         Some(self.pairs.remove(index).1)
     }
 
-    /// Takes the value of `key`, which is no path.
+    /// Takes the value of `key`, which must be UTF-8.
     fn text(&mut self, key: &'static str) -> Result<Option<String>, Error> {
         let text = self.bytes(key).map(OsString::into_string).transpose();
         text.map_err(|value| self.cannot(key, &value).because("it is not valid UTF-8"))
     }
 
-    /// Takes the value of `key` as whatever `parse` makes of it; `hint` says what that takes.
+    /// Takes the value of `key` and parses it. `hint` is the advice for a value that `parse` refuses.
     fn parsed<T>(
         &mut self,
         key: &'static str,
@@ -127,7 +128,7 @@ impl KeyValues {
         })
     }
 
-    /// Takes a time: a whole number of `unit`, or one with `ms` or `s` behind it.
+    /// Takes a time: a whole number in `unit`, or a whole number followed by `ms` or `s`.
     fn time(
         &mut self,
         key: &'static str,
@@ -160,7 +161,7 @@ impl KeyValues {
         }
     }
 
-    /// Whom a socket is for: `mode=` of a socket on which we listen, and `allow-user=`.
+    /// Takes the keys that say who may connect: `mode=`, for a socket on which we listen, and `allow-user=`.
     fn admission(&mut self, listens: bool) -> Result<Admission, Error> {
         let octal = |text: &str| u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
         let mode = match listens {
@@ -171,7 +172,7 @@ impl KeyValues {
         Ok(Admission { mode, user })
     }
 
-    /// A device's name.
+    /// Takes the name of a device.
     fn id(&mut self) -> Result<Option<String>, Error> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let hint = "an id has 1 to 64 letters, digits, '-', '_' or '.'";
@@ -181,7 +182,7 @@ impl KeyValues {
     }
 }
 
-/// Splits at single commas; two commas are one comma of the value.
+/// Splits a list at single commas. Two commas stand for one comma of the value.
 fn items(text: &[u8]) -> Vec<Vec<u8>> {
     let (mut items, mut item) = (Vec::new(), Vec::new());
     let mut bytes = text.iter().copied().peekable();
@@ -196,7 +197,7 @@ fn items(text: &[u8]) -> Vec<Vec<u8>> {
     items
 }
 
-/// `512M`, `2G`, `2GiB`, `1048576`, with binary suffixes K, M, G, T.
+/// Parses a size: `512M`, `2G`, `2GiB`, `1048576`. The suffixes K, M, G and T are binary.
 fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text.get(digits.len()..)? {
@@ -210,12 +211,12 @@ fn parse_size(text: &str) -> Option<u64> {
     whole::<u64>(digits)?.checked_mul(1 << shift)
 }
 
-/// A number of nothing but digits.
+/// Parses a number that consists of digits only.
 fn whole<T: FromStr>(digits: &str) -> Option<T> {
     digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())?
 }
 
-/// The number of a user, who is given by number or by a name of `/etc/passwd`.
+/// Gives the number of a user. The user is named by number or by a name in `/etc/passwd`.
 fn user(text: &str) -> Option<u32> {
     let named = || {
         let users = std::fs::read_to_string("/etc/passwd").ok()?;
@@ -225,7 +226,7 @@ fn user(text: &str) -> Option<u32> {
     whole(text).or_else(named)
 }
 
-/// `02:00:00:00:00:01`.
+/// Parses a MAC address: `02:00:00:00:00:01`.
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let of_two = |part: &str| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
     let number = |part: &str| u8::from_str_radix(part, 16).ok().filter(|_| of_two(part));

@@ -1,4 +1,4 @@
-//! `--config FILE.toml`: the same names as the flags of `outboard run`.
+//! The configuration file of `--config FILE.toml`. It uses the same names as the options of `outboard run`.
 //!
 //! ```toml
 //! kernel = "/boot/vmlinuz"
@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::error::Error;
 
-/// What a configuration file may say. A name that is not here is refused.
+/// The contents of a configuration file. An unknown name is refused.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct File {
@@ -27,10 +27,10 @@ pub struct File {
     pub memory: Option<String>,
     /// `--cpus`
     pub cpus: Option<u8>,
-    /// `--vhost-user`, once an item: its text, or a table of its keys
+    /// `--vhost-user`, one item for each device: the text of the option, or a table of its keys
     #[serde(default, deserialize_with = "devices")]
     pub vhost_user: Vec<String>,
-    /// The same for `--vfio-user`
+    /// `--vfio-user`, in the same form
     #[serde(default, deserialize_with = "devices")]
     pub vfio_user: Vec<String>,
     /// `--serial`
@@ -46,7 +46,8 @@ pub struct File {
     pub discovery: Option<String>,
 }
 
-/// Tables become the text that the command line would have, with the commas of their values written twice.
+/// Turns each table into the text that the command line would have. Commas inside its values are written
+/// twice.
 fn devices<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -58,7 +59,7 @@ fn devices<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<String>, D::Error
         toml::Value::String(text) => text.replace(',', ",,"),
         toml::Value::Boolean(on) => if on { "on" } else { "off" }.to_owned(),
         toml::Value::Integer(number) => number.to_string(),
-        // No key takes anything else: the message shows what it is.
+        // No key takes a value of another type. The debug form lets the error message show the value.
         other => format!("{other:?}"),
     };
     let text = |device| match device {
@@ -72,7 +73,8 @@ fn devices<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<String>, D::Error
     Ok(Vec::<Device>::deserialize(source)?.into_iter().map(text).collect())
 }
 
-/// A configuration is a page of text; more is a mistake, or a device that never ends.
+/// The limit of a file's size. A configuration is a page of text; a larger file is a mistake, or a device
+/// that never ends.
 const LIMIT: u64 = 1 << 20;
 
 /// Reads and parses `path`.

@@ -16,7 +16,7 @@ const LOOKUP: BackendRequest = BackendRequest::SHARED_OBJECT_LOOKUP;
 const ADD: BackendRequest = BackendRequest::SHARED_OBJECT_ADD;
 const REMOVE: BackendRequest = BackendRequest::SHARED_OBJECT_REMOVE;
 
-/// A backend, and our end of its connection.
+/// A backend: our end of its connection.
 struct Side(ScriptedBackend, VhostUser);
 
 impl std::ops::Deref for Side {
@@ -43,7 +43,7 @@ fn ask(backend: &ScriptedBackend, request: BackendRequest, uuid: u8) -> (u64, us
     backend.answer(LIMIT).unwrap()
 }
 
-/// Jobs for the attendants of two devices, with the device's number.
+/// The jobs that the attendants of two devices received, each with the device's number.
 type Jobs = Arc<Mutex<Vec<(usize, Job)>>>;
 
 fn peers() -> (Peers, Jobs) {
@@ -58,7 +58,7 @@ fn peers() -> (Peers, Jobs) {
     (peers, jobs)
 }
 
-/// A lookup that waits to be answered.
+/// A lookup whose answer is outstanding.
 struct Wanted {
     exporter: usize,
     uuid: Uuid,
@@ -89,11 +89,11 @@ fn objects_go_from_one_backend_to_another_by_the_attendant_of_its_device() {
     asker.request(LOOKUP, &[7; 16], &[]).unwrap();
     let wanted = lookup(&jobs);
     assert_eq!((wanted.exporter, wanted.uuid.bytes), (0, [7; 16]));
-    // The thread goes on meanwhile, for others and for the exporter.
+    // The thread serves other requests meanwhile, also those of the backend that has the object.
     assert_eq!(ask(&exporter, ADD, 8), (0, 0));
     (wanted.answer)(Ok(memfd_create("object", MemfdFlags::CLOEXEC).unwrap()));
     assert_eq!(asker.answer(LIMIT).unwrap(), (0, 1));
-    // And so does the channel.
+    // The channel is served again as well.
     assert_eq!(ask(&asker, ADD, 9), (0, 0));
     asker.request(LOOKUP, &[8; 16], &[]).unwrap();
     (lookup(&jobs).answer)(Err(Refused));
@@ -125,7 +125,7 @@ fn objects_go_with_their_backend() {
     while ask(&asker, ADD, 1) != (0, 0) {
         assert!(begun.elapsed() < LIMIT);
     }
-    // And with one that has gone while it waited.
+    // The objects are also forgotten when the backend is gone while it waits for a lookup's answer.
     let gone = backend(&peers, 0);
     assert_eq!(ask(&gone, ADD, 2), (0, 0));
     gone.request(LOOKUP, &[1; 16], &[]).unwrap();
@@ -150,7 +150,8 @@ fn lookup_that_no_attendant_carries_out_is_refused() {
     assert_eq!(ask(&asker, LOOKUP, 1), (1, 0), "the device has ended");
 }
 
-/// A lost backend keeps its channel open and silent. Its objects go, and so do its channels but for the last one.
+/// A lost backend keeps its channel open and silent. Its objects are forgotten, and its channels are closed
+/// except the last one.
 #[test]
 fn channels_of_lost_connections_cost_nothing_and_say_nothing() {
     let (peers, _jobs) = peers();
@@ -166,7 +167,7 @@ fn channels_of_lost_connections_cost_nothing_and_say_nothing() {
     let is_open = |backend: &ScriptedBackend| backend.request(REMOVE, &[3; 16], &[]).is_ok();
     let closed = lost.iter().take(99).filter(|backend| !is_open(backend)).count();
     assert_eq!(closed, 99);
-    // Said too late: it is not served, and ends the channel.
+    // The request comes after the end of its connection. It is not served, and the channel ends.
     let begun = Instant::now();
     while lost.last().is_some_and(is_open) {
         assert!(begun.elapsed() < LIMIT);

@@ -12,7 +12,7 @@ use crate::host::kvm;
 /// What was found.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// Machines with payloads of their own run: every test that needs only KVM's interface.
+    /// Machines with small payloads run: this covers every test that needs only KVM's interface.
     pub runs_payloads: bool,
     /// Unmodified distribution kernels boot.
     pub runs_stock_kernels: bool,
@@ -31,7 +31,7 @@ pub struct Capability {
     pub name: &'static str,
     /// The value that KVM reports; 0 is absence.
     pub value: i32,
-    /// What is missing without it.
+    /// The feature that is missing without the capability.
     pub without: &'static str,
 }
 
@@ -44,7 +44,7 @@ pub struct Instruction {
     pub why: String,
 }
 
-/// Capabilities that some feature uses; those that no machine can do without are checked by [`kvm::open`].
+/// Capabilities that only some features need. [`kvm::open`] checks the capabilities that every machine needs.
 const OPTIONAL: [(Cap, &str, &str); 6] = [
     (Cap::NrMemslots, "memory slots", "devices with memory of their own"),
     (Cap::IrqRouting, "interrupt routes", "message-signalled interrupts"),
@@ -54,7 +54,7 @@ const OPTIONAL: [(Cap, &str, &str); 6] = [
     (Cap::SplitIrqchip, "split interrupt controller", "nothing that outboard needs"),
 ];
 
-/// Looks at this host.
+/// Examines this host.
 ///
 /// # Errors
 /// When it has no KVM that outboard can use at all.
@@ -77,7 +77,8 @@ pub fn examine() -> Result<Report, Error> {
 fn failing_instructions(kvm: &Kvm) -> Result<Vec<Instruction>, Error> {
     let mut failing = Vec::new();
     for probe in PROBES {
-        // A VM each: what a failing probe leaves behind must not fail the next one.
+        // Each probe has a VM of its own, so that the state a failing probe leaves behind cannot make the
+        // next one fail.
         if let Verdict::Fails(why) = Bench::new(kvm)?.run(probe) {
             failing.push(Instruction { name: probe.name, why });
         }
@@ -85,7 +86,8 @@ fn failing_instructions(kvm: &Kvm) -> Result<Vec<Instruction>, Error> {
     Ok(failing)
 }
 
-/// Runs `outboard check [--json]`; the exit code is 0 when stock kernels boot, else that of an unfit host.
+/// Runs `outboard check [--json]`. The exit code is 0 when stock kernels boot, otherwise the code of
+/// [`Fault::Host`].
 ///
 /// # Errors
 /// When there is no usable KVM, or standard output is closed.

@@ -1,8 +1,9 @@
-//! Runs a few instructions in guest mode, because no capability says which instructions a KVM can execute.
+//! Runs single instructions in guest mode to find out which instructions a KVM can execute. No capability of
+//! KVM says this.
 //!
-//! A KVM without hardware virtualisation emulates the guest's kernel code and stops at an instruction that
+//! A KVM without hardware virtualisation emulates the guest's kernel code, and stops at an instruction that
 //! its emulator does not know. Each probe runs in 64-bit mode at privilege level 0, in a VM of its own, and
-//! ends in `hlt`.
+//! ends with `hlt`.
 
 use std::sync::Arc;
 
@@ -22,11 +23,11 @@ use devices::ports::Access;
 pub(super) struct Probe {
     /// The mnemonic.
     pub(super) name: &'static str,
-    /// Machine code; `rdi` points at 4 KiB of zeroed memory, 64-byte aligned.
+    /// Machine code. When it starts, `rdi` points at 4 KiB of zeroed memory, aligned to 64 bytes.
     code: &'static [u8],
 }
 
-/// What stock distribution kernels use unconditionally on every x86-64.
+/// Instructions that stock distribution kernels use unconditionally on every x86-64 processor.
 pub(super) const PROBES: &[Probe] = &[
     Probe { name: "mov", code: &[0x48, 0x8b, 0x07] },
     Probe { name: "push and pop", code: &[0x50, 0x58] },

@@ -1,4 +1,4 @@
-//! Tools beside the machine: `check` examines a host, `probe` examines a peer, `trace` writes messages down.
+//! Tools beside the machine: `check` examines a host, `probe` examines a peer, `trace` records messages.
 
 pub mod check;
 mod guest_mode;
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::error::Error;
 
-/// Prints `words`, or `report` as JSON when there are none.
+/// Prints `words`. When there are none, prints `report` as JSON.
 fn print(report: &impl Serialize, words: Option<String>) -> Result<(), Error> {
     let text = match words {
         Some(words) => words,

@@ -4,8 +4,11 @@
 //!    30.408 ms  /run/blk.sock > SET_VRING_ENABLE ring=0 num=1 need_reply
 //!    30.482 ms  /run/blk.sock < SET_VRING_ENABLE value=0x0 (59 us)
 //! ```
-//! `>` is ours, `<` the answer; `<<` a request of the backend on its own channel, `>>` our answer to it. Off,
-//! it costs one comparison a message; on, it writes without a buffer, so that a crash loses nothing.
+//! `>` is our request and `<` the answer to it. `<<` is a request of the backend on its own channel and `>>`
+//! our answer to it.
+//!
+//! Without a trace, each message costs one comparison. A trace is written without a buffer, so that a crash
+//! loses no line.
 
 use std::fs::File;
 use std::io::Write;
@@ -57,7 +60,7 @@ impl Trace for Tracer {
     }
 }
 
-/// Standard error, which nobody may be reading.
+/// Standard error, which may have no reader.
 struct StandardError;
 
 impl Write for StandardError {

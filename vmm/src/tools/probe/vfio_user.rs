@@ -1,6 +1,6 @@
-//! `outboard probe vfio-user`: what a server offers.
+//! `outboard probe vfio-user`: reports what a server offers.
 //!
-//! The configuration space is read last, and in naturally aligned dwords: some servers die of any other
+//! The configuration space is read last, in naturally aligned dwords, because some servers crash at any other
 //! access.
 
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ pub struct VfioUserReport {
     pub socket: String,
     /// The version that it speaks.
     pub version: String,
-    /// What it can do, defaults filled in.
+    /// Its capabilities. A default stands for each one that it does not name.
     pub capabilities: Capabilities,
     /// It is a PCI device.
     pub pci: bool,
@@ -50,7 +50,7 @@ pub struct Capabilities {
     pub max_dma_maps: u64,
     /// Page sizes of DMA maps, or'ed together.
     pub pgsizes: u64,
-    /// Its commands come on a socket of their own.
+    /// Whether its commands arrive on a socket of their own.
     pub twin_socket: bool,
     /// It takes several writes in one message.
     pub write_multiple: bool,
@@ -76,26 +76,27 @@ pub struct Identity {
 pub struct Region {
     /// Its number.
     pub index: u32,
-    /// What it is for PCI.
+    /// Its meaning for PCI.
     pub name: String,
     /// Bytes.
     pub size: u64,
-    /// `read`, `write`, `mmap`, `capabilities`, as the server says.
+    /// The flags that the server reports: `read`, `write`, `mmap`, `capabilities`.
     pub flags: Vec<&'static str>,
-    /// What can really be mapped: offset and size of each area.
+    /// The areas that can really be mapped: offset and size of each.
     pub areas: Vec<(u64, u64)>,
-    /// Doorbells that the kernel can ring without us.
+    /// The doorbells: writes that KVM turns into an eventfd signal without an exit to this process.
     pub doorbells: Vec<Doorbell>,
 }
 
-/// A write that the server hears of by an eventfd, without a message: a sub-region of DEVICE_GET_REGION_IO_FDS.
+/// A sub-region of DEVICE_GET_REGION_IO_FDS: a write to it reaches the server by an eventfd, without a
+/// message.
 #[derive(Clone, Debug, Serialize)]
 pub struct Doorbell {
-    /// Where in the region.
+    /// Its offset in the region.
     pub offset: u64,
-    /// Bytes of a write; 0 for any.
+    /// The size of a write in bytes; 0 stands for any size.
     pub size: u64,
-    /// The value that rings it; any without.
+    /// The value that must be written; without it, any value signals the eventfd.
     pub value: Option<u64>,
 }
 
@@ -104,18 +105,18 @@ pub struct Doorbell {
 pub struct Interrupts {
     /// Its number.
     pub index: u32,
-    /// What it is for PCI.
+    /// Its meaning for PCI.
     pub name: String,
     /// Interrupts.
     pub count: u32,
-    /// As the server says.
+    /// The flags that the server reports.
     pub flags: u32,
 }
 
-/// Regions and interrupt indexes that are asked for; PCI has 9 and 5.
+/// The largest number of regions and interrupt indexes that are asked for. PCI has 9 regions and 5 indexes.
 const INDEXES_MOST: u32 = 32;
 
-/// Bytes of the configuration space in which the identity is.
+/// The number of bytes of the configuration space that hold the identity.
 const HEADER: usize = 64;
 
 const FEATURES: [(Feature, FeatureUse); 5] = [
@@ -191,7 +192,7 @@ fn ask(socket: &Path, client: &Client) -> Result<VfioUserReport, transport::peer
     })
 }
 
-/// A refusal is noted and the probe goes on.
+/// Notes a refusal as a quirk, so that the probe goes on.
 fn unless_refused<T>(
     answer: Result<T, transport::peer::Error>,
     quirks: &mut Vec<String>,
@@ -216,7 +217,8 @@ fn region(
     let index = found.index.0;
     let flags = ["read", "write", "mmap", "capabilities"].into_iter().enumerate();
     let flags = flags.filter(|(bit, _)| found.flags >> bit & 1 != 0).map(|(_, name)| name).collect();
-    // Only BARs have doorbells; a refusal is how most servers say that there are none.
+    // Only BARs have doorbells. Most servers refuse this request when they have none, so a refusal is no
+    // quirk.
     let mut fds = Vec::new();
     if index < 6 {
         fds = unless_refused(client.region_io_fds(found), &mut Vec::new())?.unwrap_or_default();
@@ -235,7 +237,7 @@ fn region(
     })
 }
 
-/// Those that the kernel can ring. The writes of shadow ioeventfds and ioregionfds are messages all the same.
+/// The doorbells that KVM can signal. A write to a shadow ioeventfd or an ioregionfd still costs a message.
 fn doorbells(index: u32, places: &[IoFdPlace], quirks: &mut Vec<String>) -> Vec<Doorbell> {
     let (bells, others): (Vec<_>, Vec<_>) =
         places.iter().partition(|place| matches!(place.kind, IoFdKind::Ioeventfd));
@@ -290,7 +292,7 @@ fn identity(client: &Client, quirks: &mut Vec<String>) -> Result<Option<Identity
     }))
 }
 
-/// Properties of the offer that will cause trouble.
+/// Notes properties of the offer that will cause trouble.
 fn notice(
     client: &Client,
     regions: &[Region],
@@ -322,7 +324,7 @@ fn notice(
 /// Runs `outboard probe vfio-user SOCKET [--json]`.
 ///
 /// # Errors
-/// As [`vfio_user`]; also when standard output is closed.
+/// The errors of [`vfio_user`], and a closed standard output.
 pub fn command(socket: &Path, limits: &Limits, json: bool) -> Result<ExitCode, Error> {
     let report = vfio_user(socket, limits)?;
     crate::tools::print(&report, if json { None } else { Some(describe(&report)) })?;

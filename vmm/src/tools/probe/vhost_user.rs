@@ -1,4 +1,4 @@
-//! `outboard probe vhost-user`: what a backend offers.
+//! `outboard probe vhost-user`: reports what a backend offers.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -25,7 +25,7 @@ pub struct VhostUserReport {
     pub protocol_features: String,
     /// Their names.
     pub protocol_feature_names: Vec<String>,
-    /// What GET_QUEUE_NUM says, when it may be asked.
+    /// The answer to GET_QUEUE_NUM, when the protocol features allow the request.
     pub queues: Option<u16>,
     /// The first bytes of the configuration space in hexadecimal, when there is one.
     pub config: Option<String>,
@@ -35,15 +35,15 @@ pub struct VhostUserReport {
     pub quirks: Vec<String>,
 }
 
-/// The configuration space is asked for in these sizes: the largest, then those of common devices. Several
-/// backends refuse any other than their own.
+/// The sizes in which the configuration space is asked for: the largest, then those of common devices.
+/// Several backends refuse every size except their own.
 const CONFIG_SIZES: [usize; 6] = [256, 96, 60, 44, 24, 8];
 
-/// Asks the backend at `socket`; when it is known what `device` it serves, for no more configuration than
-/// that has.
+/// Asks the backend at `socket`. If `device` is known, the request for the configuration space is not larger
+/// than that device's space.
 ///
 /// # Errors
-/// When it cannot be reached or does not speak vhost-user.
+/// When the backend cannot be reached or does not speak vhost-user.
 pub fn vhost_user(
     socket: &Path,
     limits: &Limits,
@@ -57,7 +57,7 @@ pub fn vhost_user(
 }
 
 fn ask(socket: &Path, limits: &Limits) -> Result<Session, transport::peer::Error> {
-    // A backend tells the sizes of its shared memory only after SHMEM is negotiated, which needs
+    // A backend reports the sizes of its shared memory only after SHMEM is negotiated, and SHMEM needs
     // BACKEND_SEND_FD.
     let wanted = Wanted::default().and(ProtocolFeatures::BACKEND_SEND_FD.with(ProtocolFeatures::SHMEM));
     Connection::connect(socket, limits)?.negotiate(&wanted)
@@ -128,7 +128,7 @@ fn config(session: &mut Session, kind: Option<DeviceType>, quirks: &mut Vec<Stri
     None
 }
 
-/// Properties of the offer that will cause trouble.
+/// Notes properties of the offer that will cause trouble.
 fn notice(device: DeviceFeatures, protocol: ProtocolFeatures, quirks: &mut Vec<String>) {
     let absent: [(bool, &str); 6] = [
         (!device.has(bit::VERSION_1), "is a legacy device: no driver of virtio 1.0 accepts it"),
@@ -157,7 +157,7 @@ fn notice(device: DeviceFeatures, protocol: ProtocolFeatures, quirks: &mut Vec<S
 /// Runs `outboard probe vhost-user SOCKET [--type TYPE] [--json]`.
 ///
 /// # Errors
-/// As [`vhost_user`]; also when standard output is closed.
+/// The errors of [`vhost_user`], and a closed standard output.
 pub fn command(
     socket: &Path,
     limits: &Limits,
