@@ -1,6 +1,7 @@
-//! The GSI routing table: the IOAPIC pin or the message that each of KVM's interrupt inputs leads to.
+//! The GSI routing table. It says for each interrupt input of KVM whether the input leads to an IOAPIC pin or
+//! to a message.
 //!
-//! The table is data until [`RoutingTable::apply`]. KVM always replaces its whole table, so that a VM must
+//! The table is plain data until [`RoutingTable::apply`]. KVM always replaces its whole table, so a VM must
 //! have exactly one [`RoutingTable`].
 
 use std::collections::BTreeMap;
@@ -15,14 +16,14 @@ use kvm_ioctls::VmFd;
 use crate::layout::IOAPIC_PINS;
 use crate::platform::Discovery;
 
-/// An interrupt input of the machine, in KVM's numbering: below 24 an IOAPIC pin, above a message.
+/// An interrupt input in KVM's numbering. A number below 24 is an IOAPIC pin, a higher number a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gsi(pub u32);
 
-/// A message-signalled interrupt: what is written where.
+/// A message-signalled interrupt: an address and the data that is written there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MsiMessage {
-    /// Address, in the local APICs' range.
+    /// The address, which is in the range of the local APICs.
     pub address: u64,
     /// Data.
     pub data: u32,
@@ -45,20 +46,20 @@ pub enum Error {
     },
 }
 
-/// A message route. A route that is not taken stays in the table until its place is needed: when it is taken
-/// again with the same message, the table does not change, and KVM is not told.
+/// A route to a message. A freed route stays in the table until its place is needed. If it is taken again
+/// with the same message, the table does not change, and KVM need not be told.
 #[derive(Clone, Copy, Debug)]
 struct MessageRoute {
     message: MsiMessage,
     taken: bool,
 }
 
-/// Whether KVM has to be told of a change.
+/// Whether KVM has to be told of a change of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Table {
-    /// It is as it was.
+    /// The table has not changed.
     Same,
-    /// It is another: [`RoutingTable::apply`] it.
+    /// The table has changed: call [`RoutingTable::apply`].
     Changed,
 }
 
@@ -71,16 +72,16 @@ pub struct RoutingTable {
 }
 
 impl RoutingTable {
-    /// Pins only. `limit` is the number of GSIs of the host (`KVM_CAP_IRQ_ROUTING`).
+    /// A table of pins only. `limit` is the number of GSIs of the host (`KVM_CAP_IRQ_ROUTING`).
     ///
-    /// Each GSI below 24 leads to its IOAPIC pin. Those below 16 lead to the 8259s as well only where the
-    /// guest is told of them: a guest of hardware-reduced ACPI never masks the 8259s, which would then inject
-    /// vectors that nobody set up.
+    /// Each GSI below 24 leads to its IOAPIC pin. A GSI below 16 also leads to the 8259s, but only if the
+    /// guest is told of them. A guest of hardware-reduced ACPI never masks the 8259s; they would inject
+    /// vectors that the guest has not set up.
     pub fn new(discovery: Discovery, limit: u32) -> Self {
         Self { discovery, messages: BTreeMap::new(), limit }
     }
 
-    /// Takes a free GSI for a message: one that led to the same message before, if there is one.
+    /// Takes a free GSI for a message. A GSI whose last message was the same is preferred.
     pub fn allocate(&mut self, message: MsiMessage) -> Result<(Gsi, Table), Error> {
         let same = |(_, route): &(&Gsi, &mut MessageRoute)| !route.taken && route.message == message;
         if let Some((gsi, route)) = self.messages.iter_mut().find(same) {
@@ -94,13 +95,13 @@ impl RoutingTable {
         Ok((gsi, Table::Changed))
     }
 
-    /// Gives a GSI back; false when it was not allocated. What it leads to stays in the table.
+    /// Gives a GSI back. False when it was not allocated. Its route stays in the table.
     pub fn free(&mut self, gsi: Gsi) -> bool {
         let route = self.messages.get_mut(&gsi).filter(|route| route.taken);
         route.map(|route| route.taken = false).is_some()
     }
 
-    /// Takes a route out of the table, for instance as KVM refused it.
+    /// Removes a route from the table, for instance because KVM refused it.
     pub fn forget(&mut self, gsi: Gsi) {
         self.messages.remove(&gsi);
     }
@@ -112,7 +113,7 @@ impl RoutingTable {
             Discovery::Acpi => 0,
             Discovery::Cmdline => 16,
         };
-        // Line 2 of the master is the slave's output.
+        // Line 2 of the master 8259 takes the slave's output.
         let pic = (0..pic_lines).filter(|line| *line != 2).map(|line| match line {
             0..8 => pin_entry(line, KVM_IRQCHIP_PIC_MASTER, line),
             _ => pin_entry(line, KVM_IRQCHIP_PIC_SLAVE, line - 8),
@@ -121,11 +122,12 @@ impl RoutingTable {
         ioapic.chain(pic).chain(messages).collect()
     }
 
-    /// Replaces KVM's table by this one.
+    /// Replaces KVM's table with this one.
     pub fn apply(&self, vm: &VmFd) -> Result<(), Error> {
         let entries = self.entries();
         let refused = |errno| Error::Apply { entries: entries.len(), source: kvm_ioctls::Error::new(errno) };
-        // More than the wrapper can hold is more than KVM takes (4096).
+        // The wrapper holds as many entries as KVM accepts (4096), so a longer table is one that KVM would
+        // refuse.
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| refused(22 /* EINVAL */))?;
         vm.set_gsi_routing(&table).map_err(|source| Error::Apply { entries: entries.len(), source })
     }

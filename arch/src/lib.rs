@@ -1,9 +1,9 @@
-//! x86-64: the guest's address space, its RAM, how a kernel is loaded and started, the ACPI tables, the CPUs
-//! and the routes of interrupts.
+//! x86-64: the guest's address space, its RAM, the loading and start of a kernel, the ACPI tables, the CPUs
+//! and the interrupt routes.
 //!
-//! This crate knows KVM's data types and ioctls. It knows no device, no peer and no configuration: `vmm`
-//! describes the machine to it by a plain [`platform::Platform`]. Guest memory is mapped here only where it
-//! consists of huge pages (see [`ram`]). There is no unsafe code.
+//! This crate uses KVM's data types and ioctls. It must never depend on a device, a peer or a configuration:
+//! `vmm` describes the machine to it in a plain [`platform::Platform`]. It maps guest memory only if that
+//! consists of huge pages (see [`ram`]). It contains no unsafe code.
 
 pub mod acpi;
 pub mod boot;

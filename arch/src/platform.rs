@@ -1,4 +1,4 @@
-//! What a machine consists of, as plain data. `vmm` makes it from the configuration; [`crate::boot`],
+//! The hardware of a machine as plain data. `vmm` makes it from the configuration. [`crate::boot`],
 //! [`crate::acpi`], [`crate::cpu`] and [`crate::irq`] read it.
 
 use crate::irq::Gsi;
@@ -7,10 +7,10 @@ use crate::layout::{
     PCI_MEMORY32_SIZE, pci_memory64,
 };
 
-/// A machine's parts, as far as its guest is told of them.
+/// The parts of a machine that its guest is told of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
-    /// Number of vCPUs, 1 to 255. Their APIC ids are 0 to `cpus` - 1.
+    /// The number of vCPUs, 1 to 255. Their APIC ids are 0 to `cpus` - 1.
     pub cpus: u8,
     /// virtio-mmio devices, from [`crate::layout::virtio_mmio_slot`].
     pub virtio_mmio: Vec<VirtioMmio>,
@@ -18,7 +18,7 @@ pub struct Platform {
     pub pci: Option<PciRoot>,
     /// The serial port, if there is one.
     pub serial: Option<SerialPort>,
-    /// How the guest learns of all this.
+    /// The way in which the guest learns of these parts.
     pub discovery: Discovery,
 }
 
@@ -47,46 +47,47 @@ pub struct AddressRange {
 pub struct PciRoot {
     /// Its configuration space.
     pub ecam: AddressRange,
-    /// Where memory BARs go.
+    /// The addresses of 32-bit memory BARs.
     pub memory32: AddressRange,
-    /// The same, above 4 GiB.
+    /// The addresses of 64-bit memory BARs, above 4 GiB.
     pub memory64: Option<AddressRange>,
     /// The first port of I/O BARs.
     pub io: u16,
-    /// How many ports there are.
+    /// The number of ports for I/O BARs.
     pub io_size: u16,
-    /// Level-triggered lines: pin INTA of device n leads to number n modulo 4, INTB to the next, and so on.
+    /// The level-triggered lines. Pin INTA of device n leads to line n modulo 4, INTB to the next line, and
+    /// so on.
     pub intx: [Gsi; 4],
-    /// Devices that a guest with ACPI can be asked to release.
+    /// The devices that a guest with ACPI can be asked to eject.
     pub removable: PciSlots,
 }
 
-/// Numbers of devices on the root bus, each 1 to 31.
+/// A set of device numbers on the root bus, each from 1 to 31.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PciSlots(u32);
 
 impl PciSlots {
-    /// The same with `number`. A number that no device can have changes nothing.
+    /// Adds `number` to the set. A number that no device can have changes nothing.
     #[must_use]
     pub fn with(self, number: u8) -> Self {
         let bit = 1_u32.checked_shl(number.into()).unwrap_or(0) & !1;
         Self(self.0 | bit)
     }
 
-    /// Whether there is none.
+    /// Whether the set is empty.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// In order.
+    /// The numbers in ascending order.
     pub fn iter(self) -> impl Iterator<Item = u8> {
         (1..32).filter(move |number| self.0 & 1 << number != 0)
     }
 }
 
 impl PciRoot {
-    /// The root of a machine whose processors have that many bits of physical address, and whose RAM ends
-    /// there.
+    /// The root of a machine whose processors have `address_bits` bits of physical address and whose RAM ends
+    /// at `ram_end`.
     pub fn new(address_bits: u8, ram_end: Gpa) -> Self {
         let memory64 = pci_memory64(address_bits, ram_end);
         Self {
@@ -101,7 +102,7 @@ impl PciRoot {
     }
 }
 
-/// A 16550.
+/// A 16550 serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SerialPort {
     /// First I/O port.
@@ -115,19 +116,21 @@ impl SerialPort {
     pub const COM1: Self = Self { port: COM1, gsi: COM1_GSI };
 }
 
-/// How the guest learns what the machine consists of.
+/// The way in which the guest learns of the machine's hardware.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Discovery {
-    /// ACPI tables (hardware-reduced, no legacy device): what stock kernels need.
+    /// ACPI tables of a hardware-reduced machine, which has no legacy device. Stock kernels need them.
     #[default]
     Acpi,
-    /// An MP table, and [`Platform::device_parameters`] on the command line: for kernels without ACPI, which
-    /// must be built with `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`. Such kernels also want the 8259s and the PIT.
+    /// An MP table, and [`Platform::device_parameters`] on the command line. It serves kernels without ACPI,
+    /// which must be built with `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`. Such kernels also need the 8259s and
+    /// the PIT.
     Cmdline,
 }
 
 impl Platform {
-    /// Kernel parameters that name the virtio-mmio devices, for [`Discovery::Cmdline`]; else none.
+    /// The kernel parameters that describe the virtio-mmio devices, for [`Discovery::Cmdline`]. None for
+    /// ACPI.
     pub fn device_parameters(&self) -> Vec<String> {
         match self.discovery {
             Discovery::Acpi => Vec::new(),

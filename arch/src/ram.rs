@@ -1,8 +1,10 @@
-//! Guest RAM: one sealed memfd, and the two ranges of guest-physical addresses that it backs.
+//! Guest RAM: one sealed memfd, and the one or two ranges of guest-physical addresses that it backs.
 //!
-//! The host's kernel fills RAM (`splice` and `pwrite` on the memfd): there is no bounce buffer and no page
-//! fault of ours, and a page that nobody writes is not allocated. hugetlbfs cannot be written by system
-//! calls, so that RAM of huge pages is mapped here. The memfd must never be resized, because peers map it.
+//! The host's kernel fills RAM by `splice` and `pwrite` on the memfd. This needs no bounce buffer and causes
+//! no page fault in this process, and pages that nobody writes are not allocated. hugetlbfs cannot be written
+//! by system calls, so RAM of huge pages is mapped here.
+//!
+//! The memfd must never be resized, because peers map it.
 
 use std::fs::File;
 use std::io;
@@ -21,12 +23,12 @@ use vm_memory::{Bytes, FileOffset, MmapRegion};
 use crate::layout::{Gpa, HOLE_END, HOLE_START, RAM_ALIGN, RAM_MIN};
 use crate::width::{to_u64, to_usize};
 
-/// Bytes that are copied at a time by read and write, where `splice` is not possible.
+/// The number of bytes copied at a time by read and write, where `splice` is not possible.
 const CHUNK: usize = 256 << 10;
-/// Wanted capacity of the pipe between a file and the memfd; 1 MiB is what an unprivileged process may have.
+/// The wanted capacity of the pipe between a file and the memfd. An unprivileged process may have 1 MiB.
 const PIPE: usize = 1 << 20;
 
-/// Pages that guest RAM is made of.
+/// The kind of pages behind guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Hugepages {
     /// Ordinary pages.
@@ -58,15 +60,15 @@ pub enum Error {
         /// Wanted size in bytes.
         size: u64,
     },
-    /// The size is not a multiple of what it must be.
+    /// The size is not a multiple of the required step.
     #[error("a memory size of {size} bytes is not a multiple of {} MiB", multiple >> 20)]
     Odd {
         /// Wanted size in bytes.
         size: u64,
-        /// What it must be a multiple of, in bytes.
+        /// The required step in bytes.
         multiple: u64,
     },
-    /// The host did not give the memory.
+    /// The host refused to allocate the memory.
     #[error("the host refused {} MiB of memory", size >> 20)]
     Refused {
         /// Wanted size in bytes.
@@ -74,7 +76,7 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The host did not give the huge pages.
+    /// The host does not have enough huge pages.
     #[error("the host has not enough huge pages of {} MiB for {} MiB of memory", page >> 20, size >> 20)]
     NoHugepages {
         /// Wanted size in bytes.
@@ -92,7 +94,7 @@ pub enum Error {
         /// Its length in bytes.
         len: u64,
     },
-    /// A file ended before the bytes that it had.
+    /// A file ended early, although it was longer before.
     #[error("the file ended {missing} bytes early")]
     FileEnded {
         /// How many bytes were still to come.
@@ -143,13 +145,13 @@ pub struct RamRegion {
 pub struct Ram {
     fd: Arc<OwnedFd>,
     regions: Vec<RamRegion>,
-    /// Only for huge pages; the whole memfd.
+    /// A mapping of the whole memfd. Present only with huge pages.
     mapping: Option<MmapRegion>,
 }
 
 impl Ram {
-    /// Allocates `size` bytes (a multiple of 2 MiB, or of the size of a huge page), sealed against resizing.
-    /// Huge pages are reserved here and now, ordinary ones only when they are touched.
+    /// Allocates `size` bytes, sealed against resizing. `size` must be a multiple of 2 MiB and of the size of
+    /// a huge page. Huge pages are reserved now; ordinary pages are allocated only when they are first used.
     pub fn allocate(size: u64, hugepages: Hugepages) -> Result<Self, Error> {
         let multiple = RAM_ALIGN.max(hugepages.page_size());
         if !size.is_multiple_of(multiple) {
@@ -159,7 +161,8 @@ impl Ram {
             return Err(Error::TooSmall { size });
         }
         let refused = |errno: Errno| Error::Refused { size, source: errno.into() };
-        // The memfd counts as a file. Beyond this limit the kernel sends a signal that ends the process.
+        // The memfd counts as a file. A write beyond this limit would make the kernel send a signal that ends
+        // the process.
         if getrlimit(Resource::Fsize).current.is_some_and(|limit| size > limit) {
             return Err(refused(Errno::FBIG));
         }
@@ -184,7 +187,8 @@ impl Ram {
             Hugepages::Off => None,
             Hugepages::Size2M | Hugepages::Size1G => {
                 let file = File::from(fd.try_clone().map_err(|source| Error::Refused { size, source })?);
-                // Not `from_file`, which maps without reserving: the first access would end in SIGBUS.
+                // `from_file` is not used, because it maps without reserving: the first access could then end
+                // in SIGBUS.
                 let mapped = MmapRegion::build(
                     Some(FileOffset::new(file, 0)),
                     to_usize(size),
@@ -202,7 +206,7 @@ impl Ram {
         &self.fd
     }
 
-    /// One region, or two around the hole below 4 GiB, in the order of their addresses.
+    /// The regions in the order of their addresses: one region, or two around the hole below 4 GiB.
     pub fn regions(&self) -> &[RamRegion] {
         &self.regions
     }
@@ -212,7 +216,7 @@ impl Ram {
         self.regions.iter().map(|region| region.size).sum()
     }
 
-    /// Where RAM below the hole ends.
+    /// The end of RAM below the hole.
     pub fn low_end(&self) -> Gpa {
         Gpa(self.size().min(HOLE_START.0))
     }
@@ -236,7 +240,7 @@ impl Ram {
         Ok(())
     }
 
-    /// Makes `len` bytes at `at` read as zeros; whole pages are given back to the host.
+    /// Makes `len` bytes at `at` read as zeros. Whole pages are given back to the host.
     pub fn zero(&self, at: Gpa, len: u64) -> Result<(), Error> {
         if len == 0 {
             return Ok(());
@@ -257,8 +261,8 @@ impl Ram {
         Ok(())
     }
 
-    /// Copies `len` bytes of `file`, from `offset` on, to `at`. The position of `file` is neither used nor
-    /// changed.
+    /// Copies `len` bytes of `file`, starting at `offset`, to guest address `at`. The file position of `file`
+    /// is not used and not changed.
     pub fn copy_from_file(&self, at: Gpa, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         let memfd_offset = self.offset(at, len)?;
         let mut done = 0;
@@ -291,7 +295,7 @@ impl Ram {
         self.offset(at, to_u64(len))
     }
 
-    /// The place in the memfd of a range that must lie in one region.
+    /// The offset in the memfd of a range, which must lie inside one region.
     fn offset(&self, at: Gpa, len: u64) -> Result<u64, Error> {
         let inside = |region: &&RamRegion| {
             at >= region.guest && at.0.checked_add(len).is_some_and(|end| end <= region.guest.0 + region.size)
@@ -314,8 +318,8 @@ fn regions_of(size: u64) -> Vec<RamRegion> {
     regions
 }
 
-/// Copies bytes through a pipe, which takes pages of the file without a copy of its own. `done` says how many
-/// bytes have been copied, also after an error. The error `NODATA` means that the file has ended.
+/// Copies bytes through a pipe, which takes pages of the file without copying them. `done` holds the number
+/// of copied bytes, also after an error. The error `NODATA` means that the file has ended.
 fn splice_all(
     from: BorrowedFd<'_>,
     from_offset: u64,

@@ -1,4 +1,4 @@
-//! The DSDT: one node for every device that is on no enumerable bus, and the S5 state.
+//! The DSDT. It has one node for every device that no bus can enumerate, and the S5 state.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -10,7 +10,7 @@ use super::{Error, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{PVPANIC_PORT, S5_SLEEP_TYPE, SERIAL_PORTS};
 use crate::platform::{Platform, SerialPort, VirtioMmio};
 
-/// From revision 2 on integers have 64 bits.
+/// Integers have 64 bits from revision 2 on.
 const REVISION: u8 = 2;
 const HEADER: u32 = 36;
 
@@ -58,7 +58,7 @@ fn serial_port(serial: &SerialPort, aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// Linux's driver is `pvpanic-mmio`, which takes a port, too.
+/// The pvpanic device. Linux's driver `pvpanic-mmio` serves a port as well.
 fn pvpanic(aml: &mut Vec<u8>) {
     Device::new(
         Path::new("PEVT"),
@@ -74,7 +74,7 @@ fn pvpanic(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// `LNRO0005` is what Linux's virtio-mmio driver looks for.
+/// A virtio-mmio device. Linux's driver looks for `LNRO0005`.
 fn virtio_mmio(n: usize, device: &VirtioMmio, shares_pin: bool, aml: &mut Vec<u8>) -> Result<(), Error> {
     let unreachable = || Error::Unreachable { at: device.base };
     let base = u32::try_from(device.base.0).map_err(|_| unreachable())?;
@@ -122,7 +122,7 @@ mod tests {
         assert!(contains(&aml, &[0x89, 6, 0, 0b1011, 1, 6, 0, 0, 0]));
     }
 
-    /// The compiler of ACPICA takes the table apart and puts it together again.
+    /// Disassembles the table with ACPICA's compiler and compiles it again.
     #[test]
     fn acpica_takes_the_table_of_a_machine_with_everything() {
         use std::process::{Command, Stdio};

@@ -7,7 +7,7 @@
 //! \_SB.PCI0.Snn._STA                 reads PRESENT
 //! \_SB.PCI0.Snn._EJ0                 writes EJECT
 //! ```
-//! A further source of events would be one more call in `_EVT`.
+//! A further source of events would add one more call to `_EVT`.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -18,13 +18,14 @@ use acpi_tables::aml::{
 use crate::layout::{EVENT_GSI, PCI_HOTPLUG_PORTS, PCI_HOTPLUG_PORTS_SIZE};
 use crate::platform::PciSlots;
 
-/// The argument of `Notify` that asks a guest to release a device. Linux does nothing after "device check" in
-/// this case; `devices::pci::hotplug` says why.
+/// The argument of `Notify` that asks a guest to eject a device. Linux does not react to "device check" here;
+/// `devices::pci::hotplug` gives the reason.
 const EJECT_REQUEST: u8 = 3;
 /// `_STA` of a device that is present, enabled, shown and working.
 const WORKS: u8 = 0xf;
 
-/// The event device. Its line is level-triggered: an event waits until there is a driver.
+/// The generic event device. Its line is level-triggered, so an event that comes before the driver is not
+/// lost.
 pub(super) fn event_device(aml: &mut Vec<u8>) {
     Device::new(
         Path::new("GED_"),
@@ -46,7 +47,7 @@ pub(super) fn event_device(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// The part of the PCI root: the registers, the method that reads them, and a device for each slot.
+/// The nodes below the PCI root: the registers, the method that reads them, and a device for each slot.
 pub(super) fn slots(slots: PciSlots) -> Vec<u8> {
     let mut aml = Vec::new();
     let length = u8::try_from(PCI_HOTPLUG_PORTS_SIZE).unwrap_or(u8::MAX);
@@ -72,7 +73,7 @@ pub(super) fn slots(slots: PciSlots) -> Vec<u8> {
         )
         .to_aml_bytes(&mut requests);
     }
-    // Reading clears the register: it is read once, and a later event interrupts again.
+    // The read clears the register, so it is read once. A later event causes another interrupt.
     Method::new(
         Path::new("PCNT"),
         0,
@@ -104,7 +105,7 @@ fn slot(name: Path, number: u8, bit: u32, aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// AML as bytes.
+/// AML that is already encoded.
 pub(super) struct Bytes(pub(super) Vec<u8>);
 
 impl Aml for Bytes {

@@ -1,7 +1,8 @@
-//! ACPI 6.5 tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, DSDT. They also say which devices
-//! of a PC are absent (8259, PIT, 8042, CMOS clock, VGA), so that a guest does not probe for them.
+//! ACPI 6.5 tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, DSDT, and MCFG with PCI. The tables
+//! also say which devices of a PC are absent (8259, PIT, 8042, CMOS clock, VGA), so that a guest does not
+//! probe for them.
 //!
-//! All functions but [`load`] are pure.
+//! All functions except [`load`] are pure.
 
 mod dsdt;
 mod hotplug;
@@ -25,10 +26,10 @@ use crate::width::to_u64;
 const OEM_ID: [u8; 6] = *b"OUTBRD";
 const OEM_TABLE_ID: [u8; 8] = *b"OUTBOARD";
 const OEM_REVISION: u32 = 1;
-/// Tables start at multiples of this.
+/// The alignment of each table in bytes.
 const TABLE_ALIGN: usize = 16;
 
-/// IA-PC boot flags of the FADT (ACPI 6.5 §5.2.9.3). Clear: legacy devices, 8042.
+/// IA-PC boot flags of the FADT (ACPI 6.5 §5.2.9.3). The flags for legacy devices and the 8042 stay clear.
 const BOOT_NO_VGA: u16 = 1 << 2;
 const BOOT_NO_CMOS_CLOCK: u16 = 1 << 5;
 
@@ -55,7 +56,7 @@ pub enum Error {
     Ram(#[from] ram::Error),
 }
 
-/// Writes the tables, and says where the RSDP is.
+/// Writes the tables into guest memory and returns the address of the RSDP.
 pub fn load(ram: &Ram, platform: &Platform) -> Result<Gpa, Error> {
     let bytes = tables(platform)?;
     let room = HIGH_MEMORY.0 - ACPI_TABLES.0;
@@ -66,7 +67,7 @@ pub fn load(ram: &Ram, platform: &Platform) -> Result<Gpa, Error> {
     Ok(ACPI_TABLES)
 }
 
-/// All tables as they lie at [`ACPI_TABLES`], the RSDP first.
+/// All tables as they lie in memory at [`ACPI_TABLES`]. The RSDP comes first.
 pub fn tables(platform: &Platform) -> Result<Vec<u8>, Error> {
     let mut area = Area { bytes: vec![0; Rsdp::len()] };
     let dsdt = area.place(&dsdt::table(platform)?);
@@ -82,7 +83,7 @@ pub fn tables(platform: &Platform) -> Result<Vec<u8>, Error> {
     Ok(area.bytes)
 }
 
-/// Tables one behind the other.
+/// Tables, one after the other.
 struct Area {
     bytes: Vec<u8>,
 }
@@ -102,7 +103,7 @@ impl Area {
         ACPI_TABLES.0 + to_u64(at)
     }
 
-    /// Fills the room that was left at the start.
+    /// Writes a table into the room left at the start.
     fn put_first(&mut self, table: &dyn Aml) {
         let mut first = Vec::new();
         table.to_aml_bytes(&mut first);
@@ -119,7 +120,7 @@ fn fadt(dsdt: u64) -> impl Aml {
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::Wbinvd)
-        // Set means: not a fixed feature.
+        // When PWR_BUTTON, SLP_BUTTON or FIX_RTC is set, the machine has no such fixed feature.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
@@ -133,8 +134,8 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-/// Local APICs and one IOAPIC. The flag PCAT_COMPAT is clear and there are no interrupt source overrides: a
-/// GSI is a pin of the IOAPIC, and no pin has the meaning of an ISA line.
+/// The local APICs and one IOAPIC. The flag PCAT_COMPAT is clear and there is no interrupt source override. A
+/// GSI is therefore a pin of the IOAPIC, and no pin has the meaning of an ISA line.
 fn madt(cpus: u8) -> impl Aml {
     // Both addresses are constants below 4 GiB.
     let address = |at: Gpa| u32::try_from(at.0).unwrap_or(u32::MAX);

@@ -1,5 +1,5 @@
-//! The PCI root in ACPI (PCI Firmware 3.3 §4): its configuration space in the MCFG and as a reserved
-//! resource, its windows, interrupt lines and slots in the DSDT.
+//! The PCI root in ACPI (PCI Firmware 3.3 §4). The MCFG gives its configuration space. The DSDT reserves the
+//! configuration space and gives the windows, interrupt lines and slots.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -15,17 +15,18 @@ use crate::layout::{
 };
 use crate::platform::{AddressRange, PciRoot};
 
-/// Devices on a bus.
+/// The number of devices on a bus.
 const DEVICES: u8 = 32;
 
-/// Where the configuration space is.
+/// The MCFG, which gives the address of the configuration space.
 pub(super) fn mcfg(root: &PciRoot) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     mcfg.add_ecam(root.ecam.base.0, 0, 0, 0);
     mcfg
 }
 
-/// The root, and the reservation without which Linux does not trust the MCFG.
+/// The PCI root. It includes a reservation of the configuration space, because Linux does not trust an MCFG
+/// without one.
 pub(super) fn root(root: &PciRoot, aml: &mut Vec<u8>) -> Result<(), Error> {
     let low = |value: u64| u32::try_from(value).map_err(|_| Error::Unreachable { at: root.ecam.base });
     let last = |range: AddressRange| range.base.0.saturating_add(range.size.saturating_sub(1));
@@ -85,7 +86,7 @@ pub(super) fn root(root: &PciRoot, aml: &mut Vec<u8>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Address of all functions of a device, pin (0 is INTA here), GSI.
+/// The interrupt routes: the address of all functions of a device, the pin (0 is INTA here), the GSI.
 fn routes() -> Vec<(u32, u8, u32)> {
     let all = (1..DEVICES).flat_map(|device| (0..4_u8).map(move |pin| (device, pin)));
     all.filter_map(|(device, pin)| {

@@ -1,6 +1,6 @@
-//! CPUID of a vCPU. The leaves are those that KVM supports, with two changes: the identity of the vCPU and
-//! the machine's topology (one package, one thread a core) are written in, and features that cannot work are
-//! taken out. Pure.
+//! CPUID of a vCPU. The leaves are those that KVM supports, with two changes. The identity of the vCPU and
+//! the topology of the machine (one package, one thread for each core) are written in. Features that cannot
+//! work are removed. Pure.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -17,7 +17,8 @@ const LEAF_TSC: u32 = 0x15;
 const LEAF_FREQUENCY: u32 = 0x16;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
-/// A convention of hypervisors: the frequencies of the TSC and of the local APIC's timer, in kHz.
+/// A convention among hypervisors: this leaf gives the frequencies of the TSC and of the local APIC's timer,
+/// in kHz.
 const LEAF_HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const LEAF_FEATURES_AMD: u32 = 0x8000_0001;
 const LEAF_ADDRESSES: u32 = 0x8000_0008;
@@ -41,7 +42,7 @@ const SGX_LAUNCH: u32 = 1 << 30;
 const LEGACY_CORES: u32 = 1 << 1;
 const SVM: u32 = 1 << 2;
 
-/// Features whose state only XSAVE saves: leaf and index, then the bits of EAX, EBX, ECX and EDX.
+/// Features whose state only XSAVE saves: the leaf and its index, then the bits in EAX, EBX, ECX and EDX.
 const NEED_XSAVE: [(u32, u32, [u32; 4]); 4] = [
     // FMA, AVX, F16C.
     (LEAF_FEATURES, 0, [0, 0, 1 << 12 | 1 << 28 | 1 << 29, 0]),
@@ -54,22 +55,25 @@ const NEED_XSAVE: [(u32, u32, [u32; 4]); 4] = [
     // XOP, LWP, FMA4.
     (LEAF_FEATURES_AMD, 0, [0, 0, 1 << 11 | 1 << 15 | 1 << 16, 0]),
 ];
-/// Leaves that describe nothing but such features: the XSAVE area, tiles of AMX, AVX10.
+/// Leaves that describe only such features: the XSAVE area, the tiles of AMX, AVX10.
 const ONLY_WITH_XSAVE: [u32; 4] = [LEAF_XSAVE, 0x1d, 0x1e, 0x24];
 
-/// The frequency of KVM's local APIC timer, the crystal of leaf 0x15.
+/// The frequency of KVM's local APIC timer, given as the crystal of leaf 0x15.
 const CRYSTAL_KHZ: u32 = 1_000_000;
 
-/// What a CPU without leaf 0x8000_0008 has.
+/// The number of address bits of a CPU without leaf 0x8000_0008.
 const DEFAULT_ADDRESS_BITS: u8 = 36;
 
 /// The leaves of vCPU `index` of `cpus`.
 ///
-/// Taken out: nested virtualisation, SGX and processor trace, which want feature MSRs set, and the
-/// architectural performance counters, whose absence saves a guest their initialisation and its NMI watchdog.
-/// KVM's own leaves stay: with KVM's clock a guest calibrates nothing. A guest without it finds the frequency
-/// of the TSC in leaves 0x15, 0x16 and 0x4000_0010. A KVM that does not offer XSAVE may still offer AVX and
-/// its like: these are taken out, too.
+/// Removed:
+/// * Nested virtualisation, SGX and processor trace: they need feature MSRs, which are not set.
+/// * The architectural performance counters: without them a guest saves their initialisation and its NMI
+///   watchdog.
+/// * Without XSAVE: AVX and similar features. A KVM that does not offer XSAVE may still offer them.
+///
+/// KVM's own leaves stay: a guest with KVM's clock calibrates no timer. A guest without it finds the
+/// frequency of the TSC in leaves 0x15, 0x16 and 0x4000_0010.
 pub(super) fn for_vcpu(
     supported: &[kvm_cpuid_entry2],
     tsc_deadline: bool,
@@ -108,7 +112,7 @@ fn without_xsave(entries: &mut Vec<kvm_cpuid_entry2>) {
     }
 }
 
-/// Writes the frequency of the TSC into the leaves that are for it, unless KVM has filled them.
+/// Writes the frequency of the TSC into the leaves that report it, unless KVM has filled them.
 fn tell_frequency(entries: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
     let (numerator, denominator) = ratio(khz);
     let mhz = khz.div_ceil(1000);
@@ -131,8 +135,8 @@ fn tell_frequency(entries: &mut Vec<kvm_cpuid_entry2>, khz: u32) {
     }
 }
 
-/// The TSC's frequency as a fraction of the crystal's. Linux multiplies the crystal's kHz by the numerator in
-/// 32 bits.
+/// The TSC's frequency as a fraction of the crystal's frequency. Its numerator must be small, because Linux
+/// multiplies the crystal's kHz by the numerator in 32 bits.
 fn ratio(khz: u32) -> (u32, u32) {
     let crystal = u64::from(CRYSTAL_KHZ);
     let candidates = (1..=2000_u64).map(|denominator| {
@@ -147,7 +151,7 @@ fn ratio(khz: u32) -> (u32, u32) {
     (u32::try_from(numerator).unwrap_or(0), u32::try_from(denominator).unwrap_or(0))
 }
 
-/// From leaf 0x8000_0008.
+/// The width of physical addresses according to leaf 0x8000_0008.
 pub(super) fn physical_address_bits(supported: &[kvm_cpuid_entry2]) -> u8 {
     let [bits, ..] = find(supported, LEAF_ADDRESSES).map_or([0; 4], |entry| entry.eax.to_le_bytes());
     if bits == 0 { DEFAULT_ADDRESS_BITS } else { bits }
@@ -179,7 +183,7 @@ fn find(supported: &[kvm_cpuid_entry2], leaf: u32) -> Option<&kvm_cpuid_entry2> 
     supported.iter().find(|entry| entry.function == leaf)
 }
 
-/// One package, one die, cores of one thread; APIC ids are core numbers.
+/// The topology: one package, one die, one thread for each core. An APIC id is the number of a core.
 struct Topology {
     id: u32,
     cpus: u32,
@@ -187,12 +191,12 @@ struct Topology {
 }
 
 impl Topology {
-    /// Bits of an APIC id that number a core.
+    /// The number of bits of an APIC id that hold the number of the core.
     fn core_bits(&self) -> u32 {
         self.cpus.next_power_of_two().trailing_zeros()
     }
 
-    /// Leaf 0xb: a level of threads, one of cores, and the end.
+    /// The sub-leaves of leaf 0xb: one for the level of threads, one for the level of cores, and the end.
     fn leaves(&self, function: u32) -> [kvm_cpuid_entry2; 3] {
         const THREADS: u32 = 1;
         const CORES: u32 = 2;
@@ -220,7 +224,8 @@ fn edit(entry: &mut kvm_cpuid_entry2, topology: &Topology, tsc_deadline: bool) {
             entry.edx = with(entry.edx, MULTI_THREADED, topology.cpus > 1);
         }
         LEAF_CACHES_INTEL if entry.eax & 0x1f != 0 => {
-            // Cores in the package, CPUs that share this cache; both less one.
+            // The number of cores in the package and the number of CPUs that share this cache; both fields
+            // hold the number less one.
             let ids = (1 << topology.core_bits()) - 1;
             let sharing = if cache_level(entry) >= 3 { ids } else { 0 };
             entry.eax = (entry.eax & 0x3fff) | sharing << 14 | ids.min(63) << 26;

@@ -1,7 +1,7 @@
-//! vCPUs: what the guest sees of its CPUs, and the state in which they start.
+//! vCPUs: the features that the guest sees, and the state in which a vCPU starts.
 //!
-//! KVMs differ. Where a KVM refuses a setting, there is one warning, and the setting is left out. No feature
-//! MSR is written. The guest must never be shown a CPU feature that KVM has not reported.
+//! Not every KVM accepts every setting. A setting that KVM refuses is left out, and one warning is logged. No
+//! feature MSR is written. The guest must never see a CPU feature that KVM has not reported.
 
 mod cpuid;
 mod msr;
@@ -27,12 +27,13 @@ pub struct Error {
     source: kvm_ioctls::Error,
 }
 
-/// KVM cannot say what its CPUs can.
+/// KVM does not report the features of its CPUs.
 #[derive(Debug, thiserror::Error)]
 #[error("KVM does not tell which CPU features it supports")]
 pub struct ProbeError(#[source] kvm_ioctls::Error);
 
-/// What the host's KVM offers its vCPUs. The same for all of a machine: asked once.
+/// The features that the host's KVM offers. They are the same for all vCPUs of a machine, so KVM is asked
+/// once.
 #[derive(Clone, Debug)]
 pub struct HostCpu {
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -40,15 +41,16 @@ pub struct HostCpu {
 }
 
 impl HostCpu {
-    /// Asks KVM.
+    /// Asks KVM for its features.
     pub fn probe(kvm: &Kvm) -> Result<Self, ProbeError> {
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ProbeError)?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Self { cpuid: cpuid.as_slice().to_vec(), tsc_deadline })
     }
 
-    /// `cmdline` with the frequency of the TSC for a kernel that is told not to use KVM's clock. Linux finds
-    /// the frequency in CPUID on Intel processors alone, and this machine has no timer to measure it by.
+    /// Adds the frequency of the TSC to the command line `line` of a kernel that is told not to use KVM's
+    /// clock. Linux finds the frequency in CPUID on Intel processors only, and this machine has no timer with
+    /// which Linux could measure it.
     #[must_use]
     pub fn with_tsc(kvm: &Kvm, line: String) -> String {
         if !cmdline::has(&line, "no-kvmclock") || cmdline::has(&line, "tsc_early_khz=") {
@@ -64,13 +66,13 @@ impl HostCpu {
         }
     }
 
-    /// Width of guest-physical addresses in bits: RAM must end below.
+    /// Width of guest-physical addresses in bits. RAM must end below the limit that it sets.
     pub fn physical_address_bits(&self) -> u8 {
         cpuid::physical_address_bits(&self.cpuid)
     }
 }
 
-/// A vCPU that is configured and waits for where to start.
+/// A vCPU that is configured and has no start address yet.
 #[derive(Debug)]
 #[must_use = "a vCPU starts where `enter` says"]
 pub struct PowerOn {
@@ -78,9 +80,9 @@ pub struct PowerOn {
     sregs: kvm_sregs,
 }
 
-/// Gives a vCPU that never ran its CPUID, its local APIC's pins and its few MSRs. Once per vCPU; `index` is
-/// its APIC id. Wants the in-kernel irqchip to exist. A machine that reboots gets new vCPUs: KVM has no way
-/// back to the first state of an old one.
+/// Sets the CPUID, the local APIC's pins and the few MSRs of a vCPU that has never run. Called once for each
+/// vCPU; `index` is its APIC id. The in-kernel irqchip must exist already. A machine that reboots gets new
+/// vCPUs, because KVM cannot put an old vCPU back into its first state.
 pub fn configure(vcpu: &VcpuFd, index: u8, host: &HostCpu, platform: &Platform) -> Result<PowerOn, Error> {
     let tsc_khz = or_warn(index, "tell the frequency of the TSC", vcpu.get_tsc_khz());
     let entries = cpuid::for_vcpu(&host.cpuid, host.tsc_deadline, tsc_khz, index, platform.cpus);
@@ -102,7 +104,8 @@ pub fn configure(vcpu: &VcpuFd, index: u8, host: &HostCpu, platform: &Platform) 
 }
 
 impl PowerOn {
-    /// Makes the boot CPU (index 0) ready to run at `entry`, and any other wait for its start-up interrupt.
+    /// Makes the boot CPU (index 0) ready to run at `entry`. Every other vCPU waits for its start-up
+    /// interrupt.
     pub fn enter(self, vcpu: &VcpuFd, entry: &Entry) -> Result<(), Error> {
         let failed = |action| move |source| Error { action, vcpu: self.vcpu, source };
         let state = if self.vcpu == 0 { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
@@ -120,7 +123,7 @@ fn or_warn<T>(vcpu: u8, action: &str, result: Result<T, kvm_ioctls::Error>) -> O
     result.inspect_err(|error| warn(vcpu, format_args!("KVM cannot {action}: {error}"))).ok()
 }
 
-/// All vCPUs lack what one lacks: only the first one is warned about.
+/// Warns about the first vCPU only, because all vCPUs lack the same setting.
 fn warn(vcpu: u8, what: fmt::Arguments<'_>) {
     let level = if vcpu == 0 { log::Level::Warn } else { log::Level::Debug };
     log::log!(level, "vCPU {vcpu}: {what}");

@@ -1,4 +1,5 @@
-//! The few model-specific registers that are set before a vCPU runs. A register that KVM refuses is left out.
+//! The few model-specific registers that are set before a vCPU runs. A register that KVM refuses is left as
+//! it is.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -9,8 +10,10 @@ const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
-/// Write-back memory by default, without which Linux disables its page attribute table; and fast strings,
-/// without which it avoids `rep movs` on Intel. Returns the registers that were refused.
+/// Sets two registers and returns those that were refused.
+///
+/// * The default memory type is write-back. Without it Linux disables its page attribute table.
+/// * Fast strings are enabled on Intel. Without them Linux avoids `rep movs`.
 pub(super) fn set_initial(vcpu: &VcpuFd, intel: bool) -> Vec<u32> {
     let mut wanted = vec![(MTRR_DEFAULT_TYPE, MTRR_ENABLED | MTRR_WRITE_BACK)];
     if intel {
@@ -27,7 +30,8 @@ fn read(vcpu: &VcpuFd, index: u32) -> Option<u64> {
     }
 }
 
-/// `KVM_SET_MSRS` says how many registers it took: a refusal is no error.
+/// `KVM_SET_MSRS` returns the number of registers that it has set. A refused register is no error of the
+/// ioctl.
 fn write(vcpu: &VcpuFd, index: u32, value: u64) -> bool {
     one(index, value).is_some_and(|msrs| matches!(vcpu.set_msrs(&msrs), Ok(1)))
 }

@@ -1,4 +1,4 @@
-//! Register contents at the entry of a kernel (Linux boot protocol §64-bit, PVH start of day) and the local
+//! The registers at the entry of a kernel (Linux boot protocol §64-bit, PVH start of day), and the local
 //! interrupt pins. Pure.
 
 use kvm_bindings::{kvm_dtable, kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
@@ -12,7 +12,7 @@ const CR0_PAGING: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_ENABLED: u64 = 1 << 8;
 const EFER_LONG_ACTIVE: u64 = 1 << 10;
-/// The bit that is always set.
+/// The bit of RFLAGS that is always set.
 pub(super) const RFLAGS: u64 = 2;
 
 const SELECTOR_CODE_32: u16 = 0x08;
@@ -49,7 +49,7 @@ pub(super) fn special(mut sregs: kvm_sregs, protocol: Protocol) -> kvm_sregs {
     sregs
 }
 
-/// Descriptor types have the accessed bit set: Intel's VM entry wants it.
+/// A flat segment. The type must have the accessed bit set, because Intel's VM entry requires it.
 fn flat(selector: u16, kind: u8) -> kvm_segment {
     kvm_segment {
         base: 0,
@@ -74,7 +74,7 @@ const MODE_NMI: u32 = 4 << 8;
 const MODE_EXT_INT: u32 = 7 << 8;
 const MASKED: u32 = 1 << 16;
 
-/// LINT1 is the NMI. LINT0 is where the 8259s end: masked unless the guest knows of them.
+/// Sets LINT1 to NMI. LINT0 takes the output of the 8259s; it is masked unless the guest knows of them.
 pub(super) fn set_local_pins(lapic: &mut kvm_lapic_state, with_8259: bool) {
     let lint0 = if with_8259 { MODE_EXT_INT } else { MODE_EXT_INT | MASKED };
     for (register, value) in [(LVT_LINT0, lint0), (LVT_LINT1, MODE_NMI)] {

@@ -155,7 +155,7 @@ device! {
         mac([u8; 6]): Option<[u8; 6]> = None => Some(mac);
         /// Changes to the features to negotiate, as names with a sign: `-event_idx+mq`.
         features(impl Into<String>): String = String::new() => features.into();
-        /// The meaning of the driver's addresses, if they are not guest-physical addresses.
+        /// The display protocol's socket for a GPU's backend.
         iommu(Iommu): Option<Iommu> = None => Some(iommu);
         /// Where a GPU's backend draws.
         display(Display): Option<Display> = None => Some(display);
