@@ -1,6 +1,6 @@
-//! bzImage (Documentation/arch/x86/boot.rst): setup sectors, which hold a header, then the protected-mode
-//! kernel. The kernel is copied to its preferred address and entered at its 64-bit entry. Real-mode code is
-//! never run.
+//! bzImage kernels (Documentation/arch/x86/boot.rst). The file consists of setup sectors, which hold a
+//! header, and the protected-mode kernel. The kernel is copied to its preferred address and entered at its
+//! 64-bit entry. The real-mode code is never run.
 
 use std::fs::File;
 
@@ -11,16 +11,16 @@ use super::{Error, Kernel, Protocol, check_range};
 use crate::layout::{Gpa, HIGH_MEMORY, PAGE_SIZE};
 use crate::ram::Ram;
 
-/// Where the header is, in the file and in `boot_params`.
+/// Offset of the header, in the file and in `boot_params`.
 const HEADER: usize = 0x1f1;
 const BOOT_FLAG: usize = 0x1fe;
-/// Second byte of the jump over the header: the header ends there.
+/// Second byte of the jump over the header. It gives the end of the header.
 const JUMP_DISTANCE: usize = 0x201;
 const MAGIC: usize = 0x202;
 const SECTOR: u64 = 512;
-/// From this version on `xloadflags` exists.
+/// The first version of the protocol that has `xloadflags`.
 const VERSION_MIN: u16 = 0x20c;
-/// The 64-bit entry, from the start of the protected-mode kernel.
+/// The 64-bit entry, as an offset in the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 
 pub(super) fn is_bzimage(head: &[u8]) -> bool {
@@ -37,10 +37,11 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
         return Err(Error::Not64Bit);
     }
 
-    // The protocol defines that 0 stands for 4.
+    // The protocol defines 0 as 4.
     let setup_sectors = if header.setup_sects == 0 { 4 } else { header.setup_sects };
     let offset = (u64::from(setup_sectors) + 1) * SECTOR;
-    // A signature may follow the kernel; a kernel may lack the padding of its last 16 bytes.
+    // The file may be longer than the kernel, by a signature. It may be shorter, if the padding of the last
+    // 16 bytes is missing.
     let said = u64::from(header.syssize) * 16;
     let len = size.saturating_sub(offset).min(said);
     if said == 0 || len + 16 <= said {

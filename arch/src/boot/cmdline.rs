@@ -1,12 +1,16 @@
-//! The kernel's command line, as far as the machine has a word in it: parameters of ours go before `--`,
-//! behind which everything is for init, and a parameter that would leave the guest without interrupts is
-//! taken out. Pure.
+//! Changes to the kernel's command line that the machine needs.
+//!
+//! * Parameters of the machine are inserted before `--`, because everything after `--` is for init.
+//! * A parameter that would leave the guest without interrupts is removed.
+//!
+//! Pure.
 
 use std::ops::Range;
 
 use crate::platform::Discovery;
 
-/// `given` with `parameters` before a `--` that ends the kernel's own.
+/// The command line `given` with `parameters` added. If `--` ends the kernel's own parameters, they go before
+/// it.
 pub fn with_parameters(given: &str, parameters: &[String]) -> String {
     if parameters.is_empty() {
         return given.to_owned();
@@ -18,9 +22,11 @@ pub fn with_parameters(given: &str, parameters: &[String]) -> String {
     all.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// `given` without the parameters that switch off the IOAPIC, and what to say about each, and about others
-/// that hide devices from the guest. A machine that is described by ACPI tables has no other controller for
-/// interrupts of its devices: such parameters come from command lines for other machines.
+/// The command line `given` without parameters that switch off the IOAPIC, and one warning for each of them.
+/// There are also warnings for other parameters that hide devices from the guest.
+///
+/// A machine that ACPI tables describe has no other interrupt controller for its devices. Such parameters
+/// come from command lines for other machines.
 pub fn servable(given: &str, discovery: Discovery, has_pci: bool) -> (String, Vec<String>) {
     let mut line = given.to_owned();
     let mut said = Vec::new();
@@ -53,13 +59,13 @@ pub fn servable(given: &str, discovery: Discovery, has_pci: bool) -> (String, Ve
     (line, said)
 }
 
-/// Whether the kernel's part of the line has a parameter that begins like this.
+/// Whether the kernel's part of the line has a parameter that starts with `parameter`.
 pub(crate) fn has(line: &str, parameter: &str) -> bool {
     let words = words(line).into_iter().map(|word| line.get(word).unwrap_or_default());
     words.take_while(|word| *word != "--").any(|word| word.starts_with(parameter))
 }
 
-/// The words of a command line: separated by spaces, but for those between double quotes.
+/// The words of a command line. Spaces separate words, except between double quotes.
 fn words(line: &str) -> Vec<Range<usize>> {
     let mut words = Vec::new();
     let (mut start, mut quoted) = (None, false);

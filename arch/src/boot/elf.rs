@@ -1,7 +1,8 @@
-//! ELF64 kernels (gABI chapters 4 and 5). The program headers say what is loaded where; a Xen note gives the
-//! PVH entry.
+//! ELF64 kernels (gABI chapters 4 and 5). The program headers say which part of the file is loaded at which
+//! address. A Xen note gives the PVH entry.
 //!
-//! Every offset and size is checked. Only headers are read here: the host's kernel copies the segments.
+//! Every offset and size must be checked. This module reads only headers and looks for zeros; the host's
+//! kernel copies the segments.
 
 use std::fs::File;
 use std::ops::Range;
@@ -28,25 +29,27 @@ const FLAG_WRITABLE: u32 = 2;
 const SECTION_HEADER: usize = 64;
 const SECTION_NOBITS: u32 = 8;
 const SECTION_ALLOC: u32 = 2;
-/// Zeros at the end of a segment are looked for in blocks of this size.
+/// The size of the blocks in which zeros at the end of a segment are searched.
 const BLOCK: usize = 16 << 10;
 
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the physical address of the PVH entry.
 const NOTE_PHYS32_ENTRY: u32 = 18;
 const NOTE_NAME_XEN: &[u8] = b"Xen\0";
 
-/// More program headers than any kernel has.
+/// A limit that is above the number of program headers of any kernel.
 const MAX_SEGMENTS: u16 = 256;
-/// Notes of a kernel take some hundred bytes; longer segments are not searched.
+/// The limit for a segment of notes. The notes of a kernel take some hundred bytes; a longer segment is not
+/// searched.
 const MAX_NOTES: u64 = 64 << 10;
-/// `COMMAND_LINE_SIZE` of x86, without the final NUL.
+/// The longest command line: `COMMAND_LINE_SIZE` of x86 without the final NUL.
 const CMDLINE_MAX: u64 = 2047;
 
-/// A section of the file that has a place in memory.
+/// A section of the file that has an address in memory.
 struct Section {
     /// Its virtual address.
     start: u64,
-    /// It has no contents in the file (`.bss`): whatever the file holds in its place means nothing.
+    /// The section has no contents in the file (`.bss`). The bytes that the file holds in its place have no
+    /// meaning.
     empty: bool,
 }
 
@@ -93,9 +96,11 @@ pub(super) fn load(ram: &Ram, file: &File, size: u64, head: &[u8]) -> Result<Ker
     })
 }
 
-/// Copies the part of a segment that the file holds, and clears the rest of the segment. Linux's `vmlinux`
-/// holds much of its cleared memory as zeros, which need neither a copy nor pages of the host: the space of
-/// sections without contents, and zeros at the end of a writable segment, are cleared instead.
+/// Copies the part of a segment that is in the file, and clears the rest.
+///
+/// Linux's `vmlinux` stores much of its cleared memory as zeros. These zeros need neither a copy nor pages of
+/// the host. Therefore the space of sections without contents, and zeros at the end of a writable segment,
+/// are cleared instead of copied.
 fn load_segment(
     ram: &Ram,
     file: &File,
@@ -127,14 +132,14 @@ fn load_segment(
     ram.zero(memory(end), segment.p_memsz - end)
 }
 
-/// How many bytes at the end of `range` are zeros, in whole [`BLOCK`]s.
+/// The number of zeros at the end of `range`, in whole [`BLOCK`]s.
 fn trailing_zeros(file: &File, range: Range<u64>) -> std::io::Result<u64> {
     let mut block = [0; BLOCK];
     let step = to_u64(BLOCK);
     let mut end = range.end;
     while end - range.start >= step {
         file.read_exact_at(&mut block, end - step)?;
-        // All bytes are zeros when the first is one and each equals the byte before it.
+        // All bytes are zero if the first byte is zero and every other byte equals the byte before it.
         if block[0] != 0 || block[1..] != block[..BLOCK - 1] {
             break;
         }
@@ -143,7 +148,7 @@ fn trailing_zeros(file: &File, range: Range<u64>) -> std::io::Result<u64> {
     Ok(range.end - end)
 }
 
-/// The sections that take part in the process image; none where the file has no usable section headers.
+/// The sections that have an address in memory. None if the file has no usable section headers.
 fn read_sections(file: &File, header: &Elf64_Ehdr) -> Vec<Section> {
     let mut bytes = vec![0; usize::from(header.e_shnum) * SECTION_HEADER];
     if usize::from(header.e_shentsize) != SECTION_HEADER
@@ -222,7 +227,7 @@ fn pvh_entry(file: &File, size: u64, segments: &[Elf64_Phdr]) -> Result<Option<u
     Ok(None)
 }
 
-/// Walks notes until one is the PVH entry or something does not fit.
+/// Searches notes for the PVH entry. Stops at a note that does not fit into `notes`.
 fn find_pvh_note(mut notes: &[u8], align: usize) -> Option<u64> {
     loop {
         let name_len = to_usize(le32(notes, 0)?);
@@ -232,7 +237,7 @@ fn find_pvh_note(mut notes: &[u8], align: usize) -> Option<u64> {
         let desc_at = 12_usize.checked_add(name_len)?.checked_next_multiple_of(align)?;
         let desc = notes.get(desc_at..)?.get(..desc_len)?;
         if kind == NOTE_PHYS32_ENTRY && name == NOTE_NAME_XEN {
-            // Linux wrote a pointer here, and later a 32-bit value.
+            // Older versions of Linux wrote a pointer here, newer ones a 32-bit value.
             return match desc.len() {
                 4 => le32(desc, 0).map(u64::from),
                 8 => Some(u64::from(le32(desc, 4)?) << 32 | u64::from(le32(desc, 0)?)),

@@ -1,11 +1,11 @@
-//! What can be wrong with an image, and what to do about it.
+//! Errors of loading an image, and advice for each.
 
 use std::io;
 
 use crate::layout::{Gpa, HOLE_START};
 use crate::{acpi, ram};
 
-/// Why a machine cannot be loaded. The caller names the file.
+/// The reason why a guest cannot be loaded. The caller adds the name of the file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -15,10 +15,10 @@ pub enum Error {
     /// The kernel is a directory, a device or the like.
     #[error("the kernel is not a regular file")]
     NotAFile,
-    /// Neither of the known formats.
+    /// The file has neither of the known formats.
     #[error("the file is not a Linux kernel (neither an ELF vmlinux nor a bzImage)")]
     NotAKernel {
-        /// What it looks like instead, and what to do.
+        /// The format that the file seems to have, and advice.
         hint: Option<&'static str>,
     },
     /// An ELF file that is not for this machine.
@@ -27,23 +27,23 @@ pub enum Error {
     /// The file is shorter than its headers say.
     #[error("the kernel file is cut short: {what} would end at byte {end}, the file has {size}")]
     Truncated {
-        /// Which part.
+        /// The part that is cut.
         what: &'static str,
         /// Where that part would end.
         end: u64,
         /// Size of the file.
         size: u64,
     },
-    /// Headers that contradict themselves.
+    /// The headers contradict themselves.
     #[error("the kernel file is damaged: {0}")]
     Damaged(&'static str),
-    /// The entry point is not in what was loaded.
+    /// The entry point is outside the loaded segments.
     #[error("the kernel's entry point {entry} is outside its loaded segments")]
     EntryOutside {
         /// The entry point.
         entry: Gpa,
     },
-    /// The kernel wants memory below 1 MiB, where boot structures are.
+    /// The kernel must be loaded below 1 MiB, where boot structures are.
     #[error("the kernel wants to be loaded at {start}, below 1 MiB")]
     TooLow {
         /// First address wanted.
@@ -60,7 +60,7 @@ pub enum Error {
         /// End of the memory, an address.
         available: u64,
     },
-    /// A bzImage of before Linux 3.8.
+    /// A bzImage from before Linux 3.8.
     #[error("the kernel speaks version {}.{} of the boot protocol, 2.12 is needed", version >> 8, version & 0xff)]
     OldProtocol {
         /// The version, as in the header.
@@ -69,7 +69,7 @@ pub enum Error {
     /// A bzImage for 32-bit CPUs.
     #[error("the kernel is a 32-bit one")]
     Not64Bit,
-    /// The kernel could not be moved to guest memory.
+    /// The kernel could not be copied to guest memory.
     #[error("cannot load the kernel")]
     KernelCopy(#[source] ram::Error),
     /// The initramfs could not be read.
@@ -88,13 +88,14 @@ pub enum Error {
         size: u64,
         /// Room in bytes.
         free: u64,
-        /// The room that a machine with much memory has: both lie below the 32-bit hole.
+        /// The free room in bytes on a machine with much memory. It is limited, because kernel and initramfs
+        /// must both lie below the 32-bit hole.
         most: u64,
     },
-    /// The initramfs could not be moved to guest memory.
+    /// The initramfs could not be copied to guest memory.
     #[error("cannot load the initramfs")]
     InitramfsCopy(#[source] ram::Error),
-    /// The command line is longer than the kernel takes.
+    /// The command line is longer than the kernel accepts.
     #[error("the kernel command line has {len} characters, this kernel takes {max}")]
     CmdlineTooLong {
         /// Its length.
@@ -105,7 +106,7 @@ pub enum Error {
     /// The command line cannot be represented.
     #[error("the kernel command line contains a NUL character")]
     CmdlineNul,
-    /// The machine cannot be described.
+    /// The machine cannot be described to the guest.
     #[error("cannot describe the machine to the guest")]
     Acpi(#[from] acpi::Error),
     /// Boot structures could not be written.
@@ -114,7 +115,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the user may do about it.
+    /// Advice for the user.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NotAKernel { hint } => *hint,
@@ -133,7 +134,7 @@ impl Error {
         }
     }
 
-    /// Names what people give instead of a kernel.
+    /// Recognises files that users often give instead of a kernel.
     pub(super) fn not_a_kernel(head: &[u8]) -> Self {
         const KNOWN: [(usize, &[u8], &str); 14] = [
             (0, b"\x1f\x8b", "it looks like gzip data: decompress it with gunzip"),

@@ -1,8 +1,10 @@
-//! Puts a kernel, its initramfs, its command line and the description of the machine into guest memory, and
-//! says where the boot CPU starts. Linux x86 boot protocol 2.12 and later (Documentation/arch/x86/boot.rst)
-//! and the PVH start of day (Documentation/arch/x86/pvh in Xen's tree, `start_info.h`).
+//! Loads a kernel, its initramfs, its command line and the description of the machine into guest memory, and
+//! gives the entry point of the boot CPU. It follows the Linux x86 boot protocol 2.12 and later
+//! (Documentation/arch/x86/boot.rst) and the PVH start of day (Documentation/arch/x86/pvh in Xen's tree,
+//! `start_info.h`).
 //!
-//! [`Ram::copy_from_file`] copies the images. Only headers are parsed here, and each read of them is bounded.
+//! [`Ram::copy_from_file`] copies the images. This module parses only headers, and each read of them is
+//! bounded.
 
 mod bzimage;
 pub mod cmdline;
@@ -28,29 +30,29 @@ use crate::platform::{Discovery, Platform};
 use crate::ram::Ram;
 use crate::width::{to_u64, to_usize};
 
-/// What the user wants to boot.
+/// The images and the command line that the user wants to boot.
 #[derive(Clone, Copy, Debug)]
 pub struct BootImage<'a> {
     /// An ELF `vmlinux` (or another ELF64 payload) or a bzImage.
     pub kernel: &'a File,
-    /// A cpio archive, compressed or not; not looked into.
+    /// A cpio archive, compressed or not. Its contents are not examined.
     pub initramfs: Option<&'a File>,
-    /// The kernel command line, whole: nothing is added to it here.
+    /// The complete kernel command line. This module adds nothing to it.
     pub cmdline: &'a str,
 }
 
-/// Where and how the boot CPU starts.
+/// The point at which the boot CPU starts, and the state in which it starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The protocol, hence the state of the CPU.
+    /// The boot protocol, which determines the state of the CPU.
     pub protocol: Protocol,
-    /// First instruction, a physical address.
+    /// The physical address of the first instruction.
     pub start: Gpa,
-    /// `hvm_start_info` (EBX) or `boot_params` (RSI).
+    /// The address of `hvm_start_info` (passed in EBX) or `boot_params` (passed in RSI).
     pub parameters: Gpa,
 }
 
-/// How a kernel is entered.
+/// The protocol by which a kernel is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// PVH: 32-bit protected mode, paging off, flat segments, EBX points to `hvm_start_info`.
@@ -64,13 +66,13 @@ pub enum Protocol {
 struct Kernel {
     protocol: Protocol,
     start: Gpa,
-    /// First address that neither the kernel nor its early work needs.
+    /// First address above the memory that the kernel and its early boot code need.
     end: Gpa,
-    /// The header that a bzImage brings along; it goes back to the kernel in `boot_params`.
+    /// The header of a bzImage. It is returned to the kernel in `boot_params`.
     header: Option<setup_header>,
     /// Longest command line, without the final NUL.
     cmdline_max: u64,
-    /// First address that the initramfs may not reach.
+    /// First address that the initramfs must not use.
     initramfs_end: u64,
 }
 
@@ -81,8 +83,8 @@ struct Placed {
     size: u64,
 }
 
-/// Loads everything. May be called again on the same RAM for another boot of the machine: memory that is not
-/// written here keeps what the guest has left in it.
+/// Loads the images and writes all boot structures. May be called again on the same RAM for another boot of
+/// the machine. Memory that is not written here keeps the contents that the guest has left.
 pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Entry, Error> {
     let kernel = load_kernel(ram, image.kernel)?;
     let initramfs = match image.initramfs {
@@ -118,9 +120,9 @@ pub fn load(ram: &Ram, image: &BootImage<'_>, platform: &Platform) -> Result<Ent
 
 /// The whole BIOS of this machine: `mov dx, port; mov al, value; out dx, al`, then `hlt` for ever.
 ///
-/// Linux on hardware-reduced ACPI wants to reset by EFI, whatever the FADT's reset register; where there is
-/// no EFI it goes on with the BIOS (`reboot_init` and `machine_real_restart` of arch/x86/kernel/reboot.c),
-/// unless `reboot=` on its command line says otherwise.
+/// Linux on hardware-reduced ACPI tries to reset through EFI, whatever the FADT's reset register says.
+/// Without EFI it then resets through the BIOS (`reboot_init` and `machine_real_restart` of
+/// arch/x86/kernel/reboot.c), unless `reboot=` on its command line selects another way.
 fn reset_code() -> [u8; 9] {
     let [low, high] = RESET_PORT.to_le_bytes();
     [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
@@ -138,8 +140,8 @@ fn load_kernel(ram: &Ram, file: &File) -> Result<Kernel, Error> {
     }
 }
 
-/// Copies the initramfs to the highest address below the hole and below the kernel's own limit, where it is
-/// out of the kernel's way.
+/// Copies the initramfs to the highest address below the hole and below the kernel's limit. There it does not
+/// overlap the kernel's memory.
 fn load_initramfs(ram: &Ram, file: &File, kernel: &Kernel) -> Result<Placed, Error> {
     let size = file_size(file).map_err(Error::Initramfs)?.ok_or(Error::InitramfsNotAFile)?;
     if size == 0 {
@@ -172,20 +174,20 @@ fn load_cmdline(ram: &Ram, cmdline: &str, kernel: &Kernel) -> Result<(), Error> 
     Ok(ram.write_at(CMDLINE, &bytes)?)
 }
 
-/// The size of a regular file; `None` when it is something else.
+/// The size of a regular file. `None` for any other kind of file.
 fn file_size(file: &File) -> std::io::Result<Option<u64>> {
     let metadata = file.metadata()?;
     Ok(metadata.is_file().then_some(metadata.len()))
 }
 
-/// The first page of a file, or all of it.
+/// The first page of a file, or the whole file if it is shorter.
 fn read_head(file: &File, size: u64) -> std::io::Result<Vec<u8>> {
     let mut head = vec![0; to_usize(size.min(PAGE_SIZE))];
     file.read_exact_at(&mut head, 0)?;
     Ok(head)
 }
 
-/// A kernel's range must be free RAM: at 1 MiB or above, below the hole.
+/// Checks that a kernel's range is free RAM: from 1 MiB up, and below the hole.
 fn check_range(ram: &Ram, start: u64, end: u64) -> Result<(), Error> {
     if start < HIGH_MEMORY.0 {
         return Err(Error::TooLow { start: Gpa(start) });

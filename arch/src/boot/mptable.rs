@@ -1,12 +1,14 @@
-//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), for kernels without ACPI: processors,
-//! one IOAPIC, and pins with the numbers of the ISA interrupts. A machine with ACPI tables has no MP table.
-//! The table does not describe PCI: a kernel without ACPI finds a PCI bus by itself, and the devices there
-//! interrupt by messages only.
+//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), for kernels without ACPI. It describes
+//! the processors, one IOAPIC, and pins with the numbers of the ISA interrupts. A machine with ACPI tables
+//! has no MP table.
+//!
+//! The table does not describe PCI. A kernel without ACPI finds a PCI bus by itself, and the devices on the
+//! bus must use message interrupts.
 
 use crate::layout::{Gpa, IOAPIC, IOAPIC_PINS, LOCAL_APIC};
 use crate::ram::{Error, Ram};
 
-/// Start of the BIOS area that kernels scan for the floating pointer.
+/// Start of the BIOS area in which kernels search for the floating pointer.
 const FLOATING_POINTER: Gpa = Gpa(0xf_0000);
 const TABLE: Gpa = Gpa(FLOATING_POINTER.0 + 16);
 const SPEC_1_4: u8 = 4;
@@ -34,13 +36,13 @@ fn floating_pointer() -> Vec<u8> {
 }
 
 fn table(cpus: u8) -> Vec<u8> {
-    // An id that no processor has, if one is left.
+    // An id that no processor has, as long as one is left.
     let ioapic_id = cpus;
     let mut entries = Vec::new();
     for id in 0..cpus {
         let flags = if id == 0 { ENABLED | BOOT_CPU } else { ENABLED };
         entries.extend([0, id, APIC_VERSION, flags]);
-        // Signature and features (family 6, FPU and APIC); kernels prefer what CPUID says.
+        // Signature and features: family 6, FPU and APIC. Kernels prefer the values of CPUID.
         entries.extend([0, 6, 0, 0, 1, 2, 0, 0]);
         entries.extend([0; 8]);
     }
@@ -50,7 +52,7 @@ fn table(cpus: u8) -> Vec<u8> {
     entries.extend(address(IOAPIC));
     let pins = u8::try_from(IOAPIC_PINS).unwrap_or(u8::MAX);
     for pin in 0..pins {
-        // Flags 0: as the bus has it, that is edge-triggered, active high.
+        // Flags 0: as the bus defines, which is edge-triggered and active high.
         entries.extend([3, INTERRUPT, 0, 0, ISA_BUS, pin, ioapic_id, pin]);
     }
     entries.extend([4, EXT_INT, 0, 0, ISA_BUS, 0, 0, 0]);

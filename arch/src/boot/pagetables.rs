@@ -1,10 +1,10 @@
-//! The GDT and page tables that the boot CPU starts with (Intel SDM vol. 3, chapters 3 and 4). The kernel
+//! The GDT and the page tables of the boot CPU at its start (Intel SDM vol. 3, chapters 3 and 4). The kernel
 //! replaces both with its first instructions.
 
 use crate::layout::{PAGE_SIZE, PAGE_TABLES};
 
-/// Descriptors of the boot GDT, in the order of their selectors: the Linux boot protocol wants flat code at
-/// 0x10 and flat data at 0x18, PVH wants flat 32-bit ones and a TSS.
+/// Descriptors of the boot GDT in the order of their selectors. The Linux boot protocol requires flat code at
+/// 0x10 and flat data at 0x18. PVH requires flat 32-bit code and data, and a TSS.
 pub const GDT: [u64; 6] = [
     0,
     0x00cf_9b00_0000_ffff, // 0x08: 32-bit code, flat
@@ -23,8 +23,8 @@ const LARGE: u64 = 1 << 7;
 const ENTRIES: u64 = 512;
 const DIRECTORIES: u64 = 4;
 
-/// Maps the first 4 GiB one to one by pages of 2 MiB (not every CPU has those of 1 GiB): a PML4, a PDPT, and
-/// four page directories.
+/// Page tables that map the first 4 GiB one to one: a PML4, a PDPT and four page directories. The pages have
+/// 2 MiB, because not every CPU supports pages of 1 GiB.
 pub(super) fn identity_4gib() -> Vec<u8> {
     let pdpt = PAGE_TABLES.0 + PAGE_SIZE;
     let first_directory = pdpt + PAGE_SIZE;

@@ -1,5 +1,5 @@
-//! What a kernel is told at its start: the memory map, and the structure of either protocol that carries it
-//! (`boot_params` of Linux, `hvm_start_info` of PVH).
+//! The data that a kernel gets at its start: the memory map, and the structure of each protocol that contains
+//! it (`boot_params` of Linux, `hvm_start_info` of PVH).
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params as BootParams, setup_header};
 use linux_loader::start_info::{
@@ -13,7 +13,7 @@ use crate::layout::{ACPI_TABLES, CMDLINE, EBDA, EBDA_END, Gpa, HIGH_MEMORY, PVH_
 use crate::ram::Ram;
 use crate::width::to_u64;
 
-/// The types of E820 and of PVH have the same values.
+/// The types of memory have the same values in E820 and PVH.
 const TYPE_RAM: u32 = XEN_HVM_MEMMAP_TYPE_RAM;
 const TYPE_RESERVED: u32 = XEN_HVM_MEMMAP_TYPE_RESERVED;
 
@@ -21,7 +21,7 @@ const HEADER_MAGIC: u32 = 0x5372_6448; // "HdrS"
 const BOOT_FLAG: u16 = 0xaa55;
 const LOADER_UNDEFINED: u8 = 0xff;
 const LOADED_HIGH: u8 = 1;
-/// The version of the protocol that we speak where the kernel brought no header.
+/// The protocol version that is reported when the kernel has brought no header.
 const VERSION: u16 = 0x20f;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +31,8 @@ pub(super) struct MapEntry {
     kind: u32,
 }
 
-/// All of RAM, but for the EBDA and the ACPI tables. The gap between them is left out: there is memory, but
-/// kernels expect the VGA window there.
+/// The memory map: all of RAM, with the EBDA and the ACPI tables reserved. The gap between these two is left
+/// out. It is RAM, but kernels expect the VGA window there.
 pub(super) fn memory_map(ram: &Ram) -> Vec<MapEntry> {
     let entry = |start: Gpa, end: u64, kind| MapEntry { start: start.0, size: end - start.0, kind };
     let mut map = vec![
@@ -85,7 +85,7 @@ pub(super) fn boot_params(
     Ok(params.as_slice().to_vec())
 }
 
-/// `hvm_start_info` with its modules and memory map behind it, as it lies at [`PVH_START_INFO`].
+/// `hvm_start_info`, followed by its modules and memory map, as it lies in memory at [`PVH_START_INFO`].
 pub(super) fn start_info(map: &[MapEntry], initramfs: Option<Placed>, rsdp: Option<Gpa>) -> Vec<u8> {
     let modules_at = PVH_START_INFO.0 + to_u64(size_of::<hvm_start_info>());
     let modules: Vec<_> = initramfs
