@@ -21,14 +21,14 @@
 //!
 //! | chapter | what it holds |
 //! |--|--|
-//! | [`cli`], [`config`] | from words to plain data |
-//! | [`machine`], `board` | the wiring: one list read from top to bottom |
+//! | [`cli`], [`config`] | the command line and the configuration as plain data |
+//! | [`machine`], `board` | the build of a machine and of its hardware, as numbered steps |
 //! | [`host`] | KVM, memory mappings and slots, raw descriptors (the only unsafe code) |
 //! | [`life`] | vCPU threads: running, stopping, counting exits |
-//! | `devices` | the machine's devices, and how a lost backend is found again |
-//! | `control` | the control loop, and the thread that answers peers' own requests |
-//! | [`console`] | where the guest's serial port leads |
-//! | [`tools`] | `check` and its like |
+//! | `devices` | the machine's devices, and the thread that answers peers' own requests |
+//! | `control` | the control loop, and the statistics |
+//! | [`console`] | the other end of the guest's serial port |
+//! | [`tools`] | the commands `check` and `probe`, and the trace of messages |
 
 mod board;
 pub mod cli;

@@ -114,8 +114,8 @@ impl MachineDevice for VfioDevice {
         Transport::Pci
     }
 
-    /// Puts the function on the board, unless its server is gone. A function that reads as all ones would not
-    /// be a device that the guest can find.
+    /// Puts the function on the board, unless its server is gone: such a function reads as all ones, so the
+    /// guest would not find it.
     fn plug(&self, ports: &Ports, site: Site<'_>) -> Result<(), Error> {
         let (device, number, id) = (&self.device, self.number, &self.id);
         let cannot = || format!("cannot wire device {id}");
