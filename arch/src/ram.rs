@@ -109,7 +109,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the user may do about it.
+    /// Advice for the user.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Odd { .. } | Self::TooSmall { .. } => {

@@ -54,7 +54,7 @@ impl From<Request> for End {
     }
 }
 
-/// What happened to a machine.
+/// A change in the life of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
@@ -137,7 +137,7 @@ pub(crate) enum Command {
 pub(crate) struct Mailbox {
     commands: Receiver<Command>,
     wake: UnixStream,
-    /// Who hears of events.
+    /// The receivers of events.
     pub(crate) listeners: Arc<Listeners>,
 }
 

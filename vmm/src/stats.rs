@@ -31,7 +31,7 @@ pub struct Stats {
 /// When each step of the first start was done, in microseconds from the start of the build.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Startup {
-    /// Every backend is connected and has told what it offers.
+    /// Every backend and server is connected and has described its device.
     pub peers: u64,
     /// Guest RAM exists.
     pub ram: u64,

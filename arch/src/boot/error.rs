@@ -29,7 +29,7 @@ pub enum Error {
     Truncated {
         /// The part that is cut.
         what: &'static str,
-        /// Where that part would end.
+        /// The byte of the file at which the part would end.
         end: u64,
         /// Size of the file.
         size: u64,

@@ -89,7 +89,7 @@ mod tests {
     use super::*;
     use crate::layout::Gpa;
 
-    /// What a CPU would load from the boot GDT for a selector.
+    /// The segment register that a CPU would load from the boot GDT for a selector.
     fn from_gdt(selector: u16) -> (u8, u8, u8, u8, u32) {
         let descriptor = GDT[usize::from(selector / 8)];
         let field = |shift: u32, mask: u64| u8::try_from(descriptor >> shift & mask).unwrap();

@@ -82,7 +82,7 @@ pub enum Transport {
     Pci,
 }
 
-/// Who connects to whom on a [`Socket::Path`].
+/// The side that connects on a [`Socket::Path`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Role {
     /// The backend listens.
@@ -131,7 +131,7 @@ device! {
         id(impl Into<String>): Option<String> = None => Some(id.into());
         /// How the guest sees it.
         transport(Transport): Transport = Transport::Mmio => transport;
-        /// Who connects to whom.
+        /// The side that connects.
         role(Role): Role = Role::Client => role;
         /// The users, beside our own and root, who may be at the other end. It applies to a socket on which
         /// we listen and to an abstract name.
@@ -157,7 +157,7 @@ device! {
         features(impl Into<String>): String = String::new() => features.into();
         /// The display protocol's socket for a GPU's backend.
         iommu(Iommu): Option<Iommu> = None => Some(iommu);
-        /// Where a GPU's backend draws.
+        /// The display to whose socket a GPU's backend is connected.
         display(Display): Option<Display> = None => Some(display);
     }
 }

@@ -58,9 +58,9 @@ pub struct Config {
     pub vhost_user: Vec<VhostUser>,
     /// PCI devices served by vfio-user servers, in the order of their device numbers.
     pub vfio_user: Vec<VfioUser>,
-    /// Where the serial console goes.
+    /// The other end of the serial console.
     pub serial: Serial,
-    /// What a guest's reset does.
+    /// The effect of a guest's reset.
     pub on_reset: OnReset,
     /// How the guest learns of its virtio-mmio devices.
     pub discovery: Discovery,
@@ -188,7 +188,7 @@ impl Default for Memory {
     }
 }
 
-/// Where the serial console goes.
+/// The other end of the serial console.
 #[derive(Clone)]
 pub enum Serial {
     /// Standard input and output. If standard input is a terminal, it is in raw mode.
@@ -223,7 +223,7 @@ impl fmt::Debug for Serial {
     }
 }
 
-/// What a guest's reset does.
+/// The effect of a guest's reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnReset {
     /// The machine starts again, with the same backend connections.

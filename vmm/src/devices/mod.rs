@@ -37,7 +37,7 @@ impl fmt::Display for DeviceId {
     }
 }
 
-/// Where on a board a device is plugged in.
+/// The place on a board where a device is plugged in.
 pub(crate) enum Site<'b> {
     /// A page of virtio-mmio registers, and the bus for the accesses that need the device model.
     Mmio(&'b VirtioMmio, &'b mut Bus),

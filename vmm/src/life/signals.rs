@@ -74,7 +74,7 @@ impl Signals {
     /// `act`, the process exits at once; its sockets are removed first.
     ///
     /// # Errors
-    /// Those of `act`, and when the host refuses a thread.
+    /// The errors of `act`, and when the host refuses a thread.
     pub fn during<T>(&self, act: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
         let cannot = |error| Error::internal("cannot watch for signals").because(error);
         let (ours, theirs) = UnixStream::pair().map_err(cannot)?;

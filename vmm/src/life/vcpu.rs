@@ -53,7 +53,7 @@ pub struct VcpuStats {
 }
 
 impl VcpuCounters {
-    /// What has been counted so far.
+    /// The counters so far.
     pub fn stats(&self) -> VcpuStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let mut stats = VcpuStats {
@@ -94,7 +94,7 @@ pub struct Vcpu {
     pub lifecycle: Arc<Lifecycle>,
     /// The mapped files of peers. They are checked when KVM cannot reach guest memory.
     pub peer_memory: Arc<PeerMemory>,
-    /// Where exits are counted.
+    /// The counters of this vCPU's exits.
     pub counters: Arc<VcpuCounters>,
     /// The number of entries in a row at which KVM could not reach guest memory.
     pub faults: u8,

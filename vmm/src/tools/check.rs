@@ -1,4 +1,4 @@
-//! `outboard check`: what this host can boot.
+//! `outboard check`: reports which guests this host can boot.
 
 use std::process::ExitCode;
 
@@ -9,7 +9,7 @@ use super::guest_mode::{Bench, PROBES, Verdict};
 use crate::error::{Error, Fault};
 use crate::host::kvm;
 
-/// What was found.
+/// The result of the check.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Machines with small payloads run: this covers every test that needs only KVM's interface.
@@ -40,7 +40,7 @@ pub struct Capability {
 pub struct Instruction {
     /// The mnemonic.
     pub name: &'static str,
-    /// What KVM reported.
+    /// The message of KVM.
     pub why: String,
 }
 

@@ -14,7 +14,7 @@ use transport::vfio_user::{Client, Feature, IoFdKind, IoFdPlace, IrqIndex, Regio
 
 use crate::error::Error;
 
-/// What a vfio-user server offers.
+/// The offer of a vfio-user server.
 #[derive(Clone, Debug, Serialize)]
 pub struct VfioUserReport {
     /// Its socket.
@@ -27,7 +27,7 @@ pub struct VfioUserReport {
     pub pci: bool,
     /// It can be reset.
     pub reset: bool,
-    /// Who it is, when it has a PCI configuration space.
+    /// The identity of the device, if it has a PCI configuration space.
     pub identity: Option<Identity>,
     /// Its regions that have a size.
     pub regions: Vec<Region>,
@@ -35,7 +35,7 @@ pub struct VfioUserReport {
     pub interrupts: Vec<Interrupts>,
     /// Features beyond its registers.
     pub features: Vec<String>,
-    /// What is unusual about it.
+    /// Unusual properties of the server.
     pub quirks: Vec<String>,
 }
 

@@ -12,7 +12,7 @@ use transport::vhost_user::{Connection, DeviceFeatures, ProtocolFeatures, Sessio
 
 use crate::error::Error;
 
-/// What a vhost-user backend offers.
+/// The offer of a vhost-user backend.
 #[derive(Clone, Debug, Serialize)]
 pub struct VhostUserReport {
     /// Its socket.
@@ -31,7 +31,7 @@ pub struct VhostUserReport {
     pub config: Option<String>,
     /// Regions of shared memory and their sizes, when there are any.
     pub shared_memory: Vec<u64>,
-    /// What is unusual about it.
+    /// Unusual properties of the backend.
     pub quirks: Vec<String>,
 }
 
