@@ -155,9 +155,9 @@ device! {
         mac([u8; 6]): Option<[u8; 6]> = None => Some(mac);
         /// Changes to the features to negotiate, as names with a sign: `-event_idx+mq`.
         features(impl Into<String>): String = String::new() => features.into();
-        /// The display protocol's socket for a GPU's backend.
+        /// The meaning of the driver's addresses, if they are not guest-physical addresses.
         iommu(Iommu): Option<Iommu> = None => Some(iommu);
-        /// The display to whose socket a GPU's backend is connected.
+        /// The display protocol's socket for a GPU's backend.
         display(Display): Option<Display> = None => Some(display);
     }
 }
