@@ -113,7 +113,7 @@ pub trait Backend: Send {
     /// Starts the queues. Returns the inflight area that the backend uses, if it uses one.
     ///
     /// # Errors
-    /// When they do not run.
+    /// When the queues do not run.
     fn start(&mut self, start: &Start<'_>) -> Result<Option<Arc<InflightArea>>, BackendError>;
 
     /// Stops the queues. Afterwards the backend touches neither memory nor eventfds. Returns the position of
@@ -140,7 +140,7 @@ pub trait Backend: Send {
     /// The session, for the messages that few device types use, while the queues run.
     ///
     /// # Errors
-    /// When they do not run.
+    /// When the queues do not run.
     fn live(&mut self) -> Result<&mut LiveSession, BackendError>;
 
     /// The session while the queues are stopped.

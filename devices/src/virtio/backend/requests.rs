@@ -1,4 +1,4 @@
-//! What a device does for the requests that its backend makes on its own channel. Called on the thread
+//! The answers of a device to the requests that its backend makes on its own channel. Called on the thread
 //! that serves all such channels: must never wait, nor take a device's lock.
 
 use std::os::fd::OwnedFd;

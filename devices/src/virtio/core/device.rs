@@ -120,7 +120,7 @@ pub struct Device {
 
 /// The parts of a device, except for its transport.
 pub struct Parts {
-    /// What the user calls it.
+    /// The user's name for the device.
     pub name: String,
     /// What the guest sees.
     pub model: Model,
@@ -226,13 +226,13 @@ impl Device {
         }
     }
 
-    /// The type.
+    /// The device type.
     #[must_use]
     pub fn device_type(&self) -> DeviceType {
         self.device_type
     }
 
-    /// What the user calls it.
+    /// The user's name for the device.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name

@@ -28,11 +28,11 @@ pub enum Reg {
     VendorId,
     /// 32 of the features that the device offers.
     DeviceFeatures,
-    /// Which 32.
+    /// Selects the 32 features.
     DeviceFeaturesSel,
     /// 32 of the features that the driver takes.
     DriverFeatures,
-    /// Which 32.
+    /// Selects the 32 features.
     DriverFeaturesSel,
     /// The queue to which the queue registers refer.
     QueueSel,

@@ -51,7 +51,7 @@ pub struct DeviceStats {
     pub recoveries: u64,
     /// Configuration interrupts sent.
     pub config_interrupts: u64,
-    /// Writes that came to us while the queues ran.
+    /// The trapped writes while the queues ran.
     pub trapped: Trapped,
     /// Traffic with the peer.
     pub backend: BackendStats,

@@ -48,8 +48,8 @@ impl Device {
     /// starts the queues.
     pub(crate) fn activate(&mut self) {
         if self.phase.is_broken() {
-            // The device broke between FEATURES_OK and DRIVER_OK. The driver may be interrupted only from now
-            // on.
+            // The device broke between FEATURES_OK and DRIVER_OK. The driver must not be interrupted before
+            // DRIVER_OK, so it is told now.
             return self.interrupt_config();
         }
         // A driver reaches the registers only through a transport, so there is one.

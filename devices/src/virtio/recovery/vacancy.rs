@@ -48,9 +48,9 @@ pub enum Misfit {
     /// The device has more queues than the backend serves.
     #[error("it serves {has} queues, the device has {needs}")]
     Queues {
-        /// What it serves.
+        /// The number of queues that the backend serves.
         has: u16,
-        /// What the device has.
+        /// The number of queues of the device.
         needs: u16,
     },
     /// One backend uses in-band notifications and the other does not. The thread that passes kicks on cannot
@@ -63,9 +63,9 @@ pub enum Misfit {
     /// The configuration is smaller than the one that the driver knows.
     #[error("it has {has} bytes of configuration, there were {needs}")]
     Config {
-        /// What it has.
+        /// The size of the backend's configuration.
         has: usize,
-        /// What the lost one had.
+        /// The size of the lost backend's configuration.
         needs: usize,
     },
 }

@@ -76,7 +76,7 @@ pub(crate) enum ResumeError {
     Doubt {
         /// The queue.
         queue: u16,
-        /// How many they are.
+        /// The number of requests in flight.
         count: u16,
     },
     /// The driver changed the ring during every attempt to read it.
