@@ -1,6 +1,5 @@
-//! A vfio-user server's function as the guest sees it, for the machine's whole life. The client answers a
-//! part of the configuration space and the server answers the rest. Parts of the BARs are mapped into the
-//! guest; the server answers accesses to the rest.
+//! A vfio-user server's function as the guest sees it, for the machine's whole life. The client and the server
+//! each answer a part of the configuration space. Parts of the BARs are mapped; the server answers the rest.
 //!
 //! [`VfioUserDevice::plug`] puts the function on a board. [`VfioUserDevice::unplug`] takes it off again:
 //! afterwards nothing of the function is registered with the machine, and the server's device is as after
@@ -159,9 +158,8 @@ impl VfioUserDevice {
         Ok(fixtures)
     }
 
-    /// Writes the addresses of the BARs to the server. A guest that keeps the addresses that it finds never
-    /// writes them, and QEMU's server answers for a BAR only at the address in its own register. Waits for
-    /// the server.
+    /// Writes the addresses of the BARs to the server, and waits for it. A guest that keeps the addresses never
+    /// writes them, and QEMU's server answers for a BAR only at the address in its own register.
     fn tell_places(&self, bars: &Bars) {
         let access = self.link.access();
         for bar in self.shape.bars.iter().flatten().filter(|bar| bar.region > 0) {
@@ -267,8 +265,7 @@ impl VfioUserDevice {
         }
     }
 
-    /// Tells the server that it may raise the pin's interrupt; the server raises it if the device has a
-    /// reason. Does not wait.
+    /// Tells the server that it may raise the pin's interrupt, if the device has a reason. Does not wait.
     fn unmask_pin(&self) {
         let call = self.calls.of(Irq::Intx, 1).ok().and_then(|calls| calls.into_iter().next());
         let look = call.and_then(|call| self.calls.served().look(call));
@@ -337,8 +334,7 @@ impl VfioUserDevice {
         dword
     }
 
-    /// Notes what the guest writes to a part of one dword. Returns the write that the server must get, if
-    /// any.
+    /// Notes what the guest writes to a part of one dword. Returns the write that the server must get, if any.
     fn note(&self, plugged: &mut PluggedFunction, at_byte: u16, data: &[u8]) -> Option<(u16, Vec<u8>)> {
         let at = at_byte & !3;
         let merged = |mut dword: [u8; 4]| {
@@ -413,9 +409,8 @@ impl VfioUserDevice {
         self.switch_off(access);
     }
 
-    /// Reduces a dword to the server's half where the other half is the client's alone. libvfio-user refuses
-    /// a write that reaches the header of a capability; a dword at MSI-X's header would lose the enable bit
-    /// with it.
+    /// Reduces a dword to the server's half where the other half is the client's alone: libvfio-user refuses a
+    /// write that reaches a capability's header, and the enable bit of MSI-X would be lost with it.
     fn servers_half<'a>(&self, offset: u16, data: &'a [u8]) -> (u16, &'a [u8]) {
         let half = |at: u16| self.shape.overlay.needs_server(at, 2);
         match data.split_at_checked(2) {
@@ -442,8 +437,7 @@ impl VfioUserDevice {
         }
     }
 
-    /// Moves the fixtures to where the BARs are decoded. Accesses to a fixture that the machine refuses go to
-    /// the server.
+    /// Moves the fixtures to where the BARs are decoded. The server answers for fixtures that the machine refuses.
     fn place(&self, plugged: &mut PluggedFunction, decoded: &[Decoded]) {
         for fixtures in &mut plugged.fixtures {
             if let Err(error) = fixtures.place(decoded) {

@@ -67,8 +67,7 @@ const fn on_request(name: &'static str, bit: u32) -> Feature {
     Feature { name, bit, config_end: 0, passage: Passage::OnRequest }
 }
 
-/// A configuration field with the number of queues. The front end writes it, as only the front end knows the
-/// number for certain.
+/// A configuration field with the number of queues, which only the front end knows for certain, and writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct QueueCountField {
     pub(super) offset: usize,
@@ -98,17 +97,15 @@ struct WritableField {
     feature: Option<u32>,
 }
 
-/// The configuration fields that a driver may write. Several backends exit when they are told of a write
-/// anywhere else.
+/// The configuration fields that a driver may write. Several backends exit at a write anywhere else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Writable {
     /// Unknown: every write is passed on.
     Anything,
     /// These fields.
     Fields(&'static [WritableField]),
-    /// These fields. Drivers write the defaults there. The reference front end does not pass such writes on,
-    /// so a backend may exit at the first such message. So a write of the present value is not passed on here
-    /// either.
+    /// These fields. A write of the present value is not passed on: drivers write the defaults, the reference
+    /// front end keeps such writes to itself, and a backend may exit at the first such message.
     Settings(&'static [WritableField]),
     /// These fields. After a write, the backend is told the whole configuration with the change in it, as the
     /// reference front end does. Backends look for a field at its own place, whatever offset the message
@@ -162,8 +159,7 @@ pub struct DeviceType {
     pub(super) features: &'static [Feature],
     /// The purpose of the last queue, when the VMM serves it.
     pub(super) served: Served,
-    /// The offset of the number of screens. The number is set to one when a backend leaves it to the front
-    /// end, as QEMU's backend does (§5.7.4).
+    /// The offset of the number of screens: one, when a backend leaves it to the front end as QEMU's does (§5.7.4).
     pub(super) screens: Option<usize>,
     /// The MTU that a network card shows in place of the backend's MTU.
     pub(super) mtu: Option<u16>,
@@ -238,10 +234,9 @@ const NET_FEATURES: &[Feature] = &[
     feature("speed_duplex", 63, 17),
 ];
 
-/// The driver of a sound card fills the event queue before DRIVER_OK, without a kick (§5.14). The front end
-/// kicks every queue at the start all the same, as a lost kick is a hang. `vhost-device-sound` takes nothing
-/// from the event queue. With event index, it then loops until the buffers are taken. No sound is so fast
-/// that it needs event index.
+/// The driver of a sound card fills the event queue before DRIVER_OK, without a kick (§5.14), and the front end
+/// kicks every queue at the start, as a lost kick is a hang. `vhost-device-sound` takes nothing from that queue,
+/// and with event index it loops until the buffers are taken. No sound is so fast that it needs event index.
 const SOUND_FEATURES: &[Feature] = &[on_request("event_idx", 29)];
 
 /// The features of the last queue: alarms of a clock, events of an SCMI device, events of GPIO lines.
@@ -397,8 +392,7 @@ impl DeviceType {
         TYPES.iter().map(|row| row.name).collect()
     }
 
-    /// A type of which only the id is known: one queue and no configuration, unless the user sets other
-    /// values.
+    /// A type of which only the id is known: by default one queue and no configuration.
     #[must_use]
     pub fn generic(id: u16) -> Self {
         DeviceType { writable: Writable::Anything, ..row("generic", id.into(), 1, 0) }
