@@ -83,10 +83,10 @@ fn add_to_word(word: *mut u8, bit: i32) -> io::Result<()> {
     const OPERATION: i32 = libc::FUTEX_WAKE_OP | libc::FUTEX_PRIVATE_FLAG;
     static NOBODY: u32 = 0;
     let change = libc::FUTEX_OP(ADD_SHIFTED, bit, libc::FUTEX_OP_CMP_EQ, 0);
+    let nobody = &raw const NOBODY;
     // SAFETY: the kernel accesses only `word`, which is aligned and inside a mapping that nothing in this
     // process has a reference to.
-    let done =
-        unsafe { libc::syscall(libc::SYS_futex, &raw const NOBODY, OPERATION, 0, 0_usize, word, change) };
+    let done = unsafe { libc::syscall(libc::SYS_futex, nobody, OPERATION, 0, 0_usize, word, change) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
